@@ -1,0 +1,63 @@
+"""DSeq-JEPA: self-supervised image pre-training by ordered latent prediction.
+
+Names are imported on first use, so that the command line answers `--help` without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dseqjepa.config import Config, load_config
+    from dseqjepa.errors import InputError, RunError
+    from dseqjepa.methods import build_method
+    from dseqjepa.methods.base import Method, Predictions, Step
+    from dseqjepa.model.look import saliency
+    from dseqjepa.model.vit import Features
+    from dseqjepa.plans.plan import Plan
+    from dseqjepa.plans.regions import Regions, rank_regions
+    from dseqjepa.train.checkpoint import load_encoder
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "Features": "model.vit",
+    "InputError": "errors",
+    "Method": "methods.base",
+    "Plan": "plans.plan",
+    "Predictions": "methods.base",
+    "Regions": "plans.regions",
+    "RunError": "errors",
+    "Step": "methods.base",
+    "build_method": "methods",
+    "load_config": "config",
+    "load_encoder": "train.checkpoint",
+    "rank_regions": "plans.regions",
+    "saliency": "model.look",
+}
+
+__all__ = [
+    "Config",
+    "Features",
+    "InputError",
+    "Method",
+    "Plan",
+    "Predictions",
+    "Regions",
+    "RunError",
+    "Step",
+    "__version__",
+    "build_method",
+    "load_config",
+    "load_encoder",
+    "rank_regions",
+    "saliency",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dseqjepa' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dseqjepa.{_HOME[name]}"), name)

@@ -1,0 +1,3 @@
+from dseqjepa.cli import main
+
+main()

@@ -1,0 +1,177 @@
+"""The command line: parse, pick a preset, call. Torch is loaded only by what needs it.
+
+Exit codes: 0 done; 2 bad arguments, config or data, before anything is written; 1 the run failed;
+143 stopped by SIGTERM with a checkpoint on disk.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from dseqjepa.errors import InputError, RunError, did_you_mean
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Self-supervised image pre-training by ordered latent prediction.",
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="data=PATH out=DIR section.key=value ..."),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Show the resolved config and do nothing.")
+]
+
+RUN_KEYS = ("out", "resume", "overwrite", "init_from")
+
+
+def main() -> None:
+    """Run a command; an error that the user can mend is one line and an exit code."""
+    try:
+        app()
+    except InputError as error:
+        _fail(error, 2)
+    except RunError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; resume=true goes on from the last checkpoint", 130)
+
+
+def _fail(message: object, code: int) -> None:
+    print(f"dseqjepa: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def pretrain(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    settings: Settings = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Pre-train an encoder: dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine"""
+    from dseqjepa.config import load_config
+
+    run, overrides = _split(settings or [], RUN_KEYS)
+    config = load_config(preset, overrides)
+    if print_config:
+        print(config.to_yaml(), end="")
+        return
+    if "out" not in run:
+        raise InputError("out=DIR is missing: name the folder in which the run is kept")
+
+    from dseqjepa.tasks.knn import probe
+    from dseqjepa.train.loop import Stopped
+    from dseqjepa.train.pretrain import open_training_source
+    from dseqjepa.train.pretrain import pretrain as train
+
+    source = open_training_source(config)
+
+    def knn_probe(encoder: Any) -> float:
+        return probe(
+            encoder,
+            source,
+            "class",
+            config.data.image_size,
+            images=config.probe.images,
+            seed=config.runtime.seed,
+        )
+
+    try:
+        train(
+            config,
+            Path(run["out"]),
+            resume=_flag(run, "resume"),
+            overwrite=_flag(run, "overwrite"),
+            init_from=Path(run["init_from"]) if "init_from" in run else None,
+            source=source,
+            probe=knn_probe if "class" in source.labels else None,
+        )
+    except Stopped:
+        sys.exit(143)
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="knn")],
+    run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT")],
+    settings: Settings = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Evaluate a trained encoder: dseqjepa evaluate knn runs/mine data=my_pictures"""
+    if task != "knn":
+        raise InputError(f"unknown task {task!r}. {did_you_mean(task, ['knn'])}")
+    from dseqjepa.tasks.knn import KnnConfig, run_knn
+
+    values, overrides = _split(settings or [], ("data", "out"))
+    config = KnnConfig.from_settings(overrides)
+    if print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return
+    run_knn(Path(run), config, data=values.get("data"), out=values.get("out"))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the demo's files.")] = Path("demo"),
+    print_config: PrintConfig = False,
+) -> None:
+    """Train on the embedded scenes for some minutes and show what was learnt. No network, CPU."""
+    from dseqjepa.config import load_config
+
+    config = load_config("dseq_vitt_demo")
+    if print_config:
+        print(config.to_yaml(), end="")
+        return
+    from dseqjepa.demo import run_demo
+
+    run_demo(config, out)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """List the presets, or say what one is."""
+    from dseqjepa.presets import describe, preset, preset_names
+
+    if name is None:
+        width = max(map(len, preset_names()))
+        for key, line in preset_names().items():
+            print(f"{key:{width}}  {line}")
+    elif print_config:
+        print(preset(name).to_yaml(), end="")
+    else:
+        print(describe(name))
+
+
+def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """A command's own `key=value` settings, and those that belong to the config."""
+    mine, others = {}, []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"expected key=value, found {setting!r}")
+        if key in own:
+            if not value:
+                raise InputError(f"{key}= is empty: give a value")
+            mine[key] = value
+        else:
+            others.append(f"data.source={value}" if key == "data" else setting)
+    return mine, others
+
+
+def _flag(run: dict[str, str], key: str) -> bool:
+    value = yaml.safe_load(run.get(key, "false"))
+    if not isinstance(value, bool):
+        raise InputError(f"{key} must be true or false, found {run[key]!r}")
+    return value

@@ -1,0 +1,451 @@
+"""The whole configuration of a run: frozen, closed, checked before anything starts.
+
+A config comes from a preset (`presets.py`) or a YAML file, is changed by `section.key=value`
+overrides, and is written back resolved into the run's directory. An unknown key is an error that
+names the nearest right one; so is every contradiction that can be seen without the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dseqjepa.errors import InputError, did_you_mean
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with some fields replaced; a mapping changes only the keys that it names."""
+        values = self.model_dump()
+        for key, change in changes.items():
+            if isinstance(change, Mapping) and isinstance(values.get(key), dict):
+                values[key] = {**values[key], **change}
+            else:
+                values[key] = change.model_dump() if isinstance(change, Section) else change
+        return type(self).model_validate(values)
+
+
+class DataConfig(Section):
+    source: str = "scenes"
+    """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
+    size: int = Field(20_000, ge=1)
+    """Number of images of `scenes`; other sources bring their own."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels; one number means a square."""
+    batch_size: int = Field(2048, ge=1)
+    """Images in one optimizer step, over all devices and accumulation steps."""
+    workers: int = Field(8, ge=0)
+    max_bad: Fraction = 0.01
+    """The share of undecodable images above which a run stops."""
+    crop_scale: Range = (0.3, 1.0)
+    flip: bool = False
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size must be positive, found {self.image_size}")
+        return self
+
+
+ENCODER_SIZES = {
+    "vit_nano": (192, 6, 3),
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_huge": (1280, 32, 16),
+}
+"""Name -> (width, depth, heads)."""
+
+
+class ModelConfig(Section):
+    name: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    patch_size: int = Field(16, ge=1)
+    class_token: bool = True
+    width: int = Field(0, ge=0)
+    """0: as the name says. The same holds for `depth` and `heads`."""
+    depth: int = Field(0, ge=0)
+    heads: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") in ENCODER_SIZES:
+            sizes = zip(("width", "depth", "heads"), ENCODER_SIZES[values["name"]], strict=True)
+            values = values | {key: values.get(key) or size for key, size in sizes}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_width("model", self.width, self.heads)
+        return self
+
+
+class PredictorConfig(Section):
+    width: int = Field(384, ge=4)
+    depth: int = Field(6, ge=1)
+    heads: int = Field(12, ge=1)
+    mask_token: bool = True
+    """False: queries are positions only, as in the authors' release."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_width("predictor", self.width, self.heads)
+        return self
+
+
+def _check_width(section: str, width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"{section}.width ({width}) must be a multiple of the heads ({heads})")
+    if width % 4:
+        raise ValueError(f"{section}.width ({width}) must be a multiple of 4 (2-D sin-cos)")
+
+
+class BlocksConfig(Section):
+    """I-JEPA's random blocks (arXiv 2301.08243): areas as a share of the grid, aspect h / w."""
+
+    targets: int = Field(4, ge=1)
+    target_area: Range = (0.15, 0.2)
+    target_aspect: Range = (0.75, 1.5)
+    context_area: Range = (0.85, 1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("target_area", "target_aspect", "context_area"):
+            low, high = getattr(self, key)
+            if not (0 < low <= high and (key == "target_aspect" or high <= 1)):
+                raise ValueError(f"{key} must be an ordered, positive range, found {low}, {high}")
+        return self
+
+
+class VicregConfig(Section):
+    """Weights of VICReg's terms (arXiv 2105.04906) inside the regulariser."""
+
+    similarity: float = Field(25.0, ge=0)
+    variance: float = Field(25.0, ge=0)
+    covariance: float = Field(1.0, ge=0)
+    projector_width: int = Field(3072, ge=0)
+    """0: the terms act on the pooled features themselves."""
+
+
+class MethodConfig(Section):
+    """What every method has."""
+
+    blocks: BlocksConfig = BlocksConfig()
+    loss_weighting: Literal["token", "region"] = "token"
+    regularizer: Literal["none", "vicreg"] = "none"
+    regularizer_weight: float = Field(0.001, ge=0)
+    vicreg: VicregConfig = VicregConfig()
+
+
+class SaliencyConfig(Section):
+    kind: Literal["cls_similarity", "cls_attention", "grad_cam"] = "cls_similarity"
+    query: Literal["state", "parameter"] = "state"
+    """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
+    block: int = Field(-1, ge=-1)
+    """0-based block that is read; -1: at 10/12 of the depth."""
+
+
+class RegionsConfig(Section):
+    source: Literal["ranked", "random"] = "ranked"
+    """`random`: I-JEPA's blocks are the regions, the context block first (Table 4)."""
+    count: int = Field(5, ge=2)
+    min_area: Fraction = 0.15
+
+
+class CurriculumConfig(Section):
+    """lambda, the share of ranked regions, goes from `start` to `end` over training."""
+
+    unit: Literal["image", "region", "batch"] = "image"
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+
+
+class DSeqConfig(MethodConfig):
+    name: Literal["dseq"] = "dseq"
+    context: Literal["prefix", "causal", "independent"] = "prefix"
+    prediction: Literal["sequential", "flat"] = "sequential"
+    order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
+    max_steps: int = Field(0, ge=0)
+    """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
+    context_lag: int = Field(0, ge=0)
+    """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
+    saliency: SaliencyConfig = SaliencyConfig()
+    regions: RegionsConfig = RegionsConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.regions.source == "random" and self.order != "saliency":
+            raise ValueError("order needs regions.source=ranked: random regions have no saliency")
+        if self.prediction == "flat" and self.context_lag:
+            raise ValueError("context_lag needs prediction=sequential: flat has one context")
+        return self
+
+
+class IJepaConfig(MethodConfig):
+    name: Literal["ijepa"] = "ijepa"
+
+
+class CJepaConfig(MethodConfig):
+    name: Literal["cjepa"] = "cjepa"
+    regularizer: Literal["none", "vicreg"] = "vicreg"
+
+
+class OptimConfig(Section):
+    epochs: int | Literal["auto"] = Field(600)
+    """`auto`: as many epochs as show `AUTO_IMAGES` images, within `AUTO_EPOCHS`."""
+    lr: float = Field(1e-3, gt=0)
+    start_lr: float = Field(1e-4, ge=0)
+    final_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: float | Literal["auto"] = 15.0
+    """`auto`: a tenth of the epochs."""
+    weight_decay: float = Field(0.04, ge=0)
+    final_weight_decay: float = Field(0.4, ge=0)
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches that make one optimizer step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.epochs != "auto" and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, found {self.epochs}")
+        if self.warmup_epochs != "auto" and self.warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs must not be negative, found {self.warmup_epochs}")
+        if "auto" not in (self.epochs, self.warmup_epochs) and self.warmup_epochs > self.epochs:  # type: ignore[operator]
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs}) must not exceed epochs ({self.epochs})"
+            )
+        return self
+
+
+AUTO_IMAGES = 3_000_000
+AUTO_EPOCHS = (30, 600)
+
+
+class EmaConfig(Section):
+    start: Fraction = 0.996
+    end: Fraction = 1.0
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """0: only at epochs."""
+    every_epochs: int = Field(1, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class RuntimeConfig(Section):
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = Field(1, ge=1)
+
+
+class ProbeConfig(Section):
+    """Online kNN on labelled training images, leave-one-out: no validation image is touched."""
+
+    every_epochs: int = Field(0, ge=0)
+    """0: never."""
+    images: int = Field(2000, ge=2)
+
+
+class LogConfig(Section):
+    every_steps: int = Field(50, ge=1)
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    predictor: PredictorConfig = PredictorConfig()
+    method: Annotated[DSeqConfig | IJepaConfig | CJepaConfig, Field(discriminator="name")]
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    probe: ProbeConfig = ProbeConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        height, width = self.data.image_size
+        return height // self.model.patch_size, width // self.model.patch_size
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(side % self.model.patch_size for side in self.data.image_size):
+            raise ValueError(
+                f"data.image_size {self.data.image_size} must be a multiple of "
+                f"model.patch_size ({self.model.patch_size})"
+            )
+        if self.grid[0] * self.grid[1] < 2:
+            raise ValueError("data.image_size holds a single patch: nothing could be predicted")
+        if self.data.batch_size % (self.optim.accumulate * self.runtime.devices):
+            raise ValueError(
+                f"data.batch_size ({self.data.batch_size}) must be a multiple of optim.accumulate "
+                f"x runtime.devices ({self.optim.accumulate} x {self.runtime.devices})"
+            )
+        if isinstance(self.method, DSeqConfig):
+            saliency = self.method.saliency
+            if saliency.kind != "grad_cam" and not self.model.class_token:
+                raise ValueError(
+                    f"method.saliency.kind={saliency.kind} reads [CLS] and "
+                    "model.class_token=false removes it: use grad_cam, or keep the token"
+                )
+            if saliency.block >= self.model.depth:
+                raise ValueError(
+                    f"method.saliency.block ({saliency.block}) must be below the encoder's depth "
+                    f"({self.model.depth})"
+                )
+        return self
+
+    def resolved(self, images: int) -> Config:
+        """The config with every `auto` settled for a data set of `images` images."""
+        epochs, warmup = self.optim.epochs, self.optim.warmup_epochs
+        if epochs == "auto":
+            low, high = AUTO_EPOCHS
+            epochs = min(max(round(AUTO_IMAGES / images), low), high)
+        if warmup == "auto":
+            warmup = epochs / 10
+        return self.with_(optim={"epochs": epochs, "warmup_epochs": warmup})
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """A preset's name or a YAML file, changed by `section.key=value` overrides.
+
+    Raises `InputError` (one line) for an unknown preset, an unreadable file, an unknown key, a
+    wrong type or a contradiction.
+    """
+    from dseqjepa.presets import preset  # presets are written in terms of the models above
+
+    name = str(preset_or_path)
+    if name.endswith((".yaml", ".yml")):
+        values = _read_yaml(Path(name))
+    else:
+        values = preset(name).model_dump()
+    for override in overrides:
+        _apply(values, override)
+    return validate(values)
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """A `Config` of plain values; `InputError` names the key at fault and the nearest right one."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), for every value in which two configs differ."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    keys = [*before, *(key for key in after if key not in before)]
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror}; give a preset or a file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config file {path} is not plain YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path}: expected sections, found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"expected section.key=value, found {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{key}: cannot read the value {text!r} as YAML") from None
+    if isinstance(value, str) and _is_number(value):
+        value = float(value)  # YAML 1.1 reads 1e-3, which has no dot, as text
+    *sections, leaf = key.split(".")
+    place = values
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{key}: {section!r} is a value, not a section")
+        place = inner
+    if key == "method.name" and place.get("name") != value:
+        place.clear()  # another method has other keys: start from its defaults
+    if key == "model.name" and place.get("name") != value:
+        for size in ("width", "depth", "heads"):  # these belong to the name before
+            place.pop(size, None)
+    place[leaf] = value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    """One pydantic error as: key, what was expected, what was found."""
+    tags = {"dseq", "ijepa", "cjepa"}
+    location = [str(part) for part in item["loc"] if str(part) not in tags]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"])
+        return f"unknown key {key!r}. {did_you_mean(location[-1], known)}"
+    if item["type"] == "union_tag_invalid":
+        return f"method.name must be one of dseq, ijepa, cjepa, found {item['input'].get('name')!r}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message if not key or key in message else f"{key}: {message}"
+    found = "" if item["type"] == "missing" else f", found {item['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{found}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> set[str]:
+    """The keys of the section in which `location`'s last part stands."""
+    methods: dict[str, type[Section]] = {"dseq": DSeqConfig, "ijepa": IJepaConfig}
+    methods["cjepa"] = CJepaConfig
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        if part in methods:
+            model = methods[str(part)]
+            continue
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return set(model.model_fields)

@@ -1,0 +1,278 @@
+"""Any folder of images as a data set, and parts of a data set.
+
+Suffixes: N images, B chosen images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base as ExifTag
+from torch import Tensor
+
+from dseqjepa.data.source import BadImage, Source
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, hash_int64, uniforms
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+# What undoes each EXIF orientation. Pillow's exif_transpose would also write the EXIF block anew,
+# and fails on whole pictures whose other entries are malformed.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageFolder:
+    """Every image below a folder, in the order of their paths.
+
+    The first level may hold the splits: a folder `train` and one of `val`, `valid`, `validation`,
+    `test` (the first that is there, any case). Then `split` chooses between them; "all" takes the
+    whole folder. Without such folders (`has_splits` is False) every split is the whole folder.
+
+    `labels["class"]` is the first folder level below the split, where every image lies in such a
+    folder and there are two or more. A "val" split is labelled with the classes of "train", so
+    that a number means the same class in both, and not at all where it holds other folders.
+
+    Hidden files and folders are left out; links are followed, every folder is read once.
+
+    Raises:
+        InputError: the folder does not exist or cannot be read, or holds no image.
+    """
+
+    def __init__(self, root: Path, split: Literal["train", "val", "all"] = "all") -> None:
+        root = existing_folder(root)
+        splits = _split_folders(root)
+        self.has_splits = bool(splits)
+        self.root = splits.get(split, root)
+
+        files = list(_files(self.root))
+        paths = sorted(filter(_is_image, files))
+        if not paths:
+            raise InputError(
+                f"no images found below {self.root}: saw {len(files)} files, "
+                f"expected names that end in {' '.join(ENDINGS)}"
+            )
+        # One array of bytes and not a million strings: worker processes go on sharing its memory,
+        # where counting references would copy it into each of them.
+        self._paths_N = np.array([os.fsencode(path) for path in paths])
+
+        level = 1 if split == "all" and splits else 0
+        folders = [_folder(path, level) for path in paths]
+        of_train = split == "val" and "train" in splits
+        classes = _class_folders(splits["train"]) if of_train else sorted(set(folders))
+        self.labels: Mapping[str, np.ndarray] = {}
+        self.classes: Mapping[str, tuple[str, ...]] = {}
+        if len(classes) >= 2 and "" not in folders and set(folders) <= set(classes):
+            number = {name: label for label, name in enumerate(classes)}
+            self.labels = {"class": np.array([number[name] for name in folders], dtype=np.int64)}
+            self.classes = {"class": tuple(_printable(name) for name in classes)}
+
+    def __len__(self) -> int:
+        return len(self._paths_N)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
+        return decode(self._path(index))
+
+    def name(self, index: int) -> str:
+        return _printable(str(self._path(index)))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for index, path in enumerate(self._paths_N):
+            digest.update(b"%s\0%d\0" % (path, self._path(index).stat().st_size))
+        return digest.hexdigest()
+
+    def _path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self._paths_N[index])
+
+
+class Subset:
+    """The images of a source at `indices`, in that order."""
+
+    def __init__(self, source: Source, indices_B: Int64[np.ndarray, " B"]) -> None:
+        self.source = source
+        self.indices_B = indices_B
+        self.labels: Mapping[str, np.ndarray] = {
+            task: label_N[indices_B] for task, label_N in source.labels.items()
+        }
+        self.classes: Mapping[str, tuple[str, ...]] = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices_B)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
+        return self.source.image(int(self.indices_B[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices_B[index]))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.source.fingerprint().encode())
+        digest.update(self.indices_B.tobytes())
+        return digest.hexdigest()
+
+
+def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset, Subset]:
+    """Split a source into (train, val), each in the source's order.
+
+    `val` holds the `fraction` of the images (rounded, at least one) whose hash with `seed` is
+    smallest.
+
+    Raises:
+        InputError: the source has fewer than two images.
+    """
+    count = len(source)
+    if count < 2:
+        raise InputError(f"a hold-out needs 2 images or more, found {count}")
+    held_out = min(max(round(fraction * count), 1), count - 1)
+    keys_N = hash_int64(seed, torch.arange(count))
+    order_N = uniforms(keys_N, Stream.SPLIT, 1)[:, 0].argsort(stable=True).numpy()
+    return (
+        Subset(source, np.sort(order_N[held_out:])),
+        Subset(source, np.sort(order_N[:held_out])),
+    )
+
+
+def decode(path: Path) -> UInt8[Tensor, "3 H W"]:
+    """Read one image file as 8-bit RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, 16-bit grey keeps its high
+    byte, and of an animation the first frame counts.
+
+    Raises:
+        BadImage: with the reason, where the file is no whole image, is larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or has 32-bit pixels, which have no agreed white.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels_HWC = np.array(_to_rgb(picture))
+    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
+        raise BadImage(_reason(path, error)) from error
+    # Channels stay last in memory, as they were decoded: resizing is twice as quick that way.
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and picture.width * picture.height > limit:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {limit} in all")
+    turn = UPRIGHT.get(picture.getexif().get(ExifTag.Orientation, 1))
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if picture.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no agreed white: save it with 8 or 16 bits")
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "the file is empty" if path.stat().st_size == 0 else "not a known image format"
+    return str(error) or type(error).__name__
+
+
+def existing_folder(path: Path) -> Path:
+    """`path` itself, or an InputError that names the sibling that was probably meant."""
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise InputError(f"expected a folder, found a file: {path}")
+    siblings: list[str] = []
+    if os.access(path.parent, os.R_OK):
+        siblings = [entry.name for entry in path.parent.iterdir() if os.path.isdir(entry)]
+    raise InputError(f"no such folder: {path}{did_you_mean(path.name, siblings)}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known word nearest to `word`, or nothing."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """{"train": folder, "val": folder}, or nothing unless both are there."""
+    found = {entry.name.lower(): entry for entry in _visible(root) if entry.is_dir()}
+    held_out = [found[name] for name in HELD_OUT_FOLDERS if name in found]
+    if "train" not in found or not held_out:
+        return {}
+    return {"train": Path(found["train"].path), "val": Path(held_out[0].path)}
+
+
+def _class_folders(root: Path) -> list[str]:
+    """The folders right below `root` that hold an image at any depth."""
+    return [
+        entry.name
+        for entry in _visible(root)
+        if entry.is_dir() and any(map(_is_image, _files(Path(entry.path))))
+    ]
+
+
+def _files(root: Path) -> Iterator[str]:
+    """The paths below `root`, relative to it and with "/", of all visible files."""
+    read: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        folder = root / prefix
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in read:
+            continue
+        read.add((status.st_dev, status.st_ino))
+        below = []
+        for entry in _visible(folder):
+            if entry.is_dir():
+                below.append(f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name
+        pending.extend(reversed(below))
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name, without hidden entries and links that lead nowhere."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [
+                entry
+                for entry in entries
+                if not entry.name.startswith(".")
+                and (not entry.is_symlink() or os.path.exists(entry.path))
+            ]
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(ENDINGS)
+
+
+def _folder(path: str, level: int) -> str:
+    """The name of the folder at this level of a relative path, "" where there is none."""
+    folders = path.split("/")[:-1]
+    return folders[level] if level < len(folders) else ""
+
+
+def _printable(path: str) -> str:
+    """A path that any output can take: file names need not be valid UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")

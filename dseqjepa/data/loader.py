@@ -1,0 +1,195 @@
+"""Batches of a source, resumable at any step and the same whatever reads them.
+
+The order of an epoch is a function of (seed, epoch), a sample's key one of (seed, epoch, index).
+So nothing has to be saved to go on in the middle of an epoch, and neither the number of worker
+processes nor that of ranks changes which samples a step sees.
+
+Suffixes: N images of the source, B of a batch on this rank, C colours, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.transforms import Transform
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.keyed import Stream, sample_keys, uniforms
+
+Request = tuple[int, Int64[np.ndarray, " B"]]
+"""An epoch and the indices of one batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The images of one step on one rank; there is always at least one.
+
+    `index_B` are their places in the source and `keys_B` their keys in this epoch. `labels` has
+    an entry for every task that the source has labels for. `bad` holds (name, reason) of the images
+    that could not be decoded, which are left out everywhere else.
+    """
+
+    images_BCHW: UInt8[Tensor, "B 3 H W"]
+    keys_B: Int64[Tensor, " B"]
+    index_B: Int64[Tensor, " B"]
+    labels: dict[str, Int64[Tensor, " B"]]
+    bad: tuple[tuple[str, str], ...]
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from where a copy to a CUDA device can overlap work."""
+        return replace(
+            self,
+            images_BCHW=self.images_BCHW.pin_memory(),
+            keys_B=self.keys_B.pin_memory(),
+            labels={task: label_B.pin_memory() for task, label_B in self.labels.items()},
+        )
+
+
+class Loader:
+    """Reads a source in batches.
+
+    Args:
+        source: the images.
+        transform: makes them one size; its randomness comes from the samples' keys.
+        batch_size: samples of this rank in a step; a step of all ranks sees `world` times as many.
+        seed: of the order and of the keys.
+        workers: processes that read ahead; 0 reads in this one, which is quickest for a source in
+            memory. The processes live as long as the loader, so iterate one epoch at a time.
+        rank: this process among `world`.
+        world: number of processes that train together.
+        shuffle: True gives every epoch its own order and leaves out the last images that do not
+            fill a step. False reads every image once and in order; the last batches are then
+            smaller, and a rank for which nothing is left ends a step early.
+
+    Raises:
+        InputError: there are too few images for a single step.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        if shuffle and len(source) < batch_size * world:
+            raise InputError(
+                f"{len(source)} images are fewer than one batch of {batch_size * world}: "
+                f"lower data.batch_size to {len(source)} or less, or give more images"
+            )
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.shuffle = shuffle
+        self._reader = _Reader(source, transform, seed)
+        self._pin = torch.cuda.is_available()
+        self._requests = _Requests()
+        self._processes: DataLoader[Batch] | None = None
+        if workers:
+            self._processes = DataLoader(
+                self._reader,
+                batch_size=None,
+                sampler=self._requests,
+                num_workers=workers,
+                persistent_workers=True,
+                pin_memory=self._pin,
+                # Its own, because each iteration draws a number: the global one must not notice.
+                generator=torch.Generator(),
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of batches that this rank sees in an epoch."""
+        count, step_size = len(self._reader.source), self.batch_size * self.world
+        if self.shuffle:
+            return count // step_size
+        return max(0, -(-(count - self.rank * self.batch_size) // step_size))
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `start_step` on; what lies before it is not read.
+
+        Raises:
+            RunError: no image of a batch could be decoded.
+        """
+        requests = self._cut(epoch, start_step)
+        batches: Iterable[Batch]
+        if self._processes is None:
+            read = map(self._reader.__getitem__, requests)
+            batches = (batch.pin_memory() for batch in read) if self._pin else read
+        else:
+            self._requests.pending = requests
+            batches = self._processes
+        for batch in batches:
+            if len(batch.index_B) == 0:
+                name, reason = batch.bad[0]
+                raise RunError(
+                    f"none of the {len(batch.bad)} images of a batch could be decoded, "
+                    f"the first is {name}: {reason}"
+                )
+            yield batch
+
+    def _cut(self, epoch: int, start_step: int) -> Iterator[Request]:
+        """Every step takes the next `world` batches of the order; each rank has one of them."""
+        order_N = self._order(epoch)
+        for step in range(start_step, self.steps_per_epoch):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield epoch, order_N[first : first + self.batch_size]
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
+        index_N = torch.arange(len(self._reader.source))
+        if not self.shuffle:
+            return index_N.numpy()
+        keys_N = sample_keys(self._reader.seed, epoch, index_N)
+        return uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).numpy()
+
+
+class _Reader(Dataset[Batch]):
+    """What a worker process holds: it turns a request into a batch."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, request: Request) -> Batch:
+        epoch, wanted_B = request
+        images, indices, bad = [], [], []
+        for index in wanted_B.tolist():
+            try:
+                images.append(self.source.image(index))
+                indices.append(index)
+            except BadImage as reason:
+                bad.append((self.source.name(index), str(reason)))
+        index_B = torch.tensor(indices, dtype=torch.int64)
+        keys_B = sample_keys(self.seed, epoch, index_B)
+        return Batch(
+            images_BCHW=self.transform.batch(images, keys_B),
+            keys_B=keys_B,
+            index_B=index_B,
+            labels={
+                task: torch.from_numpy(label_N[index_B.numpy()])
+                for task, label_N in self.source.labels.items()
+            },
+            bad=tuple(bad),
+        )
+
+
+class _Requests:
+    """The sampler of the worker processes: it hands out what is pending."""
+
+    pending: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.pending)

@@ -1,0 +1,205 @@
+"""The embedded data set: rendered scenes of several objects, with everything about them known.
+
+Scene `index` of a seed is a pure function of the two, the same at every size. Its labels are about
+the main object: the nearest one and the largest in the picture. Colours, materials, poses, light,
+ground, sky and camera vary at random, so that the pixels alone say little about the shape.
+
+Suffixes: B scenes, H rows, W columns, 3 colour channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int8, UInt8
+from torch import Tensor
+
+from dseqjepa.data.layouts import (
+    COLOURS,
+    DISTANCES,
+    FACTS,
+    MAX_COUNT,
+    SHAPE_NAMES,
+    draw_layout,
+    read_facts,
+    scene_keys,
+)
+from dseqjepa.data.render import MATERIALS, render
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, hash_int64, uniforms
+
+GENERATOR_VERSION = 1  # to be raised whenever the same (seed, index) gives another picture
+
+SHAPES = SHAPE_NAMES
+COUNTS = tuple(str(count + 1) for count in range(MAX_COUNT))
+DISTANCE_EDGES = (4.6, 5.0, 5.4, 5.8, 6.2)  # six equal parts of DISTANCES
+DISTANCE_RANGES = tuple(
+    f"{low} to {high}" for low, high in pairwise((DISTANCES[0], *DISTANCE_EDGES, DISTANCES[1]))
+)
+SPLITS = ("train", "val")
+SIZE_MIN, SIZE_MAX = 32, 512
+CHUNK = 32  # scenes that a worker renders at a time
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object, in pixel coordinates where pixel i covers [i, i + 1].
+
+    `box` is (x0, y0, x1, y1), tight around the visible part, its end exclusive; `pixels` is the
+    number of visible pixels; `centre_xy` is the projected centre. `distance` (camera depth of the
+    centre) and `radius` (of the bounding ball) are in scene units.
+    """
+
+    shape: str
+    colour: str
+    material: str
+    box: tuple[int, int, int, int]
+    centre_xy: tuple[float, float]
+    distance: float
+    radius: float
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and the truth about it; `objects` stand nearest first, the main one at 0.
+
+    `instance_HW` is 0 where no object is seen and i + 1 at objects[i]; what is neither object nor
+    `ground_HW` is sky. `depth_HW` is in scene units, inf in the sky. The maps sample each pixel
+    once, the image smooths over it.
+    """
+
+    image_HW3: UInt8[np.ndarray, "H W 3"]
+    objects: tuple[SceneObject, ...]
+    instance_HW: Int8[np.ndarray, "H W"]
+    ground_HW: Bool[np.ndarray, "H W"]
+    depth_HW: Float32[np.ndarray, "H W"]
+
+
+def render_scene(seed: int, index: int, size: int = 64) -> Scene:
+    """Render scene `index` of a seed as size x size pixels (InputError outside 32 to 512)."""
+    _check_size(size)
+    layout = draw_layout(seed, index)
+    picture = render(layout, size)
+    objects = []
+    for number, body in enumerate(layout.bodies, start=1):
+        seen_HW = picture.instance_HW == number
+        rows, columns = np.flatnonzero(seen_HW.any(1)), np.flatnonzero(seen_HW.any(0))
+        x, y, depth = layout.camera.view(body.centre_3)
+        scale = layout.camera.focal / depth
+        objects.append(
+            SceneObject(
+                shape=body.shape,
+                colour=body.colour,
+                material=body.material,
+                box=(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1),
+                centre_xy=((x * scale + 1) / 2 * size, (y * scale + 1) / 2 * size),
+                distance=depth,
+                radius=body.radius,
+                pixels=int(np.count_nonzero(seen_HW)),
+            )
+        )
+    return Scene(
+        image_HW3=np.ascontiguousarray(picture.image_3HW.transpose(1, 2, 0)),
+        objects=tuple(objects),
+        instance_HW=picture.instance_HW,
+        ground_HW=(picture.instance_HW == 0) & np.isfinite(picture.depth_HW),
+        depth_HW=picture.depth_HW,
+    )
+
+
+class Scenes:
+    """`count` scenes as a `Source`. The splits of a seed are streams of different scenes.
+
+    Images are rendered when asked for, once, into one array; `prepare` fills it ahead, best before
+    loader workers start. Tasks: class (shape), colour, material and distance (of the main object),
+    count (of all objects, the label 0 for one).
+    """
+
+    def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
+        """Raise `InputError` for an unknown split, no scenes, or a size outside 32 to 512."""
+        _check_size(size)
+        if split not in SPLITS:
+            raise InputError(f"expected a split of scenes, one of {SPLITS}, found {split!r}")
+        if count < 1:
+            raise InputError(f"expected at least 1 scene, found {count}")
+        self.size = size
+        self._id = f"scenes {GENERATOR_VERSION} {seed} {split} {count} {size}"
+        self._seed = int(hash_int64(seed, int(Stream.SPLIT), SPLITS.index(split)))
+        self._images_B3HW = np.empty((count, 3, size, size), np.uint8)
+        self._done_B = np.zeros(count, bool)
+
+        keys_B = scene_keys(self._seed, torch.arange(count))
+        facts = read_facts(uniforms(keys_B, Stream.SCENE, FACTS))
+        self.labels = {
+            "class": facts.shape_B,
+            "count": facts.count_B,
+            "colour": facts.colour_B,
+            "material": facts.material_B,
+            "distance": np.digitize(facts.distance_B, DISTANCE_EDGES),
+        }
+        self.classes = {
+            "class": SHAPES,
+            "count": COUNTS,
+            "colour": COLOURS,
+            "material": MATERIALS,
+            "distance": DISTANCE_RANGES,
+        }
+
+    def __len__(self) -> int:
+        return len(self._done_B)
+
+    def image(self, index: int) -> Tensor:
+        """The image as uint8 [3, size, size]; a view of the cache, not to be written to."""
+        index = range(len(self))[index]
+        if not self._done_B[index]:
+            self._images_B3HW[index] = _render_images(self._seed, self.size, [index])[0]
+            self._done_B[index] = True
+        return torch.from_numpy(self._images_B3HW[index])
+
+    def scene(self, index: int) -> Scene:
+        """The scene with its objects and maps, rendered afresh."""
+        return render_scene(self._seed, range(len(self))[index], self.size)
+
+    def name(self, index: int) -> str:
+        return f"scene {index}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._id.encode()).hexdigest()
+
+    def prepare(self, workers: int, progress: Callable[[int], None] | None = None) -> None:
+        """Render all images, in `workers` processes if more than one.
+
+        `progress` is told how many images are there, after every few.
+        """
+        missing = np.flatnonzero(~self._done_B).tolist()
+        chunks = [missing[at : at + CHUNK] for at in range(0, len(missing), CHUNK)]
+        job = partial(_render_images, self._seed, self.size)
+        with ExitStack() as stack:
+            run: Callable[..., Iterator[np.ndarray]] = map
+            if workers > 1:
+                context = multiprocessing.get_context("spawn")
+                run = stack.enter_context(ProcessPoolExecutor(workers, context)).map
+            for chunk, images_B3HW in zip(chunks, run(job, chunks), strict=True):
+                self._images_B3HW[chunk] = images_B3HW
+                self._done_B[chunk] = True
+                if progress is not None:
+                    progress(int(self._done_B.sum()))
+
+
+def _render_images(seed: int, size: int, indices: list[int]) -> UInt8[np.ndarray, "B 3 H W"]:
+    return np.stack([render(draw_layout(seed, index), size).image_3HW for index in indices])
+
+
+def _check_size(size: int) -> None:
+    if not SIZE_MIN <= size <= SIZE_MAX:
+        raise InputError(f"expected scenes of {SIZE_MIN} to {SIZE_MAX} pixels, found {size}")

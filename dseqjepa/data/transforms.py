@@ -1,0 +1,148 @@
+"""From decoded images of any size to one batch of a fixed size, still 8-bit.
+
+Normalisation belongs to the model's side: batches of bytes are a quarter of the memory and of the
+way to the device. Both transforms interpolate bilinearly with antialiasing: that is what the
+recipes in the literature do (it is RandomResizedCrop's default, which I-JEPA keeps), it costs the
+same as bicubic, and it cannot overshoot, so no byte is clipped.
+
+Suffixes: B images, C colours or random numbers, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from dseqjepa.keyed import Stream, uniforms
+
+TRIES = 10
+LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
+# The random numbers of a sample: two a try, then top, left and flip.
+DRAWS = 2 * TRIES + 3
+RESIZE_RATIO = (256, 224)
+
+
+class Transform(Protocol):
+    """A pure function of an image and its key; `batch` does many, more quickly."""
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], key: int) -> UInt8[Tensor, "3 H W"]: ...
+
+    def batch(
+        self, images: Sequence[Tensor], keys_B: Int64[Tensor, " B"]
+    ) -> UInt8[Tensor, "B 3 H W"]: ...
+
+
+class TrainTransform:
+    """RandomResizedCrop, then a horizontal flip of every other image where `flip` is set.
+
+    Args:
+        image_size: height and width of the result, in pixels.
+        crop_scale: smallest and largest part of the image's area that a crop may take.
+        flip: whether to mirror half of the samples.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        crop_scale: tuple[float, float] = (0.3, 1.0),
+        flip: bool = False,
+    ) -> None:
+        self.image_size = image_size
+        self.crop_scale = crop_scale
+        self.flip = flip
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], key: int) -> UInt8[Tensor, "3 H W"]:
+        return self.batch([image], torch.tensor([key]))[0]
+
+    def batch(
+        self, images: Sequence[Tensor], keys_B: Int64[Tensor, " B"]
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        # Drawn for the whole batch: one image's numbers cost as much as those of a hundred.
+        draws_BC = uniforms(keys_B, Stream.AUGMENT, DRAWS).tolist()
+        crops = [self._crop(image, draws) for image, draws in zip(images, draws_BC, strict=True)]
+        return _stack(crops, self.image_size)
+
+    def _crop(self, image: UInt8[Tensor, "3 h w"], draws: list[float]) -> Tensor:
+        box = crop_box(draws, image.shape[-2], image.shape[-1], self.crop_scale)
+        crop = F.resized_crop(
+            image, *box, list(self.image_size), InterpolationMode.BILINEAR, antialias=True
+        )
+        return F.horizontal_flip(crop) if self.flip and draws[-1] < 0.5 else crop
+
+
+class EvalTransform:
+    """Resize so that the image just covers 256/224 of the wanted size, then take the centre.
+
+    An image that already has the wanted size is left as it is.
+
+    Args:
+        image_size: height and width of the result, in pixels.
+    """
+
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        self.image_size = image_size
+
+    def __call__(self, image: UInt8[Tensor, "3 h w"], key: int = 0) -> UInt8[Tensor, "3 H W"]:
+        height, width = image.shape[-2:]
+        if (height, width) == self.image_size:
+            return image
+        grown, natural = RESIZE_RATIO
+        cover_height, cover_width = (round(side * grown / natural) for side in self.image_size)
+        if cover_height * width >= cover_width * height:
+            size = [cover_height, cover_height * width // height]
+        else:
+            size = [cover_width * height // width, cover_width]
+        resized = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
+        return F.center_crop(resized, list(self.image_size))
+
+    def batch(
+        self, images: Sequence[Tensor], keys_B: Int64[Tensor, " B"]
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        return _stack([self(image) for image in images], self.image_size)
+
+
+def _stack(images: Sequence[Tensor], size: tuple[int, int]) -> UInt8[Tensor, "B 3 H W"]:
+    """`torch.stack`, but also of no images, and always with the channels first in memory."""
+    images_BCHW = torch.empty((len(images), 3, *size), dtype=torch.uint8)
+    for place_CHW, image in zip(images_BCHW, images, strict=True):
+        place_CHW.copy_(image)
+    return images_BCHW
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def crop_box(draws: Sequence[float], height: int, width: int, scale: tuple[float, float]) -> Box:
+    """Where RandomResizedCrop cuts, as a function of `DRAWS` uniform numbers.
+
+    The area is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3 and the place uniform
+    (Szegedy et al., 2015, section 6). After `TRIES` crops that do not fit, the largest centred one
+    with an allowed aspect ratio is taken.
+    """
+    low, high = LOG_ASPECT
+    for attempt in range(TRIES):
+        area_draw, aspect_draw = draws[2 * attempt : 2 * attempt + 2]
+        area = height * width * (scale[0] + area_draw * (scale[1] - scale[0]))
+        aspect = math.exp(low + aspect_draw * (high - low))
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(draws[2 * TRIES] * (height - crop_height + 1))
+            left = int(draws[2 * TRIES + 1] * (width - crop_width + 1))
+            return Box(top, left, crop_height, crop_width)
+    crop_width = min(width, round(height * math.exp(high)))
+    crop_height = min(height, round(width / math.exp(low)))
+    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)

@@ -1,0 +1,63 @@
+"""Counter-based randomness: uniform numbers as a pure function of (key, stream, counter).
+
+Nothing here has state. The same key gives the same numbers on every device, in every process and
+whatever was drawn before, so a resumed run, another number of workers or another split of a batch
+draws the same masks and crops for the same sample without any generator state to save.
+
+The mixing function is SplitMix64's finaliser (Steele, Lea and Flood, 2014), on 64-bit integers with
+wrap-around. Suffixes: B images, C counters.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+GOLDEN_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+class Stream(IntEnum):
+    """What a random number is for. Two streams of one key are independent."""
+
+    SHUFFLE = 1
+    AUGMENT = 2
+    PATH = 3
+    BLOCKS = 4
+    ORDER = 5
+    KEEP = 6
+    RECTANGLES = 7
+    SCENE = 8
+    SPLIT = 9
+
+
+def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """SplitMix64's finaliser; `>>` on int64 is arithmetic, hence the masks."""
+    bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * MIX_1
+    bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
+
+
+def hash_int64(*parts: int | Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """Hash integers, or tensors of integers that broadcast, into well-mixed int64 values."""
+    state = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        value = torch.as_tensor(part, dtype=torch.int64)
+        state = _mix(state.to(value.device) + value + GOLDEN_GAMMA)
+    return state
+
+
+def sample_keys(seed: int, epoch: int, index_B: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
+    """The key of each sample in an epoch: all its augmentation and masks derive from it."""
+    return hash_int64(seed, epoch, index_B)
+
+
+def uniforms(keys_B: Int64[Tensor, " B"], stream: Stream, count: int) -> Float[Tensor, "B C"]:
+    """`count` numbers in [0, 1) for every key, float64 with 53 random bits, on the keys' device."""
+    counter_C = torch.arange(count, device=keys_B.device)
+    bits_BC = hash_int64(keys_B[:, None], int(stream), counter_C[None, :])
+    return ((bits_BC >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) / 2**53

@@ -1,0 +1,200 @@
+"""What all methods share: look, plan, encode the contexts, predict, compare.
+
+A method says which plan it draws; nothing here knows which one it is.
+
+Suffixes: B images, N patches, D width, S steps, V predicted tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from dseqjepa.config import Config
+from dseqjepa.methods.losses import Vicreg, mean_by_row, smooth_l1_by_token
+from dseqjepa.model.look import Look, look, target_features
+from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
+from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
+from dseqjepa.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class Step:
+    """The loss of a batch, with what is worth logging."""
+
+    loss: Float[Tensor, ""]
+    weight: Float[Tensor, ""]
+    """How many predicted patches (or regions) the loss is a mean of: micro-batches are joined in
+    this proportion. No gradient."""
+    metrics: dict[str, Tensor]
+    """Scalars, except `loss_by_rank` and `count_by_rank`: one value a step number, from step 1."""
+    pooled_BD: Float[Tensor, "B D"]
+    """Mean target feature of each image; no gradient. What the health monitor looks at."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted features: `row_T` is a token's step (an index into the plan), `patch_T` its
+    patch."""
+
+    values_TD: Float[Tensor, "T D"]
+    row_T: Int64[Tensor, " T"]
+    patch_T: Int64[Tensor, " T"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A plan and what is worth logging about how it came about."""
+
+    plan: Plan
+    metrics: dict[str, Tensor]
+
+
+class Method(nn.Module, ABC):
+    """A context encoder, its EMA target, a predictor, and a way to plan."""
+
+    context_mode = "prefix"
+    steps_per_image: int
+    """The most steps a plan has for one image."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        predictor = config.predictor
+        self.encoder = build_encoder(config)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.predictor = Predictor(
+            grid=self.encoder.grid,
+            encoder_width=config.model.width,
+            width=predictor.width,
+            depth=predictor.depth,
+            heads=predictor.heads,
+            mask_token=predictor.mask_token,
+        )
+        self.by_region = config.method.loss_weighting == "region"
+        self.blocks = config.method.blocks
+        self.regularizer_weight = config.method.regularizer_weight
+        self.regularizer: Vicreg | None = None
+        if config.method.regularizer == "vicreg":
+            self.regularizer = Vicreg(config.method.vicreg, config.model.width)
+
+    @abstractmethod
+    def draw(
+        self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
+    ) -> Draw:
+        """The plan of a batch: a pure function of what was seen, progress and the keys."""
+
+    def look(self, images_BCHW: Images) -> Look:
+        """What the target encoder sees; methods that need saliency override this."""
+        return look(self.target, images_BCHW)
+
+    def plan(
+        self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]
+    ) -> Plan:
+        """The plan of a batch. `progress` in [0, 1] is how far training has come."""
+        grid = self.target.grid_of(images_BCHW)
+        return self.draw(self.look(images_BCHW), grid, progress, keys_B).plan
+
+    def predict(self, images_BCHW: Images, plan: Plan) -> Predictions:
+        """Predicted target features of every target patch of a plan (eq. 5)."""
+        return self._predict(images_BCHW, plan)[0]
+
+    def _predict(
+        self, images_BCHW: Images, plan: Plan
+    ) -> tuple[Predictions, Contexts, Float[Tensor, "T D"]]:
+        grid = self.encoder.grid_of(images_BCHW)
+        contexts = pack_contexts(
+            plan, self.context_mode, class_token=bool(self.encoder.prefix)
+        )
+        pixels_BNP = patchify(normalize(images_BCHW), self.encoder.patch_size)
+        pixels_TP = pixels_BNP[contexts.image_T, contexts.patch_T.clamp(min=0)]
+        context_TD = self.encoder.encode_patches(
+            pixels_TP, contexts.patch_T, contexts.sequences, grid
+        )
+        queries = pack_queries(plan, contexts)
+        values_VD = self.predictor(
+            context_TD,
+            queries.source_U,
+            queries.patch_U,
+            queries.query_V,
+            queries.sequences,
+            grid,
+        )
+        return Predictions(values_VD, queries.row_V, queries.patch_V), contexts, context_TD
+
+    def forward(
+        self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]
+    ) -> Step:
+        """The loss of one batch of uint8 or ImageNet-normalised float images (METHOD section 1)."""
+        sight = self.look(images_BCHW)
+        grid = self.target.grid_of(images_BCHW)
+        drawn = self.draw(sight, grid, progress, keys_B)
+        plan = drawn.plan
+        predictions, contexts, context_TD = self._predict(images_BCHW, plan)
+
+        target_BND = target_features(sight.patches_BND)
+        row_V = predictions.row_T
+        target_VD = target_BND[plan.image_S[row_V], predictions.patch_T]
+        loss_V = smooth_l1_by_token(predictions.values_TD, target_VD)
+        loss_S = mean_by_row(loss_V, row_V, len(plan))
+        # The sum of an empty batch is 0, and so is its gradient.
+        weight = loss_V.new_tensor(float(len(plan) if self.by_region else len(loss_V)))
+        loss = (loss_S if self.by_region else loss_V).sum() / weight.clamp(min=1)
+
+        pooled_BD = target_BND.float().mean(dim=1)
+        metrics = {
+            **drawn.metrics,
+            **self._describe(plan, loss_S, loss_V, target_VD, contexts),
+            "prediction_loss": loss.detach(),
+        }
+        if self.regularizer is not None:
+            context_ID, image_I = self._pooled_contexts(contexts, context_TD, len(images_BCHW))
+            term = self.regularizer(context_ID, pooled_BD[image_I])
+            loss = loss + self.regularizer_weight * term
+            metrics["regularizer"] = term.detach()
+        return Step(loss, weight, metrics, pooled_BD)
+
+    def _pooled_contexts(
+        self, contexts: Contexts, context_TD: Float[Tensor, "T D"], images: int
+    ) -> tuple[Float[Tensor, "I D"], Int64[Tensor, " I"]]:
+        """The mean patch feature of each image's contexts, of the images that have one."""
+        is_patch_T = contexts.patch_T >= 0
+        image_T = contexts.image_T[is_patch_T]
+        tokens_TD = context_TD[is_patch_T].float()
+        total_BD = tokens_TD.new_zeros(images, tokens_TD.shape[1]).index_add(0, image_T, tokens_TD)
+        count_B = image_T.bincount(minlength=images)
+        image_I = count_B.nonzero().squeeze(1)
+        return total_BD[image_I] / count_B[image_I, None], image_I
+
+    @torch.no_grad()
+    def _describe(
+        self,
+        plan: Plan,
+        loss_S: Tensor,
+        loss_V: Tensor,
+        target_VD: Tensor,
+        contexts: Contexts,
+    ) -> dict[str, Tensor]:
+        """What a plan cost and gave: loss by step, tokens, and the loss of the mean prediction."""
+        steps = self.steps_per_image
+        by_rank = mean_by_row(loss_S, plan.step_S - 1, steps)
+        mean_1D = target_VD.mean(dim=0, keepdim=True) if len(target_VD) else target_VD
+        mean_loss = smooth_l1_by_token(mean_1D.expand_as(target_VD), target_VD)
+        return {
+            "loss_by_rank": by_rank,
+            "count_by_rank": (plan.step_S - 1).bincount(minlength=steps).to(by_rank.dtype),
+            "mean_prediction_loss": mean_loss.sum() / max(len(mean_loss), 1),
+            "encoder_tokens": loss_V.new_tensor(float(len(contexts.image_T))),
+            "predicted_tokens": loss_V.new_tensor(float(len(loss_V))),
+        }
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """EMA: target <- momentum * target + (1 - momentum) * context encoder."""
+        targets, sources = list(self.target.parameters()), list(self.encoder.parameters())
+        torch._foreach_mul_(targets, momentum)
+        torch._foreach_add_(targets, sources, alpha=1 - momentum)

@@ -1,0 +1,325 @@
+"""Vision transformers: the encoder, and the narrower predictor. Tokens in, features out.
+
+The encoder's state dict has the names of timm's `VisionTransformer`, so that weights move between
+the two without a table. It runs on whole images (`forward`) and on packed patches
+(`encode_patches`); both go through the same blocks.
+
+Suffixes: B images, N patches, D width, T packed tokens, P pixels of a patch (3 * patch^2),
+H heads, C head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from dseqjepa.config import Config
+from dseqjepa.model.attention import Sequences, attend
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Images = Float[Tensor, "B 3 height width"] | UInt8[Tensor, "B 3 height width"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says of a batch: the contract that every evaluation stands on."""
+
+    cls_BD: Float[Tensor, "B D"] | None
+    """[CLS] after the final norm; None for an encoder without it."""
+    patches_BND: Float[Tensor, "B N D"]
+    """Patch features of the last block after the final norm."""
+    layers: tuple[Float[Tensor, "B N D"], ...]
+    """Patch features of the last four blocks (fewer if there are fewer), each after the final
+    norm, the last one being `patches_BND`."""
+
+
+def normalize(images_BCHW: Images) -> Float[Tensor, "B 3 height width"]:
+    """uint8 images to ImageNet-normalised float32; float images are taken as normalised."""
+    if images_BCHW.dtype != torch.uint8:
+        return images_BCHW
+    mean_C, std_C = images_BCHW.new_tensor(
+        [IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32
+    ).unbind()
+    scale_C, shift_C = 1 / (255 * std_C), -mean_C / std_C
+    return images_BCHW.float().mul_(scale_C[:, None, None]).add_(shift_C[:, None, None])
+
+
+def patchify(
+    images_BCHW: Float[Tensor, "B 3 height width"], patch_size: int
+) -> Float[Tensor, "B N P"]:
+    """Images cut into row-major patches, each flattened in (channel, row, column) order."""
+    B, channels, height, width = images_BCHW.shape
+    h, w = height // patch_size, width // patch_size
+    cut = images_BCHW.reshape(B, channels, h, patch_size, w, patch_size)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, channels * patch_size**2)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
+    """Fixed 2-D sine-cosine positions: half the width for the row, half for the column.
+
+    Each half holds sines, then cosines, at frequencies 10000^(-i / (width / 4)).
+    """
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def axis(length: int) -> Tensor:
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    h, w = grid
+    row_ND = axis(h)[:, None, :].expand(h, w, -1)
+    column_ND = axis(w)[None, :, :].expand(h, w, -1)
+    return torch.cat([row_ND, column_ND], dim=2).reshape(h * w, width).float()
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
+        q_THC, k_THC, v_THC = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
+        return self.proj(attend(q_THC, k_THC, v_THC, sequences).flatten(1))
+
+    def of_first_token(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B H L"]:
+        """The attention weights of each sequence's first token, for every head."""
+        q, k, _ = self.qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
+        score_BHL = torch.einsum("bhc,blhc->bhl", q[:, 0], k) * q.shape[-1] ** -0.5
+        return score_BHL.float().softmax(dim=-1)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return self.fc2(F.gelu(self.fc1(x_TD)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_ratio * width)
+
+    def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
+        x_TD = x_TD + self.attn(self.norm1(x_TD), sequences)
+        return x_TD + self.mlp(self.norm2(x_TD))
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch's pixels, stored as timm stores it: a strided convolution."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+
+    def forward(self, pixels_TP: Float[Tensor, "... P"]) -> Float[Tensor, "... D"]:
+        return F.linear(pixels_TP, self.proj.weight.flatten(1), self.proj.bias)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module) -> None:
+    """Truncated normal 0.02, zero biases; output projections of block i divided by sqrt(2 i)."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim > 1:
+            nn.init.trunc_normal_(parameter, std=0.02)
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList):
+            for index, block in enumerate(part, start=1):
+                block.attn.proj.weight.div_((2 * index) ** 0.5)
+                block.mlp.fc2.weight.div_((2 * index) ** 0.5)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder.
+
+    `image_size` (height, width) sets the grid of the stored positions; other sizes that the patch
+    size divides get them by bicubic interpolation.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        class_token: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.width = width
+        self.depth = depth
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.prefix = int(class_token)
+        self.patch_embed = PatchEmbed(patch_size, width)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions_ND = sincos_positions(width, self.grid)
+        nothing = positions_ND.new_zeros(self.prefix, width)  # [CLS] has no position
+        self.register_buffer("pos_embed", torch.cat([nothing, positions_ND])[None])
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        initialize(self)
+
+    def grid_of(self, images_BCHW: Images) -> tuple[int, int]:
+        """Rows and columns of patches; `ValueError` where the patch size does not divide."""
+        height, width = images_BCHW.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"image size {height} x {width} is not a multiple of the patch size "
+                f"{self.patch_size}: resize or crop the images"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "L D"]:
+        """Position of each token for a grid, [CLS] (if any) first."""
+        if grid == self.grid:
+            return self.pos_embed[0]
+        stored = self.pos_embed[:, self.prefix :].unflatten(1, self.grid).permute(0, 3, 1, 2)
+        resized = F.interpolate(stored, size=grid, mode="bicubic", antialias=True)
+        return torch.cat([self.pos_embed[0, : self.prefix], resized[0].flatten(1).T])
+
+    def embed(self, images_BCHW: Images) -> tuple[Float[Tensor, "T D"], Sequences]:
+        """Whole images to packed tokens: [CLS] (if any), then all patches, image after image."""
+        grid = self.grid_of(images_BCHW)
+        x_BND = self.patch_embed(patchify(normalize(images_BCHW), self.patch_size))
+        if self.prefix:
+            cls_B1D = self.cls_token.to(x_BND.dtype).expand(len(x_BND), 1, self.width)
+            x_BND = torch.cat([cls_B1D, x_BND], dim=1)
+        x_BLD = x_BND + self.positions(grid)
+        return x_BLD.flatten(0, 1), Sequences.equal(*x_BLD.shape[:2])
+
+    def run(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        sequences: Sequences,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Float[Tensor, "T D"]:
+        """Blocks `start` up to, not including, `stop`; without the final norm."""
+        for block in self.blocks[start:stop]:
+            x_TD = block(x_TD, sequences)
+        return x_TD
+
+    def encode_patches(
+        self,
+        pixels_TP: Float[Tensor, "T P"],
+        patch_T: Int64[Tensor, " T"],
+        sequences: Sequences,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "T D"]:
+        """Packed patches to features. `patch_T` is a token's patch, -1 for [CLS] (whose pixels
+        are not read); a patch that is not among the tokens has no way in."""
+        x_TD = self.patch_embed(pixels_TP)
+        if self.prefix:
+            cls_1D = self.cls_token[0].to(x_TD.dtype)
+            x_TD = torch.where((patch_T < 0)[:, None], cls_1D, x_TD)
+        x_TD = x_TD + self.positions(grid)[patch_T + self.prefix]
+        return self.norm(self.run(x_TD, sequences))
+
+    def forward(self, images_BCHW: Images) -> Features:
+        """Features of whole images, uint8 or ImageNet-normalised float."""
+        x_TD, sequences = self.embed(images_BCHW)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            x_TD = block(x_TD, sequences)
+            if index >= self.depth - 4:
+                layers.append(self.norm(x_TD).unflatten(0, (len(images_BCHW), -1)))
+        cls_BD = layers[-1][:, 0] if self.prefix else None
+        patches = tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers)
+        return Features(cls_BD, patches[-1], patches)
+
+
+def build_encoder(config: Config) -> VisionTransformer:
+    """The encoder that a config describes, freshly initialised."""
+    model = config.model
+    return VisionTransformer(
+        image_size=config.data.image_size,
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        class_token=model.class_token,
+    )
+
+
+class Predictor(nn.Module):
+    """A narrow ViT over context features and mask tokens that reads out at the mask tokens.
+
+    `mask_token=False` leaves the learned token out: queries are positions only.
+    """
+
+    positions_ND: Tensor
+
+    def __init__(
+        self,
+        *,
+        grid: tuple[int, int],
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mask_token: bool = True,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embed = nn.Linear(encoder_width, width)
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.has_mask_token = mask_token
+        self.register_buffer("positions_ND", sincos_positions(width, grid), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.proj = nn.Linear(width, encoder_width)
+        initialize(self)
+
+    def forward(
+        self,
+        context_TD: Float[Tensor, "T D"],
+        source_U: Int64[Tensor, " U"],
+        patch_U: Int64[Tensor, " U"],
+        query_V: Int64[Tensor, " V"],
+        sequences: Sequences,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "V D"]:
+        """Predicted target features of the mask tokens.
+
+        U packed tokens: `source_U` is the context feature a token carries, -1 for a mask token;
+        `patch_U` its patch. `query_V` are the indices of the mask tokens, the ones read out.
+        """
+        embedded_TW = self.embed(context_TD)
+        x_UW = embedded_TW.index_select(0, source_U.clamp(min=0))
+        if self.has_mask_token:
+            mask_1W = self.mask_token.to(x_UW.dtype)
+        else:
+            mask_1W = x_UW.new_zeros(1, x_UW.shape[1])
+        x_UW = torch.where((source_U < 0)[:, None], mask_1W, x_UW)
+        positions_ND = self.positions_ND
+        if grid != self.grid:
+            positions_ND = sincos_positions(positions_ND.shape[1], grid).to(positions_ND.device)
+        x_UW = x_UW + positions_ND[patch_U]
+        for block in self.blocks:
+            x_UW = block(x_UW, sequences)
+        return self.proj(self.norm(x_UW.index_select(0, query_V)))

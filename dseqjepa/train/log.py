@@ -1,0 +1,104 @@
+"""What a run says: metrics.jsonl for programs, log.txt and the console for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
+"""The metrics that tell the time: two identical runs differ in these alone."""
+
+
+class Window:
+    """Sums of metrics since the last log line, kept on the device until they are asked for."""
+
+    def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
+        self.sums: dict[str, Tensor] = {
+            key: torch.tensor(value, dtype=torch.float64) for key, value in (sums or {}).items()
+        }
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        values = dict(metrics)
+        values["loss_by_rank"] = values["loss_by_rank"] * values["count_by_rank"]
+        values["steps"] = torch.ones(())
+        for key, value in values.items():
+            value = value.detach().double()
+            self.sums[key] = self.sums[key].to(value.device) + value if key in self.sums else value
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value.tolist() for key, value in self.sums.items()}
+
+    def means(self) -> dict[str, Any]:
+        """Mean of every metric over the window, as plain numbers; None for a rank not seen."""
+        sums = self.to_json()
+        steps = sums.pop("steps")
+        counts = sums.pop("count_by_rank")
+        by_rank = [s / n if n else None for s, n in zip(sums.pop("loss_by_rank"), counts, strict=True)]
+        return {key: value / steps for key, value in sums.items()} | {"loss_by_rank": by_rank}
+
+
+class Journal:
+    """Writes a run's lines. With `quiet` (ranks other than 0) nothing is written or shown."""
+
+    def __init__(self, out: Path, console: Console, *, quiet: bool = False) -> None:
+        self.out, self.console, self.quiet = out, console, quiet
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+
+    def rewind(self, step: int) -> None:
+        """Drop what metrics.jsonl holds beyond a step: it was not in the checkpoint."""
+        path = self.out / "metrics.jsonl"
+        if self.quiet or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:  # the line that was being written when the run died
+                break
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        if not self.quiet:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def say(self, text: str) -> None:
+        """A line for people, on the console and in log.txt."""
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with (self.out / "log.txt").open("a") as file:
+                file.write(text + "\n")
+
+    def start_progress(self, done: int, total: int) -> None:
+        """A bar on a terminal; elsewhere the plain lines have to do."""
+        if self.quiet or not self.console.is_terminal:
+            return
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.progress.add_task("", total=total, completed=done)
+        self.progress.start()
+
+    def advance(self, step: int, text: str = "") -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=step, description=text or None)
+
+    def stop_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
