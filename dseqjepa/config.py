@@ -65,7 +65,7 @@ class DataConfig(Section):
 
 
 ENCODER_SIZES = {
-    "vit_nano": (192, 6, 3),
+    "vit_nano": (128, 4, 2),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),

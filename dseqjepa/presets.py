@@ -147,7 +147,7 @@ def vitt_demo() -> Config:
     return vitt8_64().with_(
         data={"source": "scenes", "size": 10_000, "batch_size": 64, "workers": 0},
         model=ModelConfig(name="vit_nano", patch_size=8),
-        predictor={"width": 96, "depth": 2, "heads": 3},
+        predictor={"width": 64, "depth": 2, "heads": 2},
         optim={"epochs": 3, "warmup_epochs": 0.3},
         probe={"every_epochs": 0},
     )

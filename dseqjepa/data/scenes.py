@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -140,14 +140,14 @@ class Scenes:
 
         keys_B = scene_keys(self._seed, torch.arange(count))
         facts = read_facts(uniforms(keys_B, Stream.SCENE, FACTS))
-        self.labels = {
+        self.labels: Mapping[str, np.ndarray] = {
             "class": facts.shape_B,
             "count": facts.count_B,
             "colour": facts.colour_B,
             "material": facts.material_B,
             "distance": np.digitize(facts.distance_B, DISTANCE_EDGES),
         }
-        self.classes = {
+        self.classes: Mapping[str, tuple[str, ...]] = {
             "class": SHAPES,
             "count": COUNTS,
             "colour": COLOURS,

@@ -210,11 +210,11 @@ SHAPES: dict[str, Shape] = {
     ),
     "dumbbell": Shape(
         (
-            _solid(quadric=_ball(0.45, x=-0.55)),
-            _solid(quadric=_ball(0.45, x=0.55)),
+            _solid(quadric=_ball(0.41, x=-0.59)),
+            _solid(quadric=_ball(0.41, x=0.59)),
             _solid((1, 0, 0, -0.4, 0.4), quadric=Quadric(_vec3(0, 1, 1), _vec3(0, 0, 0), -0.03)),
         ),
-        foot=0.45,
+        foot=0.41,
         turn=FRONT,
     ),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -23,9 +24,11 @@ from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patc
 from dseqjepa.plans.plan import Plan
 
 
-@dataclass(frozen=True)
-class Step:
-    """The loss of a batch, with what is worth logging."""
+class Step(NamedTuple):
+    """The loss of a batch, with what is worth logging.
+
+    A named tuple, because wrappers of modules look for tensors in tuples and rebuild them.
+    """
 
     loss: Float[Tensor, ""]
     weight: Float[Tensor, ""]
@@ -92,9 +95,7 @@ class Method(nn.Module, ABC):
         """What the target encoder sees; methods that need saliency override this."""
         return look(self.target, images_BCHW)
 
-    def plan(
-        self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]
-    ) -> Plan:
+    def plan(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Plan:
         """The plan of a batch. `progress` in [0, 1] is how far training has come."""
         grid = self.target.grid_of(images_BCHW)
         return self.draw(self.look(images_BCHW), grid, progress, keys_B).plan
@@ -107,9 +108,7 @@ class Method(nn.Module, ABC):
         self, images_BCHW: Images, plan: Plan
     ) -> tuple[Predictions, Contexts, Float[Tensor, "T D"]]:
         grid = self.encoder.grid_of(images_BCHW)
-        contexts = pack_contexts(
-            plan, self.context_mode, class_token=bool(self.encoder.prefix)
-        )
+        contexts = pack_contexts(plan, self.context_mode, class_token=bool(self.encoder.prefix))
         pixels_BNP = patchify(normalize(images_BCHW), self.encoder.patch_size)
         pixels_TP = pixels_BNP[contexts.image_T, contexts.patch_T.clamp(min=0)]
         context_TD = self.encoder.encode_patches(
@@ -126,9 +125,7 @@ class Method(nn.Module, ABC):
         )
         return Predictions(values_VD, queries.row_V, queries.patch_V), contexts, context_TD
 
-    def forward(
-        self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]
-    ) -> Step:
+    def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
         """The loss of one batch of uint8 or ImageNet-normalised float images (METHOD section 1)."""
         sight = self.look(images_BCHW)
         grid = self.target.grid_of(images_BCHW)

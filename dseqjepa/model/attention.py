@@ -9,6 +9,7 @@ Suffixes: T packed tokens, S sequences, L longest sequence of a bucket, H heads,
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,17 +70,14 @@ class Sequences:
         length_S = torch.tensor(lengths, dtype=torch.int64)
         start_S = length_S.cumsum(0) - length_S
         order_S = length_S.argsort(stable=True)
-        buckets = []
-        first = 0
         ordered = length_S[order_S].tolist()
+        buckets = []
+        first = bisect_right(ordered, 0)  # an empty sequence has nothing to attend to
         while first < len(ordered):
-            last = first
             limit = max(ordered[first] * BUCKET_GROWTH, ordered[first] + 4)
-            while last < len(ordered) and ordered[last] <= limit:
-                last += 1
-            if ordered[first] > 0:
-                members_S = order_S[first:last]
-                buckets.append(_bucket(start_S[members_S], length_S[members_S], device, rank_T))
+            last = bisect_right(ordered, limit)
+            members_S = order_S[first:last]
+            buckets.append(_bucket(start_S[members_S], length_S[members_S], device, rank_T))
             first = last
         return Sequences(total, None, tuple(buckets))
 
@@ -157,7 +155,8 @@ def _attend_padded(
         score_SHLL = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if allowed is not None:
             score_SHLL = score_SHLL.masked_fill(~allowed, float("-inf"))
-        weight_SHLL = F.softmax(score_SHLL, dim=-1, dtype=torch.float32).to(v.dtype)
+        exact = torch.promote_types(score_SHLL.dtype, torch.float32)  # bfloat16 is too coarse
+        weight_SHLL = F.softmax(score_SHLL, dim=-1, dtype=exact).to(v.dtype)
         out = weight_SHLL @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)

@@ -96,7 +96,9 @@ def _grad_cam(
         features_BND = target_features(out_TD.unflatten(0, (B, -1))[:, encoder.prefix :])
         norm = features_BND.mean(dim=1).norm(dim=1).sum()  # images do not mix: one norm each
         (gradient_TD,) = torch.autograd.grad(norm, states_TD)
-    patches = [x.detach().unflatten(0, (B, -1))[:, encoder.prefix :] for x in (states_TD, gradient_TD)]
+    patches = [
+        x.detach().unflatten(0, (B, -1))[:, encoder.prefix :] for x in (states_TD, gradient_TD)
+    ]
     return out_TD.detach(), grad_cam(*patches)
 
 

@@ -139,9 +139,7 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
     module.load_state_dict(dict(tensors))
 
 
-def load_encoder(
-    run_or_checkpoint: str | Path, *, weights: str = "target"
-) -> VisionTransformer:
+def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> VisionTransformer:
     """A trained encoder in eval mode, from a run's folder or one of its checkpoints.
 
     `weights` is `target` (the EMA encoder, what the evaluations use) or `context`. Raises

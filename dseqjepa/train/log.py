@@ -40,7 +40,9 @@ class Window:
         sums = self.to_json()
         steps = sums.pop("steps")
         counts = sums.pop("count_by_rank")
-        by_rank = [s / n if n else None for s, n in zip(sums.pop("loss_by_rank"), counts, strict=True)]
+        by_rank = [
+            s / n if n else None for s, n in zip(sums.pop("loss_by_rank"), counts, strict=True)
+        ]
         return {key: value / steps for key, value in sums.items()} | {"loss_by_rank": by_rank}
 
 

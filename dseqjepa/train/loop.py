@@ -108,7 +108,6 @@ class Trainer:
         if start.resume is not None:
             self._load_weights(start.resume)
         self.module = self.fabric.setup_module(self.method)
-        self.module.mark_forward_method("forward")
         self.raw_optimizer = build_optimizer(self.method)
         self.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
         if start.resume is not None:
@@ -244,7 +243,9 @@ class Trainer:
             return
         if self.fabric.is_global_zero:
             accuracy = self.probe(self.method.target)
-            self.journal.metrics({"step": self.step, "epoch": epochs_done - 1, "probe_knn": accuracy})
+            self.journal.metrics(
+                {"step": self.step, "epoch": epochs_done - 1, "probe_knn": accuracy}
+            )
             self.journal.say(
                 f"epoch {epochs_done}: kNN probe {accuracy:.1f} % (training images, leave-one-out)"
             )

@@ -131,7 +131,9 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
     changed = differences(weights.config, config)
     shape = [key for key in changed if key.startswith("model.") or key == "data.image_size"]
     if shape:
-        shown = ", ".join(f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape)
+        shown = ", ".join(
+            f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape
+        )
         raise InputError(f"init_from {weights.path} is another encoder: {shown}")
 
 

@@ -47,9 +47,7 @@ class Schedule:
 
     def weight_decay(self, step: int) -> float:
         """Cosine from `weight_decay` to `final_weight_decay`."""
-        return cosine(
-            self.optim.weight_decay, self.optim.final_weight_decay, self.progress(step)
-        )
+        return cosine(self.optim.weight_decay, self.optim.final_weight_decay, self.progress(step))
 
     def momentum(self, step: int) -> float:
         """EMA momentum, linear from `ema.start` to `ema.end`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_labels_speak_of_the_main_object(source: Scenes, rendered: list[Scene]) 
         assert np.digitize(main.distance, DISTANCE_EDGES) == label["distance"]
 
 
-def test_labels_are_balanced_and_in_range() -> None:
+def test_labels_are_balanced_independent_and_in_range() -> None:
     source = Scenes(6000, size=32, seed=0, split="train")
     assert source.classes.keys() == source.labels.keys()
     for task, labels_B in source.labels.items():
@@ -101,6 +102,11 @@ def test_labels_are_balanced_and_in_range() -> None:
         assert len(counts) == len(names)
         assert counts.min() > 0.8 * 6000 / len(names)
         assert counts.max() < 1.2 * 6000 / len(names)
+    for one, two in combinations(source.labels, 2):
+        table = np.zeros((len(source.classes[one]), len(source.classes[two])))
+        np.add.at(table, (source.labels[one], source.labels[two]), 1)
+        assert table.min() > 0.5 * table.mean()
+        assert table.max() < 1.5 * table.mean()
 
 
 def test_all_objects_vary_not_the_main_one_alone(rendered: list[Scene]) -> None:

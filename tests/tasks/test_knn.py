@@ -1,0 +1,252 @@
+"""Votes equal those counted one neighbour at a time; no image is compared with itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dseqjepa.data.source import BadImage
+from dseqjepa.errors import InputError
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.tasks import knn
+from dseqjepa.tasks.knn import accuracy_interval, compare, evaluate_knn, knn_predict, probe
+
+SIZE = (8, 8)
+
+
+class Colours:
+    """Flat images: red for class 0, blue for class 1, with a little noise. Task "side" is noise."""
+
+    def __init__(self, count: int, seed: int = 0, bad: tuple[int, ...] = ()) -> None:
+        generator = np.random.default_rng(seed)
+        label_N = generator.integers(0, 2, count)
+        noise = generator.integers(0, 60, (count, 3, *SIZE))
+        noise[np.arange(count), 2 * label_N] += 150
+        self.images = torch.from_numpy(noise.astype(np.uint8))
+        self.bad, self.read = bad, set[int]()
+        self.labels: Mapping[str, np.ndarray] = {
+            "class": label_N,
+            "side": generator.integers(0, 3, count),
+        }
+        self.classes: Mapping[str, tuple[str, ...]] = {
+            "class": ("red", "blue"),
+            "side": ("left", "middle", "right"),
+        }
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Tensor:
+        self.read.add(index)
+        if index in self.bad:
+            raise BadImage("made so")
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def make_encoder() -> VisionTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VisionTransformer(image_size=SIZE, patch_size=4, width=16, depth=2, heads=2).eval()
+
+
+def make_features(
+    train: int, test: int, classes: int, width: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(train)
+    train_MD = torch.randn(train, width, generator=generator)
+    label_M = torch.randint(classes, (train,), generator=generator)
+    return train_MD, label_M, torch.randn(test, width, generator=generator)
+
+
+def by_hand(
+    train_MD: Tensor,
+    label_M: Tensor,
+    test_ND: Tensor,
+    *,
+    classes: int,
+    k: int,
+    temperature: float,
+    exclude_self: bool,
+) -> NDArray[np.int64]:
+    """One test image, one neighbour at a time, in double precision."""
+    train, test = (
+        [row / math.sqrt(row @ row) for row in rows_XD.double().numpy()]
+        for rows_XD in (train_MD, test_ND)
+    )
+    predicted = []
+    for number, feature in enumerate(test):
+        similarity = [
+            (
+                float(feature @ other) / math.sqrt(feature @ feature) / math.sqrt(other @ other),
+                index,
+            )
+            for index, other in enumerate(train)
+            if not (exclude_self and index == number)
+        ]
+        vote = [0.0] * classes
+        for value, index in sorted(similarity, reverse=True)[:k]:
+            vote[int(label_M[index])] += math.exp(value / temperature)
+        predicted.append(vote.index(max(vote)))
+    return np.array(predicted)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.5), (500, 0.2)])
+@pytest.mark.parametrize("chunk", [1, 100, 2**24])
+def test_votes_are_those_counted_by_hand(
+    monkeypatch: pytest.MonkeyPatch, exclude_self: bool, k: int, temperature: float, chunk: int
+) -> None:
+    monkeypatch.setattr(knn, "CHUNK", chunk)
+    train_MD, label_M, test_ND = make_features(train=47, test=31, classes=4)
+    if exclude_self:
+        test_ND = train_MD
+    found_N = knn_predict(
+        train_MD,
+        label_M,
+        test_ND,
+        classes=4,
+        k=k,
+        temperature=temperature,
+        exclude_self=exclude_self,
+    )
+    wanted_N = by_hand(
+        train_MD,
+        label_M,
+        test_ND,
+        classes=4,
+        k=k,
+        temperature=temperature,
+        exclude_self=exclude_self,
+    )
+    assert found_N.tolist() == wanted_N.tolist()
+
+
+def test_lengths_of_features_do_not_matter() -> None:
+    train_MD, label_M, test_ND = make_features(train=40, test=40, classes=3)
+    plain_N = knn_predict(train_MD, label_M, test_ND, classes=3)
+    scaled_N = knn_predict(train_MD * torch.rand(40, 1).add(0.1), label_M, 1e3 * test_ND, classes=3)
+    assert torch.equal(plain_N, scaled_N)
+
+
+@pytest.mark.parametrize("labels", [[2, 1], [1, 2]])
+def test_equal_votes_go_to_the_smaller_class(labels: list[int]) -> None:
+    same_MD = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert knn_predict(same_MD, torch.tensor(labels), same_MD, classes=4).tolist() == [1, 1]
+
+
+def test_a_tiny_temperature_leaves_the_vote_to_the_nearest() -> None:
+    """exp(1 / 0.001) overflows unless the largest similarity is subtracted first."""
+    train_MD, label_M, test_ND = make_features(train=40, test=40, classes=3)
+    sharp_N = knn_predict(train_MD, label_M, test_ND, classes=3, temperature=1e-3)
+    nearest_N = knn_predict(train_MD, label_M, test_ND, classes=3, k=1)
+    assert (sharp_N == nearest_N).float().mean() > 0.9
+
+
+def test_leave_one_out_never_sees_the_image_itself() -> None:
+    """Random labels: with itself among the neighbours every image would be right."""
+    train_MD, label_M, _ = make_features(train=400, test=1, classes=10, width=32)
+    seen_M = knn_predict(train_MD, label_M, train_MD, classes=10, k=1)
+    unseen_M = knn_predict(train_MD, label_M, train_MD, classes=10, k=1, exclude_self=True)
+    assert torch.equal(seen_M, label_M)
+    assert (unseen_M == label_M).float().mean() < 0.25
+
+
+def test_bad_input_is_named() -> None:
+    one_MD, label_M = torch.ones(1, 2), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(InputError, match="at least 2 labelled images, found 1"):
+        knn_predict(one_MD, label_M, one_MD, classes=1, exclude_self=True)
+    with pytest.raises(InputError, match="1 of 1 test features are not finite"):
+        knn_predict(one_MD, label_M, one_MD / 0, classes=1)
+    with pytest.raises(InputError, match="found 0 and"):
+        knn_predict(one_MD, label_M, one_MD, classes=1, k=0)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (700, 1000), (1, 3)])
+def test_the_interval_is_the_one_that_resampling_approaches(right: int, count: int) -> None:
+    correct_N = torch.arange(count) < right
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(count, (4_000, count), generator=generator)
+    resampled = 100 * correct_N[drawn].double().mean(dim=1)
+    wanted = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert accuracy_interval(correct_N) == pytest.approx(wanted, abs=0.21)
+
+
+def test_evaluation_gives_named_numbers() -> None:
+    train_MD, label_M, _ = make_features(train=30, test=1, classes=3)
+    label_N = label_M.clone()
+    label_N[:3] = (label_N[:3] + 1) % 3
+    result = evaluate_knn(train_MD, label_M, train_MD, label_N, classes=3, k=1)
+    assert result["accuracy"] == pytest.approx(90)
+    assert 0 <= result["accuracy_low"] < 90 < result["accuracy_high"] <= 100
+    assert (result["n_train"], result["n_test"]) == (30, 30)
+    assert (result["k"], result["temperature"]) == (1, 0.07)
+    many = evaluate_knn(train_MD, label_M, train_MD, label_N, classes=3, k=99)
+    assert many["k"] == 30
+
+
+def test_probe_draws_a_fixed_sample_by_its_seed() -> None:
+    def drawn(seed: int, images: int = 20) -> set[int]:
+        source = Colours(50)
+        probe(make_encoder(), source, "class", SIZE, images, seed)
+        return source.read
+
+    assert len(drawn(0)) == 20
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0) < drawn(0, images=30)
+    assert len(drawn(0, images=500)) == 50
+
+
+def test_probe_finds_what_is_there_and_nothing_else() -> None:
+    source = Colours(120, bad=(3, 4, 50))
+    assert probe(make_encoder(), source, "class", SIZE, images=100, seed=1) == 100
+    assert probe(make_encoder(), source, "side", SIZE, images=100, seed=1) < 60
+    with pytest.raises(InputError, match="task 'shape', the data has: class, side"):
+        probe(make_encoder(), source, "shape", SIZE, images=100, seed=1)
+
+
+def test_comparison_has_a_row_for_each_encoder_and_task() -> None:
+    train, test = Colours(60, seed=1, bad=(7,)), Colours(40, seed=2, bad=(1, 2))
+    encoders = {"raw pixels": None, "untrained": make_encoder()}
+    rows = compare(encoders, train, test, ["class", "side"], SIZE, features="last4")
+    assert [(row["encoder"], row["features"], row["task"]) for row in rows] == [
+        ("raw pixels", "pixels", "class"),
+        ("raw pixels", "pixels", "side"),
+        ("untrained", "last4", "class"),
+        ("untrained", "last4", "side"),
+    ]
+    for row in rows:
+        assert (row["n_train"], row["n_test"], row["n_bad"]) == (59, 38, 3)
+        assert row["accuracy"] == 100 if row["task"] == "class" else float(row["accuracy"]) < 70
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_comparison_encodes_every_image_once_an_encoder() -> None:
+    encoder, seen = make_encoder(), 0
+
+    def counting(images_BCHW: Tensor) -> object:
+        nonlocal seen
+        seen += len(images_BCHW)
+        return encoder(images_BCHW)
+
+    compare({"it": counting}, Colours(11), Colours(7), ["class", "side"], SIZE)  # type: ignore[dict-item]
+    assert seen == 18
+
+
+def test_comparison_wants_the_same_classes_on_both_sides() -> None:
+    other = Colours(5)
+    other.classes = {**other.classes, "class": ("blue", "red")}
+    with pytest.raises(InputError, match="different classes for 'class'"):
+        compare({"raw pixels": None}, Colours(5), other, ["side", "class"], SIZE)
