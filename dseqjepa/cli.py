@@ -109,14 +109,21 @@ def evaluate(
     """Evaluate a trained encoder: dseqjepa evaluate knn runs/mine data=my_pictures"""
     if task != "knn":
         raise InputError(f"unknown task {task!r}. {did_you_mean(task, ['knn'])}")
-    from dseqjepa.tasks.knn import KnnConfig, run_knn
+    from dseqjepa.config import KnnConfig
 
-    values, overrides = _split(settings or [], ("data", "out"))
+    own, overrides = _split(settings or [], ("data", "out"))
     config = KnnConfig.from_settings(overrides)
     if print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return
-    run_knn(Path(run), config, data=values.get("data"), out=values.get("out"))
+    from dseqjepa.tasks.report import evaluate_run
+
+    evaluate_run(
+        Path(run),
+        config,
+        data=own.get("data"),
+        out=Path(own["out"]) if "out" in own else None,
+    )
 
 
 @app.command()

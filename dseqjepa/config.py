@@ -330,6 +330,30 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+class KnnConfig(Section):
+    """`dseqjepa evaluate knn`: METHOD's protocol is the default."""
+
+    task: str = "class"
+    """Which labels of the data: `class`, and what else it brings (`scenes`: `count`, ...)."""
+    features: Literal["last", "last4"] = "last"
+    """Mean patch feature of the last block, or those of the last four, concatenated."""
+    weights: Literal["target", "context"] = "target"
+    k: int = Field(20, ge=1)
+    temperature: float = Field(0.07, gt=0)
+    workers: int = Field(0, ge=0)
+
+    @classmethod
+    def from_settings(cls, settings: Iterable[str]) -> Self:
+        """A config of `key=value` settings; `InputError` names the key at fault."""
+        values: dict[str, Any] = {}
+        for setting in settings:
+            _apply(values, setting)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(_explain_all(error, cls)) from None
+
+
 def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A preset's name or a YAML file, changed by `section.key=value` overrides.
 
@@ -353,7 +377,7 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(item) for item in error.errors())) from None
+        raise InputError(_explain_all(error, Config)) from None
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -419,13 +443,17 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _explain(item: Mapping[str, Any]) -> str:
+def _explain_all(error: ValidationError, root: type[Section]) -> str:
+    return "; ".join(_explain(item, root) for item in error.errors())
+
+
+def _explain(item: Mapping[str, Any], root: type[Section]) -> str:
     """One pydantic error as: key, what was expected, what was found."""
     tags = {"dseq", "ijepa", "cjepa"}
     location = [str(part) for part in item["loc"] if str(part) not in tags]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"])
+        known = _known_keys(item["loc"], root)
         return f"unknown key {key!r}. {did_you_mean(location[-1], known)}"
     if item["type"] == "union_tag_invalid":
         return f"method.name must be one of dseq, ijepa, cjepa, found {item['input'].get('name')!r}"
@@ -436,11 +464,11 @@ def _explain(item: Mapping[str, Any]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}{found}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> set[str]:
+def _known_keys(location: tuple[int | str, ...], root: type[Section]) -> set[str]:
     """The keys of the section in which `location`'s last part stands."""
     methods: dict[str, type[Section]] = {"dseq": DSeqConfig, "ijepa": IJepaConfig}
     methods["cjepa"] = CJepaConfig
-    model: type[BaseModel] = Config
+    model: type[BaseModel] = root
     for part in location[:-1]:
         if part in methods:
             model = methods[str(part)]

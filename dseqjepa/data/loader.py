@@ -53,7 +53,8 @@ class Batch:
 
 
 class Loader:
-    """Reads a source in batches.
+    """Reads a source in batches: every epoch in its own order, without the images left over at its
+    end that do not fill a step.
 
     Args:
         source: the images.
@@ -64,9 +65,6 @@ class Loader:
             memory. The processes live as long as the loader, so iterate one epoch at a time.
         rank: this process among `world`.
         world: number of processes that train together.
-        shuffle: True gives every epoch its own order and leaves out the last images that do not
-            fill a step. False reads every image once and in order; the last batches are then
-            smaller, and a rank for which nothing is left ends a step early.
 
     Raises:
         InputError: there are too few images for a single step.
@@ -82,9 +80,8 @@ class Loader:
         workers: int,
         rank: int = 0,
         world: int = 1,
-        shuffle: bool = True,
     ) -> None:
-        if shuffle and len(source) < batch_size * world:
+        if len(source) < batch_size * world:
             raise InputError(
                 f"{len(source)} images are fewer than one batch of {batch_size * world}: "
                 f"lower data.batch_size to {len(source)} or less, or give more images"
@@ -92,7 +89,6 @@ class Loader:
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
-        self.shuffle = shuffle
         self._reader = _Reader(source, transform, seed)
         self._pin = torch.cuda.is_available()
         self._requests = _Requests()
@@ -112,10 +108,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """The number of batches that this rank sees in an epoch."""
-        count, step_size = len(self._reader.source), self.batch_size * self.world
-        if self.shuffle:
-            return count // step_size
-        return max(0, -(-(count - self.rank * self.batch_size) // step_size))
+        return len(self._reader.source) // (self.batch_size * self.world)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on; what lies before it is not read.
@@ -149,8 +142,6 @@ class Loader:
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
         index_N = torch.arange(len(self._reader.source))
-        if not self.shuffle:
-            return index_N.numpy()
         keys_N = sample_keys(self._reader.seed, epoch, index_N)
         return uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).numpy()
 

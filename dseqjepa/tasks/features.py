@@ -163,7 +163,7 @@ def _collect(
     return Extracted(
         features={name: value_MD[: len(index)] for name, value_MD in features.items()},
         labels={
-            task: torch.from_numpy(label_N)[:len(index)] for task, label_N in source.labels.items()
+            task: torch.from_numpy(label_N)[index_M] for task, label_N in source.labels.items()
         },
         index_M=index_M,
         bad=tuple(bad),

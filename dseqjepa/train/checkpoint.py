@@ -1,9 +1,9 @@
 """A run's state on disk: written whole or not at all, verified before a tensor is copied.
 
 A checkpoint is a folder `step-XXXXXXXX` of safetensors files and `state.json`, which holds the
-resolved config, the position, and the length and SHA-256 of every tensor file. It is written under
-a temporary name, synced to disk and renamed; `last` is a link that is replaced atomically. Nothing
-is unpickled.
+resolved config, the position, the length and SHA-256 of every tensor file, and its own SHA-256. It
+is written under a temporary name, synced to disk and renamed; `last` is a link that is replaced
+atomically. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dseqjepa.config import Config, validate
 from dseqjepa.errors import InputError
+from dseqjepa.methods import build_method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 
 FORMAT = 1
@@ -43,6 +44,12 @@ class Checkpoint:
     def config(self) -> Config:
         return validate(self.state["config"])
 
+    @property
+    def run(self) -> Path:
+        """The run's folder, two levels above the checkpoint; the checkpoint itself elsewhere."""
+        inside = self.path.parent.name == "checkpoints"
+        return self.path.parent.parent if inside else self.path
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         return load_file(self.path / f"{name}.safetensors")
 
@@ -61,7 +68,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     temporary = folder / f".tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    for leftover in folder.glob(".tmp-*"):  # of a process that was killed
+        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
     temporary.mkdir()
     files = {}
     for name, values in tensors.items():
@@ -70,6 +78,7 @@ def save_checkpoint(
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
     manifest = {"format": FORMAT, "step": step, **state, "files": files}
+    manifest["sha256"] = _digest(manifest)
     (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n")
     _sync(temporary / "state.json")
     _sync(temporary)
@@ -77,7 +86,6 @@ def save_checkpoint(
         shutil.rmtree(final)
     temporary.rename(final)
     link = folder / ".tmp-last"
-    link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     link.replace(folder / "last")
     _sync(folder)
@@ -109,6 +117,8 @@ def _verified(folder: Path) -> Checkpoint:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise InputError(f"checkpoint {folder}: expected format {FORMAT}, found {found}")
+    if state.pop("sha256", None) != _digest(state):
+        raise InputError(f"checkpoint {folder}: state.json is damaged (its SHA-256 differs)")
     for name, expected in state["files"].items():
         path = folder / name
         if not path.is_file():
@@ -145,10 +155,23 @@ def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> V
     `weights` is `target` (the EMA encoder, what the evaluations use) or `context`. Raises
     `InputError` for a missing, damaged or unfitting checkpoint.
     """
-    checkpoint = open_checkpoint(Path(run_or_checkpoint))
+    return encoder_of(open_checkpoint(Path(run_or_checkpoint)), weights)
+
+
+def encoder_of(checkpoint: Checkpoint, weights: str) -> VisionTransformer:
+    """The `target` or `context` encoder of an open checkpoint, in eval mode."""
     encoder = build_encoder(checkpoint.config)
     load_into(encoder, checkpoint.tensors(weights), f"{checkpoint.path}/{weights}.safetensors")
     return encoder.eval().requires_grad_(False)
+
+
+def untrained_encoder(config: Config) -> VisionTransformer:
+    """The encoder with which a run of this config starts: the baseline of every evaluation."""
+    return build_method(config).target.eval()
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

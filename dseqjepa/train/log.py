@@ -54,26 +54,31 @@ class Journal:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
 
-    def rewind(self, step: int) -> None:
-        """Drop what metrics.jsonl holds beyond a step: it was not in the checkpoint."""
-        path = self.out / "metrics.jsonl"
-        if self.quiet or not path.exists():
+    def rewind(self, step: int, bad: Mapping[str, str]) -> None:
+        """Drop what the files hold beyond a step and its bad files: it is not in the checkpoint."""
+        if self.quiet:
             return
+        path = self.out / "metrics.jsonl"
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except json.JSONDecodeError:  # the line that was being written when the run died
                 break
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        _replace(path, kept)
+        _replace(self.out / "bad_files.jsonl", [_bad_line(*item) for item in bad.items()])
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         if not self.quiet:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def bad_file(self, path: str, reason: str) -> None:
+        """A file that cannot be decoded: in bad_files.jsonl whatever the rank."""
+        self.say(f"cannot decode {path}: {reason}")
+        with (self.out / "bad_files.jsonl").open("a") as file:
+            file.write(_bad_line(path, reason))
 
     def say(self, text: str) -> None:
         """A line for people, on the console and in log.txt."""
@@ -104,3 +109,17 @@ class Journal:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def _bad_line(path: str, reason: str) -> str:
+    return json.dumps({"path": path, "reason": reason}) + "\n"
+
+
+def _replace(path: Path, lines: list[str]) -> None:
+    """Make a file hold these lines, whole or not at all; no lines, no file."""
+    if not lines:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(lines))
+    temporary.replace(path)

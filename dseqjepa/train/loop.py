@@ -6,7 +6,6 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +72,7 @@ class Trainer:
         console: Console | None = None,
     ) -> None:
         self.config, self.source, self.out, self.probe = config, source, out, probe
+        self.fingerprint = source.fingerprint()
         runtime = config.runtime
         precision = {"fp32": "32-true", "bf16": "bf16-mixed"}[runtime.precision]
         self.fabric = Fabric(
@@ -119,13 +119,13 @@ class Trainer:
         if self.fabric.is_global_zero:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(self.config.to_yaml())
-            self.journal.rewind(self.step)
+            self.journal.rewind(self.step, self.bad)
         self._introduce()
         stop = _StopRequest()
         self.journal.start_progress(self.step, self.schedule.steps)
         try:
             with stop:
-                if self.step == 0:
+                if self.start.resume is None:
                     self.save()
                 for epoch, batches in self._epochs():
                     self._train_epoch(epoch, batches, stop)
@@ -147,7 +147,7 @@ class Trainer:
             self._train_step(epoch, batches, clock)
             at_epoch = self.step == end and (epoch + 1) % checkpoint.every_epochs == 0
             at_step = checkpoint.every_steps and self.step % checkpoint.every_steps == 0
-            if at_epoch:
+            if self.step == end:
                 self._probe(epoch + 1)
             if at_epoch or at_step or stop.requested or self.step == self.schedule.steps:
                 self.save()
@@ -160,6 +160,7 @@ class Trainer:
         step, schedule = self.step, self.schedule
         set_rates(self.raw_optimizer, schedule.lr(step), schedule.weight_decay(step))
         unit = total = torch.zeros(())
+        pooled = []
         for index in range(self.micro_batches):
             batch = self._next(batches, clock)
             images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
@@ -176,6 +177,7 @@ class Trainer:
                     self.fabric.backward(result.loss * (result.weight / unit))
                     total = total + result.weight
             self.window.add({"loss": result.loss, **result.metrics})
+            pooled.append(result.pooled_BD)
         if self.micro_batches > 1:
             gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, unit / total.clamp(min=1))
@@ -184,10 +186,10 @@ class Trainer:
         self.method.update_target(schedule.momentum(step))
         self.step += 1
         clock.count(self.config.data.batch_size)
-        if step == 0:
-            self.first_health = measure(result.pooled_BD)
         if step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps:
-            self._log(epoch, step, measure(result.pooled_BD), clock)
+            health = measure(torch.cat(pooled))
+            self.first_health = self.first_health or health
+            self._log(epoch, step, health, clock)
         self.journal.advance(self.step)
 
     def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
@@ -196,9 +198,7 @@ class Trainer:
         for name, reason in batch.bad:
             if name not in self.bad:
                 self.bad[name] = reason
-                self.journal.say(f"cannot decode {name}: {reason}")
-                with (self.out / "bad_files.jsonl").open("a") as file:
-                    file.write(json.dumps({"path": name, "reason": reason}) + "\n")
+                self.journal.bad_file(name, reason)
         if len(self.bad) > self.config.data.max_bad * len(self.source):
             raise RunError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be decoded, more than "
@@ -275,7 +275,13 @@ class Trainer:
         say(f"done: {self.schedule.steps} steps; encoder in {self.out}/checkpoints/last")
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        Raises `RunError` where a weight is not finite: a good checkpoint is not replaced by that.
+        """
+        norms = torch._foreach_norm(list(self.method.parameters()))
+        if not torch.stack(norms).isfinite().all():
+            raise RunError(f"the weights are not finite at step {self.step}: lower optim.lr")
         if self.fabric.is_global_zero:
             rest = {
                 key: value
@@ -302,7 +308,7 @@ class Trainer:
             "epoch": self.step // self.schedule.steps_per_epoch,
             "steps": self.schedule.steps,
             "config": self.config.model_dump(mode="json"),
-            "data_fingerprint": self.source.fingerprint(),
+            "data_fingerprint": self.fingerprint,
             "window": self.window.to_json(),
             "first_health": self.first_health.to_dict() if self.first_health else None,
             "bad": self.bad,

@@ -46,6 +46,7 @@ def load_optimizer_state(
         if parameter is None or (value.ndim and value.shape != parameter.shape):
             wrong.append(key)
             continue
-        optimizer.state[parameter][slot] = value.to(parameter.device)
+        # A copy, because tensors read from a file are windows into it, which would keep it open.
+        optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
     if wrong:
         raise InputError(f"optimizer state does not fit the model: {', '.join(wrong)}")

@@ -1,0 +1,69 @@
+"""The demo: train on the embedded scenes, then say and show what was learnt."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dseqjepa.config import Config
+from dseqjepa.data.scenes import Scenes
+from dseqjepa.errors import InputError
+from dseqjepa.tasks.knn import compare
+from dseqjepa.tasks.report import show_table, write_json
+from dseqjepa.train.checkpoint import load_encoder, untrained_encoder
+from dseqjepa.train.pretrain import pretrain
+from dseqjepa.viz.regions import regions_picture
+
+TASKS = ("class", "count")
+TEST_IMAGES = 2000
+PICTURES = 12
+FILES = ("run", "knn.json", "regions.png")
+
+
+def run_demo(config: Config, out: Path) -> None:
+    """Pre-train by `config` in `out/run`, write `out/knn.json` and `out/regions.png`.
+
+    `out` may hold an earlier demo, which is replaced; `InputError` if it holds anything else.
+    """
+    _check(out)
+    console = Console()
+    began = time.perf_counter()
+    size, seed = config.data.image_size, config.runtime.seed
+    train = Scenes(config.data.size, size=size[0], seed=seed, split="train")
+    test = Scenes(TEST_IMAGES, size=size[0], seed=seed, split="val")
+    with console.status("rendering scenes"):
+        for scenes in (train, test):
+            scenes.prepare(os.cpu_count() or 1)
+    console.print(
+        f"rendered {len(train) + len(test)} scenes in {time.perf_counter() - began:.0f} s"
+    )
+    run = out / "run"
+    pretrain(config, run, overwrite=True, source=train, console=console)
+
+    trained = load_encoder(run)
+    encoders = {"raw pixels": None, "untrained encoder": untrained_encoder(config)}
+    rows = compare({**encoders, "trained encoder": trained}, train, test, TASKS, size)
+    show_table(rows, TASKS, console)
+    write_json(out / "knn.json", {"results": rows})
+
+    images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
+    regions = config.method.regions if config.method.name == "dseq" else None
+    assert regions is not None, "the demo's preset ranks regions"
+    picture = regions_picture(
+        trained, images_BCHW, num_regions=regions.count, min_area=regions.min_area
+    )
+    picture.save(out / "regions.png")
+    minutes = (time.perf_counter() - began) / 60
+    console.print(f"pictures: {out / 'regions.png'}, encoder: {run}, {minutes:.1f} minutes in all")
+
+
+def _check(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: give a folder")
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []
+    if foreign:
+        raise InputError(f"--out {out} holds {foreign[0]!r}, which is not of a demo: give another")

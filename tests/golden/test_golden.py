@@ -1,0 +1,59 @@
+"""Twenty fp32 steps against a text file: a change of the numbers has to be meant.
+
+`python -m tests.golden.test_golden` writes the file anew.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dseqjepa.data.scenes import Scenes
+from dseqjepa.keyed import sample_keys
+from dseqjepa.methods import build_method
+from dseqjepa.train.optimizer import build_optimizer, set_rates
+from dseqjepa.train.schedules import Schedule
+from tests.tiny import tiny_config
+
+FOLDER = Path(__file__).parent
+PRESETS = ("dseq_vitt8_64", "ijepa_vitt8_64", "cjepa_vitt8_64")
+STEPS = 20
+TOLERANCE = 1e-4
+
+
+def losses(preset: str) -> list[float]:
+    """The loss of each of 20 steps on 32 scenes, batch 8, from seed 0."""
+    config = tiny_config(
+        preset, "optim.epochs=5", "optim.warmup_epochs=1", "method.vicreg.projector_width=16"
+    )
+    method = build_method(config)
+    schedule = Schedule(config.optim, config.ema, steps_per_epoch=4)
+    optimizer = build_optimizer(method)
+    scenes = Scenes(32, size=32, seed=0, split="train")
+    result = []
+    for step in range(STEPS):
+        index_B = torch.arange(8) + 8 * (step % 4)
+        images_BCHW = torch.stack([scenes.image(int(index)) for index in index_B])
+        keys_B = sample_keys(0, step // 4, index_B)
+        set_rates(optimizer, schedule.lr(step), schedule.weight_decay(step))
+        output = method(images_BCHW, progress=schedule.progress(step), keys_B=keys_B)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.update_target(schedule.momentum(step))
+        result.append(output.loss.item())
+    return result
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_twenty_steps_give_the_losses_on_file(preset: str):
+    expected = [float(line) for line in (FOLDER / f"{preset}.txt").read_text().split()]
+    assert losses(preset) == pytest.approx(expected, abs=TOLERANCE)
+
+
+if __name__ == "__main__":
+    for name in PRESETS:
+        lines = "".join(f"{loss:.7f}\n" for loss in losses(name))
+        (FOLDER / f"{name}.txt").write_text(lines)

@@ -1,0 +1,101 @@
+"""The target encoder's look: features and the saliency readings, against plain computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dseqjepa.model.look import look, look_for_saliency, saliency, saliency_block, target_features
+from dseqjepa.model.vit import VisionTransformer
+from tests.tiny import float_images
+
+
+@pytest.fixture
+def encoder() -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(image_size=(32, 32), patch_size=8, width=16, depth=4, heads=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.double().requires_grad_(False)
+
+
+def states(encoder: VisionTransformer, images: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Tokens after so many blocks, (B, L, D)."""
+    x, sequences = encoder.embed(images)
+    for block in encoder.blocks[:blocks]:
+        x = block(x, sequences)
+    return x.unflatten(0, (len(images), -1))
+
+
+def test_the_default_block_is_ten_of_twelve_and_the_same_fraction_elsewhere():
+    assert [saliency_block(depth) for depth in (12, 24, 32, 6, 4, 2, 1)] == [10, 20, 27, 5, 3, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["cls_similarity", "cls_attention", "grad_cam"])
+def test_features_do_not_depend_on_the_reading(encoder: VisionTransformer, kind: str):
+    images = float_images(3).double()
+    seen = look_for_saliency(encoder, images, kind=kind)
+    torch.testing.assert_close(seen.patches_BND, encoder(images).patches_BND)
+    torch.testing.assert_close(look(encoder, images).patches_BND, seen.patches_BND)
+    assert seen.saliency_BN is not None
+    assert seen.saliency_BN.shape == (3, 16)
+    assert not seen.saliency_BN.requires_grad
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_similarity_is_the_scaled_product_of_normed_states(encoder: VisionTransformer, block: int):
+    images = float_images(2).double()
+    normed = encoder.norm(states(encoder, images, block + 1))
+    expected = torch.einsum("bd,bnd->bn", normed[:, 0], normed[:, 1:]) / 16**0.5
+    got = saliency(encoder, images, query="state", block=block)
+    torch.testing.assert_close(got, expected.float())
+    parameter = torch.einsum("d,bnd->bn", encoder.cls_token[0, 0], normed[:, 1:]) / 16**0.5
+    got = saliency(encoder, images, query="parameter", block=block)
+    torch.testing.assert_close(got, parameter.float())
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_attention_is_that_of_the_class_token_in_the_block(encoder: VisionTransformer, block: int):
+    images = float_images(2).double()
+    layer = encoder.blocks[block]
+    x = layer.norm1(states(encoder, images, block))
+    q, k, _ = layer.attn.qkv(x).view(2, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(dim=-1)
+    expected = weights[:, :, 0, 1:].mean(dim=1).float()
+    torch.testing.assert_close(saliency(encoder, images, kind="cls_attention", block=block), expected)
+
+
+def test_grad_cam_is_the_gradient_of_the_norm_of_the_pooled_target(encoder: VisionTransformer):
+    images = float_images(2).double()
+    block = 1
+    x = states(encoder, images, block + 1).requires_grad_()
+    y = x.flatten(0, 1)
+    _, sequences = encoder.embed(images)
+    for layer in encoder.blocks[block + 1 :]:
+        y = layer(y, sequences)
+    patches = encoder.norm(y).unflatten(0, (2, -1))[:, 1:]
+    pooled = F.layer_norm(patches, (16,)).mean(dim=1)
+    expected = []
+    for image in range(2):
+        (gradient,) = torch.autograd.grad(pooled[image].norm(), x, retain_graph=True)
+        weight = gradient[image, 1:].mean(dim=0)
+        expected.append((x[image, 1:] @ weight).relu())
+    got = saliency(encoder, images, kind="grad_cam", block=block)
+    torch.testing.assert_close(got, torch.stack(expected).detach().float(), rtol=1e-5, atol=1e-7)
+    assert got.any()
+
+
+def test_class_token_readings_need_a_class_token_and_grad_cam_does_not():
+    model = VisionTransformer(
+        image_size=(32, 32), patch_size=8, width=16, depth=2, heads=2, class_token=False
+    )
+    with pytest.raises(ValueError, match="grad_cam"):
+        saliency(model, float_images(1))
+    assert saliency(model, float_images(1), kind="grad_cam").shape == (1, 16)
+
+
+def test_targets_are_normalised_over_the_features():
+    targets = target_features(torch.randn(2, 5, 64) * 3 + 1)
+    torch.testing.assert_close(targets.mean(dim=2), torch.zeros(2, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(targets.var(dim=2, unbiased=False), torch.ones(2, 5), atol=1e-4, rtol=0)

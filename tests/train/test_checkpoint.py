@@ -1,0 +1,308 @@
+"""A checkpoint is the old one or the new one, never a part, and nothing damaged is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dseqjepa.errors import InputError
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.train import checkpoint as module
+from dseqjepa.train.checkpoint import (
+    load_encoder,
+    load_into,
+    open_checkpoint,
+    save_checkpoint,
+)
+from dseqjepa.train.loop import Start, Trainer
+from tests.train.tiny_runs import Pictures, quiet, run_config
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    """A checkpoint whose tensors tell its step."""
+    values = {name: {"x": torch.full((64,), float(step))} for name in ("one", "two")}
+    return save_checkpoint(folder, step, values, {"note": f"å {step / 7}"}, keep)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_whole(folder: Path, steps: set[int]) -> None:
+    """`last` is one of these steps, and everything in it is of that step."""
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.step in steps
+    assert checkpoint.state["note"] == f"å {checkpoint.step / 7}"
+    for name in ("one", "two"):
+        assert torch.equal(checkpoint.tensors(name)["x"], torch.full((64,), 1.0 * checkpoint.step))
+
+
+def test_last_points_at_what_was_written(tmp_path: Path) -> None:
+    for step in (3, 12):
+        path = save(tmp_path, step)
+        assert path == tmp_path / f"step-{step:08d}"
+        assert os.readlink(tmp_path / "last") == path.name
+        assert_whole(tmp_path, {step})
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(6):
+        save(tmp_path, step, keep=3)
+    assert names(tmp_path) == {"last", "step-00000003", "step-00000004", "step-00000005"}
+    save(tmp_path, 6, keep=1)
+    assert names(tmp_path) == {"last", "step-00000006"}
+
+
+def test_the_one_just_written_is_kept_even_where_newer_ones_lie(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    for keep in (1, 2):
+        save(tmp_path, 5, keep=keep)
+        assert_whole(tmp_path, {5})
+
+
+def test_a_step_can_be_written_again(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 1)
+    assert_whole(tmp_path, {1})
+
+
+def test_leftovers_of_a_killed_process_are_neither_read_nor_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".tmp-step-00000007")
+    (tmp_path / ".tmp-last").symlink_to("step-00000007")
+    assert_whole(tmp_path, {1})
+    save(tmp_path, 2)
+    assert names(tmp_path) == {"last", "step-00000001", "step-00000002"}
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+class Operations:
+    """Counts what a save does to the disk, and ends the process before one of them."""
+
+    STEPS = (
+        (module, "save_file"),
+        (module, "_sync"),
+        (module.shutil, "rmtree"),
+        (Path, "mkdir"),
+        (Path, "write_text"),
+        (Path, "rename"),
+        (Path, "symlink_to"),
+        (Path, "replace"),
+    )
+
+    def __init__(self, cut_at: int = 0) -> None:
+        self.count, self.cut_at = 0, cut_at
+
+    def __enter__(self) -> Operations:
+        self.patch = pytest.MonkeyPatch()
+        for owner, name in self.STEPS:
+            self.patch.setattr(owner, name, self._counted(getattr(owner, name)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.patch.undo()
+        return kind is Cut
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            self.count += 1
+            if self.count == self.cut_at:
+                raise Cut
+            return function(*arguments, **settings)
+
+        return call
+
+
+def test_a_cut_before_any_operation_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    save(tmp_path / "whole", 1, keep=1)
+    with Operations() as whole:
+        save(tmp_path / "whole", 2, keep=1)
+    assert whole.count > 10
+    found = set()
+    for cut_at in range(1, whole.count + 1):
+        folder = tmp_path / str(cut_at)
+        save(folder, 1, keep=1)
+        with Operations(cut_at):
+            save(folder, 2, keep=1)
+        assert_whole(folder, {1, 2})
+        found.add(open_checkpoint(folder).step)
+        save(folder, 3, keep=1)
+        assert names(folder) == {"last", "step-00000003"}
+    assert found == {1, 2}
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 0)
+    reached = set()
+    for attempt in range(12):
+        child = os.fork()
+        if child == 0:
+            try:
+                for step in range(1, 10_000):
+                    save(tmp_path, 1000 * attempt + step)
+            finally:
+                os._exit(1)
+        time.sleep(0.01 + 0.0037 * attempt)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert_whole(tmp_path, set(range(1000 * attempt + 10_000)))
+        reached.add(open_checkpoint(tmp_path).step)
+    assert len(reached) > 6
+    save(tmp_path, 10**6, keep=1)
+    assert names(tmp_path) == {"last", "step-01000000"}
+
+
+def refusal(path: Path) -> str:
+    """What opening a damaged checkpoint says: one line, the same for all who open it; no tensor is
+    read."""
+    messages = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_file", lambda path: pytest.fail(f"read {path}"))
+        for attempt in (open_checkpoint, load_encoder):
+            with pytest.raises(InputError) as caught:
+                attempt(path)
+            messages.add(str(caught.value))
+    (message,) = messages
+    assert "\n" not in message
+    return message
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", ["one.safetensors", "two.safetensors"])
+def test_a_damaged_tensor_file_is_refused_by_name(tmp_path: Path, file: str) -> None:
+    whole = save(tmp_path / "whole", 4)
+    size = (whole / file).stat().st_size
+    damages: dict[str, Callable[[Path], Any]] = {
+        "first bit": lambda path: flip(path, 0),
+        "middle bit": lambda path: flip(path, size // 2),
+        "last bit": lambda path: flip(path, size - 1),
+        "cut": lambda path: os.truncate(path, size - 1),
+        "empty": lambda path: os.truncate(path, 0),
+        "longer": lambda path: os.truncate(path, size + 1),
+        "gone": lambda path: path.unlink(),
+    }
+    for name, damage in damages.items():
+        folder = shutil.copytree(whole, tmp_path / name)
+        damage(folder / file)
+        assert f"{folder}: {file} " in refusal(folder)
+
+
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    path = folder / "state.json"
+    whole = path.read_bytes()
+    for content in (whole[:-5], b"", b"\xff" + whole, b"[1]", b"{}", b"null"):
+        path.write_bytes(content)
+        assert str(folder) in refusal(folder)
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole)
+        flip(path, place)
+        message = refusal(folder)
+        assert f"{folder}: state.json is damaged" in message or "expected format 1" in message
+    path.write_bytes(whole)
+    assert_whole(tmp_path, {4})
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"format": 2}))
+    assert refusal(folder).endswith(f"{folder}: expected format 1, found 2")
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path).startswith(f"{tmp_path} holds no checkpoint: expected a run's folder")
+    assert refusal(tmp_path / "runs").startswith(f"{tmp_path / 'runs'} does not exist: expected")
+    save(tmp_path / "checkpoints", 1)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000001")  # `last` leads nowhere
+    assert "holds no checkpoint" in refusal(tmp_path)
+
+
+def test_loading_names_every_key_that_does_not_fit_and_changes_nothing() -> None:
+    layer = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    given = {key: torch.full_like(value, 9) for key, value in before.items()}
+    del given["0.bias"]
+    given |= {"2.weight": torch.zeros(1), "3.weight": torch.zeros(1)}
+    given["1.weight"] = torch.zeros(4, 2)
+    with pytest.raises(InputError) as caught:
+        load_into(layer, given, "FILE")
+    problems = str(caught.value).removeprefix("FILE does not fit the model: ").split("; ")
+    assert sorted(problems) == [
+        "1.weight is (4, 2), expected (2, 2)",
+        "missing 0.bias",
+        "unknown 2.weight",
+        "unknown 3.weight",
+    ]
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run that is over, its modules still in memory."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = run_config("dseq", "optim.epochs=2", "ema.start=0.5")
+    trainer = Trainer(config.resolved(40), Pictures(), out, Start(), console=quiet())
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/last", "step"])
+@pytest.mark.parametrize("weights", ["target", "context"])
+def test_an_encoder_comes_back_from_any_place_of_a_run(
+    trained: Trainer, place: str, weights: str
+) -> None:
+    last = (trained.out / "checkpoints" / "last").resolve()
+    path = last if place == "step" else trained.out / place
+    encoder = load_encoder(str(path), weights=weights)
+    method = trained.method
+    original = method.target if weights == "target" else method.encoder
+    assert isinstance(encoder, VisionTransformer)
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    images_BCHW = torch.stack([Pictures().image(index)[:, :32, :32] for index in range(3)])
+    one, other = encoder(images_BCHW), original(images_BCHW)
+    assert torch.equal(one.cls_BD, other.cls_BD)
+    assert torch.equal(one.patches_BND, other.patches_BND)
+
+
+def test_the_target_is_what_is_loaded_unless_asked(trained: Trainer) -> None:
+    def first(encoder: VisionTransformer) -> Tensor:
+        return encoder.blocks[0].mlp.fc1.weight
+
+    loaded = first(load_encoder(trained.out))
+    assert torch.equal(loaded, first(trained.method.target))
+    assert not torch.equal(loaded, first(trained.method.encoder))
+
+
+def test_an_encoder_of_another_shape_is_refused_with_its_keys(
+    trained: Trainer, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(trained.out)
+    values = {"target": {"cls_token": torch.zeros(1, 1, 8), "head": torch.zeros(2)}}
+    save_checkpoint(tmp_path, 0, values, {"config": checkpoint.state["config"]}, keep=1)
+    with pytest.raises(InputError) as caught:
+        load_encoder(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/step-00000000/target.safetensors does not fit")
+    for problem in ("unknown head", "missing norm.bias", "cls_token is (1, 1, 8)"):
+        assert problem in message

@@ -1,0 +1,151 @@
+"""What a run says adds up, survives a file, and goes back to where a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dseqjepa.train.log import Journal, Window
+from tests.train.tiny_runs import quiet
+
+
+def step(loss: float, by_rank: list[float], counts: list[int]) -> dict[str, Tensor]:
+    return {
+        "loss": torch.tensor(loss),
+        "loss_by_rank": torch.tensor(by_rank),
+        "count_by_rank": torch.tensor(counts, dtype=torch.float32),
+    }
+
+
+def random_step(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    loss, *by_rank = torch.rand(4, generator=generator).tolist()
+    return step(loss, by_rank, torch.randint(0, 9, (3,), generator=generator).tolist())
+
+
+def test_means_are_over_steps_and_by_rank_over_what_was_predicted() -> None:
+    window = Window()
+    window.add(step(1.0, [2.0, 0.5, 0.0], [1, 4, 0]))
+    window.add(step(3.0, [6.0, 0.0, 0.0], [3, 0, 0]))
+    assert window.means() == {"loss": 2.0, "loss_by_rank": [5.0, 0.5, None]}
+
+
+def test_means_do_not_empty_the_window() -> None:
+    window = Window()
+    window.add(random_step(0))
+    assert window.means() == window.means()
+
+
+def test_sums_keep_no_graph() -> None:
+    window = Window()
+    values = step(1.0, [1.0], [1])
+    window.add(values | {"loss": torch.tensor(1.0, requires_grad=True) * 2})
+    assert not any(value.requires_grad for value in window.sums.values())
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_a_window_that_went_through_json_goes_on_bit_for_bit(cut: int) -> None:
+    whole, part = Window(), Window()
+    for seed in range(cut):
+        part.add(random_step(seed))
+    part = Window(json.loads(json.dumps(part.to_json())))
+    for seed in range(5):
+        whole.add(random_step(seed))
+        if seed >= cut:
+            part.add(random_step(seed))
+    assert part.to_json() == whole.to_json()
+    assert part.means() == whole.means()
+
+
+def written(out: Path, steps: range) -> Journal:
+    journal = Journal(out, quiet())
+    for number in steps:
+        journal.metrics({"step": number, "loss": number / 7})
+    return journal
+
+
+def steps_in(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_one_exact_object_a_line(tmp_path: Path) -> None:
+    written(tmp_path, range(1, 4))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": n, "loss": n / 7} for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("step", [0, 4, 9, 12])
+def test_rewind_keeps_the_lines_up_to_a_step(tmp_path: Path, step: int) -> None:
+    journal = written(tmp_path, range(1, 10))
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    journal.rewind(step, {})
+    if step:
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines() == before[:step]
+    journal.metrics({"step": step + 1})
+    assert steps_in(tmp_path) == [*range(1, min(step, 9) + 1), step + 1]
+
+
+@pytest.mark.parametrize("keep", [1, 7, -2, -1])
+def test_rewind_drops_a_torn_last_line_and_mends_a_missing_line_end(
+    tmp_path: Path, keep: int
+) -> None:
+    journal = written(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second + third[:keep])
+    journal.rewind(9, {})
+    journal.metrics({"step": 4})
+    whole = keep == -1  # the line lacks its end alone
+    assert steps_in(tmp_path) == ([1, 2, 3, 4] if whole else [1, 2, 4])
+
+
+def test_rewind_leaves_no_other_file(tmp_path: Path) -> None:
+    written(tmp_path, range(1, 4)).rewind(2, {"a.png": "empty"})
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "bad_files.jsonl"}
+
+
+def test_rewind_brings_back_the_bad_files_of_the_checkpoint(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, quiet())
+    path = tmp_path / "bad_files.jsonl"
+    for name in ("a\nb.png", "c.png", "d.png"):
+        journal.bad_file(name, "empty")
+    before = path.read_text().splitlines()
+    assert [json.loads(line) for line in before] == [
+        {"path": name, "reason": "empty"} for name in ("a\nb.png", "c.png", "d.png")
+    ]
+    with path.open("a") as file:
+        file.write('{"path": "e.p')
+    journal.rewind(5, {"a\nb.png": "empty", "c.png": "empty"})
+    assert path.read_text().splitlines() == before[:2]
+    journal.rewind(0, {})
+    assert not path.exists()
+
+
+def test_a_quiet_journal_neither_writes_nor_shows_nor_rewinds(tmp_path: Path) -> None:
+    written(tmp_path, range(1, 4))
+    console = quiet()
+    journal = Journal(tmp_path, console, quiet=True)
+    journal.metrics({"step": 4})
+    journal.say("something")
+    journal.rewind(1, {})
+    journal.start_progress(0, 9)
+    journal.advance(1)
+    journal.stop_progress()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert not (tmp_path / "log.txt").exists()
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_what_is_said_stands_in_the_log_as_it_was_shown(tmp_path: Path) -> None:
+    console = quiet()
+    journal = Journal(tmp_path, console)
+    journal.say("folder [red] " + 40 * "long ")
+    journal.say("second")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (tmp_path / "log.txt").read_text() == shown
+    assert shown.startswith("folder [red] long")
+    assert len(shown.splitlines()) == 2

@@ -1,0 +1,277 @@
+"""A run that was cut and went on is the run that was not cut: bit for bit, line for line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dseqjepa.config import Config, load_config
+from dseqjepa.train.checkpoint import open_checkpoint
+from dseqjepa.train.loop import Stopped, Trainer
+from dseqjepa.train.pretrain import pretrain
+from tests.train.tiny_runs import (
+    STEPS,
+    Pictures,
+    assert_same_run,
+    metrics,
+    quiet,
+    run_config,
+    tensors,
+    timeless,
+    train,
+)
+
+UNEVEN = ["checkpoint.every_steps=4", "log.every_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of a config without a cut, made once."""
+    done: dict[str, Path] = {}
+
+    def run(config: Config) -> Path:
+        key = config.to_yaml()
+        if key not in done:
+            done[key] = train(config, tmp_path_factory.mktemp("uncut") / "run")
+        return done[key]
+
+    return run
+
+
+class Killed(BaseException):
+    """The process ends here, without a word."""
+
+
+def at_batch(number: int, event: Callable[[], None]) -> Any:
+    """While it is open, the event comes with a process's batch of that number (from 1)."""
+    original, seen = Trainer._next, 0
+
+    def next_batch(*arguments: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            event()
+        return original(*arguments)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Trainer, "_next", next_batch)
+    return patch
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def cut_into_parts(config: Config, out: Path, batches: int, event: Callable[[], None]) -> int:
+    """A run that is cut again and again, each time with its batch of that number; how often."""
+    cuts = 0
+    while True:
+        patch = at_batch(batches, event)
+        try:
+            train(config, out, resume=cuts > 0)
+        except (Stopped, Killed):
+            cuts += 1
+        else:
+            return cuts
+        finally:
+            patch.undo()
+
+
+@pytest.mark.parametrize("method", ["dseq", "ijepa", "cjepa"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_stopped_after_every_step_is_the_run_never_stopped(
+    tmp_path: Path, uncut: Callable[..., Path], method: str, accumulate: int
+) -> None:
+    config = run_config(method, *UNEVEN, f"optim.accumulate={accumulate}")
+    # With two micro-batches the signal comes before the first: the step is made whole.
+    assert cut_into_parts(config, tmp_path / "run", 1, terminate) == STEPS
+    assert_same_run(uncut(config), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["method.curriculum.unit=region", "method.context=causal"],
+        ["method.curriculum.unit=batch", "method.loss_weighting=region"],
+        ["runtime.precision=bf16"],
+        ["checkpoint.keep=1", "method.saliency.kind=grad_cam"],
+    ],
+)
+def test_other_recipes_go_on_as_well(
+    tmp_path: Path, uncut: Callable[..., Path], settings: list[str]
+) -> None:
+    config = run_config("dseq", *UNEVEN, *settings)
+    assert cut_into_parts(config, tmp_path / "run", 6, terminate) == 3
+    assert_same_run(uncut(config), tmp_path / "run")
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8, 9, 26, 39, 40])
+def test_a_run_that_dies_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, uncut: Callable[..., Path], batch: int
+) -> None:
+    config = run_config("dseq", *UNEVEN, "optim.accumulate=2", "checkpoint.every_epochs=3")
+    out = tmp_path / "run"
+    patch = at_batch(batch, kill)
+    with pytest.raises(Killed):
+        train(config, out)
+    patch.undo()
+    done = (batch - 1) // 2
+    saved = [step for step in (0, 4, 8, 12, 15, 16, 20) if step <= done]
+    assert open_checkpoint(out).step == saved[-1]
+    train(config, out, resume=True)
+    assert_same_run(uncut(config), out)
+    lines = (out / "log.txt").read_text().splitlines()
+    assert sum(line.startswith(f"start: resume from step {saved[-1]} (") for line in lines) == 1
+
+
+def test_neither_workers_nor_their_number_show(tmp_path: Path, uncut: Callable[..., Path]) -> None:
+    out = tmp_path / "run"
+    for workers, batch in ((2, 7), (0, 3), (1, 6)):
+        patch = at_batch(batch, terminate)
+        with pytest.raises(Stopped):
+            train(run_config("dseq", *UNEVEN, f"data.workers={workers}"), out, resume=workers < 2)
+        patch.undo()
+    assert open_checkpoint(out).step == 16
+    train(run_config("dseq", *UNEVEN, "data.workers=2"), out, resume=True)
+    assert_same_run(uncut(run_config("dseq", *UNEVEN)), out)
+
+
+def test_a_micro_batch_left_over_in_an_epoch_does_not_shift_the_next(tmp_path: Path) -> None:
+    source = Pictures(45)  # eleven micro-batches of four, five steps
+    config = run_config("ijepa", *UNEVEN, "optim.accumulate=2")
+    whole = train(config, tmp_path / "whole", source)
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        patch = at_batch(17, terminate)
+        with pytest.raises(Stopped):
+            train(config.with_(data={"workers": workers}), out, source)
+        patch.undo()
+        train(config.with_(data={"workers": workers}), out, source, resume=True)
+        assert_same_run(whole, out)
+
+
+def test_bad_files_are_named_once_whatever_the_cuts(tmp_path: Path) -> None:
+    source = Pictures(bad=(3, 9, 17, 30))
+    config = run_config("ijepa", *UNEVEN, "data.max_bad=0.1")
+    whole, out = train(config, tmp_path / "whole", source), tmp_path / "run"
+    patch = at_batch(4, kill)  # after step 3, before the next checkpoint: bad files were met
+    with pytest.raises(Killed):
+        train(config, out, source)
+    patch.undo()
+    assert (out / "bad_files.jsonl").exists()
+    train(config, out, source, resume=True)
+    assert_same_run(whole, out)
+    for name in ("bad_files.jsonl",):
+        assert (out / name).read_text() == (whole / name).read_text()
+
+
+def test_the_probe_is_neither_lost_nor_repeated(tmp_path: Path) -> None:
+    config = run_config("ijepa", *UNEVEN, "probe.every_epochs=1", "checkpoint.every_epochs=9")
+    probe: Callable[..., float] = lambda encoder: float(encoder.norm.weight.detach().sum())  # noqa: E731
+    whole, out = train(config, tmp_path / "whole", probe=probe), tmp_path / "run"
+    for batch in (7, 7, 2):  # after steps 6, 10 and 9, of which steps 4, 8 and 8 were saved
+        patch = at_batch(batch, kill)
+        with pytest.raises(Killed):
+            train(config, out, probe=probe, resume=out.exists())
+        patch.undo()
+    train(config, out, probe=probe, resume=True)
+    assert_same_run(whole, out)
+    assert sum("probe_knn" in line for line in metrics(out)) == 4
+
+
+def test_going_on_with_a_finished_run_changes_nothing(uncut: Callable[..., Path]) -> None:
+    config = run_config("dseq", *UNEVEN)
+    out = uncut(config)
+    before, said = tensors(out), timeless(out)
+    train(config, out, resume=True)
+    assert timeless(out) == said
+    assert all(value.equal(before[key]) for key, value in tensors(out).items())
+
+
+def test_a_stopped_run_gives_the_signal_back(tmp_path: Path) -> None:
+    def handler(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, handler)
+    patch = at_batch(3, terminate)
+    try:
+        with pytest.raises(Stopped):
+            train(run_config("ijepa"), tmp_path / "run")
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        patch.undo()
+        signal.signal(signal.SIGTERM, before)
+    assert open_checkpoint(tmp_path / "run").step == 3
+    assert (
+        (tmp_path / "run" / "log.txt")
+        .read_text()
+        .endswith("stopped by SIGTERM at step 3; resume=true goes on\n")
+    )
+
+
+def command(config: Path, folder: Path, out: Path, *settings: str) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-m", "dseqjepa", "pretrain", str(config)]
+    return subprocess.Popen(
+        [*arguments, f"data={folder}", f"out={out}", *settings],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    path = out / "metrics.jsonl"
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[1].decode()
+        if path.exists() and any(f'"step": {step},' in line for line in path.open()):
+            return
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+def test_a_process_killed_and_then_terminated_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    folder, out, whole = tmp_path / "pictures", tmp_path / "run", tmp_path / "whole"
+    folder.mkdir()
+    for index in range(40):
+        pixels_HWC = Pictures().image(index).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels_HWC).save(folder / f"{index:02d}.png")
+    settings = ["optim.epochs=40", "checkpoint.every_steps=7", "checkpoint.every_epochs=9"]
+    path = tmp_path / "config.yaml"
+    path.write_text(run_config("dseq", *settings).to_yaml())
+
+    process = command(path, folder, out)
+    wait_for_step(process, out, 30)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    killed_at = open_checkpoint(out).step
+    assert killed_at % 7 == 0
+    assert 28 <= killed_at < 200
+
+    process = command(path, folder, out, "resume=true")
+    wait_for_step(process, out, killed_at + 21 - killed_at % 3)
+    process.terminate()
+    assert process.wait() == 143, process.communicate()[1].decode()
+    stopped_at = open_checkpoint(out).step
+    log = (out / "log.txt").read_text()
+    assert log.endswith(f"stopped by SIGTERM at step {stopped_at}; resume=true goes on\n")
+    assert killed_at < stopped_at < 200
+
+    process = command(path, folder, out, "resume=true")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+    pretrain(load_config(path, [f"data.source={folder}"]), whole, console=quiet())
+    assert_same_run(whole, out)
