@@ -128,13 +128,14 @@ def evaluate(
 
 @app.command()
 def demo(
+    settings: Settings = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the demo's files.")] = Path("demo"),
     print_config: PrintConfig = False,
 ) -> None:
     """Train on the embedded scenes for some minutes and show what was learnt. No network, CPU."""
     from dseqjepa.config import load_config
 
-    config = load_config("dseq_vitt_demo")
+    config = load_config("dseq_vitt_demo", settings or [])
     if print_config:
         print(config.to_yaml(), end="")
         return

@@ -318,12 +318,13 @@ class Config(Section):
 
     def resolved(self, images: int) -> Config:
         """The config with every `auto` settled for a data set of `images` images."""
-        epochs, warmup = self.optim.epochs, self.optim.warmup_epochs
+        epochs: int | str = self.optim.epochs
+        warmup: float | str = self.optim.warmup_epochs
         if epochs == "auto":
             low, high = AUTO_EPOCHS
             epochs = min(max(round(AUTO_IMAGES / images), low), high)
         if warmup == "auto":
-            warmup = epochs / 10
+            warmup = int(epochs) / 10
         return self.with_(optim={"epochs": epochs, "warmup_epochs": warmup})
 
     def to_yaml(self) -> str:

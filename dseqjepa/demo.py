@@ -64,6 +64,10 @@ def run_demo(config: Config, out: Path) -> None:
 def _check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.exists() else []
+    foreign = (
+        sorted(path.name for path in out.iterdir() if path.name not in FILES)
+        if out.exists()
+        else []
+    )
     if foreign:
         raise InputError(f"--out {out} holds {foreign[0]!r}, which is not of a demo: give another")

@@ -42,7 +42,7 @@ def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
     return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
 
 
-def hash_int64(*parts: int | Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+def hash_int64(*parts: int | Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """Hash integers, or tensors of integers that broadcast, into well-mixed int64 values."""
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:

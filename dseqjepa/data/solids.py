@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float32
 
 Vec3 = Float32[np.ndarray, " 3"]
 Points3P = Float32[np.ndarray, "3 P"]
+Rays3P = Float32[np.ndarray, "3 #P"]
+"""A column for each ray, or one that they share."""
 FloatsP = Float32[np.ndarray, " P"]
 
 LEAVE_MIN = 0.02  # a solid left after less than this is the lit face that the ray starts from
@@ -34,7 +36,7 @@ class Quadric:
     linear_3: Vec3
     constant: float
 
-    def roots(self, origin_3P: Points3P, ray_3P: Points3P) -> tuple[FloatsP, FloatsP]:
+    def roots(self, origin_3P: Rays3P, ray_3P: Rays3P) -> tuple[FloatsP, FloatsP]:
         """Where rays enter and leave, nan where they miss.
 
         The leading coefficient must be positive: no ray may be steeper than a cone's side.
@@ -63,7 +65,7 @@ class Solid:
     high_F1: Float32[np.ndarray, "F 1"]
     hole: Quadric | None = None
 
-    def intervals(self, origin_3P: Points3P, ray_3P: Points3P) -> Iterator[tuple[FloatsP, FloatsP]]:
+    def intervals(self, origin_3P: Rays3P, ray_3P: Rays3P) -> Iterator[tuple[FloatsP, FloatsP]]:
         """Pairs (enter, leave) that make up each ray's way inside; empty unless enter < leave."""
         enter_P: FloatsP = np.full(1, -np.inf, np.float32)
         leave_P: FloatsP = np.full(1, np.inf, np.float32)
@@ -107,7 +109,7 @@ class Shape:
     foot: float
     turn: float = np.pi
 
-    def first_hit(self, origin_3P: Points3P, ray_3P: Points3P) -> FloatsP:
+    def first_hit(self, origin_3P: Rays3P, ray_3P: Rays3P) -> FloatsP:
         """The smallest t at which each ray from outside meets the shape, inf where it misses."""
         first_P = np.full(ray_3P.shape[1], np.inf, np.float32)
         for solid in self.solids:
@@ -115,7 +117,7 @@ class Shape:
                 np.copyto(first_P, enter_P, where=(enter_P < leave_P) & (enter_P < first_P))
         return first_P
 
-    def blocks(self, origin_3P: Points3P, ray_3P: Points3P) -> Bool[np.ndarray, " P"]:
+    def blocks(self, origin_3P: Rays3P, ray_3P: Rays3P) -> Bool[np.ndarray, " P"]:
         """Whether the shape lies ahead on each ray; it does not for points on its lit faces."""
         blocked_P = np.zeros(origin_3P.shape[1], bool)
         for solid in self.solids:

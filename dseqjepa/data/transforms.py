@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -29,6 +29,7 @@ DRAWS = 2 * TRIES + 3
 RESIZE_RATIO = (256, 224)
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A pure function of an image and its key; `batch` does many, more quickly."""
 

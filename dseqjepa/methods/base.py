@@ -192,6 +192,7 @@ class Method(nn.Module, ABC):
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
         """EMA: target <- momentum * target + (1 - momentum) * context encoder."""
-        targets, sources = list(self.target.parameters()), list(self.encoder.parameters())
+        targets: list[Tensor] = list(self.target.parameters())
+        sources: list[Tensor] = list(self.encoder.parameters())
         torch._foreach_mul_(targets, momentum)
         torch._foreach_add_(targets, sources, alpha=1 - momentum)

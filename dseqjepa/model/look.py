@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dseqjepa.model.attention import Sequences
-from dseqjepa.model.vit import Images, VisionTransformer
+from dseqjepa.model.vit import Block, Images, VisionTransformer
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam
 
 
@@ -61,6 +61,7 @@ def look_for_saliency(
             out_TD = encoder.norm(encoder.run(states_TD, sequences, start=block + 1))
             if kind == "cls_attention":
                 layer = encoder.blocks[block]
+                assert isinstance(layer, Block)
                 input_BLD = layer.norm1(before_TD).unflatten(0, (B, -1))
                 saliency_BN = cls_attention(layer.attn.of_first_token(input_BLD)[:, :, 1:])
             else:

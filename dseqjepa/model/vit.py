@@ -140,11 +140,10 @@ def initialize(module: nn.Module) -> None:
             parameter.zero_()
         elif parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=0.02)
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList):
-            for index, block in enumerate(part, start=1):
-                block.attn.proj.weight.div_((2 * index) ** 0.5)
-                block.mlp.fc2.weight.div_((2 * index) ** 0.5)
+    blocks = [part for part in module.modules() if isinstance(part, Block)]
+    for index, block in enumerate(blocks, start=1):
+        block.attn.proj.weight.div_((2 * index) ** 0.5)
+        block.mlp.fc2.weight.div_((2 * index) ** 0.5)
 
 
 class VisionTransformer(nn.Module):

@@ -126,7 +126,9 @@ class _Batches(Dataset[_Batch]):
                 kept.append(index)
             except BadImage as reason:
                 bad.append((self.source.name(index), str(reason)))
-        return _Batch(self.transform.batch(images, torch.tensor(kept)), kept, bad)
+        return _Batch(
+            self.transform.batch(images, torch.tensor(kept, dtype=torch.int64)), kept, bad
+        )
 
 
 def _collect(

@@ -6,6 +6,8 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
+from torch import Tensor
 
 from dseqjepa.config import Config
 from dseqjepa.data.loader import Batch, Loader
@@ -74,6 +77,9 @@ class Trainer:
         self.config, self.source, self.out, self.probe = config, source, out, probe
         self.fingerprint = source.fingerprint()
         runtime = config.runtime
+        # The first line that a run prints says where its weights come from.
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
         precision = {"fp32": "32-true", "bf16": "bf16-mixed"}[runtime.precision]
         self.fabric = Fabric(
             accelerator=runtime.accelerator,
@@ -108,8 +114,7 @@ class Trainer:
         if start.resume is not None:
             self._load_weights(start.resume)
         self.module = self.fabric.setup_module(self.method)
-        self.raw_optimizer = build_optimizer(self.method)
-        self.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
+        self.optimizer = build_optimizer(self.method)
         if start.resume is not None:
             self._load_position(start.resume)
         self.start = start
@@ -149,16 +154,17 @@ class Trainer:
             at_step = checkpoint.every_steps and self.step % checkpoint.every_steps == 0
             if self.step == end:
                 self._probe(epoch + 1)
-            if at_epoch or at_step or stop.requested or self.step == self.schedule.steps:
+            stopping = stop.requested  # read once: what comes later stops the next step
+            if at_epoch or at_step or stopping or self.step == self.schedule.steps:
                 self.save()
                 clock.restart()
-            if stop.requested:
+            if stopping:
                 self.journal.say(f"stopped by SIGTERM at step {self.step}; resume=true goes on")
                 raise Stopped
 
     def _train_step(self, epoch: int, batches: Iterator[Batch], clock: _Clock) -> None:
         step, schedule = self.step, self.schedule
-        set_rates(self.raw_optimizer, schedule.lr(step), schedule.weight_decay(step))
+        set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
         unit = total = torch.zeros(())
         pooled = []
         for index in range(self.micro_batches):
@@ -187,9 +193,7 @@ class Trainer:
         self.step += 1
         clock.count(self.config.data.batch_size)
         if step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps:
-            health = measure(torch.cat(pooled))
-            self.first_health = self.first_health or health
-            self._log(epoch, step, health, clock)
+            self._log(epoch, step, torch.cat(pooled), clock)
         self.journal.advance(self.step)
 
     def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
@@ -206,9 +210,13 @@ class Trainer:
             )
         return batch
 
-    def _log(self, epoch: int, step: int, health: Health, clock: _Clock) -> None:
+    def _log(self, epoch: int, step: int, pooled_BD: Tensor, clock: _Clock) -> None:
         means = self.window.means()
         self.window = Window()
+        if not math.isfinite(means["loss"]):
+            raise RunError(f"the loss is {means['loss']} at step {self.step}: lower optim.lr")
+        health = measure(pooled_BD)
+        self.first_health = self.first_health or health
         images = self.config.data.batch_size
         skill = 1 - means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
         values = {
@@ -226,9 +234,6 @@ class Trainer:
         }
         self.journal.metrics(values)
         clock.restart()
-        if not torch.isfinite(torch.tensor(values["loss"])):
-            raise RunError(f"the loss is {values['loss']} at step {self.step}: lower optim.lr")
-        assert self.first_health is not None
         remaining = (self.schedule.steps - self.step) * images / max(values["images_per_s"], 1e-9)
         regions = f"  regions {values['regions']:.2f}" if "regions" in values else ""
         self.journal.say(
@@ -295,7 +300,7 @@ class Trainer:
                     "target": self.method.target.state_dict(),
                     "context": self.method.encoder.state_dict(),
                     "predictor": rest,
-                    "optimizer": optimizer_state(self.raw_optimizer, self.method),
+                    "optimizer": optimizer_state(self.optimizer, self.method),
                     "rng": {"torch": torch.get_rng_state()},
                 },
                 self._state(),
@@ -327,7 +332,7 @@ class Trainer:
             if key.startswith(("encoder.", "target."))
         }
         load_into(self.method, own | rest, f"{checkpoint.path}/predictor.safetensors")
-        load_optimizer_state(self.raw_optimizer, self.method, checkpoint.tensors("optimizer"))
+        load_optimizer_state(self.optimizer, self.method, checkpoint.tensors("optimizer"))
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])
         self.step = checkpoint.step
         self.window = Window(checkpoint.state["window"])

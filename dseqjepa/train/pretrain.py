@@ -7,6 +7,7 @@ Whatever can be wrong with the arguments, the config, the data or the output fol
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def open_training_source(config: Config) -> Source:
 
 def _check_accelerator(config: Config) -> None:
     wanted = config.runtime.accelerator
-    present = {
+    present: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }

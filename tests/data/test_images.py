@@ -162,7 +162,7 @@ def ten(tmp_path: Path) -> Source:
 def test_a_subset_is_the_chosen_images_with_their_labels(ten: Source) -> None:
     chosen = np.array([7, 2, 2])
     subset = Subset(ten, chosen)
-    assert [subset.name(index) for index in range(3)] == [ten.name(index) for index in chosen]
+    assert [subset.name(index) for index in range(3)] == [ten.name(int(index)) for index in chosen]
     for index, parent in enumerate(chosen):
         assert torch.equal(subset.image(index), ten.image(int(parent)))
     assert subset.labels["class"].tolist() == ten.labels["class"][chosen].tolist()

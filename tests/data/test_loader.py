@@ -15,7 +15,7 @@ from torch import Tensor
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import BadImage, Source
-from dseqjepa.data.transforms import EvalTransform, TrainTransform
+from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.keyed import sample_keys
 

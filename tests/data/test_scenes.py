@@ -124,7 +124,7 @@ def test_the_layout_is_the_same_at_every_size(size: int) -> None:
         assert other.image_HW3.shape == (size, size, 3)
         assert len(small.objects) == len(other.objects)
         for thing, same in zip(small.objects, other.objects, strict=True):
-            looks = {"box": (), "centre_xy": (), "pixels": 0}
+            looks = {"box": (0, 0, 0, 0), "centre_xy": (0.0, 0.0), "pixels": 0}
             assert replace(thing, **looks) == replace(same, **looks)
             assert np.multiply(thing.centre_xy, scale) == pytest.approx(same.centre_xy)
             slack = 2 * max(scale, 1)

@@ -177,7 +177,9 @@ def test_the_loss_is_the_mean_over_patches_or_over_regions(preset: str, weightin
     for number in range(4):
         values = [v.mean() for v, k in zip(by_step, plan.step_S, strict=True) if k == number + 1]
         if values:
-            torch.testing.assert_close(step.metrics["loss_by_rank"][number], torch.stack(values).mean())
+            torch.testing.assert_close(
+                step.metrics["loss_by_rank"][number], torch.stack(values).mean()
+            )
 
 
 @pytest.mark.parametrize("preset", ["dseq_vitt8_64", "ijepa_vitt8_64", "cjepa_vitt8_64"])

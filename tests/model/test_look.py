@@ -63,7 +63,9 @@ def test_attention_is_that_of_the_class_token_in_the_block(encoder: VisionTransf
     q, k, _ = layer.attn.qkv(x).view(2, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
     weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(dim=-1)
     expected = weights[:, :, 0, 1:].mean(dim=1).float()
-    torch.testing.assert_close(saliency(encoder, images, kind="cls_attention", block=block), expected)
+    torch.testing.assert_close(
+        saliency(encoder, images, kind="cls_attention", block=block), expected
+    )
 
 
 def test_grad_cam_is_the_gradient_of_the_norm_of_the_pooled_target(encoder: VisionTransformer):
@@ -98,4 +100,6 @@ def test_class_token_readings_need_a_class_token_and_grad_cam_does_not():
 def test_targets_are_normalised_over_the_features():
     targets = target_features(torch.randn(2, 5, 64) * 3 + 1)
     torch.testing.assert_close(targets.mean(dim=2), torch.zeros(2, 5), atol=1e-6, rtol=0)
-    torch.testing.assert_close(targets.var(dim=2, unbiased=False), torch.ones(2, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        targets.var(dim=2, unbiased=False), torch.ones(2, 5), atol=1e-4, rtol=0
+    )

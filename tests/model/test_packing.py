@@ -56,7 +56,9 @@ def test_long_sequences_take_another_path_to_the_same_result():
     length = attention.EXPLICIT_UP_TO + 3
     q, k, v = torch.randn(3, 2 * length + 40, 2, 4, dtype=torch.float64)
     out = attend(q, k, v, Sequences.ragged([length, 40, length]))
-    torch.testing.assert_close(out[:length], attention_of_one(q[:length], k[:length], v[:length], None))
+    torch.testing.assert_close(
+        out[:length], attention_of_one(q[:length], k[:length], v[:length], None)
+    )
 
 
 def sequential_plan() -> Plan:
@@ -68,7 +70,9 @@ def sequential_plan() -> Plan:
     rank[2, :4] = 0
     steps = [(0, 1), (0, 2), (0, 3), (1, 1), (2, 1), (2, 2)]
     context = torch.stack([rank[i] < (k if i < 2 else 1) for i, k in steps])
-    target = torch.stack([rank[i] == k if i < 2 else torch.zeros(16, dtype=torch.bool) for i, k in steps])
+    target = torch.stack(
+        [rank[i] == k if i < 2 else torch.zeros(16, dtype=torch.bool) for i, k in steps]
+    )
     target[4, 8:12] = True
     target[5, 10:15] = True
     image, step = torch.tensor(steps).T
@@ -96,12 +100,17 @@ def one_by_one(
     for image in plan.image_S.unique().tolist():
         mine = plan.image_S == image
         first = torch.full((16,), 99)
-        for step, context in zip(plan.step_S[mine].flip(0), plan.context_SN[mine].flip(0), strict=True):
+        for step, context in zip(
+            plan.step_S[mine].flip(0), plan.context_SN[mine].flip(0), strict=True
+        ):
             first[context] = step
         arrival[image] = first
 
     def encode(image: int, patches: Tensor, rank: Tensor | None) -> Tensor:
-        x = encoder.patch_embed(pixels[image, patches]) + encoder.pos_embed[0, encoder.prefix + patches]
+        x = (
+            encoder.patch_embed(pixels[image, patches])
+            + encoder.pos_embed[0, encoder.prefix + patches]
+        )
         if encoder.prefix:
             x = torch.cat([encoder.cls_token[0], x])
             rank = None if rank is None else torch.cat([torch.zeros(1, dtype=torch.int64), rank])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +125,36 @@ def test_checkpoints_come_when_asked_and_at_both_ends(
     assert checkpoints(out) == expected
 
 
-@pytest.mark.parametrize("method", ["dseq", "ijepa", "cjepa"])
-def test_the_loss_falls_on_a_few_pictures(tmp_path: Path, method: str) -> None:
-    few = run_config(method, "optim.epochs=60", "data.crop_scale=[0.9, 1.0]", "log.every_steps=5")
-    lines = metrics(train(few, tmp_path / "run", Pictures(BATCH)))
-    losses = [line["prediction_loss"] for line in lines[1:]]
-    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
+def test_every_step_uses_the_schedules_of_its_number(tmp_path: Path) -> None:
+    config = run_config("ijepa", "checkpoint.every_steps=1", "checkpoint.keep=9", "optim.epochs=1")
+    schedule = Schedule(config.optim, config.ema, PER_EPOCH)
+    out = train(config, tmp_path / "run")
+    states = [tensors(out / "checkpoints" / f"step-{n:08d}") for n in range(PER_EPOCH + 1)]
+    for step, (before, after) in enumerate(pairwise(states)):
+        momentum = schedule.momentum(step)
+        for key in (key for key in after if key.startswith("target/")):
+            context = after[key.replace("target/", "context/")]
+            expected = momentum * before[key] + (1 - momentum) * context
+            torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-6)
+    # The first step of Adam is a learning rate long wherever there is a gradient.
+    moved = (states[1]["context/norm.bias"] - states[0]["context/norm.bias"]).abs()
+    assert moved.max().item() == pytest.approx(schedule.lr(0), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dseq", "ijepa"])
+def test_the_loss_falls_where_the_target_stays(tmp_path: Path, method: str) -> None:
+    config = run_config(
+        method,
+        "method.regularizer=none",
+        "ema.start=1",
+        "optim.lr=0.003",
+        "optim.epochs=60",
+        "checkpoint.every_epochs=60",
+        "log.every_steps=10",
+    )
+    losses = [line["loss"] for line in metrics(train(config, tmp_path / "run", Pictures(BATCH)))]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(after < 1.1 * before for before, after in pairwise(losses))
 
 
 @pytest.mark.parametrize("weighting", ["token", "region"])

@@ -21,8 +21,6 @@ from dseqjepa.train.log import CLOCK_KEYS
 from dseqjepa.train.pretrain import pretrain
 from tests.tiny import tiny_config
 
-torch.set_num_threads(1)
-
 IMAGES, BATCH, EPOCHS = 40, 8, 4
 PER_EPOCH = IMAGES // BATCH
 STEPS = EPOCHS * PER_EPOCH

@@ -1,0 +1,144 @@
+"""Every command and every piece of Python printed in README and docs is run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHRINK = [
+    "data.batch_size=16", "model.width=32", "model.depth=1", "model.heads=2", "optim.epochs=1",
+    "optim.warmup_epochs=0", "data.workers=0",
+]  # fmt: skip
+"""What makes a printed training command a matter of seconds; the command itself stays."""
+
+
+def blocks(language: str) -> list[tuple[Path, str]]:
+    return [
+        (path, code)
+        for path in DOCUMENTS
+        for found, code in FENCE.findall(path.read_text())
+        if found == language
+    ]
+
+
+def commands() -> list[str]:
+    """Commands of all `sh` blocks, in order, continuation lines joined, without repetition."""
+    lines = []
+    for _, code in blocks("sh"):
+        lines += [line for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+    return list(dict.fromkeys(lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with what the documents name: pictures in two classes, and idx files."""
+    here = tmp_path_factory.mktemp("docs")
+    generator = np.random.default_rng(0)
+    for label in ("cats", "dogs"):
+        (here / "my_pictures" / label).mkdir(parents=True)
+        for index in range(24):
+            pixels = generator.integers(0, 256, (40, 56, 3), np.uint8)
+            Image.fromarray(pixels).save(here / "my_pictures" / label / f"{index}.png")
+    data = here / "fashion"
+    data.mkdir()
+    for part, count in (("train", 64), ("t10k", 32)):
+        images = generator.integers(0, 256, (count, 28, 28), np.uint8)
+        header = np.array([0x803, count, 28, 28], ">u4").tobytes()
+        (data / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        header = np.array([0x801, count], ">u4").tobytes()
+        (data / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return here
+
+
+def run(arguments: list[str], cwd: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_readme_starts_with_the_two_commands():
+    assert commands()[:2] == ["make demo", "make test"]
+
+
+def test_make_test_runs_lint_types_and_all_tests():
+    printed = run(["make", "-n", "test"], ROOT)
+    for part in ("ruff check .", "ruff format --check .", "mypy", "-m pytest"):
+        assert part in printed
+
+
+def test_every_printed_command_works(folder: Path):
+    """In order and in one folder, as a reader would type them; training is shrunk."""
+    python = [sys.executable, "-m", "dseqjepa"]
+    ran = 0
+    for line in commands():
+        words = line.split()
+        if line == "make demo":
+            settings = "data.size=32 data.batch_size=16 optim.epochs=1 optim.warmup_epochs=0"
+            run(
+                ["make", "demo", f"VENV={sys.prefix}", f"SETTINGS={settings} --out {folder}/demo"],
+                ROOT,
+            )
+        elif line in ("make test", "pip install ."):
+            continue  # the run of these tests; and the test below
+        elif words[:2] == ["dseqjepa", "pretrain"]:
+            own = {word.partition("=")[0] for word in words[3:]}
+            shrink = [s for s in SHRINK if s.partition("=")[0] not in own or "epochs" in s]
+            run([*python, *words[1:], *shrink], folder)
+        elif words[0] == "dseqjepa":
+            run([*python, *words[1:]], folder)
+        else:
+            pytest.fail(f"no test knows how to run {line!r}")
+        ran += 1
+    assert ran >= 5
+
+
+@pytest.mark.parametrize(("path", "code"), blocks("python"))
+def test_every_printed_piece_of_python_runs(path: Path, code: str, folder: Path):
+    if "runs/mine" in code and not (folder / "runs" / "mine").exists():
+        run(
+            [sys.executable, "-m", "dseqjepa", "pretrain", "vitt8_64", "data=my_pictures",
+             "out=runs/mine", *SHRINK],
+            folder,
+        )  # fmt: skip
+    run([sys.executable, "-c", code], folder)
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_tests_named_in_the_documents_exist():
+    known = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for path in DOCUMENTS:
+        for name in re.findall(r"`(test_\w+)`", path.read_text()):
+            assert f"def {name}(" in known, f"{path.name} names {name}"
+
+
+def test_an_installed_package_works_outside_the_repository(tmp_path: Path):
+    """`pip install .` into a place of its own, used from another folder."""
+    place = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
+    run([*pip, str(ROOT)], tmp_path)
+    script = (
+        f"import sys; sys.path.insert(0, {str(place)!r}); import dseqjepa, dseqjepa.demo; "
+        f"assert dseqjepa.__file__.startswith({str(place)!r}), dseqjepa.__file__; "
+        "print(dseqjepa.build_method(dseqjepa.load_config('ijepa_vitt_demo')).steps_per_image)"
+    )
+    assert run([sys.executable, "-c", script], tmp_path).strip() == "4"
+    assert (place / "dseqjepa" / "py.typed").exists()
