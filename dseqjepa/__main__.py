@@ -1,3 +1,5 @@
+"""`python -m dseqjepa` is `dseqjepa`."""
+
 from dseqjepa.cli import main
 
 main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
@@ -16,7 +16,6 @@ import yaml
 from dseqjepa.errors import InputError, RunError, did_you_mean
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -37,17 +36,19 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from")
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         _fail(error, 2)
-    except RunError as error:
+    except typer.TyperException as error:
+        _fail(f"{error.format_message()} (--help shows the usage)", 2)
+    except (RunError, OSError) as error:  # such as a disk that is full
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; resume=true goes on from the last checkpoint", 130)
+    if code:
+        sys.exit(code)
 
 
-def _fail(message: object, code: int) -> None:
-    print(f"dseqjepa: {message}", file=sys.stderr)
+def _fail(message: object, code: int) -> NoReturn:
+    print("dseqjepa:", *str(message).splitlines(), file=sys.stderr)
     sys.exit(code)
 
 
@@ -83,20 +84,23 @@ def pretrain(
             config.data.image_size,
             images=config.probe.images,
             seed=config.runtime.seed,
+            device=encoder.pos_embed.device,
         )
 
     try:
         train(
             config,
-            Path(run["out"]),
+            Path(run["out"]).expanduser(),
             resume=_flag(run, "resume"),
             overwrite=_flag(run, "overwrite"),
-            init_from=Path(run["init_from"]) if "init_from" in run else None,
+            init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
             source=source,
             probe=knn_probe if "class" in source.labels else None,
         )
     except Stopped:
         sys.exit(143)
+    except KeyboardInterrupt:
+        _fail("interrupted; resume=true goes on from the last checkpoint", 130)
 
 
 @app.command()
@@ -108,7 +112,7 @@ def evaluate(
 ) -> None:
     """Evaluate a trained encoder: dseqjepa evaluate knn runs/mine data=my_pictures"""
     if task != "knn":
-        raise InputError(f"unknown task {task!r}. {did_you_mean(task, ['knn'])}")
+        raise InputError(f"unknown task {task!r}{did_you_mean(task, ['knn'])}")
     from dseqjepa.config import KnnConfig
 
     own, overrides = _split(settings or [], ("data", "out"))
@@ -119,10 +123,10 @@ def evaluate(
     from dseqjepa.tasks.report import evaluate_run
 
     evaluate_run(
-        Path(run),
+        Path(run).expanduser(),
         config,
         data=own.get("data"),
-        out=Path(own["out"]) if "out" in own else None,
+        out=Path(own["out"]).expanduser() if "out" in own else None,
     )
 
 
@@ -164,7 +168,8 @@ def presets(
 
 def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
     """A command's own `key=value` settings, and those that belong to the config."""
-    mine, others = {}, []
+    mine: dict[str, str] = {}
+    others = []
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -172,6 +177,8 @@ def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], l
         if key in own:
             if not value:
                 raise InputError(f"{key}= is empty: give a value")
+            if key in mine:
+                raise InputError(f"{key} is given twice: {mine[key]!r} and {value!r}")
             mine[key] = value
         else:
             others.append(f"data.source={value}" if key == "data" else setting)
@@ -179,7 +186,7 @@ def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], l
 
 
 def _flag(run: dict[str, str], key: str) -> bool:
-    value = yaml.safe_load(run.get(key, "false"))
-    if not isinstance(value, bool):
+    value = run.get(key, "false").lower()
+    if value not in ("true", "false"):
         raise InputError(f"{key} must be true or false, found {run[key]!r}")
-    return value
+    return value == "true"

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.errors import InputError
+from dseqjepa.settings import apply_override, explain, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -22,6 +30,15 @@ Range = tuple[float, float]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{key} must not be {value}")  # it would pass as 1 or 0
+        return values
 
     def with_(self, **changes: Any) -> Self:
         """A copy with some fields replaced; a mapping changes only the keys that it names."""
@@ -348,11 +365,11 @@ class KnnConfig(Section):
         """A config of `key=value` settings; `InputError` names the key at fault."""
         values: dict[str, Any] = {}
         for setting in settings:
-            _apply(values, setting)
+            apply_override(values, setting)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise InputError(_explain_all(error, cls)) from None
+            raise InputError(explain(error, cls)) from None
 
 
 def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -365,11 +382,11 @@ def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Co
 
     name = str(preset_or_path)
     if name.endswith((".yaml", ".yml")):
-        values = _read_yaml(Path(name))
+        values = read_yaml(Path(name))
     else:
         values = preset(name).model_dump()
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return validate(values)
 
 
@@ -378,7 +395,7 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain_all(error, Config)) from None
+        raise InputError(explain(error, Config)) from None
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -396,85 +413,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"config file {path}: {error.strerror}; give a preset or a file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config file {path} is not plain YAML: {reason}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"config file {path}: expected sections, found {type(values).__name__}")
-    return values
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"expected section.key=value, found {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{key}: cannot read the value {text!r} as YAML") from None
-    if isinstance(value, str) and _is_number(value):
-        value = float(value)  # YAML 1.1 reads 1e-3, which has no dot, as text
-    *sections, leaf = key.split(".")
-    place = values
-    for section in sections:
-        inner = place.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise InputError(f"{key}: {section!r} is a value, not a section")
-        place = inner
-    if key == "method.name" and place.get("name") != value:
-        place.clear()  # another method has other keys: start from its defaults
-    if key == "model.name" and place.get("name") != value:
-        for size in ("width", "depth", "heads"):  # these belong to the name before
-            place.pop(size, None)
-    place[leaf] = value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _explain_all(error: ValidationError, root: type[Section]) -> str:
-    return "; ".join(_explain(item, root) for item in error.errors())
-
-
-def _explain(item: Mapping[str, Any], root: type[Section]) -> str:
-    """One pydantic error as: key, what was expected, what was found."""
-    tags = {"dseq", "ijepa", "cjepa"}
-    location = [str(part) for part in item["loc"] if str(part) not in tags]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(item["loc"], root)
-        return f"unknown key {key!r}. {did_you_mean(location[-1], known)}"
-    if item["type"] == "union_tag_invalid":
-        return f"method.name must be one of dseq, ijepa, cjepa, found {item['input'].get('name')!r}"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return message if not key or key in message else f"{key}: {message}"
-    found = "" if item["type"] == "missing" else f", found {item['input']!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{found}"
-
-
-def _known_keys(location: tuple[int | str, ...], root: type[Section]) -> set[str]:
-    """The keys of the section in which `location`'s last part stands."""
-    methods: dict[str, type[Section]] = {"dseq": DSeqConfig, "ijepa": IJepaConfig}
-    methods["cjepa"] = CJepaConfig
-    model: type[BaseModel] = root
-    for part in location[:-1]:
-        if part in methods:
-            model = methods[str(part)]
-            continue
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return set(model.model_fields)

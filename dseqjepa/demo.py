@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from rich.console import Console
 
 from dseqjepa.config import Config
+from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.knn import compare
@@ -37,7 +37,7 @@ def run_demo(config: Config, out: Path) -> None:
     test = Scenes(TEST_IMAGES, size=size[0], seed=seed, split="val")
     with console.status("rendering scenes"):
         for scenes in (train, test):
-            scenes.prepare(os.cpu_count() or 1)
+            prepare(scenes)
     console.print(
         f"rendered {len(train) + len(test)} scenes in {time.perf_counter() - began:.0f} s"
     )

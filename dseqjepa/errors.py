@@ -17,8 +17,13 @@ class RunError(RuntimeError):
     """A run that had started and cannot go on: exit code 1."""
 
 
+FEW = 40
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """A sentence that names the nearest known word, or all of them when none is near."""
+    """The end of a message about an unknown word: the nearest known one, else all if few."""
     known = sorted(words)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(known)}" if 0 < len(known) <= FEW else ""

@@ -143,7 +143,10 @@ def vits16_small() -> Config:
 
 
 def vitt_demo() -> Config:
-    """A shallow ViT-Ti/8 on the embedded scenes at 64 px: what `dseqjepa demo` trains."""
+    """A shallow ViT-Ti/8 on the embedded scenes at 64 px: what `dseqjepa demo` trains.
+
+    `dseqjepa pretrain vitt_demo data=scenes out=runs/demo` trains it alone. Minutes on a CPU.
+    """
     return vitt8_64().with_(
         data={"source": "scenes", "size": 10_000, "batch_size": 64, "workers": 0},
         model=ModelConfig(name="vit_nano", patch_size=8),
@@ -156,6 +159,7 @@ def vitt_demo() -> Config:
 def dseq_vitb16_release() -> Config:
     """The main recipe with the authors' readings where they are a choice.
 
+    `dseqjepa pretrain dseq_vitb16_release data=/data/imagenet/train out=runs/release`.
     Contexts late by one region, queries without a mask token, the raw [CLS] parameter as query and
     one curriculum draw for a batch (docs/differences.md, rows 1, 4 and 8). Its faults stay out.
     """
@@ -234,7 +238,8 @@ def _parts(name: str) -> tuple[str, Callable[[], Config]]:
         for method in METHODS:
             if full == f"{method}_{backbone.__name__}":
                 return method, backbone
-    raise InputError(f"unknown preset {name!r}. {did_you_mean(full, preset_names())}")
+    known = {*preset_names(), *(backbone.__name__ for backbone in BACKBONES)}
+    raise InputError(f"unknown preset {name!r}{did_you_mean(name, known)}")
 
 
 def _first_line(function: Callable[[], Config]) -> str:

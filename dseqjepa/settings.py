@@ -6,7 +6,7 @@ overrides, and one line for all that is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +22,8 @@ WORDS = {
     "bool": "true or false",
     "string": "text",
     "tuple": "two numbers in brackets",
+    "missing": "two numbers in brackets",
+    "too": "two numbers in brackets",
     "model": "a section, whose keys are set one by one",
 }
 """What pydantic's types of error expected, by their first word."""
@@ -30,7 +32,7 @@ WORDS = {
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file; nothing in it is run. `InputError` if it is anything else."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror}; give a preset or a file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -77,11 +79,54 @@ def _value(key: str, text: str) -> Any:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All that is wrong, in one line: for each key what was expected, and what was found."""
-    lines: dict[str, str] = {}
+    """All that is wrong, in one line: each key, what it must be, and what was found."""
+    says: dict[str, str] = {}
+    wanted: dict[str, str] = {}
     for item in error.errors():
-        key, message = _explain(item, root)
-        # A value that may be of two types has two errors, for example "a whole number" or "'auto'".
-        lines[key] = f"{lines[key]} or {message}" if key in lines else message
-        lines[key]
-    return "; ".join(lines.values())
+        key, section = _walk(item["loc"], root)
+        name = key.rpartition(".")[2]
+        kind, message, found = item["type"], item["msg"], item["input"]
+        if kind in ("extra_forbidden", "invalid_key"):
+            says[key] = f"unknown key {key!r}{did_you_mean(name, section.model_fields)}"
+        elif kind == "value_error":
+            message = message.removeprefix("Value error, ")
+            says[key] = message if key in message else f"{key}: {message}"
+        elif kind == "missing" and isinstance(item["loc"][-1], str):
+            says[key] = f"{key} is missing"
+        elif kind.startswith("union_tag"):
+            tags = (repr(_tag(model)) for model in _sections(section, name))
+            says[key] = f"{key}.name must be {' or '.join(tags)}, found {found.get('name')!r}"
+        else:
+            word = WORDS.get(kind.partition("_")[0], message.removeprefix("Input should be "))
+            # A key of two types has an error for each of them: a whole number or 'auto'.
+            wanted[key] = f"{wanted[key]} or {word}" if key in wanted else word
+            says[key] = f"{key} must be {wanted[key]}, found {found!r}"
+    return "; ".join(says.values())
+
+
+def _walk(location: Iterable[int | str], root: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+    """The dotted key at fault and its section; pydantic's way there also names the member of a
+    union and the place inside a value."""
+    keys: list[str] = []
+    section, inner = root, [root]
+    for part in location:
+        if len(inner) > 1:
+            inner = [model for model in inner if _tag(model) == part]
+        elif inner:
+            section = inner[0]
+            keys.append(str(part))
+            inner = _sections(section, str(part))
+    return ".".join(keys), section
+
+
+def _sections(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    """The models that a key of a section may hold: none for a plain value, some for a union."""
+    if key not in section.model_fields:
+        return []
+    annotation = section.model_fields[key].annotation
+    options = get_args(annotation) or (annotation,)
+    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _tag(model: type[BaseModel]) -> str:
+    return str(model.model_fields["name"].default)

@@ -5,10 +5,9 @@ Suffixes: N images, B chosen images, H and W pixels.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
 from dseqjepa.data.source import BadImage, Source
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -202,12 +201,6 @@ def existing_folder(path: Path) -> Path:
     if os.access(path.parent, os.R_OK):
         siblings = [entry.name for entry in path.parent.iterdir() if os.path.isdir(entry)]
     raise InputError(f"no such folder: {path}{did_you_mean(path.name, siblings)}")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known word nearest to `word`, or nothing."""
-    nearest = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

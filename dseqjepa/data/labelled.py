@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,10 +19,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dseqjepa.data.images import ImageFolder, did_you_mean, existing_folder, holdout
+from dseqjepa.data.images import ImageFolder, existing_folder, holdout
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, did_you_mean
 
 Split = Literal["train", "val"]
 
@@ -89,6 +90,9 @@ class FashionMNIST:
         return digest.hexdigest()
 
 
+WORTH_PROCESSES = 2000
+"""Scenes from which on starting processes costs less than it saves."""
+
 OPENERS: dict[str, Callable[[Path, Split], Source]] = {"fashion-mnist": FashionMNIST}
 """The formats that `data=name:path` knows."""
 
@@ -124,8 +128,8 @@ def open_source(
     if colon and "/" not in name and not Path(spec).is_dir():
         if name not in OPENERS:
             raise InputError(
-                f"unknown data format {name!r} in data={spec}{did_you_mean(name, OPENERS)} "
-                f"(expected a folder, scenes, or name:path with one of: {', '.join(OPENERS)})"
+                f"data={spec}: expected a folder, scenes, or name:path, "
+                f"found the unknown format {name!r}{did_you_mean(name, OPENERS)}"
             )
         return OPENERS[name](Path(path).expanduser(), split)
     if not spec:
@@ -147,6 +151,13 @@ def open_splits(
     if isinstance(train, ImageFolder) and not train.has_splits:
         return holdout(train, seed=seed)
     return train, open_source(spec, split="val", size=size, image_size=image_size, seed=seed)
+
+
+def prepare(source: Source) -> None:
+    """Render what is to be rendered, on all cores; other sources are ready as they are."""
+    if isinstance(source, Scenes):
+        few = len(source) < WORTH_PROCESSES
+        source.prepare(1 if few else os.cpu_count() or 1)
 
 
 def _read_idx(folder: Path, stem: str, *shape: int) -> UInt8[np.ndarray, "N *shape"]:

@@ -176,11 +176,8 @@ class Scenes:
     def fingerprint(self) -> str:
         return hashlib.sha256(self._id.encode()).hexdigest()
 
-    def prepare(self, workers: int, progress: Callable[[int], None] | None = None) -> None:
-        """Render all images, in `workers` processes if more than one.
-
-        `progress` is told how many images are there, after every few.
-        """
+    def prepare(self, workers: int) -> None:
+        """Render all images, in `workers` processes if more than one."""
         missing = np.flatnonzero(~self._done_B).tolist()
         chunks = [missing[at : at + CHUNK] for at in range(0, len(missing), CHUNK)]
         job = partial(_render_images, self._seed, self.size)
@@ -192,8 +189,6 @@ class Scenes:
             for chunk, images_B3HW in zip(chunks, run(job, chunks), strict=True):
                 self._images_B3HW[chunk] = images_B3HW
                 self._done_B[chunk] = True
-                if progress is not None:
-                    progress(int(self._done_B.sum()))
 
 
 def _render_images(seed: int, size: int, indices: list[int]) -> UInt8[np.ndarray, "B 3 H W"]:

@@ -1,0 +1,1 @@
+"""Evaluations of a trained encoder; each yields named numbers."""

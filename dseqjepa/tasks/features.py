@@ -35,7 +35,6 @@ Encoder = Callable[[Tensor], Encoded]
 """Takes ImageNet-normalised float images (B, 3, H, W). `VisionTransformer` is one."""
 
 Pool = Callable[[Tensor], dict[str, Tensor]]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +59,6 @@ def extract(
     batch_size: int = 256,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
 ) -> Extracted:
     """Average-pooled patch features of every image (METHOD section 5), float32.
 
@@ -73,7 +71,6 @@ def extract(
         image_size: height and width in pixels.
         batch_size: images that the encoder sees at a time.
         workers: processes that read ahead; 0 reads in this one.
-        progress: told after every batch how many images have been seen, bad ones too.
 
     Raises:
         InputError: no image of the source can be decoded.
@@ -84,7 +81,7 @@ def extract(
         layers = [layer_BND.float().mean(dim=1) for layer_BND in encoded.layers]
         return {"last": encoded.patches_BND.float().mean(dim=1), "last4": torch.cat(layers, dim=1)}
 
-    return _collect(pool, _Batches(source, image_size, batch_size), workers, device, progress)
+    return _collect(pool, _Batches(source, image_size, batch_size), workers, device)
 
 
 def pixels(source: Source, image_size: tuple[int, int], *, workers: int = 0) -> Extracted:
@@ -96,7 +93,7 @@ def pixels(source: Source, image_size: tuple[int, int], *, workers: int = 0) -> 
     def pool(images_BCHW: Tensor) -> dict[str, Tensor]:
         return {"pixels": images_BCHW.flatten(1)}
 
-    return _collect(pool, _Batches(source, image_size, batch_size=256), workers, "cpu", None)
+    return _collect(pool, _Batches(source, image_size, batch_size=256), workers, "cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +133,6 @@ def _collect(
     batches: _Batches,
     workers: int,
     device: torch.device | str,
-    progress: Progress | None,
 ) -> Extracted:
     source = batches.source
     # A generator of its own, because iterating draws a number from the global one otherwise.
@@ -156,8 +152,6 @@ def _collect(
                 features[name][place] = value_BD
         index += batch.kept
         bad += batch.bad
-        if progress is not None:
-            progress(len(index) + len(bad))
     if not index:
         what = f", the first is {bad[0][0]}: {bad[0][1]}" if bad else ""
         raise InputError(f"expected an image to evaluate, none of {len(bad)} is readable{what}")

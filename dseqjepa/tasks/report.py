@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from dseqjepa.config import KnnConfig
-from dseqjepa.data.labelled import open_splits
+from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.knn import compare
 from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
@@ -35,11 +36,16 @@ def evaluate_run(run: Path, config: KnnConfig, *, data: str | None, out: Path | 
         image_size=trained_on.data.image_size,
         seed=trained_on.runtime.seed,
     )
+    for part in (train, test):
+        prepare(part)
     encoders: dict[str, VisionTransformer | None] = {
         "raw pixels": None,
         "untrained": untrained_encoder(trained_on),
         f"{trained_on.method.name}, step {checkpoint.step}": encoder_of(checkpoint, config.weights),
     }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for encoder in filter(None, encoders.values()):
+        encoder.to(device)
     rows = compare(
         encoders,
         train,
@@ -50,6 +56,7 @@ def evaluate_run(run: Path, config: KnnConfig, *, data: str | None, out: Path | 
         k=config.k,
         temperature=config.temperature,
         workers=config.workers,
+        device=device,
     )
     show_table(rows, [config.task], Console())
     path = out or checkpoint.run / "evaluations" / "knn.json"

@@ -6,6 +6,7 @@ Whatever can be wrong with the arguments, the config, the data or the output fol
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 
 from dseqjepa.config import Config, differences
-from dseqjepa.data.labelled import open_source
+from dseqjepa.data.labelled import open_source, prepare
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
 from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
@@ -60,7 +61,8 @@ def pretrain(
     if weights is not None:
         _check_same_encoder(config, weights)
     if not resume:
-        _claim(out, overwrite)
+        _claim(out, overwrite, kept=weights)
+    prepare(source)
     Trainer(
         config,
         source,
@@ -138,21 +140,29 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
         raise InputError(f"init_from {weights.path} is another encoder: {shown}")
 
 
-def _claim(out: Path, overwrite: bool) -> None:
-    """Make sure that `out` is free; remove an old run where that was asked for, nothing else."""
-    if out.exists() and not out.is_dir():
+def _claim(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
+    """Make `out` an empty folder; remove an old run where that was asked for, nothing else."""
+    if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"out={out} is a file: give a folder")
-    present = {path.name for path in out.iterdir()} if out.exists() else set()
-    if not present:
-        return
-    if not overwrite:
-        raise InputError(
-            f"out={out} is not empty: give another folder, resume=true to go on with the run in "
-            "it, or overwrite=true to replace it"
-        )
-    foreign = sorted(present - RUN_FILES)
-    if foreign:
-        raise InputError(f"overwrite=true: {out} also holds {foreign[0]!r}, which is not of a run")
-    for name in present:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if present and not overwrite:
+            raise InputError(
+                f"out={out} is not empty: give another folder, resume=true to go on with the run "
+                "in it, or overwrite=true to replace it"
+            )
+        foreign = sorted(present - RUN_FILES)
+        if foreign:
+            raise InputError(
+                f"overwrite=true: {out} also holds {foreign[0]!r}, which is not of a run"
+            )
+        if present and kept is not None and kept.path.is_relative_to(out.resolve()):
+            raise InputError(f"overwrite=true would remove {kept.path}, which init_from names")
+        for name in present:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise InputError(f"out={out} cannot be written to: give another, or change its permissions")

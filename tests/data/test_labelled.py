@@ -136,9 +136,9 @@ def test_a_format_with_a_path_opens_that_format(fashion: Path) -> None:
 
 
 def test_an_unknown_format_lists_the_known_and_names_the_near_one() -> None:
-    with pytest.raises(InputError, match=r"did you mean 'fashion-mnist'\?.*one of: fashion-mnist"):
+    with pytest.raises(InputError, match=r"did you mean 'fashion-mnist'\?$"):
         open_any("fashion_mnist:/some/where", split="train")
-    with pytest.raises(InputError, match=r"unknown data format 'xyz' in data=xyz:/a \(expected"):
+    with pytest.raises(InputError, match=r"unknown format 'xyz'; known: fashion-mnist$"):
         open_any("xyz:/a", split="train")
 
 

@@ -155,11 +155,7 @@ def test_prepare_renders_all_in_any_number_of_processes(
 ) -> None:
     fresh = Scenes(70, size=64, seed=5, split="train")
     fresh.image(3)
-    told: list[int] = []
-    fresh.prepare(workers, told.append)
-    assert told == sorted(set(told))
-    assert told[-1] == 70
-    assert len(told) > 1
+    fresh.prepare(workers)
     monkeypatch.setattr(scenes, "render", None)  # from here on all must come from the cache
     for index in range(70):
         image = fresh.image(index).permute(1, 2, 0)

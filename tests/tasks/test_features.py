@@ -137,9 +137,3 @@ def test_global_random_numbers_are_left_alone() -> None:
     before = torch.get_rng_state()
     extract(make_encoder(), Noise(3), SIZE)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_progress_counts_every_image_once() -> None:
-    seen: list[int] = []
-    extract(make_encoder(), Noise(7, bad=(6,)), SIZE, batch_size=3, progress=seen.append)
-    assert seen == [3, 6, 7]

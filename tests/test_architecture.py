@@ -1,0 +1,192 @@
+"""What the files of the package may look like, and which of them may import which."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dseqjepa
+
+PACKAGE = Path(dseqjepa.__file__).parent
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MOST_LINES = 420
+
+BASE = {"errors", "keyed"}
+MODEL = BASE | {"config", "plans", "model"}
+EVALUATION = MODEL | {"data", "train.checkpoint"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "keyed": set(),
+    "settings": {"errors"},
+    "config": {"errors", "settings", "presets"},
+    "presets": {"errors", "config"},
+    "plans": BASE,
+    "data": BASE,
+    "model": BASE | {"config", "plans"},
+    "methods": MODEL,
+    "train": MODEL | {"methods", "data"},
+    "tasks": EVALUATION,
+    "viz": EVALUATION,
+    "demo": EVALUATION | {"methods", "train", "tasks", "viz"},
+    "cli": EVALUATION | {"presets", "methods", "train", "tasks", "viz", "demo"},
+    "__main__": {"cli"},
+    "__init__": EVALUATION | {"methods"},
+}
+"""Part of the package -> the parts, or single modules, that it may stand on beside itself."""
+
+AT_IMPORT = {"cli": {"errors"}, "config": {"errors", "settings"}, "__init__": set()}
+"""What these load at once; the rest waits until it is needed, so that --help stays quick."""
+
+
+def part(module: str) -> str:
+    """`dseqjepa.data.images` belongs to `data`, `dseqjepa.cli` is `cli`."""
+    return module.split(".")[1]
+
+
+def statements(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
+    """All nodes; or those that run when the module is loaded."""
+    for node in ast.iter_child_nodes(tree):
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if everywhere or not (is_function or is_typing):
+            yield node
+            yield from statements(node, everywhere)
+
+
+def imported(source: str, everywhere: bool = True) -> set[str]:
+    """The package's own modules that a source imports, `plans.regions` for short."""
+    found = set()
+    for node in statements(ast.parse(source), everywhere):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found |= {name if name in FILES else str(node.module) for name in names}
+    own = {name for name in found if name.split(".")[0] == "dseqjepa"}
+    return {name.partition(".")[2] or "__init__" for name in own}
+
+
+def forbidden(module: str, source: str, everywhere: bool = True) -> set[str]:
+    """What a module imports and may not."""
+    mine = part(module)
+    allowed = MAY_IMPORT[mine] if everywhere else AT_IMPORT.get(mine, MAY_IMPORT[mine])
+    return {
+        name
+        for name in imported(source, everywhere)
+        if name.split(".")[0] not in allowed | {mine} and name not in allowed
+    }
+
+
+def calls(source: str, name: str) -> bool:
+    nodes = ast.walk(ast.parse(source))
+    return any(isinstance(n, ast.Call) and ast.unparse(n.func) == name for n in nodes)
+
+
+def swallowed(source: str) -> list[int]:
+    """Lines of handlers that catch everything and raise nothing."""
+    lines = []
+    for handler in ast.walk(ast.parse(source)):
+        if isinstance(handler, ast.ExceptHandler):
+            caught = {ast.unparse(node) for node in ast.walk(handler.type or ast.Name("Exception"))}
+            raises = any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+            if caught & {"Exception", "BaseException"} and not raises:
+                lines.append(handler.lineno)
+    return lines
+
+
+# The rules hold
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_stands_on_lower_ones_alone(module: str) -> None:
+    source = FILES[module].read_text()
+    assert forbidden(module, source) == set()
+    assert forbidden(module, source, everywhere=False) == set()
+
+
+def test_every_part_of_the_package_has_its_rule() -> None:
+    assert {part(module) for module in FILES} <= MAY_IMPORT.keys()
+
+
+def test_no_rule_leads_round() -> None:
+    """The table goes upwards; `config` alone asks for something later, once it is loaded."""
+    order = list(MAY_IMPORT)
+    for index, allowed in enumerate(MAY_IMPORT.values()):
+        upwards = {name for name in allowed if order.index(part(f".{name}")) > index}
+        assert upwards <= ({"presets"} if order[index] == "config" else set())
+
+
+def test_public_names_come_from_where_they_live() -> None:
+    for name, home in dseqjepa._HOME.items():
+        assert f"dseqjepa.{home}" in FILES or f"dseqjepa.{home}.__init__" in FILES
+        assert home.split(".")[0] not in ("cli", "demo")
+        assert getattr(dseqjepa, name).__name__ == name
+    assert sorted(dseqjepa._HOME) == sorted(set(dseqjepa.__all__) - {"__version__"})
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = dseqjepa.nothing
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_is_short_and_says_what_it_is(module: str) -> None:
+    source = FILES[module].read_text()
+    assert len(source.splitlines()) <= MOST_LINES
+    assert ast.get_docstring(ast.parse(source))
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_only_commands_print_and_no_error_is_swallowed(module: str) -> None:
+    source = FILES[module].read_text()
+    assert part(module) in ("cli", "demo", "tasks") or not calls(source, "print")
+    assert swallowed(source) == []
+
+
+# The rules see what they are for
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dseqjepa.plans.plan", "from dseqjepa.model.vit import Images"),
+        ("dseqjepa.plans.plan", "from dseqjepa.config import Config"),
+        ("dseqjepa.plans.plan", "from dseqjepa import model"),
+        ("dseqjepa.plans.plan", "def late():\n    import dseqjepa.train.loop"),
+        ("dseqjepa.data.images", "import dseqjepa.config as c"),
+        ("dseqjepa.model.vit", "from dseqjepa.methods import build_method"),
+        ("dseqjepa.methods.base", "from dseqjepa.train import checkpoint"),
+        ("dseqjepa.tasks.knn", "from dseqjepa.train.loop import Trainer"),
+        ("dseqjepa.tasks.knn", "from dseqjepa.train import checkpoint, loop"),
+        ("dseqjepa.viz.regions", "from dseqjepa.tasks import knn"),
+        ("dseqjepa.train.loop", "if True:\n    from dseqjepa.cli import main"),
+        ("dseqjepa.config", "from dseqjepa.keyed import Stream"),
+        ("dseqjepa.config", "import dseqjepa"),
+    ],
+)
+def test_an_import_upwards_is_seen(module: str, source: str) -> None:
+    assert forbidden(module, source)
+
+
+def test_what_is_allowed_late_only_is_seen_at_import() -> None:
+    for module, line in (
+        ("dseqjepa.config", "from dseqjepa.presets import preset"),
+        ("dseqjepa.cli", "from dseqjepa.train.loop import Stopped"),
+        ("dseqjepa.__init__", "from dseqjepa.config import Config"),
+    ):
+        assert forbidden(module, line, everywhere=False)
+        assert not forbidden(module, f"def late():\n    {line}", everywhere=False)
+        assert not forbidden(module, line)
+
+
+def test_a_swallowed_error_and_a_print_are_seen() -> None:
+    for caught in ("", " Exception", " BaseException as e", " (ValueError, Exception)"):
+        assert swallowed(f"try:\n    x\nexcept{caught}:\n    pass") == [3]
+    assert swallowed("try:\n    x\nexcept Exception as e:\n    raise ValueError from e") == []
+    assert swallowed("try:\n    x\nexcept ValueError:\n    pass") == []
+    assert calls("def f():\n    print(1)", "print")
+    assert not calls("console.print(1)", "print")
