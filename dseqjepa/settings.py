@@ -40,7 +40,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"config file {path} is not plain YAML: {reason}") from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path}: expected sections, found {type(values).__name__}")
-    return values
+    return {str(key): value for key, value in values.items()}
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

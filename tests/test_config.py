@@ -316,6 +316,11 @@ def test_an_encoder_without_class_token_can_look_by_grad_cam() -> None:
     load_config("ijepa_vitb16_in1k", ["model.class_token=false"])
 
 
+def test_a_key_that_is_no_text_is_unknown() -> None:
+    with pytest.raises(InputError, match=r"^unknown key 'model.3'; known: class_token, depth, "):
+        validate({"model": {"name": "vit_tiny", 3: 4}, "method": {"name": "dseq"}})
+
+
 def test_missing_sections_are_named() -> None:
     with pytest.raises(InputError, match=r"^model is missing; method is missing$"):
         validate({})

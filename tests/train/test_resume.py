@@ -179,11 +179,14 @@ def test_bad_files_are_named_once_whatever_the_cuts(tmp_path: Path) -> None:
     source = Pictures(bad=(3, 9, 17, 30))
     config = run_config("ijepa", *UNEVEN, "data.max_bad=0.1")
     whole, out = train(config, tmp_path / "whole", source), tmp_path / "run"
-    patch = at_batch(4, kill)  # after step 3, before the next checkpoint: bad files were met
-    with pytest.raises(Killed):
-        train(config, out, source)
-    patch.undo()
-    assert (out / "bad_files.jsonl").exists()
+    # Dead after step 3, when no checkpoint knew the bad files met so far; then stopped after 19.
+    for batch, event in ((4, kill), (19, terminate)):
+        patch = at_batch(batch, event)
+        with pytest.raises((Killed, Stopped)):
+            train(config, out, source, resume=out.exists())
+        patch.undo()
+        assert (out / "bad_files.jsonl").exists()
+    assert open_checkpoint(out).step == 19
     train(config, out, source, resume=True)
     assert_same_run(whole, out)
     assert (out / "bad_files.jsonl").read_text() == (whole / "bad_files.jsonl").read_text()

@@ -1,0 +1,414 @@
+"""Whatever is wrong with what was typed: one line, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dseqjepa.cli import main
+from dseqjepa.config import KnnConfig, load_config
+from dseqjepa.train.loop import Stopped, Trainer
+from tests.tiny import TINY
+
+PRESET = "dseq_vitt8_64"
+SMALL = [*TINY, "optim.epochs=1", "optim.warmup_epochs=0"]
+IMAGES = 12
+
+Refuse = Callable[..., str]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of a command, in this process."""
+    monkeypatch.setattr("sys.argv", ["dseqjepa", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that lies below a folder; folders and links too."""
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def pictures(folder: Path, count: int = IMAGES) -> Path:
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (36, 40, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures with a finished run on them."""
+    here = tmp_path_factory.mktemp("cli")
+    pictures(here / "pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert run(patch, "pretrain", PRESET, "data=pictures", "out=run", *SMALL) == 0
+    return here
+
+
+@pytest.fixture
+def here(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a test: a copy of `original` and things that are not in order."""
+    here = tmp_path / "here"
+    shutil.copytree(original, here, symlinks=True)
+    monkeypatch.chdir(here)
+    (here / "file").write_text("a file")
+    (here / "empty").mkdir()
+    (here / "texts").mkdir()
+    (here / "texts/a.txt").write_text("no image")
+    (here / "broken").mkdir()
+    for index in range(IMAGES):
+        (here / f"broken/{index}.png").write_bytes(b"no picture at all")
+    (here / "full").mkdir()
+    (here / "full/mine.txt").write_text("keep me")
+    (here / "nowhere").symlink_to(here / "gone")
+    damaged = here / "damaged"
+    shutil.copytree(here / "run", damaged, symlinks=True)
+    weights = damaged / "checkpoints/last/target.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for name, text in {
+        "list.yaml": "- model\n- data\n",
+        "word.yaml": "vit_tiny\n",
+        "broken.yaml": "model: {name: vit_tiny\n",
+        "tagged.yaml": "model: !!python/object/apply:os.system ['touch executed']\n",
+        "bare.yaml": "optim: {lr: 0.1}\n",
+        "typo.yaml": "modle: {name: vit_tiny}\nmodel: {name: vit_tiny}\nmethod: {name: dseq}\n",
+        "number.yaml": "3: 4\nmodel: {name: vit_tiny}\nmethod: {name: dseq}\n",
+    }.items():
+        (here / name).write_text(text)
+    (here / "bytes.yaml").write_bytes(b"\xff\xfe\x00model")
+    (here / "folder.yaml").mkdir()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    return here
+
+
+@pytest.fixture
+def refuse(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refuse:
+    """Run a command that has to be refused, and give back the one line that it says."""
+
+    def refuse(*arguments: str, code: int = 2) -> str:
+        before = contents(here)
+        assert run(monkeypatch, *arguments) == code
+        said = capsys.readouterr()
+        assert said.out == ""
+        (line,) = said.err.splitlines()
+        assert line.startswith("dseqjepa: ")
+        assert contents(here) == before
+        return line
+
+    return refuse
+
+
+# What is refused
+
+SETTINGS = {
+    "data.wokers=2": "unknown key 'data.wokers'; did you mean 'workers'?",
+    "dat.size=2": "unknown key 'dat'; did you mean 'data'?",
+    "data.workers=two": "data.workers must be a whole number, found 'two'",
+    "data.workers=-1": "data.workers must be greater than or equal to 0",
+    "data.flip=3": "data.flip must be true or false",
+    "optim.lr=0": "optim.lr must be greater than 0",
+    "optim.epochs=0": "epochs must be at least 1",
+    "optim.warmup_epochs=2": "warmup_epochs (2.0) must not exceed epochs (1)",
+    "ema.start=1.1": "ema.start must be less than or equal to 1",
+    "runtime.seed=-1": "runtime.seed must be greater than or equal to 0",
+    "runtime.precision=fp64": "runtime.precision must be 'fp32' or 'bf16'",
+    "model.name=vit_giant": "model.name must be 'vit_nano', ",
+    "model.class_token=false": "use grad_cam, or keep the token",
+    "method.name=mae": "method.name must be 'dseq' or 'ijepa' or 'cjepa'",
+    "method.context_lag=1 method.prediction=flat": "context_lag needs prediction=sequential",
+    "method.name=ijepa method.saliency.kind=grad_cam": "unknown key 'method.saliency'",
+    "method.saliency.kind\nx=1": "unknown key 'method.saliency.kind\\nx'",
+    "optim.accumulate=3": "must be a multiple of optim.accumulate",
+    "data.image_size=36": "must be a multiple of model.patch_size (8)",
+    "data.image_size=8": "holds a single patch",
+    "data.batch_size=64": "pictures has 12 images, fewer than data.batch_size=64: lower it to 12",
+    "data.workers": "expected key=value, found 'data.workers'",
+    "=2": "expected section.key=value, found '=2'",
+    "data.workers=[": "cannot read the value '['",
+    "data.workers=!!python/object/apply:os.system ['touch executed']": "cannot read the value",
+    "runtime.accelerator=cuda": "torch finds no such device here; use auto or cpu",
+    "runtime.accelerator=mps": "torch finds no such device here; use auto or cpu",
+    "resume=maybe": "resume must be true or false, found 'maybe'",
+    "resume=[": "resume must be true or false, found '['",
+    "resume=true overwrite=true": "leave out overwrite and init_from",
+    "resume=true init_from=run": "leave out overwrite and init_from",
+    "resume=true": "new does not exist",
+    "out=other": "out is given twice: 'new' and 'other'",
+    "init_from=": "init_from= is empty",
+    "init_from=nothing": "nothing does not exist: expected a run's folder",
+    "init_from=pictures": "pictures holds no checkpoint",
+    "init_from=damaged": "target.safetensors is damaged",
+    "init_from=run model.width=16": "another encoder: model.width 32 there, 16 here",
+    "init_from=run data.image_size=48": "another encoder: data.image_size (32, 32) there, (48, 48)",
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_wrong_setting_is_refused(refuse: Refuse, settings: str) -> None:
+    typed = [settings] if "!!" in settings else settings.split(" ")
+    line = refuse("pretrain", PRESET, "data=pictures", "out=new", *SMALL, *typed)
+    assert SETTINGS[settings] in line
+
+
+DATA = {
+    "picture": "no such folder: picture; did you mean 'pictures'?",
+    "file": "expected a folder, found a file: file",
+    "empty": "no images found below empty: saw 0 files",
+    "texts": "no images found below texts: saw 1 files",
+    "broken": "broken: none of 12 images tried can be decoded (broken/0.png: not a known image",
+    "": "data= is empty: expected a folder, scenes, or name:path",
+    "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",
+    "fashion-mnist:pictures": "expected train-images-idx3-ubyte",
+    "fashion-mnist:gone": "no such folder: gone",
+    "2023": "no such folder: 2023",
+    "gone\nthere": "no such folder: gone there",
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_data_that_cannot_be_read_is_refused(refuse: Refuse, data: str) -> None:
+    assert DATA[data] in refuse("pretrain", PRESET, f"data={data}", "out=new", *SMALL)
+
+
+def test_scenes_that_are_not_square_are_refused(refuse: Refuse) -> None:
+    wide = refuse("pretrain", PRESET, "data=scenes", "out=new", *SMALL, "data.image_size=[32,64]")
+    assert "scenes are square" in wide
+
+
+OUT = {
+    "out=": "out= is empty: give a value",
+    "out=file": "out=file is a file: give a folder",
+    "out=nowhere": "out=nowhere is a file: give a folder",
+    "out=file/sub": "out=file/sub cannot be used: Not a directory; give another",
+    f"out={'x' * 300}": "cannot be used: File name too long; give another",
+    "out=run": "out=run is not empty: give another folder, resume=true",
+    "out=full": "out=full is not empty",
+    "out=full overwrite=true": "full also holds 'mine.txt', which is not of a run",
+    "out=run overwrite=true init_from=run": "which init_from names",
+    "out=empty resume=true": "empty holds no checkpoint",
+    "out=pictures resume=true": "pictures holds no checkpoint",
+    "out=file resume=true": "file holds no checkpoint",
+    "out=damaged resume=true": "target.safetensors is damaged",
+    "out=run resume=true optim.lr=0.5": "another config (optim.lr was 0.001, is 0.5)",
+    "out=run resume=true runtime.seed=3": "another config (runtime.seed was 0, is 3)",
+    "": "out=DIR is missing",
+}
+
+
+@pytest.mark.parametrize("settings", OUT)
+def test_a_folder_that_cannot_take_the_run_is_refused(refuse: Refuse, settings: str) -> None:
+    typed = settings.split(" ") if settings else []
+    assert OUT[settings] in refuse("pretrain", PRESET, "data=pictures", *SMALL, *typed)
+
+
+def test_a_run_does_not_go_on_with_other_images(refuse: Refuse, here: Path) -> None:
+    (here / "pictures/a/0.png").rename(here / "pictures/a/00.png")
+    line = refuse("pretrain", PRESET, "data=pictures", "out=run", "resume=true", *SMALL)
+    assert "the images of pictures are not those of the checkpoint" in line
+
+
+def test_a_folder_without_the_right_to_write_is_refused(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    line = refuse("pretrain", PRESET, "data=pictures", "out=empty", *SMALL)
+    assert "out=empty cannot be written to" in line
+
+
+FILES = {
+    "missing.yaml": "config file missing.yaml: No such file or directory",
+    "folder.yaml": "config file folder.yaml: Is a directory",
+    "file": "unknown preset 'file'",
+    "broken.yaml": "config file broken.yaml is not plain YAML",
+    "bytes.yaml": "config file bytes.yaml is not plain YAML",
+    "tagged.yaml": "config file tagged.yaml is not plain YAML: could not determine a constructor",
+    "list.yaml": "config file list.yaml: expected sections, found list",
+    "word.yaml": "config file word.yaml: expected sections, found str",
+    "bare.yaml": "model is missing; method is missing",
+    "typo.yaml": "unknown key 'modle'; did you mean 'model'?",
+    "number.yaml": "unknown key '3'",
+    "vitt8_46": "unknown preset 'vitt8_46'; did you mean 'vitt8_64'?",
+    "": "unknown preset ''",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str) -> None:
+    assert FILES[name] in refuse("pretrain", name, "data=pictures", "out=new")
+
+
+@pytest.mark.parametrize(
+    ("typed", "part"),
+    {
+        "pretrain": "Missing argument",
+        "pretrian x": "No such command 'pretrian'",
+        "presets --all": "No such option: --all",
+        "presets vitt8_46": "unknown preset 'vitt8_46'; did you mean 'vitt8_64'?",
+        "presets a b": "unexpected extra argument",
+        "evaluate knn": "Missing argument",
+        "evaluate knm run": "unknown task 'knm'; did you mean 'knn'?",
+        "evaluate knn nothing": "nothing does not exist",
+        "evaluate knn damaged": "target.safetensors is damaged",
+        "evaluate knn run k=0": "k must be greater than or equal to 1, found 0",
+        "evaluate knn run kk=3": "unknown key 'kk'; did you mean 'k'?",
+        "evaluate knn run weights=best": "weights must be 'target' or 'context', found 'best'",
+        "evaluate knn run data=gone": "no such folder: gone",
+        "evaluate knn run data=": "data= is empty",
+        "evaluate knn run task=colour": "expected labels for task 'colour', the data has: class",
+        "demo --out file": "--out file is a file: give a folder",
+        "demo --out full": "--out full holds 'mine.txt', which is not of a demo",
+        "demo data.size=0": "data.size must be greater than or equal to 1, found 0",
+    }.items(),
+)  # fmt: skip
+def test_other_commands_refuse_as_well(refuse: Refuse, typed: str, part: str) -> None:
+    assert part in refuse(*typed.split(" "))
+
+
+# What fails, or is stopped, later
+
+
+def test_a_run_that_fails_ends_with_1_and_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in (4, 6, 8):
+        (here / f"pictures/a/{index}.png").write_bytes(b"no picture")
+    assert run(monkeypatch, "pretrain", PRESET, "data=pictures", "out=new", *SMALL) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "of 12 images cannot be decoded, more than data.max_bad=0.01 allows" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (Stopped(), 143, ""),
+        (KeyboardInterrupt(), 130, "dseqjepa: interrupted; resume=true goes on from the last"),
+        (OSError(28, "No space left on device"), 1, "dseqjepa: [Errno 28] No space left on device"),
+    ],
+)
+def test_a_run_that_is_stopped_says_so_by_its_exit_code(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def stop(trainer: Trainer) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    assert run(monkeypatch, "pretrain", PRESET, "data=pictures", "out=new", *SMALL) == code
+    assert capsys.readouterr().err.startswith(said)
+    assert len(said.splitlines()) <= 1
+
+
+def test_an_error_of_the_program_is_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "run", lambda trainer: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, "pretrain", PRESET, "data=pictures", "out=new", *SMALL)
+
+
+# What is done
+
+
+def test_an_old_run_is_replaced_and_a_home_folder_is_understood(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    (here / "run/log.txt").write_text("the old run")
+    typed = ["pretrain", PRESET, "data=~/pictures", "out=~/run", "overwrite=true", *SMALL]
+    assert run(monkeypatch, *typed) == 0
+    assert "the old run" not in (here / "run/log.txt").read_text()
+    assert not (here / "~").exists()
+
+
+def test_a_run_goes_on_with_what_may_change(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = ["log.every_steps=7", "checkpoint.keep=5", "probe.every_epochs=0"]
+    typed = ["pretrain", PRESET, "data=pictures", "out=run", "resume=true", *SMALL, *free]
+    assert run(monkeypatch, *typed) == 0
+
+
+def test_a_printed_config_is_the_config(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for typed, config in (
+        (["pretrain", PRESET], load_config(PRESET)),
+        (["presets", "vits16_small"], load_config("vits16_small")),
+        (["demo"], load_config("dseq_vitt_demo")),
+        (
+            ["pretrain", "cjepa_vitb16_in1k", "data=a: b", "out=file", "optim.lr=1e-3", *SMALL],
+            load_config("cjepa_vitb16_in1k", ["data.source=a: b", "optim.lr=1e-3", *SMALL]),
+        ),
+    ):
+        assert run(monkeypatch, *typed, "--print-config") == 0
+        (here / "printed.yaml").write_text(capsys.readouterr().out)
+        assert load_config(here / "printed.yaml") == config
+    assert run(monkeypatch, "evaluate", "knn", "gone", "k=5", "--print-config") == 0
+    lines = capsys.readouterr().out.splitlines()
+    settings = [line.replace(": ", "=") for line in lines]
+    assert KnnConfig.from_settings(settings) == KnnConfig(k=5)
+
+
+def test_presets_are_listed_and_described(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "presets") == 0
+    listed = capsys.readouterr().out
+    assert "dseq_vitb16_in1k" in listed
+    assert run(monkeypatch, "presets", "vitb16_in1k") == 0
+    assert "dseqjepa pretrain dseq_vitb16_in1k" in capsys.readouterr().out
+
+
+def test_questions_are_answered_without_torch(here: Path) -> None:
+    script = """
+import sys
+from dseqjepa.cli import main
+for typed in ([], ["--help"], ["pretrain", "--help"], ["presets"], ["presets", "vitb16_in1k"],
+              ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
+              ["evaluate", "knn", "run", "--print-config"]):
+    sys.argv = ["dseqjepa", *typed]
+    main()
+for typed in (["pretrain", "vitt8_64", "data.x=1"], ["pretrain", "vitt8_64"],
+              ["evaluate", "x", "y"], ["nothing"]):
+    sys.argv = ["dseqjepa", *typed]
+    try:
+        main()
+    except SystemExit as stop:
+        assert stop.code == 2
+    else:
+        raise AssertionError(typed)
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+
+
+def test_the_process_has_the_exit_code_and_shows_no_traceback(here: Path) -> None:
+    for typed, code in ((["presets"], 0), (["pretrain", "vitt8_64", "data=gone", "out=new"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "dseqjepa", *typed], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code
+        assert len(done.stderr.splitlines()) == (code != 0)
+        assert "Traceback" not in done.stderr
+    assert not (here / "new").exists()
