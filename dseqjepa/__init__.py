@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dseqjepa.config import Config, load_config
+    from dseqjepa.config import Config
     from dseqjepa.errors import InputError, RunError
     from dseqjepa.methods import build_method
     from dseqjepa.methods.base import Method, Predictions, Step
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dseqjepa.model.vit import Features
     from dseqjepa.plans.plan import Plan
     from dseqjepa.plans.regions import Regions, rank_regions
+    from dseqjepa.presets import load_config
     from dseqjepa.train.checkpoint import load_encoder
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ _HOME = {
     "RunError": "errors",
     "Step": "methods.base",
     "build_method": "methods",
-    "load_config": "config",
+    "load_config": "presets",
     "load_encoder": "train.checkpoint",
     "rank_regions": "plans.regions",
     "saliency": "model.look",

@@ -59,7 +59,7 @@ def pretrain(
     print_config: PrintConfig = False,
 ) -> None:
     """Pre-train an encoder: dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine"""
-    from dseqjepa.config import load_config
+    from dseqjepa.presets import load_config
 
     run, overrides = _split(settings or [], RUN_KEYS)
     config = load_config(preset, overrides)
@@ -137,7 +137,7 @@ def demo(
     print_config: PrintConfig = False,
 ) -> None:
     """Train on the embedded scenes for some minutes and show what was learnt. No network, CPU."""
-    from dseqjepa.config import load_config
+    from dseqjepa.presets import load_config
 
     config = load_config("dseq_vitt_demo", settings or [])
     if print_config:

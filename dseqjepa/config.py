@@ -1,14 +1,14 @@
 """The whole configuration of a run: frozen, closed, checked before anything starts.
 
-A config comes from a preset (`presets.py`) or a YAML file, is changed by `section.key=value`
-overrides, and is written back resolved into the run's directory. An unknown key is an error that
-names the nearest right one; so is every contradiction that can be seen without the data.
+A config comes from a preset or a YAML file (`presets.load_config`), is changed by
+`section.key=value` overrides, and is written back resolved into the run's directory. An unknown key
+is an error that names the nearest right one; so is every contradiction that can be seen without the
+data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from dseqjepa.errors import InputError
-from dseqjepa.settings import apply_override, explain, read_yaml
+from dseqjepa.settings import apply_override, explain
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -370,24 +370,6 @@ class KnnConfig(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise InputError(explain(error, cls)) from None
-
-
-def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """A preset's name or a YAML file, changed by `section.key=value` overrides.
-
-    Raises `InputError` (one line) for an unknown preset, an unreadable file, an unknown key, a
-    wrong type or a contradiction.
-    """
-    from dseqjepa.presets import preset  # presets are written in terms of the models above
-
-    name = str(preset_or_path)
-    if name.endswith((".yaml", ".yml")):
-        values = read_yaml(Path(name))
-    else:
-        values = preset(name).model_dump()
-    for override in overrides:
-        apply_override(values, override)
-    return validate(values)
 
 
 def validate(values: Mapping[str, Any]) -> Config:

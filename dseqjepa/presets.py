@@ -8,7 +8,8 @@ compared. A name without a method means DSeq-JEPA.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from dseqjepa.config import (
     CJepaConfig,
@@ -27,8 +28,10 @@ from dseqjepa.config import (
     RuntimeConfig,
     SaliencyConfig,
     VicregConfig,
+    validate,
 )
 from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.settings import apply_override, read_yaml
 
 
 def vitb16_in1k() -> Config:
@@ -206,6 +209,22 @@ METHODS: dict[str, Callable[[Config], Config]] = {
     "ijepa": ijepa,
     "cjepa": cjepa,
 }
+
+
+def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """A preset's name or a YAML file, changed by `section.key=value` overrides.
+
+    Raises `InputError` (one line) for an unknown preset, an unreadable file, an unknown key, a
+    wrong type or a contradiction.
+    """
+    name = str(preset_or_path)
+    if name.endswith((".yaml", ".yml")):
+        values = read_yaml(Path(name))
+    else:
+        values = preset(name).model_dump()
+    for override in overrides:
+        apply_override(values, override)
+    return validate(values)
 
 
 def preset_names() -> dict[str, str]:

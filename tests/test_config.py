@@ -10,9 +10,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dseqjepa.config import Config, DSeqConfig, IJepaConfig, differences, load_config, validate
+from dseqjepa.config import Config, DSeqConfig, IJepaConfig, differences, validate
 from dseqjepa.errors import InputError
-from dseqjepa.presets import METHODS, preset_names
+from dseqjepa.presets import METHODS, load_config, preset_names
 
 PRESETS = tuple(preset_names())
 BASE = "dseq_vitb16_in1k"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dseqjepa.config import Config, load_config
+from dseqjepa.config import Config
+from dseqjepa.presets import load_config
 
 TINY = (
     "data.image_size=32",

@@ -15,10 +15,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from dseqjepa.config import load_config
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.errors import RunError
 from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Start, Trainer
 from dseqjepa.train.pretrain import pretrain

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dseqjepa.config import Config, load_config
+from dseqjepa.config import Config
 from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Stopped, Trainer
 from dseqjepa.train.pretrain import pretrain
