@@ -9,8 +9,10 @@ Suffixes: N images of the source, B of a batch on this rank, C colours, H and W 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +103,7 @@ class Loader:
                 num_workers=workers,
                 persistent_workers=True,
                 pin_memory=self._pin,
+                worker_init_fn=_start_worker,
                 # Its own, because each iteration draws a number: the global one must not notice.
                 generator=torch.Generator(),
             )
@@ -133,6 +136,13 @@ class Loader:
                 )
             yield batch
 
+    def close(self) -> None:
+        """End the worker processes, which torch does otherwise only when nothing refers to them any
+        more: an exception on its way out does."""
+        iterator: Any = self._processes._iterator if self._processes is not None else None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     def _cut(self, epoch: int, start_step: int) -> Iterator[Request]:
         """Every step takes the next `world` batches of the order; each rank has one of them."""
         order_N = self._order(epoch)
@@ -144,6 +154,12 @@ class Loader:
         index_N = torch.arange(len(self._reader.source))
         keys_N = sample_keys(self._reader.seed, epoch, index_N)
         return uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).numpy()
+
+
+def _start_worker(_number: int) -> None:
+    """A worker is forked from a process that may answer SIGTERM with a flag of its own; with that
+    handler it would outlive the SIGTERM by which its parent ends it, and the parent would wait."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Reader(Dataset[Batch]):

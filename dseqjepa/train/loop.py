@@ -137,6 +137,7 @@ class Trainer:
             self._conclude()
         finally:
             self.journal.stop_progress()
+            self.loader.close()
 
     def _epochs(self) -> Iterator[tuple[int, Iterator[Batch]]]:
         per_epoch = self.schedule.steps_per_epoch

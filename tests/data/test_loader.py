@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -215,3 +217,16 @@ def test_loading_leaves_the_global_generator_alone(workers: int) -> None:
     list(reader.batches(0))
     list(reader.batches(1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_closed_loader_has_no_processes_left_whatever_answers_sigterm() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # workers must not inherit this
+    try:
+        reader = loader(Numbers(30), workers=2)
+        batches = reader.batches(0)
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+        reader.close()
+        assert multiprocessing.active_children() == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
