@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dseqjepa.config import Config
+from dseqjepa.config import Config, RegionsConfig
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
@@ -51,8 +51,7 @@ def run_demo(config: Config, out: Path) -> None:
     write_json(out / "knn.json", {"results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
-    regions = config.method.regions if config.method.name == "dseq" else None
-    assert regions is not None, "the demo's preset ranks regions"
+    regions = config.method.regions if config.method.name == "dseq" else RegionsConfig()
     picture = regions_picture(
         trained, images_BCHW, num_regions=regions.count, min_area=regions.min_area
     )

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dseqjepa.config import KnnConfig
 from dseqjepa.data.labelled import open_splits, prepare
+from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.knn import compare
 from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
@@ -28,6 +29,9 @@ def evaluate_run(run: Path, config: KnnConfig, *, data: str | None, out: Path | 
     splits of the data, else a seeded hold-out of 20 %. Raises `InputError` before it writes.
     """
     checkpoint = open_checkpoint(run)
+    path = out or checkpoint.run / "evaluations" / "knn.json"
+    if path.is_dir():
+        raise InputError(f"out={path} is a folder: name a file, such as {path / 'knn.json'}")
     trained_on = checkpoint.config
     source = trained_on.data.source if data is None else data
     train, test = open_splits(
@@ -59,7 +63,6 @@ def evaluate_run(run: Path, config: KnnConfig, *, data: str | None, out: Path | 
         device=device,
     )
     show_table(rows, [config.task], Console())
-    path = out or checkpoint.run / "evaluations" / "knn.json"
     write_json(
         path,
         {

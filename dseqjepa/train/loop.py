@@ -25,7 +25,7 @@ from dseqjepa.config import Config
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.errors import RunError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
@@ -135,6 +135,8 @@ class Trainer:
                 for epoch, batches in self._epochs():
                     self._train_epoch(epoch, batches, stop)
             self._conclude()
+        except InputError as error:  # such as a saliency map that is not finite
+            raise RunError(f"step {self.step}: {error}") from error
         finally:
             self.journal.stop_progress()
             self.loader.close()
