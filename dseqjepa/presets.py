@@ -154,7 +154,7 @@ def vitt_demo() -> Config:
         data={"source": "scenes", "size": 10_000, "batch_size": 64, "workers": 0},
         model=ModelConfig(name="vit_nano", patch_size=8),
         predictor={"width": 64, "depth": 2, "heads": 2},
-        optim={"epochs": 5, "warmup_epochs": 0.5},
+        optim={"epochs": 4, "warmup_epochs": 0.4},
         probe={"every_epochs": 0},
     )
 

@@ -157,8 +157,7 @@ def test_the_loss_falls_where_the_target_stays(tmp_path: Path, method: str) -> N
     assert all(after < 1.1 * before for before, after in pairwise(losses))
 
 
-@pytest.mark.parametrize("weighting", ["token", "region"])
-@pytest.mark.parametrize("method", ["dseq", "ijepa"])
+@pytest.mark.parametrize(("method", "weighting"), [("dseq", "token"), ("ijepa", "region")])
 def test_splitting_a_batch_changes_nothing(tmp_path: Path, method: str, weighting: str) -> None:
     source = Pictures(bad=(5, 11))  # so that the parts of a batch differ in size as well
     runs = []
@@ -169,6 +168,7 @@ def test_splitting_a_batch_changes_nothing(tmp_path: Path, method: str, weightin
             f"method.loss_weighting={weighting}",
             f"optim.accumulate={parts}",
             "optim.epochs=2",
+            "checkpoint.every_epochs=2",
             "data.max_bad=0.1",
         )
         runs.append(train(config, tmp_path / str(parts), source))
