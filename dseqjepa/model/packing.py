@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from dseqjepa.model.attention import Sequences
+from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import Plan
 
 
