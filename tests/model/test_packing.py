@@ -74,7 +74,7 @@ def one_by_one(
         )
         if encoder.prefix:
             x = torch.cat([encoder.cls_token[0], x])
-            rank = None if rank is None else torch.cat([torch.zeros(1, dtype=torch.int64), rank])
+            rank = None if rank is None else torch.cat([rank.min()[None], rank])
         for block in encoder.blocks:
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(1, (3, 2, -1)).unbind(1)
             allowed = None if rank is None else rank[None, :] <= rank[:, None]
