@@ -4,13 +4,16 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types
+.PHONY: demo test lint types bench
 
 demo: $(VENV)/installed
 	$(BIN)/dseqjepa demo $(SETTINGS)
 
 test: $(VENV)/installed-dev lint types
 	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/report.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ class Effort:
     smoke: bool
 
 
-FULL = Effort(warmup=2, repeats=7, smoke=False)
+FULL = Effort(warmup=2, repeats=5, smoke=False)
 SMOKE = Effort(warmup=0, repeats=1, smoke=True)
 
 
@@ -76,8 +76,11 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main(description: str, benchmarks: Mapping[str, Benchmark]) -> None:
-    """Runs the named benchmarks, printing each row as it comes."""
+def main(
+    description: str, benchmarks: Mapping[str, Benchmark], usual: Sequence[str] | None = None
+) -> None:
+    """Runs the named benchmarks, or the `usual` ones (all, where not said), printing each row as it
+    comes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--only", action="append", choices=list(benchmarks), metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
@@ -89,7 +92,7 @@ def main(description: str, benchmarks: Mapping[str, Benchmark]) -> None:
         return
     effort = SMOKE if options.smoke else FULL
     rows = []
-    for name in options.only or benchmarks:
+    for name in options.only or usual or benchmarks:
         row = benchmarks[name](name, effort)
         rows.append(row)
         print(

@@ -272,6 +272,8 @@ class RuntimeConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["fp32", "bf16"] = "bf16"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = "auto"
+    """What computes attention (`model/attention.py`); `auto` takes the quickest."""
     devices: int = Field(1, ge=1)
 
 

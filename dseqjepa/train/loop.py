@@ -27,7 +27,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
-from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.model.vit import VisionTransformer, set_attention
 from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
 from dseqjepa.train.log import Journal, Window
 from dseqjepa.train.monitor import Health, in_words, measure
@@ -105,6 +105,7 @@ class Trainer:
         torch.manual_seed(runtime.seed)
 
         self.method: Method = build_method(config)
+        set_attention(self.method, runtime.attention)
         self.step = 0
         self.window = Window()
         self.first_health: Health | None = None
