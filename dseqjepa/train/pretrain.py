@@ -24,7 +24,7 @@ from dseqjepa.train.loop import Probe, Start, Trainer
 RUN_FILES = frozenset(
     {"config.yaml", "metrics.jsonl", "log.txt", "bad_files.jsonl", "checkpoints", "evaluations"}
 )
-FREE_ON_RESUME = ("data.workers", "runtime.devices", "checkpoint.", "log.", "probe.")
+FREE_ON_RESUME = ("data.workers", "data.cache", "runtime.devices", "checkpoint.", "log.", "probe.")
 """What may change when a run goes on: nothing of it changes what is computed."""
 
 
