@@ -49,10 +49,10 @@ def decode(path: Path) -> UInt8[Tensor, "3 H W"]:
         BadImage: with the reason, where the file is no whole image, is larger than
             `PIL.Image.MAX_IMAGE_PIXELS`, or has 32-bit pixels, which have no agreed white.
     """
-    return read_image(path, lambda height, width: 1).image_CHW
+    return decode_reduced(path, lambda height, width: 1).image_CHW
 
 
-def read_image(path: Path, reduction: Reduction) -> Decoded:
+def decode_reduced(path: Path, reduction: Reduction) -> Decoded:
     """`decode`, but a JPEG may come out as many times smaller as `reduction` allows."""
     try:
         with open(path, "rb") as file, Image.open(file) as picture:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from dseqjepa.data.decode import decode, read_image
+from dseqjepa.data.decode import decode, decode_reduced
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.keyed import Stream, hash_int64, uniforms
@@ -77,7 +77,7 @@ class ImageFolder:
         return decode(self._path(index))
 
     def reduced(self, index: int, reduction: Reduction) -> Decoded:
-        return read_image(self._path(index), reduction)
+        return decode_reduced(self._path(index), reduction)
 
     def name(self, index: int) -> str:
         return _printable(str(self._path(index)))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dseqjepa.data.decode import decode, read_image
+from dseqjepa.data.decode import decode, decode_reduced
 from dseqjepa.data.images import ImageFolder, Subset
 from dseqjepa.data.source import BadImage, Decoded, decoded
 from dseqjepa.data.transforms import MARGIN, EvalTransform, TrainTransform, crop_box
@@ -66,7 +66,7 @@ def test_a_jpeg_is_bad_exactly_where_pillow_finds_it_bad(tmp_path: Path) -> None
         path.write_bytes(content)
         for reduction in (1, 2):
             try:
-                image = read_image(path, by(reduction))
+                image = decode_reduced(path, by(reduction))
             except BadImage:
                 with pytest.raises(OSError, match="truncated"):
                     by_pillow(path)
@@ -87,7 +87,7 @@ def test_a_jpeg_comes_out_as_many_times_smaller_as_allowed(tmp_path: Path, numbe
         seen.append((height, width))
         return number
 
-    image = read_image(tmp_path / "x.jpg", reduction)
+    image = decode_reduced(tmp_path / "x.jpg", reduction)
     assert seen == [(79, 101)]
     assert image[1:] == (79, 101, number)
     assert image.image_CHW.shape == (3, -(-79 // number), -(-101 // number))
@@ -97,7 +97,7 @@ def test_a_jpeg_comes_out_as_many_times_smaller_as_allowed(tmp_path: Path, numbe
 def test_other_formats_come_out_whole(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"x.{ending}"
     texture(64, 48).save(path)
-    image = read_image(path, by(4))
+    image = decode_reduced(path, by(4))
     assert image.reduction == 1
     assert torch.equal(image.image_CHW, by_pillow(path))
 
@@ -118,7 +118,7 @@ def test_a_crop_of_a_reduced_image_is_the_crop_of_the_whole_whatever_its_orienta
     exif[0x0112] = orientation
     texture(width, height, seed=orientation).save(tmp_path / "x.jpg", quality=90, exif=exif)
     transform = TrainTransform((64, 64))
-    image = read_image(tmp_path / "x.jpg", transform.reduction)
+    image = decode_reduced(tmp_path / "x.jpg", transform.reduction)
     turned_and_uneven = orientation > 1 and width % 2
     assert image.reduction == (1 if turned_and_uneven else 2)
     whole = decode(tmp_path / "x.jpg")
@@ -133,7 +133,7 @@ def test_a_crop_of_a_large_reduced_image_is_the_crop_of_the_whole(tmp_path: Path
     texture(2000, 1500).save(tmp_path / "x.jpg", quality=90, subsampling="4:2:0")
     for size in (224, 112, 64):
         transform = TrainTransform((size, size))
-        image = read_image(tmp_path / "x.jpg", transform.reduction)
+        image = decode_reduced(tmp_path / "x.jpg", transform.reduction)
         assert image.reduction == {224: 2, 112: 4, 64: 8}[size]
         differences = apart(image, decode(tmp_path / "x.jpg"), transform)
         assert np.mean(differences) < MEAN_APART
@@ -175,7 +175,7 @@ def test_a_part_of_a_folder_is_reduced_like_the_folder(tmp_path: Path) -> None:
     part = Subset(folder, np.array([2, 0]))
     image = decoded(part, 0, by(2))
     assert image.reduction == 2
-    assert torch.equal(image.image_CHW, read_image(tmp_path / "2.jpg", by(2)).image_CHW)
+    assert torch.equal(image.image_CHW, decode_reduced(tmp_path / "2.jpg", by(2)).image_CHW)
 
 
 def test_a_source_that_knows_nothing_of_it_gives_whole_images() -> None:
