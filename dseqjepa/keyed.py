@@ -48,7 +48,9 @@ def hash_int64(*parts: int | Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
         value = torch.as_tensor(part, dtype=torch.int64)
-        state = _mix(state.to(value.device) + value + GOLDEN_GAMMA)
+        # The first operand may be a number on the CPU beside a tensor on a device: it is passed
+        # along with the operation, where moving it there would have the host wait.
+        state = _mix(state + value + GOLDEN_GAMMA)
     return state
 
 

@@ -21,7 +21,7 @@ from dseqjepa.methods.losses import Vicreg, mean_by_row, smooth_l1_by_token
 from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
 from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
-from dseqjepa.plans.plan import Plan
+from dseqjepa.plans.plan import Plan, true_places
 
 
 class Step(NamedTuple):
@@ -139,7 +139,7 @@ class Method(nn.Module, ABC):
         loss_V = smooth_l1_by_token(predictions.values_TD, target_VD)
         loss_S = mean_by_row(loss_V, row_V, len(plan))
         # The sum of an empty batch is 0, and so is its gradient.
-        weight = loss_V.new_tensor(float(len(plan) if self.by_region else len(loss_V)))
+        weight = loss_V.new_full((), len(plan) if self.by_region else len(loss_V))
         loss = (loss_S if self.by_region else loss_V).sum() / weight.clamp(min=1)
 
         pooled_BD = target_BND.float().mean(dim=1)
@@ -149,23 +149,11 @@ class Method(nn.Module, ABC):
             "prediction_loss": loss.detach(),
         }
         if self.regularizer is not None:
-            context_ID, image_I = self._pooled_contexts(contexts, context_TD, len(images_BCHW))
+            context_ID, image_I = _pooled_contexts(plan, contexts, context_TD, len(images_BCHW))
             term = self.regularizer(context_ID, pooled_BD[image_I])
             loss = loss + self.regularizer_weight * term
             metrics["regularizer"] = term.detach()
         return Step(loss, weight, metrics, pooled_BD)
-
-    def _pooled_contexts(
-        self, contexts: Contexts, context_TD: Float[Tensor, "T D"], images: int
-    ) -> tuple[Float[Tensor, "I D"], Int64[Tensor, " I"]]:
-        """The mean patch feature of each image's contexts, of the images that have one."""
-        is_patch_T = contexts.patch_T >= 0
-        image_T = contexts.image_T[is_patch_T]
-        tokens_TD = context_TD[is_patch_T].float()
-        total_BD = tokens_TD.new_zeros(images, tokens_TD.shape[1]).index_add(0, image_T, tokens_TD)
-        count_B = image_T.bincount(minlength=images)
-        image_I = count_B.nonzero().squeeze(1)
-        return total_BD[image_I] / count_B[image_I, None], image_I
 
     @torch.no_grad()
     def _describe(
@@ -183,10 +171,12 @@ class Method(nn.Module, ABC):
         mean_loss = smooth_l1_by_token(mean_1D.expand_as(target_VD), target_VD)
         return {
             "loss_by_rank": by_rank,
-            "count_by_rank": (plan.step_S - 1).bincount(minlength=steps).to(by_rank.dtype),
+            "count_by_rank": torch.zeros_like(by_rank).index_add(
+                0, plan.step_S - 1, torch.ones_like(loss_S)
+            ),
             "mean_prediction_loss": mean_loss.sum() / max(len(mean_loss), 1),
-            "encoder_tokens": loss_V.new_tensor(float(len(contexts.image_T))),
-            "predicted_tokens": loss_V.new_tensor(float(len(loss_V))),
+            "encoder_tokens": loss_V.new_full((), len(contexts.image_T)),
+            "predicted_tokens": loss_V.new_full((), len(loss_V)),
         }
 
     @torch.no_grad()
@@ -194,5 +184,17 @@ class Method(nn.Module, ABC):
         """EMA: target <- momentum * target + (1 - momentum) * context encoder."""
         targets: list[Tensor] = list(self.target.parameters())
         sources: list[Tensor] = list(self.encoder.parameters())
-        torch._foreach_mul_(targets, momentum)
-        torch._foreach_add_(targets, sources, alpha=1 - momentum)
+        torch._foreach_lerp_(targets, sources, 1 - momentum)  # one pass over the weights
+
+
+def _pooled_contexts(
+    plan: Plan, contexts: Contexts, context_TD: Float[Tensor, "T D"], images: int
+) -> tuple[Float[Tensor, "I D"], Int64[Tensor, " I"]]:
+    """The mean patch feature of each image's contexts, of the images that have one."""
+    is_patch_T1 = (contexts.patch_T >= 0)[:, None].float()
+    tokens_TD = context_TD.float() * is_patch_T1
+    total_BD = tokens_TD.new_zeros(images, tokens_TD.shape[1])
+    total_BD = total_BD.index_add(0, contexts.image_T, tokens_TD)
+    count_B1 = tokens_TD.new_zeros(images, 1).index_add(0, contexts.image_T, is_patch_T1)
+    image_I = plan.image_S[true_places(plan.opens_S, int(plan.counts.opens_S.sum()))]
+    return total_BD[image_I] / count_B1[image_I], image_I

@@ -1,163 +1,230 @@
 """Variable-length attention: packed tokens in, packed tokens out, sequences never mix.
 
-One interface, `attend(q, k, v, sequences)`. `Sequences` says how the packed tokens divide; it is
-made once for a batch and shared by all blocks. Here attention runs on length buckets, each padded
-to its own longest sequence: linear layers see no padding at all, only attention sees a little.
+One interface, `attend(qkv_TXHC, sequences)`, and a backend for each situation:
 
-Suffixes: T packed tokens, S sequences, L longest sequence of a bucket, H heads, C head width.
+- `matmul`: explicit matmuls over buckets of similar length, with a backward of its own. On a CPU it
+  beats torch's fused kernel at the lengths of a ViT, in bfloat16 by several times.
+- `sdpa`: torch's `scaled_dot_product_attention`, on buckets or, without padding, on sequences of
+  one length.
+- `varlen`: torch's variable-length flash attention (CUDA, half precision); no padding.
+- `flex`: torch's FlexAttention, for region-causal sequences and full precision on CUDA.
+
+`auto` chooses by device, precision and length. All give the same result (tests compare each with
+plain attention, one sequence at a time); `varlen` exists on CUDA only.
+
+Suffixes: T packed tokens, X the three of query, key and value, H heads, C head width, S sequences,
+L longest sequence of a bucket, R rows (one head of one token), N sequences times heads.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-BUCKET_GROWTH = 1.2
-"""A bucket holds lengths within this factor, so that padding costs at most so much."""
-EXPLICIT_UP_TO = 128
-"""Length up to which explicit matmuls beat `scaled_dot_product_attention` on a CPU."""
+from dseqjepa.model.sequences import Bucket, Layout, Sequences
 
-
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of similar length: where their tokens lie, and where the padding is."""
-
-    token_SL: Int64[Tensor, "S L"]
-    """Index of each token among the packed ones; padding points at the sequence's first token."""
-    packed_P: Int64[Tensor, " P"]
-    """The packed indices of the bucket's real tokens."""
-    place_P: Int64[Tensor, " P"]
-    """Their places in the flattened (S, L) rectangle."""
-    allowed_SLL: Bool[Tensor, "S L L"] | Bool[Tensor, "S 1 L"] | None
-    """True where a query (rows) may see a key (columns); None: everywhere."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """How `total` packed tokens divide into sequences."""
-
-    total: int
-    uniform: tuple[int, int] | None
-    """(S, L) where every sequence has the same length and sees all of itself."""
-    buckets: tuple[Bucket, ...] = ()
-
-    @staticmethod
-    def equal(count: int, length: int) -> Sequences:
-        """`count` sequences of `length` tokens each."""
-        return Sequences(count * length, (count, length))
-
-    @staticmethod
-    def ragged(
-        lengths: Sequence[int],
-        *,
-        device: torch.device | str = "cpu",
-        rank_T: Int64[Tensor, " T"] | None = None,
-    ) -> Sequences:
-        """Sequences of these lengths, one after the other.
-
-        With `rank_T` a token sees only the tokens of its sequence whose rank is not above its own
-        (region-causal attention).
-        """
-        total = sum(lengths)
-        if rank_T is None and lengths and min(lengths) == max(lengths):
-            return Sequences.equal(len(lengths), lengths[0])
-        length_S = torch.tensor(lengths, dtype=torch.int64)
-        start_S = length_S.cumsum(0) - length_S
-        order_S = length_S.argsort(stable=True)
-        ordered = length_S[order_S].tolist()
-        buckets = []
-        first = bisect_right(ordered, 0)  # an empty sequence has nothing to attend to
-        while first < len(ordered):
-            limit = max(ordered[first] * BUCKET_GROWTH, ordered[first] + 4)
-            last = bisect_right(ordered, limit)
-            members_S = order_S[first:last]
-            buckets.append(_bucket(start_S[members_S], length_S[members_S], device, rank_T))
-            first = last
-        return Sequences(total, None, tuple(buckets))
-
-
-def _bucket(
-    start_S: Int64[Tensor, " S"],
-    length_S: Int64[Tensor, " S"],
-    device: torch.device | str,
-    rank_T: Int64[Tensor, " T"] | None,
-) -> Bucket:
-    place_L = torch.arange(int(length_S.max()))
-    real_SL = place_L[None, :] < length_S[:, None]
-    token_SL = torch.where(real_SL, start_S[:, None] + place_L, start_S[:, None])
-    packed_P = token_SL[real_SL].to(device)
-    place_P = real_SL.flatten().nonzero().squeeze(1).to(device)
-    even = bool(real_SL.all())
-    token_SL, real_SL = token_SL.to(device), real_SL.to(device)
-    allowed: Tensor | None = None if even else real_SL[:, None, :]
-    if rank_T is not None:
-        rank_SL = rank_T[token_SL]
-        allowed = (rank_SL[:, None, :] <= rank_SL[:, :, None]) & real_SL[:, None, :]
-    return Bucket(token_SL, packed_P, place_P, allowed)
-
-
-class _Pad(torch.autograd.Function):
-    """Packed (T, ...) -> padded (S, L, ...). Every real token has one place, so the way back is a
-    gather as well; autograd's own would be an addition at random places, many times slower."""
-
-    @staticmethod
-    def forward(ctx, packed, bucket):  # type: ignore[no-untyped-def]
-        ctx.bucket, ctx.total = bucket, len(packed)
-        return packed[bucket.token_SL]
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        bucket = ctx.bucket
-        grad_T = grad.new_zeros((ctx.total, *grad.shape[2:]))
-        grad_T[bucket.packed_P] = grad.flatten(0, 1)[bucket.place_P]
-        return grad_T, None
+MATMUL_UP_TO = {torch.bfloat16: 1024, torch.float32: 128, torch.float64: 128}
+"""The longest sequence for which `matmul` beats `sdpa` on a CPU."""
+SCORES_AT_ONCE = 1 << 21
+"""Attention scores of a bucket that are computed before they are used: what stays in the cache."""
 
 
 def attend(
-    q_THC: Float[Tensor, "T H C"],
-    k_THC: Float[Tensor, "T H C"],
-    v_THC: Float[Tensor, "T H C"],
-    sequences: Sequences,
+    qkv_TXHC: Float[Tensor, "T 3 H C"], sequences: Sequences, backend: str = "auto"
 ) -> Float[Tensor, "T H C"]:
-    """Softmax attention inside each sequence, scaled by 1 / sqrt(C)."""
-    if sequences.uniform is not None:
-        count, length = sequences.uniform
-        q, k, v = (x.unflatten(0, (count, length)) for x in (q_THC, k_THC, v_THC))
-        return _attend_padded(q, k, v, None).flatten(0, 1)
-    qkv_T = torch.stack((q_THC, k_THC, v_THC), dim=1)
-    outputs, places = [], []
-    for bucket in sequences.buckets:
-        q, k, v = _Pad.apply(qkv_T, bucket).unbind(2)
-        out_SLHC = _attend_padded(q, k, v, bucket.allowed_SLL)
-        outputs.append(out_SLHC.flatten(0, 1)[bucket.place_P])
-        places.append(bucket.packed_P)
-    if not outputs:
-        return q_THC
-    out = torch.cat(outputs)
-    back_T = torch.empty(len(out), dtype=torch.int64, device=out.device)
-    place_T = torch.cat(places)
-    back_T[place_T] = torch.arange(len(out), device=out.device)
-    return out[back_T]
+    """Softmax attention inside each sequence, scaled by 1 / sqrt(C).
+
+    `backend` is one of `BACKENDS`, or `auto`. `KeyError` for a name that is not.
+    """
+    if sequences.total == 0:
+        return qkv_TXHC[:, 0]
+    if backend == "auto":
+        backend = choose(qkv_TXHC.device.type, qkv_TXHC.dtype, sequences)
+    return BACKENDS[backend](qkv_TXHC, sequences)
 
 
-def _attend_padded(
-    q_SLHC: Tensor, k_SLHC: Tensor, v_SLHC: Tensor, allowed: Tensor | None
-) -> Float[Tensor, "S L H C"]:
-    q, k, v = (x.transpose(1, 2) for x in (q_SLHC, k_SLHC, v_SLHC))
-    allowed = None if allowed is None else allowed[:, None]
-    if q.device.type == "cpu" and q.shape[2] <= EXPLICIT_UP_TO:
-        score_SHLL = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        if allowed is not None:
-            score_SHLL = score_SHLL.masked_fill(~allowed, float("-inf"))
-        exact = torch.promote_types(score_SHLL.dtype, torch.float32)  # bfloat16 is too coarse
-        weight_SHLL = F.softmax(score_SHLL, dim=-1, dtype=exact).to(v.dtype)
-        out = weight_SHLL @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-    return out.transpose(1, 2)
+def choose(device: str, dtype: torch.dtype, sequences: Sequences) -> str:
+    """The backend that is expected to be quickest."""
+    if device == "cpu":
+        return "matmul" if sequences.longest <= MATMUL_UP_TO.get(dtype, 0) else "sdpa"
+    if device != "cuda" or sequences.uniform or dtype == torch.float64:
+        return "sdpa"
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if half and sequences.rank_T is None else "flex"
+
+
+def _by_matmul(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
+    _, _, heads, width = qkv_TXHC.shape
+    out_RC = _Matmul.apply(qkv_TXHC.reshape(-1, width), sequences.layout(heads), heads)
+    return out_RC.view(-1, heads, width)
+
+
+class _Matmul(torch.autograd.Function):
+    """Attention of all buckets: one gather in, products bucket by bucket, one gather out."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_RC: Tensor, layout: Layout, heads: int) -> Tensor:
+        padded_RC = qkv_RC.index_select(0, layout.take)
+        out_RC = padded_RC.new_empty(layout.padded * heads, padded_RC.shape[1])
+        keep = ctx.needs_input_grad[0]
+        weights = []
+        for bucket in layout.buckets:
+            q_NLC, k_NLC, v_NLC = _triple(padded_RC, bucket, heads)
+            q_NLC.mul_(q_NLC.shape[-1] ** -0.5)
+            weights.append(_weigh(q_NLC, k_NLC, v_NLC, bucket, _single(out_RC, bucket, heads), keep))
+        if keep:
+            ctx.layout, ctx.heads = layout, heads
+            ctx.save_for_backward(padded_RC, *weights)
+        return out_RC.index_select(0, layout.back)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        layout, heads = ctx.layout, ctx.heads
+        padded_RC, *weights = ctx.saved_tensors
+        gout_RC = grad_RC.index_select(0, layout.spread)
+        gpadded_RC = torch.empty_like(padded_RC)
+        for bucket, weight_NLL in zip(layout.buckets, weights, strict=True):
+            q_NLC, k_NLC, v_NLC = _triple(padded_RC, bucket, heads)
+            gq_NLC, gk_NLC, gv_NLC = _triple(gpadded_RC, bucket, heads)
+            gout_NLC = _single(gout_RC, bucket, heads)
+            if bucket.blank_SL is not None:  # what padding would say as a query counts for nothing
+                blank_SHL = bucket.blank_SL[:, None, :, None].expand(-1, heads, -1, 1)
+                gout_NLC.masked_fill_(blank_SHL.reshape(*gout_NLC.shape[:2], 1), 0)
+            torch.bmm(weight_NLL.transpose(1, 2), gout_NLC, out=gv_NLC)
+            gscore_NLL = torch.bmm(gout_NLC, v_NLC.transpose(1, 2))
+            gscore_NLL = torch.ops.aten._softmax_backward_data(
+                gscore_NLL, weight_NLL, -1, weight_NLL.dtype
+            )
+            torch.bmm(gscore_NLL, k_NLC, out=gq_NLC)
+            gq_NLC.mul_(gq_NLC.shape[-1] ** -0.5)
+            torch.bmm(gscore_NLL.transpose(1, 2), q_NLC, out=gk_NLC)
+        return gpadded_RC.index_select(0, layout.collect), None, None
+
+
+def _weigh(
+    q_NLC: Tensor, k_NLC: Tensor, v_NLC: Tensor, bucket: Bucket, out_NLC: Tensor, keep: bool
+) -> Tensor:
+    """Writes the attended values to `out_NLC`; the weights of all heads if they are to be kept.
+
+    Scores are computed for a few sequences at a time, in memory that is used again: asking the
+    system for fresh memory costs as much as the products.
+    """
+    N, L = q_NLC.shape[:2]
+    heads = N // bucket.count
+    at_once = heads * max(1, min(bucket.count, SCORES_AT_ONCE // (L * L * heads)))
+    score_NLL = q_NLC.new_empty(at_once, L, L)
+    weight_NLL = q_NLC.new_empty(N if keep else at_once, L, L)
+    for first in range(0, N, at_once):
+        here = slice(first, min(first + at_once, N))
+        some_NLL = score_NLL[: here.stop - first]
+        torch.bmm(q_NLC[here], k_NLC[here].transpose(1, 2), out=some_NLL)
+        if bucket.hidden_S1LL is not None:
+            hidden_S1LL = bucket.hidden_S1LL[first // heads : here.stop // heads]
+            some_NLL.unflatten(0, (-1, heads)).add_(hidden_S1LL.to(some_NLL.dtype))
+        into_NLL = weight_NLL[here] if keep else weight_NLL[: len(some_NLL)]
+        torch.softmax(some_NLL, dim=-1, out=into_NLL)
+        torch.bmm(into_NLL, v_NLC[here], out=out_NLC[here])
+    return weight_NLL
+
+
+def _triple(padded_RC: Tensor, bucket: Bucket, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A bucket's queries, keys and values, each (N, L, C)."""
+    rows = bucket.count * bucket.length * heads
+    first = 3 * bucket.first * heads
+    part_RC = padded_RC[first : first + 3 * rows]
+    q_NLC, k_NLC, v_NLC = part_RC.view(3, -1, bucket.length, padded_RC.shape[1]).unbind()
+    return q_NLC, k_NLC, v_NLC
+
+
+def _single(padded_RC: Tensor, bucket: Bucket, heads: int) -> Tensor:
+    rows = bucket.count * bucket.length * heads
+    first = bucket.first * heads
+    return padded_RC[first : first + rows].view(-1, bucket.length, padded_RC.shape[1])
+
+
+def _by_sdpa(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
+    _, _, heads, width = qkv_TXHC.shape
+    if sequences.uniform:
+        qkv_SLXHC = qkv_TXHC.unflatten(0, (-1, sequences.longest))
+        q, k, v = qkv_SLXHC.permute(2, 0, 3, 1, 4).unbind()
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    layout = sequences.layout(heads)
+    padded_RC = _Gather.apply(
+        qkv_TXHC.reshape(-1, width), layout.take, layout.collect, None
+    )
+    sizes = [bucket.count * bucket.length * heads for bucket in layout.buckets]
+    outputs, blanks = [], []
+    for bucket, part_RC in zip(layout.buckets, padded_RC.split([3 * n for n in sizes]), strict=True):
+        q, k, v = part_RC.view(3, bucket.count, heads, bucket.length, width).unbind()
+        hidden = bucket.hidden_S1LL
+        mask = None if hidden is None else hidden.to(q.dtype).expand(-1, -1, bucket.length, -1)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(-1, width))
+        blank_SL = bucket.blank_SL
+        shape = (bucket.count, heads, bucket.length)
+        if blank_SL is None:
+            blanks.append(torch.zeros(shape, dtype=torch.bool, device=q.device).flatten())
+        else:
+            blanks.append(blank_SL[:, None].expand(shape).flatten())
+    out_RC = _Gather.apply(torch.cat(outputs), layout.back, layout.spread, torch.cat(blanks))
+    return out_RC.view(-1, heads, width)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by index, where the way back is a gather as well: `back` is the inverse of `there`, and
+    `blank` marks the rows that `there` left out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RC: Tensor, there: Tensor, back: Tensor, blank: Tensor | None
+    ) -> Tensor:
+        ctx.back, ctx.blank = back, blank
+        return rows_RC.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        grad_RC = grad_RC.index_select(0, ctx.back)
+        if ctx.blank is not None:
+            grad_RC.masked_fill_(ctx.blank[:, None], 0)
+        return grad_RC, None, None, None
+
+
+def _by_varlen(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if sequences.rank_T is not None:
+        raise ValueError("varlen attention knows no region-causal sequences: use flex or sdpa")
+    q, k, v = qkv_TXHC.unbind(1)
+    bounds, longest = sequences.bounds, sequences.longest
+    out_THC = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    assert isinstance(out_THC, Tensor)
+    return out_THC
+
+
+def _by_flex(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
+    q, k, v = qkv_TXHC.permute(1, 2, 0, 3)[:, None].unbind()
+    compiled = qkv_TXHC.device.type == "cuda"
+    out_1HTC = _flex_attention(compiled)(q, k, v, block_mask=sequences.block_mask)
+    return out_1HTC[0].transpose(0, 1)
+
+
+@cache
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    """FlexAttention is quick when compiled; as it is, it can be compared with the others."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    function: Any = flex_attention
+    return torch.compile(function, dynamic=True) if compiled else function
+
+
+BACKENDS: dict[str, Callable[[Tensor, Sequences], Tensor]] = {
+    "matmul": _by_matmul,
+    "sdpa": _by_sdpa,
+    "varlen": _by_varlen,
+    "flex": _by_flex,
+}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dseqjepa.model.attention import Sequences
+from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Block, Images, VisionTransformer
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam
 

@@ -8,8 +8,8 @@ modes is how tokens group into sequences:
 - `independent`: one sequence for the patches that arrived together.
 
 A patch arrives at the first step whose context holds it; with ranked regions that is its rank.
-[CLS] arrives first: in a causal sequence it sees the first context only, so nothing later reaches
-an earlier patch through it.
+[CLS] arrives with the first context: in a causal sequence it sees that one only, so nothing later
+reaches an earlier patch through it.
 
 Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens, U predictor tokens,
 V predicted tokens.
@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
-from dseqjepa.model.attention import Sequences
-from dseqjepa.plans.plan import Plan
+from dseqjepa.model.sequences import Sequences
+from dseqjepa.plans.plan import NEVER, Plan, true_places
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,6 @@ class Contexts:
     patch_T: Int64[Tensor, " T"]
     """-1 for [CLS]."""
     sequences: Sequences
-    image_Q: Int64[Tensor, " Q"]
-    sequence_T: Int64[Tensor, " T"]
     token_SN: Int64[Tensor, "S N"]
     """The token that carries a patch to a step's predictor; meaningful inside the context."""
 
@@ -58,82 +57,67 @@ class Queries:
 
 def pack_contexts(plan: Plan, mode: str, *, class_token: bool) -> Contexts:
     """Packed encoder tokens of a plan for a context mode."""
+    counts = plan.counts
+    # row_Q is the step that a sequence belongs to, home_Q the row of the table below that holds
+    # where its patches are, and home_S the row that a step looks them up in.
     if mode == "prefix":
-        seen_QN = plan.context_SN[plan.starts_context_S]
-        image_Q = plan.image_S[plan.starts_context_S]
-        arrival_QN = None
+        lengths = counts.context_S[counts.starts_S]
+        row_Q = true_places(plan.starts_context_S, len(lengths))
+        seen_QN = plan.context_SN.index_select(0, row_Q)
+        home_Q, home_S = torch.arange(len(row_Q), device=row_Q.device), plan.context_of_S
+    elif mode == "causal":
+        first_Q = counts.opens_S.nonzero()[0]
+        lengths = np.add.reduceat(counts.arriving_S, first_Q) if len(plan) else first_Q
+        row_Q = true_places(plan.opens_S, len(lengths))
+        seen_QN = plan.arrival_SN.index_select(0, row_Q) < NEVER
+        home_Q, home_S = torch.arange(len(row_Q), device=row_Q.device), plan.item_S
     else:
-        arrival_IN, image_I = _arrivals(plan)
-        if mode == "causal":
-            seen_QN, image_Q, arrival_QN = arrival_IN < NEVER, image_I, arrival_IN
-        else:
-            step_M = torch.unique(arrival_IN[arrival_IN < NEVER])
-            together_IMN = arrival_IN[:, None, :] == step_M[None, :, None]
-            item_Q, slot_Q = together_IMN.any(dim=2).nonzero(as_tuple=True)
-            seen_QN, image_Q, arrival_QN = together_IMN[item_Q, slot_Q], image_I[item_Q], None
+        lengths = counts.arriving_S[counts.arriving_S > 0]
+        arriving_SN = plan.arrival_SN == plan.step_S[:, None]
+        row_Q = true_places(arriving_SN.any(dim=1), len(lengths))
+        seen_QN = arriving_SN.index_select(0, row_Q)
+        home_Q, home_S = plan.item_S[row_Q], plan.item_S
 
-    slots_QL = seen_QN
-    if class_token:
-        slots_QL = torch.cat([seen_QN.new_ones(len(seen_QN), 1), seen_QN], dim=1)
-    sequence_T, slot_T = slots_QL.nonzero(as_tuple=True)
-    patch_T = slot_T - int(class_token)
+    prefix = int(class_token)
+    slots_QL = torch.cat([seen_QN.new_ones(len(seen_QN), prefix), seen_QN], dim=1)
+    lengths = lengths + prefix
+    place_T = true_places(slots_QL, int(lengths.sum()))
+    sequence_T, slot_T = place_T // slots_QL.shape[1], place_T % slots_QL.shape[1]
+    patch_T = slot_T - prefix
+    step_T = row_Q[sequence_T]
     rank_T = None
-    if arrival_QN is not None:
-        rank_T = arrival_QN[sequence_T, patch_T.clamp(min=0)]
-        rank_T = torch.where(patch_T < 0, 0, rank_T)
+    if mode == "causal":
+        arrival_T = plan.arrival_SN[step_T, patch_T.clamp(min=0)]
+        rank_T = torch.where(patch_T < 0, plan.step_S[step_T], arrival_T)
 
-    # Where each sequence holds each patch. In the modes without overlap a patch of an image stands
-    # in one sequence only, so one row an image serves all of the image's steps.
-    row_T = sequence_T if mode == "prefix" else image_Q[sequence_T]
-    rows = len(seen_QN) if mode == "prefix" else int(plan.image_S.max()) + 1 if len(plan) else 0
-    N = plan.context_SN.shape[1]
-    table_RN = sequence_T.new_zeros(rows, N)
-    is_patch_T = patch_T >= 0
-    token_T = torch.arange(len(sequence_T), device=sequence_T.device)
-    table_RN[row_T[is_patch_T], patch_T[is_patch_T]] = token_T[is_patch_T]
-    row_S = plan.context_of_S if mode == "prefix" else plan.image_S
-
+    # In the modes without overlap a patch of an image stands in one sequence only, so that one row
+    # an image serves all of the image's steps.
+    table_QL = sequence_T.new_zeros(slots_QL.shape)
+    table_QL[home_Q[sequence_T], slot_T] = torch.arange(len(place_T), device=place_T.device)
     return Contexts(
-        image_T=image_Q[sequence_T],
+        image_T=plan.image_S[step_T],
         patch_T=patch_T,
-        sequences=_sequences(slots_QL, rank_T),
-        image_Q=image_Q,
-        sequence_T=sequence_T,
-        token_SN=table_RN[row_S],
+        sequences=Sequences.ragged(lengths, device=place_T.device, rank_T=rank_T),
+        token_SN=table_QL[:, prefix:].index_select(0, home_S),
     )
 
 
 def pack_queries(plan: Plan, contexts: Contexts) -> Queries:
     """Packed predictor tokens of a plan: for each step its context tokens and its mask tokens."""
     N = plan.context_SN.shape[1]
+    counts = plan.counts
+    lengths = counts.context_S + counts.target_S
     slots_SL = torch.cat([plan.context_SN, plan.target_SN], dim=1)
-    row_U, slot_U = slots_SL.nonzero(as_tuple=True)
+    place_U = true_places(slots_SL, int(lengths.sum()))
+    row_U, slot_U = place_U // (2 * N), place_U % (2 * N)
     patch_U = slot_U % N
     is_query_U = slot_U >= N
-    source_U = torch.where(is_query_U, -1, contexts.token_SN[row_U, patch_U])
-    query_V = is_query_U.nonzero().squeeze(1)
+    query_V = true_places(is_query_U, int(counts.target_S.sum()))
     return Queries(
-        source_U=source_U,
+        source_U=torch.where(is_query_U, -1, contexts.token_SN[row_U, patch_U]),
         patch_U=patch_U,
         query_V=query_V,
-        sequences=_sequences(slots_SL, None),
+        sequences=Sequences.ragged(lengths, device=place_U.device),
         row_V=row_U[query_V],
         patch_V=patch_U[query_V],
     )
-
-
-NEVER = 1 << 30
-
-
-def _arrivals(plan: Plan) -> tuple[Int64[Tensor, "I N"], Int64[Tensor, " I"]]:
-    """For each image with steps, the first step whose context holds each patch, else `NEVER`."""
-    image_I, item_S = plan.image_S.unique_consecutive(return_inverse=True)
-    step_SN = torch.where(plan.context_SN, plan.step_S[:, None], NEVER)
-    arrival_IN = step_SN.new_full((len(image_I), step_SN.shape[1]), NEVER)
-    index_SN = item_S[:, None].expand_as(step_SN)
-    return arrival_IN.scatter_reduce(0, index_SN, step_SN, "amin"), image_I
-
-
-def _sequences(slots_QL: Bool[Tensor, "Q L"], rank_T: Int64[Tensor, " T"] | None) -> Sequences:
-    lengths = slots_QL.sum(dim=1).tolist()
-    return Sequences.ragged(lengths, device=slots_QL.device, rank_T=rank_T)

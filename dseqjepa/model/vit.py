@@ -11,6 +11,7 @@ H heads, C head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from dseqjepa.config import Config
-from dseqjepa.model.attention import Sequences, attend
+from dseqjepa.model.attention import attend
+from dseqjepa.model.sequences import Sequences
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,11 +45,18 @@ def normalize(images_BCHW: Images) -> Float[Tensor, "B 3 height width"]:
     """uint8 images to ImageNet-normalised float32; float images are taken as normalised."""
     if images_BCHW.dtype != torch.uint8:
         return images_BCHW
-    mean_C, std_C = images_BCHW.new_tensor(
-        [IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32
-    ).unbind()
-    scale_C, shift_C = 1 / (255 * std_C), -mean_C / std_C
-    return images_BCHW.float().mul_(scale_C[:, None, None]).add_(shift_C[:, None, None])
+    scale_C11, shift_C11 = _scale_and_shift(images_BCHW.device)
+    return images_BCHW.float().mul_(scale_C11).add_(shift_C11)
+
+
+@cache
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept on each device: sending them there in every step would have the host wait for it."""
+    mean_C11, std_C11 = (
+        torch.tensor(values, device=device)[:, None, None]
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return 1 / (255 * std_C11), -mean_C11 / std_C11
 
 
 def patchify(
@@ -82,12 +91,13 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = "auto"
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
-        q_THC, k_THC, v_THC = self.qkv(x_TD).unflatten(1, (3, self.heads, -1)).unbind(1)
-        return self.proj(attend(q_THC, k_THC, v_THC, sequences).flatten(1))
+        qkv_TXHC = self.qkv(x_TD).unflatten(1, (3, self.heads, -1))
+        return self.proj(attend(qkv_TXHC, sequences, self.backend).flatten(1))
 
     def of_first_token(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B H L"]:
         """The attention weights of each sequence's first token, for every head."""
@@ -119,6 +129,13 @@ class Block(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.attn(self.norm1(x_TD), sequences)
         return x_TD + self.mlp(self.norm2(x_TD))
+
+
+def set_attention(module: nn.Module, backend: str) -> None:
+    """Have all blocks below a module attend with this backend (`model.attention.BACKENDS`)."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.backend = backend
 
 
 class PatchEmbed(nn.Module):
@@ -207,7 +224,7 @@ class VisionTransformer(nn.Module):
             cls_B1D = self.cls_token.to(x_BND.dtype).expand(len(x_BND), 1, self.width)
             x_BND = torch.cat([cls_B1D, x_BND], dim=1)
         x_BLD = x_BND + self.positions(grid)
-        return x_BLD.flatten(0, 1), Sequences.equal(*x_BLD.shape[:2])
+        return x_BLD.flatten(0, 1), Sequences.equal(*x_BLD.shape[:2], x_BLD.device)
 
     def run(
         self,

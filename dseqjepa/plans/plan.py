@@ -13,9 +13,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What the host has to know of a plan before it can lay out tokens: numbers of patches.
+
+    One entry a step. Fetched from the device once, all together.
+    """
+
+    context_S: Int64[np.ndarray, " S"]
+    target_S: Int64[np.ndarray, " S"]
+    arriving_S: Int64[np.ndarray, " S"]
+    """Patches that no earlier context of the image holds."""
+    starts_S: Bool[np.ndarray, " S"]
+    """Where a step's context is not the one of the step before it."""
+    opens_S: Bool[np.ndarray, " S"]
+    """Where an image's steps begin."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +54,17 @@ class Plan:
         return len(self.image_S)
 
     @cached_property
+    def opens_S(self) -> Bool[Tensor, " S"]:
+        """True at the first step of each image."""
+        opens_S = torch.ones_like(self.image_S, dtype=torch.bool)
+        opens_S[1:] = self.image_S[1:] != self.image_S[:-1]
+        return opens_S
+
+    @cached_property
     def starts_context_S(self) -> Bool[Tensor, " S"]:
         """True where a step's context is not the one of the step before it."""
-        starts_S = torch.ones_like(self.image_S, dtype=torch.bool)
-        starts_S[1:] = (self.image_S[1:] != self.image_S[:-1]) | (
-            self.context_SN[1:] != self.context_SN[:-1]
-        ).any(dim=1)
+        starts_S = self.opens_S.clone()
+        starts_S[1:] |= (self.context_SN[1:] != self.context_SN[:-1]).any(dim=1)
         return starts_S
 
     @cached_property
@@ -53,15 +76,72 @@ class Plan:
         """
         return self.starts_context_S.cumsum(0) - 1
 
+    @cached_property
+    def item_S(self) -> Int64[Tensor, " S"]:
+        """The index of each step's image among the images that have steps."""
+        return self.opens_S.cumsum(0) - 1
+
+    @cached_property
+    def arrival_SN(self) -> Int64[Tensor, "S N"]:
+        """The first step whose context holds a patch of the step's image, else `NEVER`."""
+        step_SN = torch.where(self.context_SN, self.step_S[:, None], NEVER)
+        first_IN = torch.full_like(step_SN, NEVER)  # as many rows as there are steps: enough
+        item_SN = self.item_S[:, None].expand_as(step_SN)
+        return first_IN.scatter_reduce_(0, item_SN, step_SN, "amin")[self.item_S]
+
+    @cached_property
+    def counts(self) -> Counts:
+        """The one fetch of a step: everything after it has known sizes."""
+        columns = (
+            self.context_SN.sum(dim=1),
+            self.target_SN.sum(dim=1),
+            (self.arrival_SN == self.step_S[:, None]).sum(dim=1),
+            self.starts_context_S,
+            self.opens_S,
+        )
+        table = torch.stack([column_S.to(torch.int64) for column_S in columns]).cpu().numpy()
+        context_S, target_S, arriving_S, starts_S, opens_S = table
+        return Counts(context_S, target_S, arriving_S, starts_S > 0, opens_S > 0)
+
+
+NEVER = 1 << 30
+
+
+def true_places(mask: Bool[Tensor, "..."], count: int) -> Int64[Tensor, " count"]:
+    """Where a mask is true, as indices into it flattened; `count` is how often, which saves the
+    host from waiting for the answer."""
+    return mask.flatten().nonzero_static(size=count)[:, 0]
+
 
 def from_candidates(
     context_BMN: Bool[Tensor, "B M N"],
     target_BMN: Bool[Tensor, "B M N"],
 ) -> Plan:
-    """A plan of up to M steps an image; a step without context or without target is dropped."""
-    valid_BM = context_BMN.any(dim=2) & target_BMN.any(dim=2)
-    image_S, slot_S = valid_BM.nonzero(as_tuple=True)
-    return Plan(image_S, slot_S + 1, context_BMN[image_S, slot_S], target_BMN[image_S, slot_S])
+    """A plan of up to M steps an image; a step without context or without target is dropped.
+
+    The contexts of an image have to grow, as those of eq. 5 do: each holds the one before it.
+    """
+    M = context_BMN.shape[1]
+    sizes = torch.stack([context_BMN.sum(dim=2), target_BMN.sum(dim=2)])
+    context_BM, target_BM = sizes.cpu().numpy()  # the one fetch of a step
+    valid_BM = (context_BM > 0) & (target_BM > 0)
+    context_S, image_S = context_BM[valid_BM], valid_BM.nonzero()[0]
+    opens_S = np.ones(len(image_S), dtype=bool)
+    opens_S[1:] = image_S[1:] != image_S[:-1]
+    before_S = np.zeros_like(context_S)
+    before_S[1:] = np.where(opens_S[1:], 0, context_S[:-1])
+    arriving_S = context_S - before_S  # contexts grow: what is not new was there before
+
+    slot_S = true_places((sizes > 0).all(dim=0), len(image_S))
+    plan = Plan(
+        slot_S // M,
+        slot_S % M + 1,
+        context_BMN.flatten(0, 1).index_select(0, slot_S),
+        target_BMN.flatten(0, 1).index_select(0, slot_S),
+    )
+    counts = Counts(context_S, target_BM[valid_BM], arriving_S, arriving_S > 0, opens_S)
+    plan.__dict__["counts"] = counts  # what the cached property would fetch a second time
+    return plan
 
 
 def steps_of_ranks(

@@ -11,7 +11,7 @@ V histogram bins, K regions, X axes (row, column).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,13 @@ ORDERS = ("saliency", "inverse", "random", "spatial")
 class Regions:
     """A partition of every image's patches into regions that have an order.
 
-    `rank_BN` holds 0 .. K-1, each at least once; `count_B` holds K, which differs between images.
+    `rank_BN` holds 0 .. K-1, each at least once; `count_B` holds K, which differs between images,
+    and `most` is the most that it may be.
     """
 
     rank_BN: Int64[Tensor, "B N"]
     count_B: Int64[Tensor, " B"]
+    most: int
 
 
 def rank_regions(
@@ -102,7 +104,7 @@ def rank_regions(
     rank_BP = rank_of_root_BP.gather(1, root_BP).minimum(kept_B1)
     rank_BN = rank_BP.unflatten(1, (height + 1, width + 1))[:, :height, :width].flatten(1)
     # The least salient patch is never foreground, so something is always left over.
-    return Regions(rank_BN, kept_B1[:, 0] + 1)
+    return Regions(rank_BN, kept_B1[:, 0] + 1, num_regions)
 
 
 def order_regions(
@@ -126,9 +128,9 @@ def order_regions(
     if order == "saliency":
         return regions
     if order == "inverse":
-        return Regions(regions.count_B[:, None] - 1 - regions.rank_BN, regions.count_B)
+        return replace(regions, rank_BN=regions.count_B[:, None] - 1 - regions.rank_BN)
 
-    most = int(regions.count_B.max())
+    most = regions.most
     if order == "random":
         absent_BK = torch.arange(most, device=regions.count_B.device) >= regions.count_B[:, None]
         sequence_BK = _argsort(uniforms(keys_B, Stream.ORDER, most).masked_fill(absent_BK, 1.0))
@@ -137,7 +139,7 @@ def order_regions(
         by_column_BK = _argsort(column_BK)
         by_row_BK = _argsort(row_BK.gather(1, by_column_BK))
         sequence_BK = by_column_BK.gather(1, by_row_BK)
-    return Regions(_argsort(sequence_BK).gather(1, regions.rank_BN), regions.count_B)
+    return replace(regions, rank_BN=_argsort(sequence_BK).gather(1, regions.rank_BN))
 
 
 def _argsort(values_BK: Shaped[Tensor, "B K"]) -> Int64[Tensor, "B K"]:
@@ -158,7 +160,7 @@ def _scale(saliency_BN: Float64[Tensor, "B N"]) -> Float64[Tensor, "B N"]:
     """Min-max normalisation (eq. 1); a flat map becomes zero."""
     low_B1, high_B1 = saliency_BN.aminmax(dim=1, keepdim=True)
     span_B1 = high_B1 - low_B1
-    if span_B1.device.type == "cpu" and not span_B1.isfinite().all():
+    if _may_look(span_B1) and not span_B1.isfinite().all():
         image = int((~span_B1.isfinite()).nonzero()[0, 0])
         raise InputError(
             f"saliency must be finite, found NaN, infinity or a range that overflows in image "
@@ -243,5 +245,10 @@ def _smallest_around(root_BP: Int64[Tensor, "B P"], pitch: int) -> Int64[Tensor,
 
 
 def _known_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether to stop early, on the CPU; asking a GPU would cost more than the rounds it saves."""
-    return one.device.type == "cpu" and torch.equal(one, other)
+    """Whether to stop early, where it can be known."""
+    return _may_look(one) and torch.equal(one, other)
+
+
+def _may_look(values: Tensor) -> bool:
+    """On the CPU a value is there to be looked at; asking a GPU would cost more than it saves."""
+    return values.device.type == "cpu"

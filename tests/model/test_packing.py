@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dseqjepa.model.attention import Sequences, attend
 from dseqjepa.model.packing import pack_contexts, pack_queries
 from dseqjepa.model.vit import Predictor, VisionTransformer, patchify
 from dseqjepa.plans.plan import Plan
@@ -21,44 +20,6 @@ def attention_of_one(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) ->
     if allowed is not None:
         score = score.masked_fill(~allowed, float("-inf"))
     return torch.einsum("hqk,khc->qhc", score.softmax(dim=-1), v)
-
-
-@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [5, 1, 17, 16, 2, 9], [7, 7, 7], [3, 0, 4, 0]])
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_of_packed_sequences_is_attention_of_each(lengths: list[int], causal: bool):
-    generator = torch.Generator().manual_seed(len(lengths))
-    total = sum(lengths)
-    qkv = [torch.randn(total, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
-    rank_T = torch.randint(0, 3, (total,), generator=generator) if causal else None
-    packed = [x.clone().requires_grad_() for x in qkv]
-    single = [x.clone().requires_grad_() for x in qkv]
-    out = attend(*packed, Sequences.ragged(lengths, rank_T=rank_T))
-    parts, start = [], 0
-    for length in lengths:
-        here = slice(start, start + length)
-        allowed = None
-        if rank_T is not None:
-            allowed = rank_T[here][None, :] <= rank_T[here][:, None]
-        parts.append(attention_of_one(*(x[here] for x in single), allowed))
-        start += length
-    expected = torch.cat(parts)
-    torch.testing.assert_close(out, expected)
-    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    (out * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for a, b in zip(packed, single, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_long_sequences_take_another_path_to_the_same_result():
-    from dseqjepa.model import attention
-
-    length = attention.EXPLICIT_UP_TO + 3
-    q, k, v = torch.randn(3, 2 * length + 40, 2, 4, dtype=torch.float64)
-    out = attend(q, k, v, Sequences.ragged([length, 40, length]))
-    torch.testing.assert_close(
-        out[:length], attention_of_one(q[:length], k[:length], v[:length], None)
-    )
 
 
 def sequential_plan() -> Plan:
@@ -113,7 +74,7 @@ def one_by_one(
         )
         if encoder.prefix:
             x = torch.cat([encoder.cls_token[0], x])
-            rank = None if rank is None else torch.cat([torch.zeros(1, dtype=torch.int64), rank])
+            rank = None if rank is None else torch.cat([rank.min()[None], rank])
         for block in encoder.blocks:
             q, k, v = block.attn.qkv(block.norm1(x)).unflatten(1, (3, 2, -1)).unbind(1)
             allowed = None if rank is None else rank[None, :] <= rank[:, None]

@@ -106,7 +106,7 @@ def test_patches_are_row_major_and_keep_their_pixels():
 
 
 def test_packed_patches_of_the_whole_image_are_the_whole_image():
-    from dseqjepa.model.attention import Sequences
+    from dseqjepa.model.sequences import Sequences
 
     encoder, images = small(), float_images(2, (32, 48))
     pixels = patchify(images, 8)

@@ -335,7 +335,7 @@ def test_spatial_order_is_the_raster_order_of_centroids() -> None:
 
 def test_spatial_order_breaks_equal_rows_by_column() -> None:
     rank_HW = torch.tensor([[2, 2, 1, 1, 0], [2, 2, 1, 1, 0]])
-    regions = Regions(rank_HW.view(1, -1), torch.tensor([3]))
+    regions = Regions(rank_HW.view(1, -1), torch.tensor([3]), 3)
     ordered = order_regions(regions, "spatial", (2, 5), keys(1))
     assert ordered.rank_BN.view(2, 5)[0].tolist() == [0, 0, 1, 1, 2]
 
@@ -344,7 +344,7 @@ def test_spatial_order_breaks_equal_rows_by_column() -> None:
 def test_random_order_is_uniform_over_permutations(count: int) -> None:
     images = 24_000
     rank_BN = torch.arange(count).expand(images, count)
-    regions = Regions(rank_BN, torch.full((images,), count))
+    regions = Regions(rank_BN, torch.full((images,), count), count)
     ordered = order_regions(regions, "random", (1, count), keys(images))
     drawn, times = ordered.rank_BN.unique(dim=0, return_counts=True)
     assert [tuple(one) for one in drawn.tolist()] == sorted(permutations(range(count)))
@@ -359,7 +359,9 @@ def test_random_order_is_a_function_of_the_key_alone() -> None:
     keys_B = keys(len(regions.count_B))
     together = order_regions(regions, "random", (14, 14), keys_B)
     for some_B in (regions.count_B <= 3, keys_B % 2 == 0):
-        part = Regions(regions.rank_BN[some_B].flip(0), regions.count_B[some_B].flip(0))
+        part = Regions(
+            regions.rank_BN[some_B].flip(0), regions.count_B[some_B].flip(0), regions.most
+        )
         alone = order_regions(part, "random", (14, 14), keys_B[some_B].flip(0))
         assert torch.equal(alone.rank_BN, together.rank_BN[some_B].flip(0))
     other = order_regions(regions, "random", (14, 14), keys(len(keys_B), epoch=1))
@@ -372,6 +374,6 @@ def test_an_order_is_the_same_on_every_device(order: str, device: str) -> None:
     regions = mixed_regions()
     keys_B = keys(len(regions.count_B))
     expected = order_regions(regions, order, (14, 14), keys_B)
-    moved = Regions(regions.rank_BN.to(device), regions.count_B.to(device))
+    moved = Regions(regions.rank_BN.to(device), regions.count_B.to(device), regions.most)
     got = order_regions(moved, order, (14, 14), keys_B.to(device))
     assert torch.equal(got.rank_BN.cpu(), expected.rank_BN)

@@ -1,0 +1,92 @@
+"""What the step benchmarks compare: a whole training step, packed or dense, on the same plan.
+
+A step is: target forward, saliency, regions, contexts, predictor, backward, optimizer, EMA. The
+saliency map is computed and then replaced by a smooth random one, so that regions do not depend on
+what an untrained encoder happens to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dense import dense_loss
+from dseqjepa.config import Config
+from dseqjepa.keyed import sample_keys
+from dseqjepa.methods import Method, build_method
+from dseqjepa.model.look import Look, target_features
+from dseqjepa.presets import load_config
+from dseqjepa.train.optimizer import build_optimizer, set_rates
+
+SEED = 0
+MODELS = {"vitt8_64": "vitt8_64", "vits16_224": "vits16_in1k", "vitb16_224": "vitb16_in1k"}
+"""The benchmarks' names of models -> the presets whose sizes they take."""
+
+
+def benchmark_config(method: str, model: str, precision: str, *overrides: str) -> Config:
+    """The preset's sizes, without the small presets' regulariser: the paper's step."""
+    common = [
+        "data.workers=0",
+        "runtime.accelerator=cpu",
+        f"runtime.precision={precision}",
+        "method.regularizer=none",
+    ]
+    return load_config(f"{method}_{MODELS[model]}", [*common, *overrides])
+
+
+def smooth_saliency(batch: int, grid: tuple[int, int], seed: int = SEED) -> Tensor:
+    """Random maps whose features are about a fifth of the grid wide, as (B, N)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse_B1XX = torch.randn(batch, 1, 5, 5, generator=generator)
+    return F.interpolate(coarse_B1XX, size=grid, mode="bicubic").flatten(1)
+
+
+class Bench:
+    """One method with its optimizer on one fixed batch of random images."""
+
+    def __init__(self, config: Config, batch: int) -> None:
+        generator = torch.Generator().manual_seed(SEED)
+        size = (batch, 3, *config.data.image_size)
+        self.config = config
+        self.images_BCHW = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        self.keys_B = sample_keys(SEED, 0, torch.arange(batch))
+        self.method: Method = build_method(config)
+        self.optimizer = build_optimizer(self.method)
+        set_rates(self.optimizer, 1e-4, 0.04)
+        self.grid = self.method.encoder.grid_of(self.images_BCHW)
+        self._see_random_saliency(smooth_saliency(batch, self.grid))
+
+    def _see_random_saliency(self, saliency_BN: Tensor) -> None:
+        look = self.method.look
+
+        def look_elsewhere(images_BCHW: Tensor) -> Look:
+            seen = look(images_BCHW)
+            return seen if seen.saliency_BN is None else replace(seen, saliency_BN=saliency_BN)
+
+        self.method.look = look_elsewhere  # type: ignore[method-assign]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.runtime.precision == "bf16")
+
+    def packed_loss(self) -> Tensor:
+        with self.autocast():
+            return self.method(self.images_BCHW, progress=1.0, keys_B=self.keys_B).loss
+
+    def dense_loss(self) -> Tensor:
+        with self.autocast():
+            sight = self.method.look(self.images_BCHW)
+            plan = self.method.draw(sight, self.grid, 1.0, self.keys_B).plan
+            target_BND = target_features(sight.patches_BND)
+            steps = self.method.steps_per_image
+            return dense_loss(self.method, self.images_BCHW, target_BND, plan, steps)
+
+    def step(self, loss: Callable[[], Tensor]) -> None:
+        """A whole training step on a loss."""
+        loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.update_target(0.999)
