@@ -68,12 +68,9 @@ def preflight(
     tables = [data_table(config, data), cost_table(config, pace)]
     for table in tables:
         console.print(table)
+    lines = [f"warning: {warning}" for warning in warnings] or ["nothing to warn of"]
     if weights is None and config.method.name == "dseq":
-        console.print("The encoder is untrained: its regions, and their tokens, will change.")
-    for warning in warnings:
-        console.print(f"warning: {warning}", markup=False, highlight=False)
-    if not warnings:
-        console.print("nothing to warn of")
+        lines.insert(0, "The encoder is untrained: its regions, and their tokens, will change.")
     result = {
         "config": config.model_dump(mode="json"),
         "data": asdict(data),
@@ -86,7 +83,9 @@ def preflight(
         report.write_text(json.dumps(result, indent=1) + "\n")
     if out is not None:
         draw(config, source, weights, out)
-        console.print(f"regions of {PICTURES} images: {out}", markup=False)
+        lines.append(f"regions of some images: {out}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return result
 
 

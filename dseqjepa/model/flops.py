@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from dseqjepa.model.packing import pack_contexts
@@ -43,11 +42,12 @@ class Tokens:
 
 def count_tokens(plan: Plan, images: int, mode: str, *, class_token: bool) -> Tokens:
     """The packed tokens of a plan for `images` images in a context mode; [CLS] is one."""
-    encoder_Q = pack_contexts(plan, mode, class_token=class_token).sequence_T.bincount()
-    target_S = plan.target_SN.sum(dim=1)
-    predictor_S = plan.context_SN.sum(dim=1) + target_S
-    counts = (encoder_Q.sum(), (encoder_Q**2).sum(), predictor_S.sum(), (predictor_S**2).sum())
-    return Tokens(images, *torch.stack([*counts, target_S.sum()]).tolist())
+    contexts = pack_contexts(plan, mode, class_token=class_token)
+    encoder_Q = contexts.sequences.lengths
+    target_S = plan.counts.target_S
+    predictor_S = plan.counts.context_S + target_S
+    sums = (encoder_Q, encoder_Q**2, predictor_S, predictor_S**2, target_S)
+    return Tokens(images, *(int(values.sum()) for values in sums))
 
 
 def step_flops(encoder: VisionTransformer, predictor: Predictor, tokens: Tokens) -> float:

@@ -112,9 +112,8 @@ class _Stage:
         self, config: Config, source: Source, weights: Checkpoint | None, batch: int
     ) -> None:
         alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
-        config = config.with_(
-            **alone, data={"batch_size": batch, "cache": "none"}, log={"every_steps": 10**9}
-        )
+        data = {"batch_size": batch, "cache": "none", "max_bad": 1.0}
+        config = config.with_(**alone, data=data, log={"every_steps": 10**9})
         self.before = resident()
         reset_peak()
         start = Start(init_from=weights)
