@@ -1,16 +1,17 @@
-"""The dense side: the same plan, model and targets, computed the way the authors' release does it.
+"""The other side of the step benchmarks: the same plan, model and targets, computed plainly.
 
-Every prediction step of every image is one full-length sequence: all patches go through the
+`dense_loss` is the way of the authors' release. Every prediction step of every image is one full-length sequence: all patches go through the
 encoder and attention is masked to the step's context; the predictor sees all of them again, masked,
 and the step's queries, padded to the longest target of the batch. An image with fewer steps than
 the batch allows still costs as many, as it does in the release. What the masks keep out cannot
 change the result, so loss and gradients equal those of the packed computation (a test holds both
-to that).
+to that). `padded_loss` is the usual I-JEPA: one context an image, encoded once, and four targets,
+all padded to the longest of the batch.
 
 Attention is torch's `scaled_dot_product_attention` with a mask, mixed precision plain autocast.
 
-Suffixes: B images, M steps an image, N patches, L tokens of a sequence, S = B * M sequences,
-Q queries of a step, D width.
+Suffixes: B images, M steps an image, N patches, C patches of the longest context, L tokens of a
+sequence, S = B * M sequences, Q queries of a step, D width, W the predictor's width.
 """
 
 from __future__ import annotations
@@ -29,49 +30,95 @@ def dense_loss(
     method: Method, images_BCHW: Tensor, target_BND: Tensor, plan: Plan, steps: int
 ) -> Tensor:
     """The prediction loss of a plan; `steps` is how many sequences every image costs."""
+    context_BMN, target_BMN = _by_image(plan, target_BND, steps)
+    context_SN, target_SN = context_BMN.flatten(0, 1), target_BMN.flatten(0, 1)
+    all_SN = torch.arange(context_SN.shape[1]).expand_as(context_SN)
+    pixels_SNP = _pixels(method, images_BCHW).repeat_interleave(steps, dim=0)
+    context_SND = _encode(method.encoder, pixels_SNP, all_SN, context_SN)
+    return _compare(method, context_SND, all_SN, context_SN, target_SN, target_BND, steps)
+
+
+def padded_loss(
+    method: Method, images_BCHW: Tensor, target_BND: Tensor, plan: Plan, steps: int
+) -> Tensor:
+    """The prediction loss of a plan in which all steps of an image have one context."""
+    context_BMN, target_BMN = _by_image(plan, target_BND, steps)
+    patch_BC, real_BC = _padded_indices(context_BMN.any(dim=1))
+    width = 3 * method.encoder.patch_size**2
+    pixels_BCP = _pixels(method, images_BCHW).gather(1, patch_BC[:, :, None].expand(-1, -1, width))
+    context_BCD = _encode(method.encoder, pixels_BCP, patch_BC, real_BC)
+    context_SCD, patch_SC, real_SC = (
+        x.repeat_interleave(steps, dim=0) for x in (context_BCD, patch_BC, real_BC)
+    )
+    target_SN = target_BMN.flatten(0, 1)
+    return _compare(method, context_SCD, patch_SC, real_SC, target_SN, target_BND, steps)
+
+
+def _by_image(plan: Plan, target_BND: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     B, N, _ = target_BND.shape
     context_BMN = target_BND.new_zeros(B, steps, N, dtype=torch.bool)
     target_BMN = context_BMN.clone()
     context_BMN[plan.image_S, plan.step_S - 1] = plan.context_SN
     target_BMN[plan.image_S, plan.step_S - 1] = plan.target_SN
+    return context_BMN, target_BMN
 
-    context_SN, target_SN = context_BMN.flatten(0, 1), target_BMN.flatten(0, 1)
-    whole_SCHW = images_BCHW.repeat_interleave(steps, dim=0)
-    context_SND = _encode(method.encoder, whole_SCHW, context_SN)
+
+def _pixels(method: Method, images_BCHW: Tensor) -> Tensor:
+    return patchify(normalize(images_BCHW), method.encoder.patch_size)
+
+
+def _encode(
+    encoder: VisionTransformer, pixels_SCP: Tensor, patch_SC: Tensor, seen_SC: Tensor
+) -> Tensor:
+    """Features of all given patches; those outside the context mean nothing."""
+    positions_LD = encoder.positions(encoder.grid)
+    x_SCD = encoder.patch_embed(pixels_SCP) + positions_LD[patch_SC + encoder.prefix]
+    if encoder.prefix:
+        cls_S1D = encoder.cls_token.expand(len(x_SCD), 1, -1) + positions_LD[:1]
+        x_SCD = torch.cat([cls_S1D, x_SCD], dim=1)
+        seen_SC = torch.cat([seen_SC.new_ones(len(seen_SC), 1), seen_SC], dim=1)
+    for block in encoder.blocks:
+        assert isinstance(block, Block)
+        x_SCD = masked_block(block, x_SCD, seen_SC)
+    return encoder.norm(x_SCD)[:, encoder.prefix :]
+
+
+def _compare(
+    method: Method,
+    context_SCD: Tensor,
+    patch_SC: Tensor,
+    real_SC: Tensor,
+    target_SN: Tensor,
+    target_BND: Tensor,
+    steps: int,
+) -> Tensor:
+    """Predict each sequence's target from its context; the mean loss over predicted patches."""
     query_SQ, wanted_SQ = _padded_indices(target_SN)
-    values_SQD = _predict(method.predictor, context_SND, context_SN, query_SQ, wanted_SQ)
-
-    image_S = torch.arange(B, device=query_SQ.device).repeat_interleave(steps)
+    values_SQD = _predict(method.predictor, context_SCD, patch_SC, real_SC, query_SQ, wanted_SQ)
+    image_S = torch.arange(len(target_BND)).repeat_interleave(steps)
     target_SQD = target_BND[image_S[:, None], query_SQ]
     loss_V = smooth_l1_by_token(values_SQD[wanted_SQ], target_SQD[wanted_SQ])
     return loss_V.sum() / max(len(loss_V), 1)
 
 
-def _encode(encoder: VisionTransformer, images_SCHW: Tensor, context_SN: Tensor) -> Tensor:
-    """Features of all patches; those outside the context mean nothing."""
-    x_SND = encoder.patch_embed(patchify(normalize(images_SCHW), encoder.patch_size))
-    cls_S1D = encoder.cls_token.to(x_SND.dtype).expand(len(x_SND), 1, -1)
-    x_SLD = torch.cat([cls_S1D, x_SND], dim=1) + encoder.positions(encoder.grid_of(images_SCHW))
-    seen_SL = torch.cat([context_SN.new_ones(len(x_SND), 1), context_SN], dim=1)
-    for block in encoder.blocks:
-        assert isinstance(block, Block)
-        x_SLD = masked_block(block, x_SLD, seen_SL)
-    return encoder.norm(x_SLD)[:, 1:]
-
-
 def _predict(
-    predictor: Predictor, context_SND: Tensor, context_SN: Tensor, query_SQ: Tensor, real_SQ: Tensor
+    predictor: Predictor,
+    context_SCD: Tensor,
+    patch_SC: Tensor,
+    real_SC: Tensor,
+    query_SQ: Tensor,
+    wanted_SQ: Tensor,
 ) -> Tensor:
-    x_SNW = predictor.embed(context_SND) + predictor.positions_ND
+    x_SCW = predictor.embed(context_SCD) + predictor.positions_ND[patch_SC]
     query_SQW = predictor.mask_token + predictor.positions_ND[query_SQ]
-    x_SLW = torch.cat([x_SNW, query_SQW.to(x_SNW.dtype)], dim=1)
-    seen_SL = torch.cat([context_SN, real_SQ], dim=1)
+    x_SLW = torch.cat([x_SCW, query_SQW.to(x_SCW.dtype)], dim=1)
+    seen_SL = torch.cat([real_SC, wanted_SQ], dim=1)
     # A step that an image does not have sees nothing, whose softmax would be 0 / 0.
     seen_SL = seen_SL | ~seen_SL.any(dim=1, keepdim=True)
     for block in predictor.blocks:
         assert isinstance(block, Block)
         x_SLW = masked_block(block, x_SLW, seen_SL)
-    return predictor.proj(predictor.norm(x_SLW[:, context_SN.shape[1] :]))
+    return predictor.proj(predictor.norm(x_SLW[:, context_SCD.shape[1] :]))
 
 
 def masked_block(block: Block, x_SLD: Tensor, seen_SL: Tensor) -> Tensor:
@@ -82,7 +129,7 @@ def masked_block(block: Block, x_SLD: Tensor, seen_SL: Tensor) -> Tensor:
     mask = None if bool(seen_SL.all()) else seen_SL[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     x_SLD = x_SLD + attention.proj(out.transpose(1, 2).flatten(2))
-    return x_SLD + block.mlp(block.norm2(x_SLD))
+    return x_SLD + block.mlp(block.norm2(x_SLD).flatten(0, 1)).view_as(x_SLD)
 
 
 def _padded_indices(mask_SN: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,20 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from dense import dense_loss, padded_loss
 from torch import Tensor
 
-from dense import dense_loss
-from dseqjepa.config import Config
+from dseqjepa.config import Config, DSeqConfig
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.look import Look, target_features
+from dseqjepa.plans.plan import from_candidates, steps_of_ranks
+from dseqjepa.plans.regions import rank_regions
 from dseqjepa.presets import load_config
 from dseqjepa.train.optimizer import build_optimizer, set_rates
 
 SEED = 0
+CANDIDATES = 32
 MODELS = {"vitt8_64": "vitt8_64", "vits16_224": "vits16_in1k", "vitb16_224": "vitb16_in1k"}
 """The benchmarks' names of models -> the presets whose sizes they take."""
 
@@ -45,6 +48,21 @@ def smooth_saliency(batch: int, grid: tuple[int, int], seed: int = SEED) -> Tens
     return F.interpolate(coarse_B1XX, size=grid, mode="bicubic").flatten(1)
 
 
+def typical_saliency(
+    batch: int, grid: tuple[int, int], num_regions: int, min_area: float
+) -> Tensor:
+    """Of many batches of smooth maps, the one whose contexts hold nearest to the mean number of
+    patches: a small batch drawn at random can have half as many or twice as many."""
+    maps = [smooth_saliency(batch, grid, seed) for seed in range(CANDIDATES)]
+    patches = []
+    for map_BN in maps:
+        rank_BN = rank_regions(map_BN, grid, num_regions, min_area).rank_BN
+        plan = from_candidates(*steps_of_ranks(rank_BN, num_regions - 1))
+        patches.append(float(plan.counts.context_S.sum()))
+    mean = sum(patches) / CANDIDATES
+    return min(zip(maps, patches, strict=True), key=lambda pair: abs(pair[1] - mean))[0]
+
+
 class Bench:
     """One method with its optimizer on one fixed batch of random images."""
 
@@ -58,31 +76,41 @@ class Bench:
         self.optimizer = build_optimizer(self.method)
         set_rates(self.optimizer, 1e-4, 0.04)
         self.grid = self.method.encoder.grid_of(self.images_BCHW)
-        self._see_random_saliency(smooth_saliency(batch, self.grid))
+        if isinstance(config.method, DSeqConfig):
+            regions = config.method.regions
+            self._see(typical_saliency(batch, self.grid, regions.count, regions.min_area))
 
-    def _see_random_saliency(self, saliency_BN: Tensor) -> None:
+    def _see(self, saliency_BN: Tensor) -> None:
         look = self.method.look
 
         def look_elsewhere(images_BCHW: Tensor) -> Look:
-            seen = look(images_BCHW)
-            return seen if seen.saliency_BN is None else replace(seen, saliency_BN=saliency_BN)
+            return replace(look(images_BCHW), saliency_BN=saliency_BN)
 
         self.method.look = look_elsewhere  # type: ignore[method-assign]
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.runtime.precision == "bf16")
+        half = self.config.runtime.precision == "bf16"
+        return torch.autocast("cpu", torch.bfloat16, enabled=half)
 
     def packed_loss(self) -> Tensor:
         with self.autocast():
             return self.method(self.images_BCHW, progress=1.0, keys_B=self.keys_B).loss
 
     def dense_loss(self) -> Tensor:
+        """As the authors' release does it: every step of every image at full length."""
+        return self._other_loss(dense_loss)
+
+    def padded_loss(self) -> Tensor:
+        """I-JEPA with contexts and targets padded to the longest of the batch."""
+        return self._other_loss(padded_loss)
+
+    def _other_loss(self, compute: Callable[..., Tensor]) -> Tensor:
         with self.autocast():
             sight = self.method.look(self.images_BCHW)
             plan = self.method.draw(sight, self.grid, 1.0, self.keys_B).plan
             target_BND = target_features(sight.patches_BND)
             steps = self.method.steps_per_image
-            return dense_loss(self.method, self.images_BCHW, target_BND, plan, steps)
+            return compute(self.method, self.images_BCHW, target_BND, plan, steps)
 
     def step(self, loss: Callable[[], Tensor]) -> None:
         """A whole training step on a loss."""

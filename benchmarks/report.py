@@ -1,0 +1,122 @@
+"""Runs every benchmark in a process of its own and writes docs/benchmarks.md: `make bench`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+HERE = Path(__file__).parent
+SCRIPTS = ("step_time.py", "peak.py", "regions.py", "loader.py", "scaling.py")
+GOALS = {
+    "step_time.py": [
+        ("overhead_", "<=", 0.05),
+        ("ijepa_", ">=", 1.5),
+        ("_causal", ">=", 1.2),
+        ("_a05", ">=", 6.0),
+        ("", ">=", 8.0),
+    ],
+    "peak.py": [("memory_", "<=", 0.4), ("vitt8_64_bf16", ">=", 0.2), ("vitb16_224_bf16", ">=", 0.45)],
+    "regions.py": [("share_of_step", "<=", 0.01), ("against_opencv", ">=", 5.0)],
+    "loader.py": [("jpeg_500x375_224", ">=", 1.5)],
+    "scaling.py": [],
+}
+"""Of each script, (part of a name, direction, figure): the first that a name holds is its goal."""
+SECTIONS = {
+    "step_time.py": "Whole training steps: the ratio is other / ours",
+    "peak.py": "Use of the machine: FLOP rate against matmuls, memory against dense",
+    "regions.py": "Saliency to ranked regions",
+    "loader.py": "Reading images, one process: the ratio is other / ours",
+    "scaling.py": "Time a token, largest against smallest",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    parser.add_argument("--smoke", action="store_true", help="do all of them run?")
+    parser.add_argument("--script", action="append", choices=SCRIPTS, help="only these")
+    options = parser.parse_args()
+    parts = [head()]
+    for script in options.script or SCRIPTS:
+        print(f"== {script}", flush=True)
+        parts.append(section(script, measure(script, smoke=options.smoke)))
+    options.out.write_text("\n".join(parts))
+    print(f"written: {options.out}")
+
+
+def measure(script: str, *, smoke: bool) -> list[dict[str, Any]]:
+    listed = subprocess.run(
+        [sys.executable, str(HERE / script), "--list"], capture_output=True, text=True, check=True
+    )
+    rows = []
+    for name in listed.stdout.split():
+        # A process each: what one benchmark leaves in memory does not slow the next.
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, str(HERE / script), "--only", name, "--json", str(file)]
+            subprocess.run(command + ["--smoke"] * smoke, check=True)
+            rows += json.loads(file.read_text())
+    return rows
+
+
+def head() -> str:
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    flags = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 bfloat16", "amx_bf16": "AMX bfloat16"}
+    known = Path("/proc/cpuinfo").read_text()
+    has = ", ".join(words for flag, words in flags.items() if flag in known) or "no AVX-512"
+    return f"""# Benchmarks
+
+Written by `make bench`; each line can be had alone, in a minute or two:
+`python benchmarks/SCRIPT --only NAME`. Both sides of a line are measured in turn in one process and
+on the same data; the ratio is the median over the pairs, with the smallest and the largest.
+Machines differ and drift: the ratio counts, not the seconds. What each line means stands at the top
+of its script; a goal that is missed stands in [LOG.md](LOG.md) with what holds it back.
+
+{datetime.date.today()}, {cpu} ({has}), {os.cpu_count()} cores, {torch.get_num_threads()} threads,
+Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}.
+"""
+
+
+def section(script: str, rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"## {script}",
+        "",
+        f"{SECTIONS[script]}.",
+        "",
+        "| name | ratio (low - high) | goal | ours | other | what |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['name']} | **{row['ratio']:.3g}** ({row['low']:.3g} - {row['high']:.3g}) | "
+            f"{goal(script, row)} | {row['ours']:.3g} {row['unit']} | "
+            f"{row['other']:.3g} {row['unit']} | {row['what']} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def goal(script: str, row: dict[str, Any]) -> str:
+    for part, direction, figure in GOALS[script]:
+        if part in row["name"]:
+            met = row["ratio"] >= figure if direction == ">=" else row["ratio"] <= figure
+            return f"{direction} {figure:g}: {'met' if met else 'missed'}"
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Whole training steps: packed against the way of the authors' release, and its relatives.
+
+    MODEL_PRECISION          DSeq-JEPA against full-length sequences with masked attention; alpha 0.15
+    MODEL_PRECISION_a05      the same with alpha 0.05
+    MODEL_PRECISION_a05_causal   region-causal contexts against prefix contexts, both packed
+    ijepa_MODEL_PRECISION    I-JEPA against contexts and targets padded to the longest of the batch
+    overhead_MODEL_PRECISION the share of a real run's step that is not model arithmetic
+
+The ratio is other / ours; of `overhead` it is the share itself.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from harness import Benchmark, Effort, Row, main, paired, speedup
+from rich.console import Console
+from sides import MODELS, Bench, benchmark_config
+
+import dseqjepa.methods.base as base
+from dseqjepa.data.labelled import prepare
+from dseqjepa.data.scenes import Scenes
+from dseqjepa.train.loop import Start, Trainer
+
+BATCH = {"vitt8_64": 64, "vits16_224": 16, "vitb16_224": 8}
+FULL_PRECISION_BATCH = {"vitt8_64": 64, "vits16_224": 8, "vitb16_224": 4}
+"""Smaller where a dense step would take half a minute."""
+OVERHEAD_STEPS = 24
+
+
+def batch_of(model: str, precision: str, effort: Effort) -> int:
+    if effort.smoke:
+        return 2
+    return (BATCH if precision == "bf16" else FULL_PRECISION_BATCH)[model]
+
+
+def against_dense(
+    name: str, effort: Effort, *, model: str, precision: str, min_area: float
+) -> Row:
+    batch = batch_of(model, precision, effort)
+    bench = Bench(
+        benchmark_config("dseq", model, precision, f"method.regions.min_area={min_area}"), batch
+    )
+    return speedup(
+        name,
+        lambda: bench.step(bench.packed_loss),
+        lambda: bench.step(bench.dense_loss),
+        effort,
+        f"dense / packed step, batch {batch}, alpha {min_area}",
+    )
+
+
+def causal(name: str, effort: Effort, *, model: str, precision: str) -> Row:
+    batch = batch_of(model, precision, effort)
+    config = partial(benchmark_config, "dseq", model, precision, "method.regions.min_area=0.05")
+    ours, other = (Bench(config(f"method.context={c}"), batch) for c in ("causal", "prefix"))
+    return speedup(
+        name,
+        lambda: ours.step(ours.packed_loss),
+        lambda: other.step(other.packed_loss),
+        effort,
+        f"prefix / causal step, batch {batch}, alpha 0.05",
+    )
+
+
+def ijepa(name: str, effort: Effort, *, model: str, precision: str) -> Row:
+    batch = 2 * batch_of(model, precision, effort)
+    bench = Bench(benchmark_config("ijepa", model, precision), batch)
+    return speedup(
+        name,
+        lambda: bench.step(bench.packed_loss),
+        lambda: bench.step(bench.padded_loss),
+        effort,
+        f"padded / packed step, batch {batch}",
+    )
+
+
+def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
+    """A real run on scenes in memory: what is left of its time without the model's arithmetic.
+
+    The arithmetic is forward, backward and optimizer, less drawing plans and packing them. What is
+    left is data, transforms, plans, packing, EMA, logging and Python.
+    """
+    batch = batch_of(model, precision, effort)
+    steps = 2 if effort.smoke else OVERHEAD_STEPS
+    config = benchmark_config(
+        "dseq",
+        model,
+        precision,
+        f"data.batch_size={batch}",
+        f"data.size={batch * steps}",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0",
+        "probe.every_epochs=0",
+        "checkpoint.keep=1",
+    )
+    source = Scenes(
+        config.data.size, size=config.data.image_size[0], seed=0, split="train"
+    )
+    prepare(source)
+    pairs = []
+    for _ in range(1 if effort.smoke else 3):
+        with tempfile.TemporaryDirectory() as out:
+            trainer = Trainer(
+                config, source, Path(out), Start(), console=Console(file=StringIO())
+            )
+            with _watched(trainer) as spent:
+                trainer.run()
+        whole = sum(spent["step"][1:])
+        arithmetic = sum(spent["arithmetic"][1:]) - sum(spent["planning"][1:])
+        pairs.append(((whole - arithmetic) / (steps - 1), whole / (steps - 1)))
+    shares = [rest / whole for rest, whole in pairs]
+    return paired(name, pairs, shares, "s", f"share of a step beside model arithmetic, batch {batch}")
+
+
+@contextmanager
+def _watched(trainer: Trainer) -> Iterator[dict[str, list[float]]]:
+    """Seconds of each step: whole, in the model and optimizer, and in planning and packing."""
+    spent: dict[str, list[float]] = {"step": [], "arithmetic": [], "planning": []}
+
+    def timed(kind: str, function: Callable[..., Any], *, opens: bool = False) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if opens:
+                for values in spent.values():
+                    values.append(0.0)
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[kind][-1] += time.perf_counter() - began
+
+        return call
+
+    packing = {name: getattr(base, name) for name in ("pack_contexts", "pack_queries")}
+    trainer._train_step = timed("step", trainer._train_step, opens=True)  # type: ignore[method-assign]
+    trainer.method.forward = timed("arithmetic", trainer.method.forward)  # type: ignore[method-assign]
+    trainer.fabric.backward = timed("arithmetic", trainer.fabric.backward)  # type: ignore[method-assign]
+    trainer.optimizer.step = timed("arithmetic", trainer.optimizer.step)  # type: ignore[method-assign]
+    trainer.method.draw = timed("planning", trainer.method.draw)  # type: ignore[method-assign]
+    for name, function in packing.items():
+        setattr(base, name, timed("planning", function))
+    try:
+        yield spent
+    finally:
+        for name, function in packing.items():
+            setattr(base, name, function)
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    named: dict[str, Benchmark] = {}
+    for model in MODELS:
+        for precision in ("fp32", "bf16"):
+            kind = {"model": model, "precision": precision}
+            base_name = f"{model}_{precision}"
+            named[base_name] = partial(against_dense, min_area=0.15, **kind)
+            named[f"{base_name}_a05"] = partial(against_dense, min_area=0.05, **kind)
+            named[f"{base_name}_a05_causal"] = partial(causal, **kind)
+            named[f"ijepa_{base_name}"] = partial(ijepa, **kind)
+            named[f"overhead_{base_name}"] = partial(overhead, **kind)
+    return named
+
+
+if __name__ == "__main__":
+    main(__doc__, benchmarks())

@@ -1,0 +1,114 @@
+"""The sides of the step benchmarks compute the same, and every kind of benchmark runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sides import Bench, typical_saliency
+from step_time import benchmarks
+from torch import Tensor
+
+from dseqjepa.plans.plan import from_candidates, steps_of_ranks
+from dseqjepa.plans.regions import rank_regions
+from tests.tiny import tiny_config
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def gradients(bench: Bench, loss: Tensor) -> dict[str, Tensor]:
+    named = {n: p for n, p in bench.method.named_parameters() if p.requires_grad}
+    values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: v for n, v in zip(named, values, strict=True) if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("preset", "other"),
+    [
+        ("dseq_vitt8_64", "dense_loss"),
+        ("ijepa_vitt8_64", "dense_loss"),
+        ("ijepa_vitt8_64", "padded_loss"),
+    ],
+)
+def test_both_sides_give_the_same_loss_and_gradients(preset: str, other: str):
+    config = tiny_config(preset, "method.regularizer=none", "data.image_size=64")
+    bench = Bench(config, 6)
+    results = []
+    for compute in (bench.packed_loss, getattr(bench, other)):
+        loss = compute()
+        results.append((loss, gradients(bench, loss)))
+    (ours, mine), (theirs, yours) = results
+    assert abs(ours - theirs) < 1e-4 * abs(theirs)
+    assert mine.keys() == yours.keys()
+    for name, value in mine.items():
+        assert (value - yours[name]).norm() <= 1e-4 * yours[name].norm() + 1e-9, name
+
+
+def test_the_dense_side_computes_every_patch_of_every_step():
+    bench = Bench(tiny_config("dseq_vitt8_64", "method.regularizer=none"), 3)
+    seen: list[tuple[int, ...]] = []
+    for block in bench.method.encoder.blocks:
+        block.norm1.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[:2]))
+    bench.dense_loss()
+    assert set(seen) == {(3 * 4, 17)}  # four sequences an image of 16 patches and [CLS]
+
+
+def test_a_typical_batch_has_nearly_the_mean_number_of_context_patches():
+    def patches(saliency_BN: Tensor) -> float:
+        rank_BN = rank_regions(saliency_BN, (8, 8), 5, 0.15).rank_BN
+        plan = from_candidates(*steps_of_ranks(rank_BN, 4))
+        return float(plan.counts.context_S.sum()) / len(saliency_BN)
+
+    many = patches(typical_saliency(512, (8, 8), 5, 0.15))
+    assert patches(typical_saliency(8, (8, 8), 5, 0.15)) == pytest.approx(many, rel=0.1)
+
+
+def test_the_benchmarks_have_the_names_that_others_rely_on():
+    names = benchmarks()
+    for model in ("vitt8_64", "vits16_224", "vitb16_224"):
+        for precision in ("fp32", "bf16"):
+            base = f"{model}_{precision}"
+            assert {base, f"{base}_a05", f"{base}_a05_causal", f"ijepa_{base}"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        (
+            "step_time.py",
+            ["vitt8_64_fp32", "vitt8_64_bf16_a05_causal", "ijepa_vitt8_64_bf16",
+             "overhead_vitt8_64_fp32"],
+        ),
+        ("peak.py", ["vitt8_64_bf16", "memory_vitt8_64_fp32"]),
+        ("regions.py", ["share_of_step", "against_opencv"]),
+        ("scaling.py", ["image_size", "regions", "batch"]),
+    ],
+)  # fmt: skip
+def test_a_benchmark_runs_and_writes_its_rows(script: str, names: list[str], tmp_path: Path):
+    """That it runs, never how quickly."""
+    file = tmp_path / "rows.json"
+    only = [word for name in names for word in ("--only", name)]
+    command = [sys.executable, str(FOLDER / script), "--smoke", "--json", str(file), *only]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert {"name", "ours", "other", "ratio", "unit"} <= row.keys()
+        assert row["ours"] > 0
+        assert row["name"] in done.stdout
+
+
+def test_a_name_that_is_none_is_refused():
+    command = [sys.executable, str(FOLDER / "step_time.py"), "--only", "vitx"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "vitx" in done.stderr
+
+
