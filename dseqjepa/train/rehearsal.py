@@ -7,6 +7,7 @@ Suffixes: B images, N patches.
 
 from __future__ import annotations
 
+import gc
 import io
 import time
 from collections.abc import Iterator
@@ -114,7 +115,6 @@ class _Stage:
         alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
         data = {"batch_size": batch, "cache": "none", "max_bad": 1.0}
         config = config.with_(**alone, data=data, log={"every_steps": 10**9})
-        self.before = resident()
         reset_peak()
         start = Start(init_from=weights)
         self.trainer = Trainer(config, source, Path(), start, console=Console(file=io.StringIO()))
@@ -145,10 +145,11 @@ class _Stage:
         if self.trainer.fabric.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def memory(self) -> int:
+    def memory(self, before: int) -> int:
+        """The most bytes of the device, or of this process beyond the `before` that it had."""
         if self.trainer.fabric.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return max(peak() - self.before, 0)
+        return max(peak() - before, 0)
 
     def plans(self, share: float) -> Tokens:
         """What the plans of some real images need, as this trainer's target sees them."""
@@ -166,7 +167,10 @@ class _Stage:
         return total
 
     def close(self) -> None:
+        """End the loader's processes, and let go of the modules."""
         self.trainer.loader.close()
+        del self.trainer, self.batches
+        gc.collect()
 
 
 def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) -> Rehearsal:
@@ -175,15 +179,16 @@ def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) 
     A run on several devices is measured on one of them, without what they say to each other.
     """
     batch = config.data.batch_size // (config.optim.accumulate * config.runtime.devices)
+    # Before the first stage: what that frees stays with the process, and the next one takes it.
+    before = resident()
     first = _Stage(config, source, weights, min(batch, FIRST_BATCH))
     small = first.trainer.loader.batch_size
     speed, _ = first.time(0.5, 3)
     state = _state_bytes(first.trainer)
-    a_image = max(first.memory() - state, 0) / small
+    a_image = max(first.memory(before) - state, 0) / small
     free = _free(first.trainer.fabric.device)
     on_cpu = first.trainer.fabric.device.type == "cpu"
     first.close()
-    del first
     other = _other_precision(config, source, small, speed) if on_cpu else None
 
     fits = [
@@ -201,7 +206,7 @@ def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) 
         flops = step_flops(method.encoder, method.predictor, tokens) / tokens.images
         paces.append(Pace(rate, waiting, tokens, flops))
     measured = stage.trainer.loader.batch_size
-    memory = state + (max(stage.memory() - state, 0)) * batch // measured
+    memory = state + max(stage.memory(before) - state, 0) * batch // measured
     stage.close()
     transform = TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
     cached = config.data.cache == "auto"
