@@ -104,6 +104,32 @@ def pretrain(
 
 
 @app.command()
+def preflight(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.png", help="Draw some images' regions.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all that is found there.")
+    ] = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures"""
+    from dseqjepa.presets import load_config
+
+    run, overrides = _split(settings or [], ("init_from",))
+    config = load_config(preset, overrides)
+    if print_config:
+        print(config.to_yaml(), end="")
+        return
+    from dseqjepa.preflight import preflight as look
+
+    init_from = Path(run["init_from"]).expanduser() if "init_from" in run else None
+    look(config, init_from=init_from, out=out, report=json_file)
+
+
+@app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(metavar="TASK", help="knn")],
     run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT")],

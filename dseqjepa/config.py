@@ -61,6 +61,8 @@ class DataConfig(Section):
     batch_size: int = Field(2048, ge=1)
     """Images in one optimizer step, over all devices and accumulation steps."""
     workers: int = Field(8, ge=0)
+    cache: Literal["auto", "none"] = "auto"
+    """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
     """The share of undecodable images above which a run stops."""
     crop_scale: Range = (0.3, 1.0)

@@ -33,6 +33,7 @@ class Stream(IntEnum):
     RECTANGLES = 7
     SCENE = 8
     SPLIT = 9
+    AUDIT = 10
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": MODEL | {"methods", "data"},
     "tasks": EVALUATION,
     "viz": EVALUATION,
+    "preflight": EVALUATION | {"train", "viz"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz"},
-    "cli": EVALUATION | {"presets", "methods", "train", "tasks", "viz", "demo"},
+    "cli": EVALUATION | {"presets", "methods", "train", "tasks", "viz", "demo", "preflight"},
     "__main__": {"cli"},
     "__init__": EVALUATION | {"methods", "presets"},
 }

@@ -20,7 +20,7 @@ BASE = "dseq_vitb16_in1k"
 CONTRACT = [
     f"{section}.{key}"
     for section, keys in {
-        "data": "source size image_size batch_size workers max_bad",
+        "data": "source size image_size batch_size workers cache max_bad",
         "model": "name patch_size class_token",
         "predictor": "width depth",
         "method": "name context prediction order max_steps loss_weighting regularizer "

@@ -14,27 +14,15 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
 
-from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.decode import decode, decode_reduced
+from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
-# What undoes each EXIF orientation. Pillow's exif_transpose would also write the EXIF block anew,
-# and fails on whole pictures whose other entries are malformed.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageFolder:
@@ -88,6 +76,9 @@ class ImageFolder:
     def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
         return decode(self._path(index))
 
+    def reduced(self, index: int, reduction: Reduction) -> Decoded:
+        return decode_reduced(self._path(index), reduction)
+
     def name(self, index: int) -> str:
         return _printable(str(self._path(index)))
 
@@ -118,6 +109,9 @@ class Subset:
     def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
         return self.source.image(int(self.indices_B[index]))
 
+    def reduced(self, index: int, reduction: Reduction) -> Decoded:
+        return decoded(self.source, int(self.indices_B[index]), reduction)
+
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices_B[index]))
 
@@ -146,49 +140,6 @@ def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset
         Subset(source, np.sort(order_N[held_out:])),
         Subset(source, np.sort(order_N[:held_out])),
     )
-
-
-def decode(path: Path) -> UInt8[Tensor, "3 H W"]:
-    """Read one image file as 8-bit RGB.
-
-    The EXIF orientation is applied, transparency is laid on white, 16-bit grey keeps its high
-    byte, and of an animation the first frame counts.
-
-    Raises:
-        BadImage: with the reason, where the file is no whole image, is larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or has 32-bit pixels, which have no agreed white.
-    """
-    try:
-        with Image.open(path) as picture:
-            pixels_HWC = np.array(_to_rgb(picture))
-    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
-        raise BadImage(_reason(path, error)) from error
-    # Channels stay last in memory, as they were decoded: resizing is twice as quick that way.
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and picture.width * picture.height > limit:
-        raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {limit} in all")
-    turn = UPRIGHT.get(picture.getexif().get(ExifTag.Orientation, 1))
-    if turn is not None:
-        picture = picture.transpose(turn)
-    if picture.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no agreed white: save it with 8 or 16 bits")
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if path.stat().st_size == 0 else "not a known image format"
-    return str(error) or type(error).__name__
 
 
 def existing_folder(path: Path) -> Path:

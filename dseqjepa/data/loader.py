@@ -20,7 +20,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.cache import Cached, room_for
+from dseqjepa.data.source import BadImage, Source, decoded
 from dseqjepa.data.transforms import Transform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
@@ -67,6 +68,7 @@ class Loader:
             memory. The processes live as long as the loader, so iterate one epoch at a time.
         rank: this process among `world`.
         world: number of processes that train together.
+        cache: whether to keep decoded images in memory, if all of them fit (`cache.room_for`).
 
     Raises:
         InputError: there are too few images for a single step.
@@ -82,6 +84,7 @@ class Loader:
         workers: int,
         rank: int = 0,
         world: int = 1,
+        cache: bool = False,
     ) -> None:
         if len(source) < batch_size * world:
             raise InputError(
@@ -91,6 +94,9 @@ class Loader:
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
+        self.cache_bytes = room_for(source, transform.reduction, ranks=world) if cache else 0
+        if self.cache_bytes:
+            source = Cached(source, room=self.cache_bytes, processes=max(workers, 1))
         self._reader = _Reader(source, transform, seed)
         self._pin = torch.cuda.is_available()
         self._requests = _Requests()
@@ -172,25 +178,44 @@ class _Reader(Dataset[Batch]):
 
     def __getitem__(self, request: Request) -> Batch:
         epoch, wanted_B = request
-        images, indices, bad = [], [], []
-        for index in wanted_B.tolist():
-            try:
-                images.append(self.source.image(index))
-                indices.append(index)
-            except BadImage as reason:
-                bad.append((self.source.name(index), str(reason)))
-        index_B = torch.tensor(indices, dtype=torch.int64)
-        keys_B = sample_keys(self.seed, epoch, index_B)
+        wanted = torch.from_numpy(wanted_B)
+        images_BCHW, kept_B, bad = read(
+            self.source, wanted, self.transform, sample_keys(self.seed, epoch, wanted)
+        )
+        index_B = wanted[kept_B]
         return Batch(
-            images_BCHW=self.transform.batch(images, keys_B),
-            keys_B=keys_B,
+            images_BCHW=images_BCHW,
+            keys_B=sample_keys(self.seed, epoch, index_B),
             index_B=index_B,
             labels={
                 task: torch.from_numpy(label_N[index_B.numpy()])
                 for task, label_N in self.source.labels.items()
             },
-            bad=tuple(bad),
+            bad=bad,
         )
+
+
+def read(
+    source: Source, index_B: Int64[Tensor, " B"], transform: Transform, keys_B: Int64[Tensor, " B"]
+) -> tuple[UInt8[Tensor, "kept 3 H W"], Int64[Tensor, " kept"], tuple[tuple[str, str], ...]]:
+    """Read and transform images, one whole image in memory at a time.
+
+    Returns the results of those that can be decoded, their places in `index_B`, and (name, reason)
+    of the others.
+    """
+    images_BCHW = torch.empty((len(index_B), 3, *transform.image_size), dtype=torch.uint8)
+    kept: list[int] = []
+    bad = []
+    cuts = transform.cuts(keys_B)
+    for place, (index, cut) in enumerate(zip(index_B.tolist(), cuts, strict=True)):
+        try:
+            image = decoded(source, index, transform.reduction)
+        except BadImage as reason:
+            bad.append((source.name(index), str(reason)))
+            continue
+        images_BCHW[len(kept)] = cut(image)
+        kept.append(place)
+    return images_BCHW[: len(kept)], torch.tensor(kept, dtype=torch.int64), tuple(bad)
 
 
 class _Requests:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -37,3 +37,33 @@ class Source(Protocol):
 
 class BadImage(Exception):
     """One image that cannot be decoded. The message holds the reason, not the name."""
+
+
+Reduction = Callable[[int, int], int]
+"""Height and width of an image -> 1, 2, 4 or 8: how much smaller it may be decoded."""
+
+
+class Decoded(NamedTuple):
+    """An image, decoded `reduction` times smaller than its `height` and `width` (rounded up)."""
+
+    image_CHW: Tensor
+    height: int
+    width: int
+    reduction: int
+
+
+@runtime_checkable
+class Reducible(Protocol):
+    """What a source may offer beside: to decode an image smaller, where that costs less."""
+
+    def reduced(self, index: int, reduction: Reduction) -> Decoded:
+        """The image, not smaller than `reduction` allows; raises `BadImage` as `image` does."""
+        ...
+
+
+def decoded(source: Source, index: int, reduction: Reduction) -> Decoded:
+    """An image of any source, reduced where the source can do that."""
+    if isinstance(source, Reducible):
+        return source.reduced(index, reduction)
+    image_CHW = source.image(index)
+    return Decoded(image_CHW, image_CHW.shape[-2], image_CHW.shape[-1], 1)

@@ -5,21 +5,29 @@ way to the device. Both transforms interpolate bilinearly with antialiasing: tha
 recipes in the literature do (it is RandomResizedCrop's default, which I-JEPA keeps), it costs the
 same as bicubic, and it cannot overshoot, so no byte is clipped.
 
+A training crop may be cut from an image that was decoded smaller. How much smaller depends on the
+size of the image alone, and never so much that the smallest possible crop would have less than
+`MARGIN` times the pixels wanted: interpolation still has its antialiasing to do.
+
 Suffixes: B images, C colours or random numbers, H and W pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from dseqjepa.data.source import Decoded
 from dseqjepa.keyed import Stream, uniforms
 
 TRIES = 10
@@ -27,17 +35,28 @@ LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 # The random numbers of a sample: two a try, then top, left and flip.
 DRAWS = 2 * TRIES + 3
 RESIZE_RATIO = (256, 224)
+MARGIN = 1.5
+REDUCTIONS = (8, 4, 2)
+"""What libjpeg offers, beside the whole image."""
+
+Cut = Callable[[Decoded], UInt8[Tensor, "3 H W"]]
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """A pure function of an image and its key; `batch` does many, more quickly."""
+    """A pure function of an image and its key; of an image that was read with `reduction`."""
+
+    image_size: tuple[int, int]
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], key: int) -> UInt8[Tensor, "3 H W"]: ...
 
-    def batch(
-        self, images: Sequence[Tensor], keys_B: Int64[Tensor, " B"]
-    ) -> UInt8[Tensor, "B 3 H W"]: ...
+    def reduction(self, height: int, width: int) -> int:
+        """How many times smaller an image of this size may be decoded: 1, 2, 4 or 8."""
+        ...
+
+    def cuts(self, keys_B: Int64[Tensor, " B"]) -> Sequence[Cut]:
+        """What is to be done with the image of each key."""
+        ...
 
 
 class TrainTransform:
@@ -60,21 +79,24 @@ class TrainTransform:
         self.flip = flip
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], key: int) -> UInt8[Tensor, "3 H W"]:
-        return self.batch([image], torch.tensor([key]))[0]
+        (cut,) = self.cuts(torch.tensor([key]))
+        return cut(Decoded(image, image.shape[-2], image.shape[-1], 1))
 
-    def batch(
-        self, images: Sequence[Tensor], keys_B: Int64[Tensor, " B"]
-    ) -> UInt8[Tensor, "B 3 H W"]:
+    def reduction(self, height: int, width: int) -> int:
+        low, _ = LOG_ASPECT
+        smallest = math.sqrt(self.crop_scale[0] * height * width * math.exp(low))
+        # Where no crop fits, the fallback takes the whole shorter side.
+        side = min(smallest, height, width) / (MARGIN * max(self.image_size))
+        return next((by for by in REDUCTIONS if side >= by), 1)
+
+    def cuts(self, keys_B: Int64[Tensor, " B"]) -> list[Cut]:
         # Drawn for the whole batch: one image's numbers cost as much as those of a hundred.
         draws_BC = uniforms(keys_B, Stream.AUGMENT, DRAWS).tolist()
-        crops = [self._crop(image, draws) for image, draws in zip(images, draws_BC, strict=True)]
-        return _stack(crops, self.image_size)
+        return [partial(self._cut, draws) for draws in draws_BC]
 
-    def _crop(self, image: UInt8[Tensor, "3 h w"], draws: list[float]) -> Tensor:
-        box = crop_box(draws, image.shape[-2], image.shape[-1], self.crop_scale)
-        crop = F.resized_crop(
-            image, *box, list(self.image_size), InterpolationMode.BILINEAR, antialias=True
-        )
+    def _cut(self, draws: list[float], decoded: Decoded) -> Tensor:
+        box = crop_box(draws, decoded.height, decoded.width, self.crop_scale)
+        crop = resized_crop(decoded, box, self.image_size)
         return F.horizontal_flip(crop) if self.flip and draws[-1] < 0.5 else crop
 
 
@@ -103,18 +125,11 @@ class EvalTransform:
         resized = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
         return F.center_crop(resized, list(self.image_size))
 
-    def batch(
-        self, images: Sequence[Tensor], keys_B: Int64[Tensor, " B"]
-    ) -> UInt8[Tensor, "B 3 H W"]:
-        return _stack([self(image) for image in images], self.image_size)
+    def reduction(self, height: int, width: int) -> int:
+        return 1
 
-
-def _stack(images: Sequence[Tensor], size: tuple[int, int]) -> UInt8[Tensor, "B 3 H W"]:
-    """`torch.stack`, but also of no images, and always with the channels first in memory."""
-    images_BCHW = torch.empty((len(images), 3, *size), dtype=torch.uint8)
-    for place_CHW, image in zip(images_BCHW, images, strict=True):
-        place_CHW.copy_(image)
-    return images_BCHW
+    def cuts(self, keys_B: Int64[Tensor, " B"]) -> list[Cut]:
+        return [lambda decoded: self(decoded.image_CHW)] * len(keys_B)
 
 
 class Box(NamedTuple):
@@ -124,6 +139,21 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+
+def resized_crop(decoded: Decoded, box: Box, size: tuple[int, int]) -> UInt8[Tensor, "3 H W"]:
+    """Cut a box of the whole image out and bring it to a size, bilinearly with antialiasing."""
+    if decoded.reduction == 1:
+        return F.resized_crop(
+            decoded.image_CHW, *box, list(size), InterpolationMode.BILINEAR, antialias=True
+        )
+    # The box lies between the pixels of the reduced image; Pillow's resize, of which torch's is a
+    # copy, can begin and end there.
+    image = Image.fromarray(decoded.image_CHW.permute(1, 2, 0).numpy())
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    left, top, right, bottom = (corner / decoded.reduction for corner in corners)
+    crop = image.resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
 
 def crop_box(draws: Sequence[float], height: int, width: int, scale: tuple[float, float]) -> Box:

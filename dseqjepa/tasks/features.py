@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.loader import read
+from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import normalize
@@ -102,7 +103,7 @@ class _Batch:
 
     images_BCHW: UInt8[Tensor, "B 3 H W"]
     kept: list[int]
-    bad: list[tuple[str, str]]
+    bad: tuple[tuple[str, str], ...]
 
 
 class _Batches(Dataset[_Batch]):
@@ -116,16 +117,9 @@ class _Batches(Dataset[_Batch]):
 
     def __getitem__(self, number: int) -> _Batch:
         first = number * self.batch_size
-        images, kept, bad = [], [], []
-        for index in range(first, min(first + self.batch_size, len(self.source))):
-            try:
-                images.append(self.source.image(index))
-                kept.append(index)
-            except BadImage as reason:
-                bad.append((self.source.name(index), str(reason)))
-        return _Batch(
-            self.transform.batch(images, torch.tensor(kept, dtype=torch.int64)), kept, bad
-        )
+        index_B = torch.arange(first, min(first + self.batch_size, len(self.source)))
+        images_BCHW, kept_B, bad = read(self.source, index_B, self.transform, index_B)
+        return _Batch(images_BCHW, index_B[kept_B].tolist(), bad)
 
 
 def _collect(

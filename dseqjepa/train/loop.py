@@ -97,6 +97,7 @@ class Trainer:
             workers=config.data.workers,
             rank=rank,
             world=world,
+            cache=config.data.cache == "auto",
         )
         self.schedule = Schedule(
             config.optim, config.ema, self.loader.steps_per_epoch // self.micro_batches
@@ -276,6 +277,8 @@ class Trainer:
             f"{config.data.batch_size} on {self.fabric.world_size} x {self.fabric.device.type} "
             f"({config.runtime.precision}), effective learning rate {config.optim.lr:g}"
         )
+        if self.loader.cache_bytes:
+            say(f"decoded images stay in memory: up to {self.loader.cache_bytes / 1e9:.1f} GB")
 
     def _conclude(self) -> None:
         say = self.journal.say

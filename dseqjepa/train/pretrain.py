@@ -24,7 +24,7 @@ from dseqjepa.train.loop import Probe, Start, Trainer
 RUN_FILES = frozenset(
     {"config.yaml", "metrics.jsonl", "log.txt", "bad_files.jsonl", "checkpoints", "evaluations"}
 )
-FREE_ON_RESUME = ("data.workers", "runtime.devices", "checkpoint.", "log.", "probe.")
+FREE_ON_RESUME = ("data.workers", "data.cache", "runtime.devices", "checkpoint.", "log.", "probe.")
 """What may change when a run goes on: nothing of it changes what is computed."""
 
 
@@ -45,21 +45,9 @@ def pretrain(
     """
     if resume and (overwrite or init_from is not None):
         raise InputError("resume=true goes on with a run: leave out overwrite and init_from")
-    _check_accelerator(config)
-    if source is None:
-        source = open_training_source(config)
-    _check_some_decode(source, config.data.source)
-    config = config.resolved(len(source))
-    step_images = config.data.batch_size
-    if len(source) < step_images:
-        raise InputError(
-            f"{config.data.source} has {len(source)} images, fewer than data.batch_size="
-            f"{step_images}: lower it to {len(source)} or less, or give more images"
-        )
+    config, source = checked(config, source)
     past = _check_resume(config, source, out) if resume else None
-    weights = open_checkpoint(init_from) if init_from is not None else None
-    if weights is not None:
-        _check_same_encoder(config, weights)
+    weights = starting_weights(config, init_from)
     if not resume:
         _claim(out, overwrite, kept=weights)
     prepare(source)
@@ -71,6 +59,34 @@ def pretrain(
         probe=probe,
         console=console,
     ).run()
+
+
+def checked(config: Config, source: Source | None = None) -> tuple[Config, Source]:
+    """The config with every `auto` settled and its data, after the checks that need no folder.
+
+    Raises:
+        InputError: no such accelerator, no such data, nothing that can be decoded, too few images.
+    """
+    _check_accelerator(config)
+    if source is None:
+        source = open_training_source(config)
+    _check_some_decode(source, config.data.source)
+    step_images = config.data.batch_size
+    if len(source) < step_images:
+        raise InputError(
+            f"{config.data.source} has {len(source)} images, fewer than data.batch_size="
+            f"{step_images}: lower it to {len(source)} or less, or give more images"
+        )
+    return config.resolved(len(source)), source
+
+
+def starting_weights(config: Config, init_from: Path | None) -> Checkpoint | None:
+    """The checkpoint that a run starts from; `InputError` if it is of another encoder."""
+    if init_from is None:
+        return None
+    weights = open_checkpoint(init_from)
+    _check_same_encoder(config, weights)
+    return weights
 
 
 def open_training_source(config: Config) -> Source:

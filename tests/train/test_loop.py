@@ -275,6 +275,7 @@ def test_a_file_that_goes_away_is_a_bad_file(tmp_path: Path) -> None:
         return 0.0
 
     settings = [f"data.source={folder}", "probe.every_epochs=1", "data.max_bad=0.1"]
+    settings.append("data.cache=none")  # a remembered image is not missed
     out = tmp_path / "run"
     pretrain(run_config("ijepa", *settings), out, probe=probe, console=quiet())
     (line,) = (out / "bad_files.jsonl").read_text().splitlines()

@@ -1,0 +1,237 @@
+"""`dseqjepa preflight`: what a run will cost on this machine, and what may be wrong with its data.
+
+Nothing is written but the files that are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dseqjepa.config import Config, RegionsConfig, SaliencyConfig
+from dseqjepa.data.audit import Audit, audit
+from dseqjepa.data.labelled import prepare
+from dseqjepa.data.loader import Loader
+from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.errors import InputError
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.train.checkpoint import Checkpoint, encoder_of, untrained_encoder
+from dseqjepa.train.pretrain import checked, starting_weights
+from dseqjepa.train.rehearsal import Pace, Rehearsal, rehearse
+from dseqjepa.viz.regions import regions_picture
+
+PICTURES = 12
+WAITING = 0.1
+"""The share of a step spent waiting for data from which on it is worth a warning."""
+NOTICEABLY = 1.1
+"""A ratio of speeds that is worth a word."""
+DUPLICATES = 0.01
+
+
+def preflight(
+    config: Config,
+    *,
+    init_from: Path | None = None,
+    out: Path | None = None,
+    report: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measure, look and warn; print all of it, and return it as plain values.
+
+    Args:
+        init_from: the run or checkpoint whose weights the run will start from.
+        out: a PNG for some images, their saliency and their regions.
+        report: a JSON file for what is returned.
+
+    Raises:
+        InputError: whatever `dseqjepa pretrain` would refuse, and files that cannot be written.
+    """
+    for file in filter(None, (out, report)):
+        _check_file(file)
+    config, source = checked(config)
+    weights = starting_weights(config, init_from)
+    console = console or Console()
+    with console.status("looking at the data, rehearsing some steps"):
+        prepare(source)
+        data = audit(source, config.data.image_size, seed=config.runtime.seed)
+        pace = rehearse(config, source, weights)
+    warnings = list(warn(config, data, pace))
+    tables = [data_table(config, data), cost_table(config, pace)]
+    for table in tables:
+        console.print(table)
+    lines = [f"warning: {warning}" for warning in warnings] or ["nothing to warn of"]
+    if weights is None and config.method.name == "dseq":
+        lines.insert(0, "The encoder is untrained: its regions, and their tokens, will change.")
+    result = {
+        "config": config.model_dump(mode="json"),
+        "data": asdict(data),
+        "steps": asdict(pace),
+        "images_per_s": pace.images_per_s,
+        "hours": hours(config, pace),
+        "warnings": warnings,
+    }
+    if report is not None:
+        report.write_text(json.dumps(result, indent=1) + "\n")
+    if out is not None:
+        draw(config, source, weights, out)
+        lines.append(f"regions of some images: {out}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def hours(config: Config, pace: Rehearsal) -> float:
+    """Of the whole run, without probes and checkpoints."""
+    images = pace.steps * config.data.batch_size
+    return images / (pace.images_per_s * config.runtime.devices) / 3600
+
+
+def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
+    """What a person should know before the run, most harmful first."""
+    height, width = config.data.image_size
+    if data.bad:
+        name, reason = data.bad[0]
+        yield (
+            f"{len(data.bad)} of {data.sample} images tried cannot be decoded, such as {name} "
+            f"({reason}); up to {data.most_bad:.1%} of all may be so, and the run stops at "
+            f"data.max_bad={config.data.max_bad:.1%}"
+        )
+    if data.smaller > 0:
+        yield (
+            f"{data.smaller:.1%} of the images have fewer pixels than data.image_size "
+            f"({height} x {width}), such as {data.smallest}: their crops will be blurred"
+        )
+    if len(data.duplicates) > DUPLICATES * data.sample:
+        one, other = data.duplicates[0]
+        yield (
+            f"{len(data.duplicates)} of {data.sample} images tried have a twin among them, such as "
+            f"{one} and {other}; a whole set has more pairs than its sample shows"
+        )
+    if pace.memory_free and pace.memory > pace.memory_free:
+        yield (
+            f"a step needs {_bytes(pace.memory)} and {_bytes(pace.memory_free)} are free: raise "
+            "optim.accumulate, or lower data.batch_size"
+        )
+    cores = os.cpu_count() or 1
+    if config.data.workers > cores:
+        yield f"data.workers={config.data.workers}, and this machine has {cores} cores"
+    waiting = max(pace.start.waiting, pace.end.waiting)
+    if waiting > WAITING:
+        hint = (
+            "raise data.workers"
+            if config.data.workers < cores
+            else "smaller files would be quicker"
+        )
+        cached = "; later epochs find the images in memory" if pace.cache else ""
+        yield f"steps wait for data {waiting:.0%} of the time: {hint}{cached}"
+    if pace.other_precision is not None and pace.other_precision > NOTICEABLY:
+        other = {"bf16": "fp32", "fp32": "bf16"}[config.runtime.precision]
+        yield (
+            f"runtime.precision={other} is {pace.other_precision:.1f} times as fast on this CPU as "
+            f"{config.runtime.precision}"
+        )
+    if config.optim.accumulate == 1 and pace.batch < 2 and config.method.regularizer == "vicreg":
+        yield "method.regularizer=vicreg does nothing with one image at a time"
+
+
+def data_table(config: Config, data: Audit) -> Table:
+    """What the audit found."""
+    table = Table("data", str(config.data.source), title_justify="left")
+    bad = f"{len(data.bad)} of {data.sample} tried; of all, at most {data.most_bad:.1%}"
+    rows = {
+        "images": f"{data.images}",
+        "cannot be decoded": bad if data.bad or data.sample < data.images else "none",
+        "width, smallest / median / largest": "{} / {} / {} px".format(*data.width),
+        "height": "{} / {} / {} px".format(*data.height),
+        "width / height, 5 / 50 / 95 %": "{:.2f} / {:.2f} / {:.2f}".format(*data.aspect),
+        "smaller than data.image_size": f"{data.smaller:.1%}",
+        "grey": f"{data.grey:.1%}",
+        "same pixels twice": f"{len(data.duplicates)} of {data.sample} tried",
+        "labels": ", ".join(f"{task}: {n} classes" for task, n in data.classes.items()) or "none",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def cost_table(config: Config, pace: Rehearsal) -> Table:
+    """What the rehearsed steps cost, at the start and at the end of the run."""
+    table = Table("one device", "at the start", "at the end")
+
+    def both(name: str, text: str, *values: float) -> None:
+        table.add_row(name, *(text.format(value) for value in values))
+
+    ends = (pace.start, pace.end)
+    both("encoder tokens an image", "{:.1f}", *(_each(end, "encoder") for end in ends))
+    both("predictor tokens an image", "{:.1f}", *(_each(end, "predictor") for end in ends))
+    both("predicted patches an image", "{:.1f}", *(_each(end, "predicted") for end in ends))
+    both("GFLOP an image", "{:.2f}", *(end.flops / 1e9 for end in ends))
+    micro = f"GFLOP for {pace.batch} images"
+    both(micro, "{:.0f}", *(end.flops * pace.batch / 1e9 for end in ends))
+    both("images/s", "{:.1f}", *(end.images_per_s for end in ends))
+    both("GFLOP/s", "{:.0f}", *(end.flops * end.images_per_s / 1e9 for end in ends))
+    both("waiting for data", "{:.1%}", *(end.waiting for end in ends))
+    table.add_section()
+    table.add_row("loader alone", f"{pace.loader_images_per_s:.0f} images/s")
+    table.add_row("memory of a step", _bytes(pace.memory), f"{_bytes(pace.memory_free)} free")
+    table.add_row("weights, gradients, optimizer", _bytes(pace.state), "of it")
+    table.add_row("decoded images kept", _bytes(pace.cache) if pace.cache else "none")
+    run = f"{pace.steps} steps of {config.data.batch_size} images"
+    table.add_row("the run", run, f"{hours(config, pace):.1f} hours")
+    if pace.measured_batch < pace.batch:
+        table.caption = (
+            f"measured with {pace.measured_batch} images instead of {pace.batch} at a time"
+        )
+    return table
+
+
+def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) -> None:
+    """Saliency and regions of the first crops of the run, by the encoder that it starts with."""
+    encoder: VisionTransformer = (
+        untrained_encoder(config) if weights is None else encoder_of(weights, "target")
+    )
+    transform = TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
+    size = min(PICTURES, len(source))
+    loader = Loader(source, transform, batch_size=size, seed=config.runtime.seed, workers=0)
+    images_BCHW = next(loader.batches(0)).images_BCHW
+    method = config.method
+    if method.name == "dseq":
+        regions, saliency = method.regions, method.saliency
+    else:
+        regions = RegionsConfig()
+        saliency = SaliencyConfig(kind="cls_similarity" if config.model.class_token else "grad_cam")
+    with torch.no_grad():
+        picture = regions_picture(
+            encoder,
+            images_BCHW,
+            num_regions=regions.count,
+            min_area=regions.min_area,
+            **saliency.model_dump(),
+        )
+    picture.save(out, format="png")
+
+
+def _each(pace: Pace, part: str) -> float:
+    return float(getattr(pace.tokens, part)) / pace.tokens.images
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _check_file(file: Path) -> None:
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: name a file")
+    if not file.parent.is_dir():
+        raise InputError(f"{file}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"{file} cannot be written to: name another file")

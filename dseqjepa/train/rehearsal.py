@@ -1,0 +1,294 @@
+"""Some steps of a run before it starts: how long they take, what memory they need, who waits.
+
+The steps are the trainer's own, on the real data, with the real loader. Nothing is written.
+
+Suffixes: B images, N patches.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dseqjepa.config import Config
+from dseqjepa.data.cache import available_memory, room_for
+from dseqjepa.data.loader import Batch, Loader
+from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.model.flops import Tokens, count_tokens, step_flops
+from dseqjepa.train.checkpoint import Checkpoint
+from dseqjepa.train.log import Journal
+from dseqjepa.train.loop import Start, Trainer, _Clock
+
+WARM_UP, STEPS = 1, 4
+FIRST_BATCH = 16
+"""The first steps are small: they tell whether the real ones fit into memory and patience."""
+LONGEST_STEP = 5.0
+LONGEST = 12.0
+"""Seconds: of one step, and of all steps of one kind."""
+CAUTION = 0.8
+"""The share of the free memory that a rehearsed step may be expected to take."""
+PLAN_IMAGES = 128
+"""Images whose plans are counted."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps at one point of the training, as measured."""
+
+    images_per_s: float
+    waiting: float
+    """The share of the time spent waiting for data."""
+    tokens: Tokens
+    """Of `tokens.images` images."""
+    flops: float
+    """Of one image (`model.flops`)."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run will cost on one device; `batch` images are what it sees at a time there."""
+
+    batch: int
+    measured_batch: int
+    """Smaller than `batch` where that would need too much time or memory: then times and memory
+    are carried over in proportion."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    start: Pace
+    end: Pace
+    memory: int
+    """Peak bytes of a step: of the device, or of this process beyond what it had before."""
+    memory_free: int
+    state: int
+    """Bytes of weights, their gradients, the target and the optimizer's moments, of the above."""
+    loader_images_per_s: float
+    """Of the loader alone, nothing else running."""
+    cache: int
+    """Bytes that decoded images will fill in the first epoch."""
+    other_precision: float | None
+    """On a CPU: how many times faster steps are in fp32 than in bf16, or the other way round for a
+    run in fp32."""
+
+    @property
+    def images_per_s(self) -> float:
+        """Over the whole run, whose plans change evenly from those of its start to its end."""
+        return 2 / (1 / self.start.images_per_s + 1 / self.end.images_per_s)
+
+
+class _Unwritten(Journal):
+    """Says nothing and writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), Console(file=io.StringIO()), quiet=True)
+
+    def bad_file(self, path: str, reason: str) -> None:
+        pass
+
+
+class _Stopwatch(_Clock):
+    """Runs on where the trainer, having logged, would begin anew."""
+
+    def begin(self) -> None:
+        super().restart()
+
+    def restart(self) -> None:
+        if not hasattr(self, "began"):
+            self.begin()
+
+
+class _Stage:
+    """A trainer that can be asked for any step."""
+
+    def __init__(
+        self, config: Config, source: Source, weights: Checkpoint | None, batch: int
+    ) -> None:
+        alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
+        data = {"batch_size": batch, "cache": "none", "max_bad": 1.0}
+        config = config.with_(**alone, data=data, log={"every_steps": 10**9})
+        reset_peak()
+        start = Start(init_from=weights)
+        self.trainer = Trainer(config, source, Path(), start, console=Console(file=io.StringIO()))
+        self.trainer.journal = _Unwritten()
+        self.batches = _endless(self.trainer.loader)
+
+    def time(self, share: float, steps: int) -> tuple[float, float]:
+        """(images a second, share of the time spent waiting) of steps at a share of the run."""
+        trainer = self.trainer
+        last = trainer.schedule.steps - 1
+        place = max(min(round(share * last), last - 1), 1)  # the first and the last step are logged
+        clock = _Stopwatch()
+        began = time.perf_counter()
+        for number in range(WARM_UP + steps):
+            if number == WARM_UP:
+                self._settle()
+                clock.begin()
+            trainer.step = place
+            trainer._train_step(0, self.batches, clock)
+            late = time.perf_counter() - began > LONGEST
+            if late and number >= WARM_UP:
+                break
+        self._settle()
+        seen = clock.read()
+        return seen["images_per_s"], seen["data_wait_share"]
+
+    def _settle(self) -> None:
+        if self.trainer.fabric.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def memory(self, before: int) -> int:
+        """The most bytes of the device, or of this process beyond the `before` that it had."""
+        if self.trainer.fabric.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return max(peak() - before, 0)
+
+    def plans(self, share: float) -> Tokens:
+        """What the plans of some real images need, as this trainer's target sees them."""
+        method, device = self.trainer.method, self.trainer.fabric.device
+        total = Tokens(0, 0, 0, 0, 0, 0)
+        while total.images < PLAN_IMAGES:
+            batch = next(self.batches)
+            images_BCHW = batch.images_BCHW.to(device)
+            with torch.no_grad(), self.trainer.fabric.autocast():
+                plan = method.plan(images_BCHW, progress=share, keys_B=batch.keys_B.to(device))
+            class_token = bool(method.encoder.prefix)
+            total += count_tokens(
+                plan, len(images_BCHW), method.context_mode, class_token=class_token
+            )
+        return total
+
+    def close(self) -> None:
+        """End the loader's processes, and let go of the modules."""
+        self.trainer.loader.close()
+        del self.trainer, self.batches
+        gc.collect()
+
+
+def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) -> Rehearsal:
+    """Measure a run that `pretrain.checked` has let pass; see `Rehearsal`.
+
+    A run on several devices is measured on one of them, without what they say to each other.
+    """
+    batch = config.data.batch_size // (config.optim.accumulate * config.runtime.devices)
+    # Before the first stage: what that frees stays with the process, and the next one takes it.
+    before = resident()
+    first = _Stage(config, source, weights, min(batch, FIRST_BATCH))
+    small = first.trainer.loader.batch_size
+    speed, _ = first.time(0.5, 3)
+    state = _state_bytes(first.trainer)
+    a_image = max(first.memory(before) - state, 0) / small
+    free = _free(first.trainer.fabric.device)
+    on_cpu = first.trainer.fabric.device.type == "cpu"
+    first.close()
+    other = _other_precision(config, source, small, speed) if on_cpu else None
+
+    fits = [
+        size
+        for size in {batch, *(2**power for power in range(batch.bit_length()))}
+        if size <= small
+        or (state + size * a_image < CAUTION * free and size / speed < LONGEST_STEP)
+    ]
+    stage = _Stage(config, source, weights, max(fits))
+    paces = []
+    for share in (0.0, 1.0):
+        rate, waiting = stage.time(share, STEPS)
+        tokens = stage.plans(share)
+        method = stage.trainer.method
+        flops = step_flops(method.encoder, method.predictor, tokens) / tokens.images
+        paces.append(Pace(rate, waiting, tokens, flops))
+    measured = stage.trainer.loader.batch_size
+    memory = state + max(stage.memory(before) - state, 0) * batch // measured
+    stage.close()
+    transform = TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
+    cached = config.data.cache == "auto"
+    ranks = config.runtime.devices
+    assert config.optim.epochs != "auto"
+    return Rehearsal(
+        batch=batch,
+        measured_batch=measured,
+        steps=config.optim.epochs * (len(source) // config.data.batch_size),
+        start=paces[0],
+        end=paces[1],
+        memory=memory,
+        memory_free=free,
+        state=state,
+        loader_images_per_s=_loader_alone(config, source, transform, min(batch, 64)),
+        cache=room_for(source, transform.reduction, ranks=ranks) if cached else 0,
+        other_precision=other,
+    )
+
+
+def _other_precision(config: Config, source: Source, batch: int, speed: float) -> float:
+    precision = {"bf16": "fp32", "fp32": "bf16"}[config.runtime.precision]
+    stage = _Stage(config.with_(runtime={"precision": precision}), source, None, batch)
+    other, _ = stage.time(0.5, 3)
+    stage.close()
+    return other / speed
+
+
+def _loader_alone(config: Config, source: Source, transform: TrainTransform, batch: int) -> float:
+    loader = Loader(
+        source, transform, batch_size=batch, seed=config.runtime.seed, workers=config.data.workers
+    )
+    ahead = 2 * config.data.workers  # batches that lie ready when the first is handed out
+    batches = _endless(loader)
+    for _ in range(ahead + 1):
+        next(batches)
+    began = time.perf_counter()
+    images, seconds = 0, 0.0
+    while images < 8 * batch and seconds < LONGEST / 3:
+        next(batches)
+        images += batch
+        seconds = time.perf_counter() - began
+    loader.close()
+    return images / seconds
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    for epoch in count():
+        yield from loader.batches(epoch)
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Weights and target, and for what is trained its gradient and the two moments of AdamW."""
+    parameters: list[Any] = list(trainer.method.parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    return size + 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 on systems that do not say."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most that `resident` has been since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let `peak` begin anew, of the process and of the GPU."""
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _status(name: str) -> int:
+    file = Path("/proc/self/status")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

@@ -1,0 +1,96 @@
+"""Rehearsed steps are the run's own, and what they are said to cost is what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dseqjepa.methods import build_method
+from dseqjepa.model.flops import step_flops
+from dseqjepa.train import rehearsal
+from dseqjepa.train.checkpoint import open_checkpoint
+from dseqjepa.train.pretrain import checked
+from dseqjepa.train.rehearsal import peak, rehearse, reset_peak, resident
+from tests.train.tiny_runs import BATCH, IMAGES, STEPS, Pictures, metrics, run_config, train
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "STEPS", 2)
+    monkeypatch.setattr(rehearsal, "PLAN_IMAGES", IMAGES)
+
+
+@pytest.mark.parametrize("method", ["dseq", "ijepa"])
+def test_tokens_are_those_that_a_run_counts(method: str, tmp_path: Path) -> None:
+    """A run that hardly learns logs, over its first and its last epoch, what was foretold."""
+    settings = ["log.every_steps=5", "optim.lr=1e-12", "optim.start_lr=0", "optim.final_lr=0"]
+    config = run_config(method, *settings)
+    out = train(config, tmp_path / "run")
+    found = rehearse(*checked(config, Pictures()), open_checkpoint(out))
+    assert found.batch == found.measured_batch == BATCH
+    assert found.steps == STEPS
+    first, last = metrics(out)[1], metrics(out)[-1]
+    assert (first["step"], last["step"]) == (5, STEPS)
+    for pace, seen in ((found.start, first), (found.end, last)):
+        assert pace.tokens.images == IMAGES
+        for key, value in (
+            ("encoder_tokens", pace.tokens.encoder),
+            ("predicted_tokens", pace.tokens.predicted),
+        ):
+            assert value / IMAGES == pytest.approx(seen[key] / BATCH, rel=0.15)
+    model = build_method(config)
+    for pace in (found.start, found.end):
+        flops = step_flops(model.encoder, model.predictor, pace.tokens)
+        assert pace.flops == flops / IMAGES
+        assert pace.images_per_s > 0
+        assert 0 <= pace.waiting < 1
+    low, high = sorted((found.start.images_per_s, found.end.images_per_s))
+    assert low <= found.images_per_s <= high
+    assert found.loader_images_per_s > 0
+    assert found.other_precision is not None
+    assert found.cache == 0  # the pictures are in memory
+
+
+def test_a_rehearsal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, source = checked(run_config("dseq"), Pictures(bad=(3,)))
+    rehearse(config, source)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_would_not_fit_is_measured_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "FIRST_BATCH", 2)
+    config, source = checked(run_config("ijepa"), Pictures())
+    assert rehearse(config, source).measured_batch == BATCH
+    monkeypatch.setattr(rehearsal, "available_memory", lambda: 0)
+    found = rehearse(config, source)
+    assert (found.batch, found.measured_batch) == (BATCH, 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(rehearsal, "FIRST_BATCH", 2)
+    monkeypatch.setattr(rehearsal, "LONGEST_STEP", 0.0)
+    assert rehearse(config, source).measured_batch == 2
+
+
+def test_what_a_device_sees_at_a_time_is_its_part_of_the_batch() -> None:
+    config, source = checked(run_config("ijepa", "optim.accumulate=4"), Pictures())
+    assert rehearse(config, source).batch == BATCH // 4
+
+
+def test_the_state_is_weights_gradients_moments_and_the_target() -> None:
+    config, source = checked(run_config("ijepa"), Pictures())
+    method = build_method(config)
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    target = sum(p.numel() for p in method.target.parameters())
+    assert rehearse(config, source).state == 4 * (4 * trained + target)
+
+
+def test_the_peak_is_the_most_that_was_in_memory() -> None:
+    reset_peak()
+    before = resident()
+    block = torch.ones(60_000_000, dtype=torch.uint8)
+    del block
+    assert peak() - before > 50_000_000
+    reset_peak()
+    assert peak() - before < 50_000_000
