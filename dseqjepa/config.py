@@ -261,6 +261,17 @@ class EmaConfig(Section):
     end: Fraction = 1.0
 
 
+class GuardConfig(Section):
+    """Steps that are not taken: loss or gradient not finite, or far above the steps before."""
+
+    patience: int = Field(10, ge=1)
+    """So many steps in a row that are not finite stop the run."""
+    sigma: float = Field(6.0, ge=0)
+    """A loss or gradient norm above mean + sigma standard deviations is left out; 0: never."""
+    window: int = Field(128, ge=2)
+    """Of so many steps before."""
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0)
     """0: only at epochs."""
@@ -294,6 +305,7 @@ class Config(Section):
     method: Annotated[DSeqConfig | IJepaConfig | CJepaConfig, Field(discriminator="name")]
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     probe: ProbeConfig = ProbeConfig()

@@ -136,6 +136,12 @@ class Loader:
                 )
             yield batch
 
+    def names(self, epoch: int, step: int) -> list[str]:
+        """The images that all ranks see in a step, by name, as the source has them."""
+        size = self.batch_size * self.world
+        index_B = self._order(epoch)[step * size : (step + 1) * size]
+        return [self._reader.source.name(index) for index in index_B.tolist()]
+
     def close(self) -> None:
         """End the worker processes, which torch does otherwise only when nothing refers to them any
         more: an exception on its way out does."""

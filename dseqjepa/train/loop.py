@@ -7,7 +7,6 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
+from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
 from dseqjepa.train.monitor import Health, in_words, measure
 from dseqjepa.train.optimizer import (
@@ -107,6 +107,7 @@ class Trainer:
         self.method: Method = build_method(config)
         self.step = 0
         self.window = Window()
+        self.guard = Guard(config.guard)
         self.first_health: Health | None = None
         self.bad: dict[str, str] = {}
         if start.init_from is not None:
@@ -169,7 +170,7 @@ class Trainer:
         step, schedule = self.step, self.schedule
         set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
         unit = total = torch.zeros(())
-        pooled = []
+        results = []
         for index in range(self.micro_batches):
             batch = self._next(batches, clock)
             images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
@@ -185,19 +186,36 @@ class Trainer:
                     # In units of the first, so that the sum can be made the mean over all.
                     self.fabric.backward(result.loss * (result.weight / unit))
                     total = total + result.weight
-            self.window.add({"loss": result.loss, **result.metrics})
-            pooled.append(result.pooled_BD)
+            results.append(result._replace(loss=result.loss.detach()))
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if self.micro_batches > 1:
-            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, unit / total.clamp(min=1))
-        self.optimizer.step()
+        losses = [result.loss for result in results]
+        loss, norm = loss_and_norm(self.fabric, losses, gradients)
+        wrong = self.guard.judge(loss, norm)
+        if not wrong:
+            self.optimizer.step()
+            self.method.update_target(schedule.momentum(step))
+            for result in results:
+                self.window.add({"loss": result.loss, **result.metrics})
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_target(schedule.momentum(step))
         self.step += 1
         clock.count(self.config.data.batch_size)
-        if step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps:
-            self._log(epoch, step, torch.cat(pooled), clock)
+        if wrong:
+            self._skipped(epoch, step, wrong)
+        elif (
+            step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps
+        ):
+            self._log(epoch, step, torch.cat([result.pooled_BD for result in results]), norm, clock)
         self.journal.advance(self.step)
+
+    def _skipped(self, epoch: int, step: int, reason: str) -> None:
+        """Write down a step that was not taken; too many in a row end the run."""
+        first = (step - epoch * self.schedule.steps_per_epoch) * self.micro_batches
+        batches = range(first, first + self.micro_batches)
+        names = [name for batch in batches for name in self.loader.names(epoch, batch)]
+        self.journal.skipped(self.step, reason, names)
+        self.guard.check_patience(self.step, self.out / "skipped.jsonl")
 
     def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
         with clock.waiting():
@@ -213,11 +231,9 @@ class Trainer:
             )
         return batch
 
-    def _log(self, epoch: int, step: int, pooled_BD: Tensor, clock: _Clock) -> None:
+    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: _Clock) -> None:
         means = self.window.means()
         self.window = Window()
-        if not math.isfinite(means["loss"]):
-            raise RunError(f"the loss is {means['loss']} at step {self.step}: lower optim.lr")
         health = measure(pooled_BD)
         self.first_health = self.first_health or health
         images = self.config.data.batch_size
@@ -231,6 +247,8 @@ class Trainer:
             "wd": self.schedule.weight_decay(step),
             "momentum": self.schedule.momentum(step),
             **means,
+            "gradient_norm": norm,
+            "skipped": self.guard.skipped,
             "skill": skill,
             **health.to_dict(),
             **clock.read(),
@@ -278,6 +296,8 @@ class Trainer:
 
     def _conclude(self) -> None:
         say = self.journal.say
+        if self.guard.skipped:
+            say(f"{self.guard.skipped} steps were not taken: {self.out}/skipped.jsonl")
         if self.bad:
             say(f"{len(self.bad)} images could not be decoded: {self.out}/bad_files.jsonl")
         say(f"done: {self.schedule.steps} steps; encoder in {self.out}/checkpoints/last")
@@ -318,6 +338,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
             "window": self.window.to_json(),
+            "guard": self.guard.to_json(),
             "first_health": self.first_health.to_dict() if self.first_health else None,
             "bad": self.bad,
         }
@@ -339,6 +360,7 @@ class Trainer:
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])
         self.step = checkpoint.step
         self.window = Window(checkpoint.state["window"])
+        self.guard = Guard(self.config.guard, checkpoint.state["guard"])
         first = checkpoint.state["first_health"]
         self.first_health = Health(**first) if first else None
         self.bad = dict(checkpoint.state["bad"])

@@ -22,7 +22,15 @@ from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
 from dseqjepa.train.loop import Probe, Start, Trainer
 
 RUN_FILES = frozenset(
-    {"config.yaml", "metrics.jsonl", "log.txt", "bad_files.jsonl", "checkpoints", "evaluations"}
+    {
+        "config.yaml",
+        "metrics.jsonl",
+        "log.txt",
+        "bad_files.jsonl",
+        "skipped.jsonl",
+        "checkpoints",
+        "evaluations",
+    }
 )
 FREE_ON_RESUME = ("data.workers", "runtime.devices", "checkpoint.", "log.", "probe.")
 """What may change when a run goes on: nothing of it changes what is computed."""
