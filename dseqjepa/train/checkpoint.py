@@ -104,8 +104,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if (folder / "state.json").is_file():
             return _verified(folder.resolve())
     what = "holds no checkpoint" if path.exists() else "does not exist"
+    foreign = "; `dseqjepa import` brings in a file of another project" if path.is_file() else ""
     raise InputError(
-        f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors files"
+        f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors "
+        f"files{foreign}"
     )
 
 

@@ -100,6 +100,8 @@ def loss_and_norm(
     norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, torch.distributed.tensor.DTensor):
         norm = norm.full_tensor()
-    both = torch.stack([torch.stack(list(losses)).mean().to(norm), norm])
-    loss, norm_of_all = fabric.all_reduce(both, reduce_op="mean").tolist()
+    both_2 = torch.stack([torch.stack(list(losses)).mean().to(norm), norm])
+    of_all_2 = fabric.all_reduce(both_2, reduce_op="mean")
+    assert isinstance(of_all_2, Tensor)
+    loss, norm_of_all = of_all_2.tolist()
     return loss, norm_of_all

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
+from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
 from dseqjepa.train.monitor import Health, in_words, measure
@@ -38,6 +38,9 @@ from dseqjepa.train.optimizer import (
     set_rates,
 )
 from dseqjepa.train.schedules import Schedule
+
+WORTH_SAYING = 0.2
+"""The share of the time spent waiting for data from which on the log mentions it."""
 
 Probe = Callable[[VisionTransformer], float]
 
@@ -108,6 +111,7 @@ class Trainer:
         self.step = 0
         self.window = Window()
         self.guard = Guard(config.guard)
+        self.retried: dict[str, str] = {}
         self.first_health: Health | None = None
         self.bad: dict[str, str] = {}
         if start.init_from is not None:
@@ -127,6 +131,7 @@ class Trainer:
             (self.out / "config.yaml").write_text(self.config.to_yaml())
             self.journal.rewind(self.step, self.bad)
         self._introduce()
+        self.watch = Watch(self.journal.say, self.loader.reading)
         stop = _StopRequest()
         self.journal.start_progress(self.step, self.schedule.steps)
         try:
@@ -140,6 +145,7 @@ class Trainer:
             raise RunError(f"step {self.step}: {error}") from error
         finally:
             self.journal.stop_progress()
+            self.watch.close()
             self.loader.close()
 
     def _epochs(self) -> Iterator[tuple[int, Iterator[Batch]]]:
@@ -151,7 +157,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, batches: Iterator[Batch], stop: _StopRequest) -> None:
         checkpoint = self.config.checkpoint
         end = (epoch + 1) * self.schedule.steps_per_epoch
-        clock = _Clock()
+        clock = Clock()
         while self.step < end:
             self._train_step(epoch, batches, clock)
             at_epoch = self.step == end and (epoch + 1) % checkpoint.every_epochs == 0
@@ -166,7 +172,7 @@ class Trainer:
                 self.journal.say(f"stopped by SIGTERM at step {self.step}; resume=true goes on")
                 raise Stopped
 
-    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: _Clock) -> None:
+    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: Clock) -> None:
         step, schedule = self.step, self.schedule
         set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
         unit = total = torch.zeros(())
@@ -217,9 +223,10 @@ class Trainer:
         self.journal.skipped(self.step, reason, names)
         self.guard.check_patience(self.step, self.out / "skipped.jsonl")
 
-    def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
-        with clock.waiting():
+    def _next(self, batches: Iterator[Batch], clock: Clock) -> Batch:
+        with self.watch.waiting(clock):
             batch = next(batches)
+        self.retried.update(batch.retried)
         for name, reason in batch.bad:
             if name not in self.bad:
                 self.bad[name] = reason
@@ -231,7 +238,7 @@ class Trainer:
             )
         return batch
 
-    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: _Clock) -> None:
+    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
         means = self.window.means()
         self.window = Window()
         health = measure(pooled_BD)
@@ -254,13 +261,21 @@ class Trainer:
             **clock.read(),
         }
         self.journal.metrics(values)
+        if self.retried:
+            name, error = next(iter(self.retried.items()))
+            self.journal.say(
+                f"{len(self.retried)} images had to be read again, such as {name}: {error}"
+            )
+            self.retried = {}
         clock.restart()
         remaining = (self.schedule.steps - self.step) * images / max(values["images_per_s"], 1e-9)
+        waits = values["data_wait_share"]
+        waiting = f"  waits for data {waits:.0%}" if waits > WORTH_SAYING else ""
         regions = f"  regions {values['regions']:.2f}" if "regions" in values else ""
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
-            f"{regions}  {values['images_per_s']:.0f} images/s  left {_duration(remaining)}  "
-            f"{in_words(self.first_health, health, skill)}"
+            f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "
+            f"left {duration(remaining)}  {in_words(self.first_health, health, skill)}"
         )
 
     def _probe(self, epochs_done: int) -> None:
@@ -381,42 +396,3 @@ class _StopRequest:
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class _Clock:
-    """Images a second since the last log line, and the share of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.began = time.perf_counter()
-        self.images = 0
-        self.waited = 0.0
-        self._asked = 0.0
-
-    def count(self, images: int) -> None:
-        self.images += images
-
-    def waiting(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._asked = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.perf_counter() - self._asked
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
-        return {
-            "images_per_s": self.images / seconds,
-            "data_wait_share": self.waited / seconds,
-            "seconds": seconds,
-        }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dseqjepa.config import Config, differences
 from dseqjepa.data.labelled import open_source, prepare
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
 from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
@@ -69,7 +70,7 @@ def pretrain(
     if weights is not None:
         _check_same_encoder(config, weights)
     if not resume:
-        _claim(out, overwrite, kept=weights)
+        claim(out, overwrite, kept=weights)
     prepare(source)
     Trainer(
         config,
@@ -109,7 +110,7 @@ def _check_some_decode(source: Source, name: str) -> None:
     reasons = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         try:
-            source.image(index)
+            read_image(source, index)
         except BadImage as error:
             reasons.append(f"{source.name(index)}: {error}")
         else:
@@ -119,6 +120,8 @@ def _check_some_decode(source: Source, name: str) -> None:
 
 def _check_resume(config: Config, source: Source, out: Path) -> Checkpoint:
     checkpoint = open_checkpoint(out)
+    if "imported_from" in checkpoint.state:
+        raise InputError(f"{out} is an imported encoder, no run: start a run with init_from={out}")
     changed = {
         key: values
         for key, values in differences(checkpoint.config, config).items()
@@ -148,7 +151,7 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
         raise InputError(f"init_from {weights.path} is another encoder: {shown}")
 
 
-def _claim(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
+def claim(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
     """Make `out` an empty folder; remove an old run where that was asked for, nothing else."""
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"out={out} is a file: give a folder")

@@ -193,7 +193,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(
         assert_untouched(out, step)
     with pytest.raises(AssertionError):
         assert_untouched(out, 8)
-    assert all(value.isfinite().all() for value in tensors(out).values() if value.is_floating_point())
+    assert all(
+        value.isfinite().all() for value in tensors(out).values() if value.is_floating_point()
+    )
     told = metrics(out)
     assert [line["step"] for line in told] == [2, 3, 4, 5, 6, 8, 9, 10]
     assert [line["skipped"] for line in told] == [1, 1, 1, 1, 1, 2, 2, 2]
