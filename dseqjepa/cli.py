@@ -146,6 +146,35 @@ def evaluate(
     )
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="I-JEPA's .pth.tar, a ViT's .pth")],
+    settings: Settings = None,
+) -> None:
+    """Bring in an encoder of another project: dseqjepa import IN1K-vit.h.14.pth.tar out=runs/h14
+
+    Only tensors are read, nothing in the file is run. The result can be evaluated and shown, and
+    init_from starts a run from it. heads=N and image_size=[H,W] say what shapes do not.
+    """
+    run, overrides = _split(settings or [], ("out", "overwrite"))
+    if "out" not in run:
+        raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
+    from dseqjepa.train.foreign import ImportConfig, import_encoder
+
+    config = import_encoder(
+        file.expanduser(),
+        Path(run["out"]).expanduser(),
+        ImportConfig.from_settings(overrides),
+        overwrite=_flag(run, "overwrite"),
+    )
+    model, (height, width) = config.model, config.data.image_size
+    print(
+        f"imported to {run['out']}: width {model.width}, depth {model.depth}, {model.heads} heads, "
+        f"patches of {model.patch_size} px, {height} x {width} px, "
+        f"{'with' if model.class_token else 'without'} [CLS]"
+    )
+
+
 @app.command()
 def demo(
     settings: Settings = None,

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -50,14 +50,28 @@ class Section(BaseModel):
                 values[key] = change.model_dump() if isinstance(change, Section) else change
         return type(self).model_validate(values)
 
+    @classmethod
+    def from_settings(cls, settings: Iterable[str]) -> Self:
+        """A config of `key=value` settings; `InputError` names the key at fault."""
+        values: dict[str, Any] = {}
+        for setting in settings:
+            apply_override(values, setting)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(explain(error, cls)) from None
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+"""Height and width in pixels; one number means a square."""
+
 
 class DataConfig(Section):
     source: str = "scenes"
     """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
     size: int = Field(20_000, ge=1)
     """Number of images of `scenes`; other sources bring their own."""
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; one number means a square."""
+    image_size: Size = (224, 224)
     batch_size: int = Field(2048, ge=1)
     """Images in one optimizer step, over all devices and accumulation steps."""
     workers: int = Field(8, ge=0)
@@ -65,11 +79,6 @@ class DataConfig(Section):
     """The share of undecodable images above which a run stops."""
     crop_scale: Range = (0.3, 1.0)
     flip: bool = False
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -261,6 +270,17 @@ class EmaConfig(Section):
     end: Fraction = 1.0
 
 
+class GuardConfig(Section):
+    """Steps that are not taken: loss or gradient not finite, or far above the steps before."""
+
+    patience: int = Field(10, ge=1)
+    """So many steps in a row that are not finite stop the run."""
+    sigma: float = Field(6.0, ge=0)
+    """A loss or gradient norm above mean + sigma standard deviations is left out; 0: never."""
+    window: int = Field(128, ge=2)
+    """Of so many steps before."""
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0)
     """0: only at epochs."""
@@ -299,6 +319,7 @@ class Config(Section):
     method: Annotated[DSeqConfig | IJepaConfig | CJepaConfig, Field(discriminator="name")]
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -364,17 +385,6 @@ class KnnConfig(Section):
     k: int = Field(20, ge=1)
     temperature: float = Field(0.07, gt=0)
     workers: int = Field(0, ge=0)
-
-    @classmethod
-    def from_settings(cls, settings: Iterable[str]) -> Self:
-        """A config of `key=value` settings; `InputError` names the key at fault."""
-        values: dict[str, Any] = {}
-        for setting in settings:
-            apply_override(values, setting)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise InputError(explain(error, cls)) from None
 
 
 def validate(values: Mapping[str, Any]) -> Config:

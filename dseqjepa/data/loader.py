@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import Transform
 from dseqjepa.errors import InputError, RunError
@@ -43,6 +44,8 @@ class Batch:
     index_B: Int64[Tensor, " B"]
     labels: dict[str, Int64[Tensor, " B"]]
     bad: tuple[tuple[str, str], ...]
+    retried: tuple[tuple[str, str], ...] = ()
+    """(name, error) of the images that came only when they were read again."""
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from where a copy to a CUDA device can overlap work."""
@@ -91,7 +94,7 @@ class Loader:
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
-        self._reader = _Reader(source, transform, seed)
+        self._reader = _Reader(source, transform, seed, workers)
         self._pin = torch.cuda.is_available()
         self._requests = _Requests()
         self._processes: DataLoader[Batch] | None = None
@@ -136,6 +139,16 @@ class Loader:
                 )
             yield batch
 
+    def names(self, epoch: int, step: int) -> list[str]:
+        """The images that all ranks see in a step, by name, as the source has them."""
+        size = self.batch_size * self.world
+        index_B = self._order(epoch)[step * size : (step + 1) * size]
+        return [self._reader.source.name(index) for index in index_B.tolist()]
+
+    def reading(self) -> str:
+        """What is being read at this moment, in words."""
+        return self._reader.now()
+
     def close(self) -> None:
         """End the worker processes, which torch does otherwise only when nothing refers to them any
         more: an exception on its way out does."""
@@ -168,20 +181,44 @@ def _start_worker(_number: int) -> None:
 class _Reader(Dataset[Batch]):
     """What a worker process holds: it turns a request into a batch."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, workers: int) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        # What each process reads and how often it has failed, for the process that waits for it.
+        self._now_W2 = torch.tensor([[-1, 0]]).repeat(max(workers, 1), 1).share_memory_()
+
+    def now(self) -> str:
+        """Which images are being read at this moment, and what stands in the way."""
+        said = []
+        for index, failed in self._now_W2.tolist():
+            if index >= 0:
+                again = f" (failed {failed} times, will be read again)" if failed else ""
+                said.append(self.source.name(index) + again)
+        return f"reading {', '.join(said)}" if said else "no image is being read"
 
     def __getitem__(self, request: Request) -> Batch:
         epoch, wanted_B = request
-        images, indices, bad = [], [], []
+        worker = get_worker_info()
+        now_2 = self._now_W2[worker.id if worker else 0].numpy()
+        images, indices = [], []
+        bad: list[tuple[str, str]] = []
+        retried: list[tuple[str, str]] = []
         for index in wanted_B.tolist():
+            now_2[:] = index, 0
+            failures: list[OSError] = []
+
+            def tell(tries: int, error: OSError, seen: list[OSError] = failures) -> None:
+                now_2[1] = tries
+                seen.append(error)
+
             try:
-                images.append(self.source.image(index))
+                images.append(read_image(self.source, index, tell))
                 indices.append(index)
+                retried += [(self.source.name(index), str(error)) for error in failures[-1:]]
             except BadImage as reason:
                 bad.append((self.source.name(index), str(reason)))
+        now_2[:] = -1, 0
         index_B = torch.tensor(indices, dtype=torch.int64)
         keys_B = sample_keys(self.seed, epoch, index_B)
         return Batch(
@@ -193,6 +230,7 @@ class _Reader(Dataset[Batch]):
                 for task, label_N in self.source.labels.items()
             },
             bad=tuple(bad),
+            retried=tuple(retried),
         )
 
 

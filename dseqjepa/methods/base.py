@@ -154,6 +154,9 @@ class Method(nn.Module, ABC):
             term = self.regularizer(context_ID, pooled_BD[image_I])
             loss = loss + self.regularizer_weight * term
             metrics["regularizer"] = term.detach()
+        if sight.saliency_BN is not None:
+            # A map that is not finite makes a loss that is not, by which the step is not taken.
+            loss = loss + (0 * sight.saliency_BN.detach()).sum()
         return Step(loss, weight, metrics, pooled_BD)
 
     def _pooled_contexts(

@@ -57,12 +57,13 @@ class Vicreg(nn.Module):
         self.projector: nn.Module = nn.Identity()
         hidden = config.projector_width
         if hidden:
+            # Nothing reads running statistics, and a step that is not taken must leave no trace.
             self.projector = nn.Sequential(
                 nn.Linear(width, hidden),
-                nn.BatchNorm1d(hidden),
+                nn.BatchNorm1d(hidden, track_running_stats=False),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden),
-                nn.BatchNorm1d(hidden),
+                nn.BatchNorm1d(hidden, track_running_stats=False),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden, bias=False),
             )

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
@@ -119,7 +120,7 @@ class _Batches(Dataset[_Batch]):
         images, kept, bad = [], [], []
         for index in range(first, min(first + self.batch_size, len(self.source))):
             try:
-                images.append(self.source.image(index))
+                images.append(read_image(self.source, index))
                 kept.append(index)
             except BadImage as reason:
                 bad.append((self.source.name(index), str(reason)))

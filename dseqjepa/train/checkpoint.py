@@ -155,9 +155,10 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
             log.warning("%s is ignored: it has no state.json, so it was never finished", found)
     if not finished:
         what = "holds no checkpoint" if path.exists() else "does not exist"
+        foreign = "; `dseqjepa import` brings in a file of another project"
         raise InputError(
             f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors "
-            "files"
+            f"files{foreign if path.is_file() else ''}"
         )
     if step is not None:
         if step not in finished:

@@ -102,21 +102,28 @@ class Journal:
         """Drop what the files hold beyond a step and its bad files: it is not in the checkpoint."""
         if self.quiet:
             return
-        path = self.out / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the line that was being written when the run died
-                break
-        _replace(path, kept)
+        for path in (self.out / "metrics.jsonl", self.out / "skipped.jsonl"):
+            kept = []
+            for line in path.read_text().splitlines() if path.exists() else ():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except json.JSONDecodeError:  # the line that was being written when the run died
+                    break
+            _replace(path, kept)
         _replace(self.out / "bad_files.jsonl", [_bad_line(*item) for item in bad.items()])
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         if not self.quiet:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
+        """A step that was not taken, and the images that it had seen."""
+        self.say(f"step {step} is not taken: {reason}; its images are in skipped.jsonl")
+        if not self.quiet:
+            with (self.out / "skipped.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "reason": reason, "images": images}) + "\n")
 
     def bad_file(self, path: str, reason: str) -> None:
         """A file that cannot be decoded: in bad_files.jsonl whatever the rank."""

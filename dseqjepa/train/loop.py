@@ -6,8 +6,6 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,8 @@ from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.ranks import gather_rows
 from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
+from dseqjepa.train.clock import Clock, Watch, duration
+from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
 from dseqjepa.train.monitor import Health, in_words, measure
 from dseqjepa.train.optimizer import (
@@ -43,6 +43,9 @@ from dseqjepa.train.runtime import (
     whole_tensors,
 )
 from dseqjepa.train.schedules import Schedule
+
+WORTH_SAYING = 0.2
+"""The share of the time spent waiting for data from which on the log mentions it."""
 
 Probe = Callable[[VisionTransformer], float]
 
@@ -104,6 +107,8 @@ class Trainer:
         self.method: Method = build_method(config)
         self.step = 0
         self.window = Window()
+        self.guard = Guard(config.guard)
+        self.retried: dict[str, str] = {}
         self.first_health: Health | None = None
         self.bad: dict[str, str] = {}
         if start.init_from is not None:
@@ -124,6 +129,7 @@ class Trainer:
             (self.out / "config.yaml").write_text(self.config.to_yaml())
             self.journal.rewind(self.step, self.bad)
         self._introduce()
+        self.watch = Watch(self.journal.say, self.loader.reading)
         stop = StopRequest(one_for=1.0 if self.ranks.world > 1 else 0.0)
         self.journal.start_progress(self.step, self.schedule.steps)
         try:
@@ -137,6 +143,7 @@ class Trainer:
             raise RunError(f"step {self.step}: {error}") from error
         finally:
             self.journal.stop_progress()
+            self.watch.close()
             self.loader.close()
 
     def _epochs(self) -> Iterator[tuple[int, Iterator[Batch]]]:
@@ -148,7 +155,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, batches: Iterator[Batch], stop: StopRequest) -> None:
         checkpoint = self.config.checkpoint
         end = (epoch + 1) * self.schedule.steps_per_epoch
-        clock = _Clock()
+        clock = Clock()
         while self.step < end:
             self._train_step(epoch, batches, clock)
             at_epoch = self.step == end and (epoch + 1) % checkpoint.every_epochs == 0
@@ -165,12 +172,12 @@ class Trainer:
                 self.journal.say(f"stopped {by}at step {self.step}; resume=true goes on")
                 raise Stopped
 
-    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: _Clock) -> None:
+    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: Clock) -> None:
         step, schedule = self.step, self.schedule
         set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
         parts = self.micro_batches * self.ranks.world
         total = torch.zeros((), device=self.fabric.device)
-        pooled = []
+        results = []
         for index in range(self.micro_batches):
             batch = self._next(batches, clock)
             images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
@@ -181,26 +188,44 @@ class Trainer:
                 # Of several parts the sums, which the total then makes the mean over all.
                 self.fabric.backward(result.loss * result.weight if parts > 1 else result.loss)
             total = total + result.weight
-            metrics = {"loss": result.loss, **result.metrics}
-            self.window.add(metrics, result.weight, 1 / parts)
-            pooled.append(result.pooled_BD)
+            results.append(result._replace(loss=result.loss.detach()))
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if parts > 1:
-            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
             total = self.ranks.total(total)
             # The ranks' gradients come averaged: times their number they are the sum.
             torch._foreach_mul_(gradients, self.ranks.world / total.clamp(min=1))
-        self.optimizer.step()
+        losses = [result.loss for result in results]
+        loss, norm = loss_and_norm(self.fabric, losses, gradients)
+        wrong = self.guard.judge(loss, norm)
+        if not wrong:
+            self.optimizer.step()
+            self.method.update_target(schedule.momentum(step))
+            for result in results:
+                metrics = {"loss": result.loss, **result.metrics}
+                self.window.add(metrics, result.weight, 1 / parts)
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_target(schedule.momentum(step))
         self.step += 1
         clock.count(self.config.data.batch_size)
-        if step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps:
-            self._log(epoch, step, torch.cat(pooled), clock)
+        if wrong:
+            self._skipped(epoch, step, wrong)
+        elif (
+            step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps
+        ):
+            self._log(epoch, step, torch.cat([result.pooled_BD for result in results]), norm, clock)
         self.journal.advance(self.step)
 
-    def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
-        with clock.waiting():
+    def _skipped(self, epoch: int, step: int, reason: str) -> None:
+        """Write down a step that was not taken; too many in a row end the run."""
+        first = (step - epoch * self.schedule.steps_per_epoch) * self.micro_batches
+        batches = range(first, first + self.micro_batches)
+        names = [name for batch in batches for name in self.loader.names(epoch, batch)]
+        self.journal.skipped(self.step, reason, names)
+        self.guard.check_patience(self.step, self.out / "skipped.jsonl")
+
+    def _next(self, batches: Iterator[Batch], clock: Clock) -> Batch:
+        with self.watch.waiting(clock):
             batch = next(batches)
+        self.retried.update(batch.retried)
         for name, reason in batch.bad:
             if name not in self.bad:
                 self.bad[name] = reason
@@ -212,11 +237,9 @@ class Trainer:
             )
         return batch
 
-    def _log(self, epoch: int, step: int, pooled_BD: Tensor, clock: _Clock) -> None:
+    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()
         self.window = Window()
-        if not math.isfinite(means["loss"]):
-            raise RunError(f"the loss is {means['loss']} at step {self.step}: lower optim.lr")
         health = measure(*gather_rows(pooled_BD))
         self.first_health = self.first_health or health
         images = self.config.data.batch_size
@@ -230,18 +253,28 @@ class Trainer:
             "wd": self.schedule.weight_decay(step),
             "momentum": self.schedule.momentum(step),
             **means,
+            "gradient_norm": norm,
+            "skipped": self.guard.skipped,
             "skill": skill,
             **health.to_dict(),
             **clock.read(),
         }
         self.journal.metrics(values)
+        if self.retried:
+            name, error = next(iter(self.retried.items()))
+            self.journal.say(
+                f"{len(self.retried)} images had to be read again, such as {name}: {error}"
+            )
+            self.retried = {}
         clock.restart()
         remaining = (self.schedule.steps - self.step) * images / max(values["images_per_s"], 1e-9)
+        waits = values["data_wait_share"]
+        waiting = f"  waits for data {waits:.0%}" if waits > WORTH_SAYING else ""
         regions = f"  regions {values['regions']:.2f}" if "regions" in values else ""
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
-            f"{regions}  {values['images_per_s']:.0f} images/s  left {_duration(remaining)}  "
-            f"{in_words(self.first_health, health, skill)}"
+            f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "
+            f"left {duration(remaining)}  {in_words(self.first_health, health, skill)}"
         )
 
     def _probe(self, epochs_done: int) -> None:
@@ -285,6 +318,8 @@ class Trainer:
 
     def _conclude(self) -> None:
         say = self.journal.say
+        if self.guard.skipped:
+            say(f"{self.guard.skipped} steps were not taken: {self.out}/skipped.jsonl")
         if self.bad:
             say(f"{len(self.bad)} images could not be decoded: {self.out}/bad_files.jsonl")
         say(f"done: {self.schedule.steps} steps; encoder in {self.out}/checkpoints/last")
@@ -325,6 +360,7 @@ class Trainer:
             "data_fingerprint": self.fingerprint,
             "ranks": self.ranks.world,
             "windows": self.ranks.share(self.window.to_json()),
+            "guard": self.guard.to_json(),
             "first_health": self.first_health.to_dict() if self.first_health else None,
             "bad": self.bad,
         }
@@ -345,45 +381,7 @@ class Trainer:
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])
         self.step = checkpoint.step
         self.window = Window.of_rank(checkpoint.state["windows"], self.ranks)
+        self.guard = Guard(self.config.guard, checkpoint.state["guard"])
         first = checkpoint.state["first_health"]
         self.first_health = Health(**first) if first else None
         self.bad = dict(checkpoint.state["bad"])
-
-
-class _Clock:
-    """Images a second since the last log line, and the share of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.began = time.perf_counter()
-        self.images = 0
-        self.waited = 0.0
-        self._asked = 0.0
-
-    def count(self, images: int) -> None:
-        self.images += images
-
-    def waiting(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._asked = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.perf_counter() - self._asked
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
-        return {
-            "images_per_s": self.images / seconds,
-            "data_wait_share": self.waited / seconds,
-            "seconds": seconds,
-        }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -6,8 +6,6 @@ Whatever can be wrong with the arguments, the config, the data or the output fol
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,16 +14,14 @@ from rich.console import Console
 
 from dseqjepa.config import Config, differences
 from dseqjepa.data.labelled import open_source, prepare
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
 from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
-from dseqjepa.train.lock import LOCK, locked
+from dseqjepa.train.folder import claimed, locked
 from dseqjepa.train.loop import Probe, Start, Trainer
 from dseqjepa.train.runtime import Runtime, Stopped, connect
 
-RUN_FILES = frozenset(
-    {"config.yaml", "metrics.jsonl", "log.txt", "bad_files.jsonl", "checkpoints", "evaluations"}
-)
 FREE_ON_RESUME = (
     "data.workers",
     "runtime.devices",
@@ -91,17 +87,9 @@ def pretrain(
                 return _init(config, init_from)
             return _go_on(config, data, out, None if resume is True else resume, allow_changed)
 
-        def claim() -> None:
-            if resume is False:
-                _check_claim(out, overwrite, start.init_from)
-                _make(out)
-            held.enter_context(locked(out))
-            if resume is False:
-                _check_claim(out, overwrite, start.init_from)
-                _empty(out)
-
         start = ranks.together(begin)
-        ranks.together(lambda: claim() if ranks.first else None)
+        folder = locked(out) if resume is not False else claimed(out, overwrite, start.init_from)
+        ranks.together(lambda: held.enter_context(folder) if ranks.first else None)
         prepare(data)
         Trainer(
             config,
@@ -143,7 +131,7 @@ def _check_some_decode(source: Source, name: str) -> None:
     reasons = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         try:
-            source.image(index)
+            read_image(source, index)
         except BadImage as error:
             reasons.append(f"{source.name(index)}: {error}")
         else:
@@ -162,6 +150,8 @@ def _go_on(
     config: Config, source: Source, out: Path, step: int | None, allow_changed: Collection[str]
 ) -> Start:
     checkpoint = open_checkpoint(out, step)
+    if "imported_from" in checkpoint.state:
+        raise InputError(f"{out} is an imported encoder, no run: start a run with init_from={out}")
     changed = {
         key: values
         for key, values in differences(checkpoint.config, config).items()
@@ -198,42 +188,3 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
             f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape
         )
         raise InputError(f"init_from {weights.path} is another encoder: {shown}")
-
-
-def _check_claim(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
-    """Whether `out` is empty, or holds nothing but an old run that may be replaced."""
-    if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"out={out} is a file: give a folder")
-    try:
-        present = _present(out)
-    except OSError as error:
-        raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
-    if present and not overwrite:
-        raise InputError(
-            f"out={out} is not empty: give another folder, resume=true to go on with the run "
-            "in it, or overwrite=true to replace it"
-        )
-    foreign = sorted(present - RUN_FILES)
-    if foreign:
-        raise InputError(f"overwrite=true: {out} also holds {foreign[0]!r}, which is not of a run")
-    if present and kept is not None and kept.path.is_relative_to(out.resolve()):
-        raise InputError(f"overwrite=true would remove {kept.path}, which init_from names")
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"out={out} cannot be written to: give another, or change its permissions")
-
-
-def _present(out: Path) -> set[str]:
-    return {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
-
-
-def _empty(out: Path) -> None:
-    for name in _present(out):
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

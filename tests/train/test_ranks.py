@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from dseqjepa.config import Config
-from dseqjepa.train.checkpoint import load_encoder, open_checkpoint
+from dseqjepa.train.checkpoint import open_checkpoint
 from tests.children import run_ranks
-from tests.train.tiny_runs import Pictures, assert_same_run, metrics, run_config, tensors, train
+from tests.train.tiny_runs import Pictures, metrics, run_config, tensors, train
 
 RELATIVE = 1e-4
 """By how much a loss of two ranks may differ from that of one: sums in another order."""
