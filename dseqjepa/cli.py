@@ -119,6 +119,39 @@ def pretrain(
         _fail("interrupted; resume=true goes on from the last checkpoint", 130)
 
 
+@app.command("verify-resume")
+def verify_resume(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    settings: Settings = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Prove on this machine that a run goes on exactly: dseqjepa verify-resume vitt8_64 data=DIR
+
+    Trains a few steps at once, and as many in two processes of which the second goes on from the
+    first's checkpoint; compares every tensor and every metric. Exit code 1 where they differ.
+    steps=N says how many.
+    """
+    from dseqjepa.presets import load_config
+
+    own, overrides = _split(settings or [], ("steps",))
+    config = load_config(preset, overrides)
+    if print_config:
+        print(config.to_yaml(), end="")
+        return
+    from dseqjepa.train.verify import STEPS, compare_resumed
+
+    steps = own.get("steps", str(STEPS))
+    if not steps.isdecimal() or int(steps) < 2:
+        raise InputError(f"steps must be a number from 2 on, found {steps!r}")
+    print(f"{steps} steps at once, and {int(steps) // 2} + {-(-int(steps) // 2)} in two processes")
+    rows = compare_resumed(config, int(steps))
+    for row in rows:
+        print(row)
+    if not all(row.same for row in rows):
+        _fail("the run that was cut differs from the one that was not", 1)
+    print("exact: a run that was stopped goes on as if it had not been")
+
+
 @app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(metavar="TASK", help="knn")],

@@ -91,6 +91,7 @@ def _run(
             code = 128 + signal.SIGTERM
         except BaseException as error:
             code = 2 if isinstance(error, InputError) else 1
+            code = 130 if isinstance(error, KeyboardInterrupt) else code
             traceback.print_exc(file=file)
         file.flush()
         os._exit(code)

@@ -147,12 +147,14 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     if step is None and (path / "state.json").is_file():
         return _verified(path.resolve())
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for found in folder.glob(".tmp-step-*"):
+        log.warning("%s is ignored: it was not finished", found)
     finished = {}
     for number, found in _steps(folder).items():
         if (found / "state.json").is_file():
             finished[number] = found.resolve()
         else:
-            log.warning("%s is ignored: it has no state.json, so it was never finished", found)
+            log.warning("%s is ignored: it was not finished, it has no state.json", found)
     if not finished:
         what = "holds no checkpoint" if path.exists() else "does not exist"
         foreign = "; `dseqjepa import` brings in a file of another project"

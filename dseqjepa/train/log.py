@@ -126,10 +126,11 @@ class Journal:
                 file.write(json.dumps({"step": step, "reason": reason, "images": images}) + "\n")
 
     def bad_file(self, path: str, reason: str) -> None:
-        """A file that cannot be decoded: in bad_files.jsonl whatever the rank."""
+        """A file that cannot be decoded."""
         self.say(f"cannot decode {path}: {reason}")
-        with (self.out / "bad_files.jsonl").open("a") as file:
-            file.write(_bad_line(path, reason))
+        if not self.quiet:
+            with (self.out / "bad_files.jsonl").open("a") as file:
+                file.write(_bad_line(path, reason))
 
     def say(self, text: str) -> None:
         """A line for people, on the console and in log.txt."""

@@ -21,7 +21,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
-from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.model.vit import VisionTransformer, build_encoder
 from dseqjepa.ranks import gather_rows
 from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
 from dseqjepa.train.clock import Clock, Watch, duration
@@ -39,6 +39,7 @@ from dseqjepa.train.runtime import (
     Stopped,
     StopRequest,
     connect,
+    is_spread,
     own_parts,
     whole_tensors,
 )
@@ -111,6 +112,7 @@ class Trainer:
         self.retried: dict[str, str] = {}
         self.first_health: Health | None = None
         self.bad: dict[str, str] = {}
+        self.new_bad: dict[str, str] = {}
         if start.init_from is not None:
             self._load_encoders(start.init_from)
         if start.resume is not None:
@@ -141,6 +143,13 @@ class Trainer:
             self._conclude()
         except InputError as error:  # such as a saliency map that is not finite
             raise RunError(f"step {self.step}: {error}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"step {self.step}: a process that reads images has died ({str(error).strip()}): "
+                "most often the machine is out of memory, so lower data.workers"
+            ) from error
         finally:
             self.journal.stop_progress()
             self.watch.close()
@@ -163,7 +172,10 @@ class Trainer:
             if self.step == end:
                 self._probe(epoch + 1)
             # Read once: what comes later stops the next step, and all ranks stop at the same.
-            (stopping,) = self.ranks.agree(stop.requested or self.step == self.stop_after)
+            stopping = stop.requested or self.step == self.stop_after
+            stopping, is_bad = self.ranks.agree(stopping, bool(self.new_bad))
+            if is_bad:
+                self._note_bad()
             if at_epoch or at_step or stopping or self.step == self.schedule.steps:
                 self.save()
                 clock.restart()
@@ -226,16 +238,21 @@ class Trainer:
         with self.watch.waiting(clock):
             batch = next(batches)
         self.retried.update(batch.retried)
-        for name, reason in batch.bad:
-            if name not in self.bad:
+        self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
+        return batch
+
+    def _note_bad(self) -> None:
+        """Write down the images that could not be decoded, of all ranks; too many end the run."""
+        for found in self.ranks.share(self.new_bad):
+            for name, reason in found.items():
                 self.bad[name] = reason
                 self.journal.bad_file(name, reason)
+        self.new_bad = {}
         if len(self.bad) > self.config.data.max_bad * len(self.source):
             raise RunError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be decoded, more than "
                 f"data.max_bad={self.config.data.max_bad} allows; see {self.out}/bad_files.jsonl"
             )
-        return batch
 
     def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()
@@ -281,8 +298,9 @@ class Trainer:
         every = self.config.probe.every_epochs
         if self.probe is None or not every or epochs_done % every:
             return
+        target = self._whole_target()
         if self.ranks.first:
-            accuracy = self.probe(self.method.target)
+            accuracy = self.probe(target)
             self.journal.metrics(
                 {"step": self.step, "epoch": epochs_done - 1, "probe_knn": accuracy}
             )
@@ -290,6 +308,17 @@ class Trainer:
                 f"epoch {epochs_done}: kNN probe {accuracy:.1f} % (training images, leave-one-out)"
             )
         self.ranks.wait()
+
+    def _whole_target(self) -> VisionTransformer:
+        """The target on one device; where it is spread over the ranks all of them have to ask."""
+        spread = self.method.target.state_dict()
+        if not is_spread(spread):
+            return self.method.target
+        encoder = build_encoder(self.config).to(self.fabric.device)
+        state = whole_tensors(spread, self.ranks)
+        if self.ranks.first:
+            load_into(encoder, state, "the target")
+        return encoder
 
     def _introduce(self) -> None:
         config, schedule, say = self.config, self.schedule, self.journal.say

@@ -143,6 +143,11 @@ def shard(method: nn.Module, mesh: Any) -> nn.Module:
     return method
 
 
+def is_spread(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are spread over the ranks, so that none of these holds them whole."""
+    return any(isinstance(value, DTensor) for value in tensors.values())
+
+
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Of tensors that are spread over the ranks the parts that this rank holds."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
