@@ -293,6 +293,11 @@ class RuntimeConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1)
+    """Processes on this machine, one a device; under `torchrun` or `srun` they say how many."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`fsdp`: parameters, EMA and optimizer are spread over the ranks, for what does not fit."""
+    timeout_s: float = Field(600.0, gt=0)
+    """How long ranks wait for one another, in seconds, before the run is given up."""
 
 
 class ProbeConfig(Section):

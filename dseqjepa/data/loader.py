@@ -170,9 +170,12 @@ class Loader:
 
 
 def _start_worker(_number: int) -> None:
-    """A worker is forked from a process that may answer SIGTERM with a flag of its own; with that
-    handler it would outlive the SIGTERM by which its parent ends it, and the parent would wait."""
+    """A worker is forked from a process that may answer signals in its own way; with that answer it
+    would outlive the SIGTERM by which its parent ends it, and the parent would wait. Ctrl-C reaches
+    both: the parent answers it."""
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Reader(Dataset[Batch]):

@@ -32,7 +32,7 @@ from dseqjepa.config import (
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import build_encoder
 from dseqjepa.train.checkpoint import load_into, save_checkpoint
-from dseqjepa.train.pretrain import claim
+from dseqjepa.train.folder import claimed
 
 ENCODERS = {"target": ("target_encoder", "encoder"), "context": ("encoder", "target_encoder")}
 """Our name -> where a JEPA's file may hold it, the best first."""
@@ -65,10 +65,10 @@ def import_encoder(
         encoder = build_encoder(config)
         load_into(encoder, _with_class_position(state), f"the {name} encoder of {file}")
         encoders[name] = encoder.state_dict()
-    claim(out, overwrite, kept=None)
-    (out / "config.yaml").write_text(config.to_yaml())
-    state_of_run = {"config": config.model_dump(mode="json"), "imported_from": str(file)}
-    save_checkpoint(out / "checkpoints", 0, encoders, state_of_run, keep=1)
+    with claimed(out, overwrite, kept=None):
+        (out / "config.yaml").write_text(config.to_yaml())
+        state_of_run = {"config": config.model_dump(mode="json"), "imported_from": str(file)}
+        save_checkpoint(out / "checkpoints", 0, encoders, state_of_run, keep=1)
     return config
 
 

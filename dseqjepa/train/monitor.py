@@ -53,6 +53,7 @@ def measure(pooled_BD: Float[Tensor, "B D"]) -> Health:
 COLLAPSED_COSINE = 0.995
 SHRUNK_STD = 0.6
 SHRUNK_RANK = 0.8
+LITTLE_SKILL = 0.05
 LEARNING_BY_STEP = 200
 MOSTLY_EMPTY = 0.5
 
@@ -60,7 +61,7 @@ TROUBLES = {
     "cosine": "all images look alike to the target encoder",
     "feature_std": "features spread less than at the start",
     "rank_me": "features use fewer dimensions than at the start",
-    "skill": "predictions are no better than the mean target",
+    "skill": "predictions are hardly better than the mean target",
 }
 COLLAPSE = frozenset({"cosine", "feature_std", "rank_me"})
 
@@ -96,13 +97,17 @@ class Monitor:
     """Follows a run line by line. What it remembers is plain JSON and part of a checkpoint."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        state = state or {"first": None, "peak_lr": 0.0, "before": []}
+        state = state or {"first": None, "peak_lr": 0.0, "before": [], "alarm": False}
         self.first: dict[str, float] | None = state["first"]
         self.peak_lr: float = state["peak_lr"]
         self.before: list[str] = list(state["before"])
+        self.alarm: bool = state["alarm"]
+        self.rang = False
+        """Whether an alarm began with the last line."""
 
     def see(self, line: Mapping[str, Any]) -> Verdict | None:
         """The verdict after this line of metrics.jsonl; None for one without health numbers."""
+        self.rang = False
         if "rank_me" not in line:
             return None
         first = self.first = self.first or {key: line[key] for key in COLLAPSE}
@@ -112,7 +117,7 @@ class Monitor:
             "cosine": line["cosine"] > max(COLLAPSED_COSINE, first["cosine"]),
             "feature_std": line["feature_std"] < SHRUNK_STD * first["feature_std"],
             "rank_me": line["rank_me"] < SHRUNK_RANK * first["rank_me"],
-            "skill": settled and line["skill"] <= 0,
+            "skill": settled and line["skill"] < LITTLE_SKILL,
         }
         lasting = tuple(key for key, sign in signs.items() if sign and key in self.before)
         self.before = [key for key, sign in signs.items() if sign]
@@ -133,10 +138,17 @@ class Monitor:
             f"feature std {line['feature_std']:.3f} (start {first['feature_std']:.3f}), "
             f"cosine {line['cosine']:.2f}, skill {line['skill']:.2f}"
         )
-        return Verdict(state, lasting, figures, note)
+        verdict = Verdict(state, lasting, figures, note)
+        self.rang, self.alarm = verdict.alarm and not self.alarm, verdict.alarm
+        return verdict
 
     def to_json(self) -> dict[str, Any]:
-        return {"first": self.first, "peak_lr": self.peak_lr, "before": self.before}
+        return {
+            "first": self.first,
+            "peak_lr": self.peak_lr,
+            "before": self.before,
+            "alarm": self.alarm,
+        }
 
 
 def verdicts(lines: Iterable[Mapping[str, Any]]) -> dict[int, Verdict]:

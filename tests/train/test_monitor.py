@@ -67,13 +67,13 @@ SIGNS = {
     "cosine": {"cosine": 0.996},
     "feature_std": {"feature_std": 0.11},
     "rank_me": {"rank_me": 7.9},
-    "skill": {"skill": 0.0},
+    "skill": {"skill": 0.04},
 }
 SOUND = {
     "cosine": {"cosine": 0.994},
     "feature_std": {"feature_std": 0.13},
     "rank_me": {"rank_me": 8.1},
-    "skill": {"skill": 0.01},
+    "skill": {"skill": 0.06},
 }
 
 
@@ -133,6 +133,18 @@ def test_images_without_regions_are_mentioned() -> None:
     assert "region" not in str(follow(line(300, empty_share=0.4))[0])
 
 
+def test_an_alarm_rings_once_each_time_it_begins() -> None:
+    bad = SIGNS["rank_me"]
+    lines = [line(1), *(line(n, **bad) for n in (2, 3, 4)), line(5), line(6, **bad), line(7, **bad)]
+    monitor = Monitor()
+    rang = []
+    for entry in lines:
+        monitor.see(entry)
+        if monitor.rang:
+            rang.append(entry["step"])
+    assert rang == [3, 7]
+
+
 def test_lines_without_health_are_passed_over() -> None:
     lines = [line(1), {"step": 5, "probe_knn": 40.0}, line(10)]
     assert list(verdicts(lines)) == [1, 10]
@@ -141,11 +153,13 @@ def test_lines_without_health_are_passed_over() -> None:
 def test_a_monitor_goes_on_from_its_json() -> None:
     lines = [line(1)] + [line(n, **SIGNS[key]) for n, key in enumerate([*SIGNS, *SIGNS], 250)]
     lines += [line(300, **SIGNS["skill"]), line(301, **SIGNS["skill"])]
-    monitor = Monitor()
+    monitor, whole = Monitor(), Monitor()
     said = []
     for entry in lines:
         monitor = Monitor(json.loads(json.dumps(monitor.to_json())))
         said.append(monitor.see(entry))
+        whole.see(entry)
+        assert monitor.rang == whole.rang
     assert said == list(verdicts(lines).values())
     assert said[-1] is not None
     assert said[-1].alarm
