@@ -16,15 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
+from dseqjepa.config import Config
 from dseqjepa.methods import dseqjepa as dseq_module
 from dseqjepa.model.look import Look, look_for_saliency
 from dseqjepa.train.loop import Trainer
 from dseqjepa.train.monitor import verdicts
+from tests.children import run_ranks
 from tests.faults.campaign import Attempts, fault
 from tests.faults.commands import lines, pretrain
 from tests.train.test_guard import FAULTS, assert_untouched, at_steps, changed_loss, skipped
 from tests.train.tiny_runs import Pictures, metrics, run_config, train
 
+JUMPS = {"jump": changed_loss(lambda loss, _: 200 * loss)}
 EVERY_STEP = ["checkpoint.every_steps=1", "checkpoint.keep=99", "log.every_steps=1"]
 
 
@@ -55,6 +58,39 @@ def not_finite(attempts: Attempts) -> None:
             assert entry["step"] == step
             assert len(entry["images"]) == 8
             assert all(math.isfinite(line["loss"]) for line in metrics(out))
+
+
+def train_with_fault_on_one_rank(
+    name: str, rank: int, steps: set[int], config: Config, out: Path
+) -> None:
+    """In a child: the fault is on in these steps, on one rank of the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == str(rank):
+            makes = JUMPS | {key: make for key, (make, _) in FAULTS.items()}
+            at_steps(patch, makes[name], steps)
+        train(config, out)
+
+
+@fault(18, "NaN, Inf or a jump on one rank of two: both leave the step out", quick=2, full=14)
+def on_one_rank(attempts: Attempts) -> None:
+    """The images of both ranks are written down, the state is bit for bit what it was, and the run
+    goes on to its end. With whole parameters on each rank, and with spread ones."""
+    names = ["saliency", "jump"] if not attempts.full else [*FAULTS, *JUMPS]
+    for number in range(attempts.count):
+        name, rank = names[number % len(names)], 1 - number % 2
+        strategy = ("ddp", "fsdp")[number // len(names) % 2]
+        with attempts.attempt(f"{name} on rank {rank}, {strategy}"):
+            out = attempts.folder / str(number)
+            calm = ["guard.window=8", "optim.lr=1e-5", "optim.start_lr=1e-5"]
+            config = run_config("dseq", *EVERY_STEP, *calm).with_(runtime={"strategy": strategy})
+            run_ranks(
+                2, train_with_fault_on_one_rank, name, rank, {12}, config, out,
+                log=attempts.folder / f"log-{number}",
+            )  # fmt: skip
+            entry = next(entry for entry in skipped(out) if entry["step"] == 12)
+            assert len(set(entry["images"])) == 8
+            assert_untouched(out, 12)
+            assert [line["step"] for line in metrics(out)][-1] == 20
 
 
 @fault(19, "a loss or a gradient that jumps", quick=2, full=20)
