@@ -53,7 +53,7 @@ SIZE = (
     "checkpoint.keep=1",
     "log.every_steps=10",
 )
-STEPS = 250
+STEPS, SCENES = 250, 2400
 SEEDS, BROKEN_SEEDS = 5, 2
 LATE = 40
 """From this step on, when healthy runs have left the state of the start."""
@@ -163,14 +163,14 @@ KINDS = {
 @functools.cache
 def scenes() -> Source:
     """The same scenes for all runs: the seeds are those of the training."""
-    source = open_training_source(load_config("dseq_vitt_demo", ["data.size=2400"]))
+    source = open_training_source(load_config("dseq_vitt_demo", [f"data.size={SCENES}"]))
     prepare(source)
     return source
 
 
 def train(kind: Kind, seed: int, out: Path, pictures: Path | None) -> None:
     """One run of `STEPS` steps or so; a run that fails leaves `failed.txt`."""
-    settings = [f"runtime.seed={seed}", "data.size=2400"]
+    settings = [f"runtime.seed={seed}", f"data.size={SCENES}"]
     if kind.pictures:
         settings.append(f"data.source={pictures}")
     config = load_config(f"{kind.method}_vitt_demo", [*SIZE, *settings, *kind.settings])

@@ -182,7 +182,7 @@ def nothing_to_see(attempts: Attempts) -> None:
         assert all(math.isfinite(line["loss"]) for line in metrics(out))
 
 
-TINY_HEALTH = (*health.SIZE, "data.batch_size=32", "data.size=640", "model.depth=2")
+TINY_HEALTH = (*health.SIZE, "data.batch_size=32", "model.depth=2")
 
 
 @fault(21, "collapse: raised where it is, not raised where it is not", quick=2, full=16)
@@ -194,11 +194,13 @@ def collapse(attempts: Attempts) -> None:
         chosen = [(kind, seed) for kind in ("scenes-dseq", "scenes-ijepa") for seed in range(5)]
         chosen += [(kind, 0) for kind in EASY_TO_SEE]
     steps = health.STEPS if attempts.full else 40
+    health.scenes.cache_clear()
     for kind, seed in chosen:
         with attempts.attempt(f"{kind}, seed {seed}"):
             out = attempts.folder / f"{kind}-{seed}"
             size = health.SIZE if attempts.full else TINY_HEALTH
-            with mock.patch.object(health, "STEPS", steps), mock.patch.object(health, "SIZE", size):
+            scenes = health.SCENES if attempts.full else 320
+            with mock.patch.multiple(health, STEPS=steps, SIZE=size, SCENES=scenes):
                 health.train(health.KINDS[kind], seed, out, None)
             told = verdicts(metrics(out))
             alarms = [step for step, verdict in told.items() if verdict.alarm]
