@@ -19,8 +19,8 @@ from dseqjepa.config import Config
 from dseqjepa.errors import InputError
 from dseqjepa.train.checkpoint import load_encoder
 from dseqjepa.train.foreign import ImportConfig, import_encoder
-from tests.test_cli import contents, run
-from tests.tiny import float_images
+from tests.test_cli import contents, pictures, run
+from tests.tiny import TINY, float_images
 
 AUTO = ImportConfig()
 WIDTH, DEPTH, PATCH, SIZE = 128, 3, 8, (32, 32)
@@ -303,3 +303,26 @@ def test_the_command_imports_and_refuses(
     assert_same_features(tmp_path / "x", model)
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x") == 2
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x", "overwrite=true") == 0
+
+
+def test_a_run_starts_from_an_import_and_none_resumes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pictures")
+    model = vit(0)
+    jepa_file(tmp_path / "jepa.pth.tar", model, model)
+    import_encoder(tmp_path / "jepa.pth.tar", tmp_path / "imported", AUTO)
+    shape = [f"model.width={WIDTH}", f"model.depth={DEPTH}", "model.heads=2"]
+    same = [*TINY, "model.name=vit_base", *shape, "model.class_token=false"]
+    same += ["optim.epochs=1", "optim.warmup_epochs=0", "checkpoint.keep=9"]
+    typed = ["pretrain", "ijepa_vitt8_64", "data=pictures", *same]
+    assert run(monkeypatch, *typed, "out=next", "init_from=imported") == 0
+    assert "start: init_from" in capsys.readouterr().out
+    assert_same_features(tmp_path / "next/checkpoints/step-00000000", model)
+    assert run(monkeypatch, *typed, "out=imported", "resume=true") == 2
+    assert "imported is an imported encoder, no run: start a run with init_from=imported" in (
+        capsys.readouterr().err
+    )
+    assert run(monkeypatch, *typed, "model.heads=4", "out=other", "init_from=imported") == 2
+    assert "another encoder: model.heads 2 there, 4 here" in capsys.readouterr().err
