@@ -134,7 +134,10 @@ def _write(
     temporary.rename(final)
     link = folder / ".tmp-last"
     link.symlink_to(final.name)
-    link.replace(folder / "last")
+    last = folder / "last"
+    if last.is_dir() and not last.is_symlink():  # copied by what does not know links
+        shutil.rmtree(last)
+    link.replace(last)
     _sync(folder)
 
 
