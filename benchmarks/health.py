@@ -3,8 +3,8 @@
     python benchmarks/health.py run OUT --pictures FOLDER     trains what OUT lacks
     python benchmarks/health.py table OUT                     prints the tables of docs/health.md
 
-Every run is one folder OUT/KIND/SEED with its metrics.jsonl. All have the model and the length below
-and a VICReg term as the small presets have it, unless the kind says otherwise.
+Every run is one folder OUT/KIND/SEED with its metrics.jsonl. All have the model and the length
+below and a VICReg term as the small presets have it, unless the kind says otherwise.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,6 +34,7 @@ from dseqjepa.methods.ijepa import IJepa
 from dseqjepa.model.look import Look
 from dseqjepa.model.vit import Images
 from dseqjepa.presets import load_config
+from dseqjepa.train.monitor import verdicts
 from dseqjepa.train.pretrain import open_training_source, pretrain
 
 SIZE = (
@@ -49,8 +53,10 @@ SIZE = (
     "checkpoint.keep=1",
     "log.every_steps=10",
 )
-STEPS = 250
+STEPS, SCENES = 250, 2400
 SEEDS, BROKEN_SEEDS = 5, 2
+LATE = 40
+"""From this step on, when healthy runs have left the state of the start."""
 
 
 class NoStopGradient(IJepa):
@@ -157,14 +163,14 @@ KINDS = {
 @functools.cache
 def scenes() -> Source:
     """The same scenes for all runs: the seeds are those of the training."""
-    source = open_training_source(load_config("dseq_vitt_demo", ["data.size=2400"]))
+    source = open_training_source(load_config("dseq_vitt_demo", [f"data.size={SCENES}"]))
     prepare(source)
     return source
 
 
 def train(kind: Kind, seed: int, out: Path, pictures: Path | None) -> None:
     """One run of `STEPS` steps or so; a run that fails leaves `failed.txt`."""
-    settings = [f"runtime.seed={seed}", "data.size=2400"]
+    settings = [f"runtime.seed={seed}", f"data.size={SCENES}"]
     if kind.pictures:
         settings.append(f"data.source={pictures}")
     config = load_config(f"{kind.method}_vitt_demo", [*SIZE, *settings, *kind.settings])
@@ -188,6 +194,55 @@ def jobs(seeds: list[int], only: list[str]) -> Iterator[tuple[str, int]]:
                 yield name, seed
 
 
+NUMBERS = ("feature_std", "cosine", "rank_me", "skill")
+
+
+def read(out: Path, name: str) -> list[list[dict[str, Any]]]:
+    """The lines of every finished run of a kind."""
+    files = sorted(path.parent / "metrics.jsonl" for path in out.glob(f"{name}/*/done"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def spread(values: list[float]) -> str:
+    """Smallest, median and largest."""
+    return " / ".join(f"{value:.2f}" for value in (min(values), median(values), max(values)))
+
+
+def table(out: Path) -> str:
+    """Two tables: the numbers of each kind, and what the monitor says of its runs."""
+    runs = {name: read(out, name) for name in KINDS}
+    numbers = [
+        "| kind | seeds | std / start | cosine | RankMe / start | skill | steps not taken |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    alarms = ["| kind | what is wrong | runs | with an alarm | first alarm at step | reason |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, of_kind in runs.items():
+        if not of_kind:
+            continue
+        late = [
+            {key: line[key] / (run[0][key] if key in ("feature_std", "rank_me") else 1)
+             for key in NUMBERS}
+            for run in of_kind
+            for line in run
+            if line["step"] >= LATE
+        ]  # fmt: skip
+        cells = [spread([line[key] for line in late]) for key in NUMBERS]
+        skipped = ", ".join(str(run[-1]["skipped"]) for run in of_kind)
+        numbers.append(f"| {name} | {len(of_kind)} | {' | '.join(cells)} | {skipped} |")
+        rang = [
+            next(((s, v) for s, v in verdicts(run).items() if v.alarm), None) for run in of_kind
+        ]
+        first = [found for found in rang if found is not None]
+        reasons = {key for _, verdict in first for key in verdict.troubles}
+        alarms.append(
+            f"| {name} | {KINDS[name].broken or 'nothing'} | {len(of_kind)} | {len(first)} "
+            f"| {', '.join(str(step) for step, _ in first) or '-'} "
+            f"| {', '.join(sorted(reasons)) or '-'} |"
+        )
+    return "\n".join([*numbers, "", *alarms])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["run", "table"])
@@ -197,6 +252,7 @@ def main() -> None:
     parser.add_argument("--seed", action="append", default=[], type=int, metavar="N")
     options = parser.parse_args()
     if options.what == "table":
+        print(table(options.out))
         return
     for name, seed in jobs(options.seed or list(range(SEEDS)), options.only):
         out = options.out / name / str(seed)

@@ -27,7 +27,7 @@ from dseqjepa.train.checkpoint import Checkpoint, Start, load_into, save_checkpo
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
-from dseqjepa.train.monitor import Health, in_words, measure
+from dseqjepa.train.monitor import Monitor, measure
 from dseqjepa.train.optimizer import (
     build_optimizer,
     load_optimizer_state,
@@ -93,7 +93,7 @@ class Trainer:
         self.window = Window()
         self.guard = Guard(config.guard)
         self.retried: dict[str, str] = {}
-        self.first_health: Health | None = None
+        self.monitor = Monitor()
         self.bad: dict[str, str] = {}
         self.new_bad: dict[str, str] = {}
         if start.init_from is not None:
@@ -243,8 +243,8 @@ class Trainer:
     def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()
         self.window = Window()
-        health = measure(*gather_rows(pooled_BD))
-        self.first_health = self.first_health or health
+        (pooled_RD,) = gather_rows(pooled_BD)
+        health = measure(pooled_RD).to_dict() if len(pooled_RD) > 1 else {}
         images = self.config.data.batch_size
         skill = 1 - means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
         values = {
@@ -259,10 +259,11 @@ class Trainer:
             "gradient_norm": norm,
             "skipped": self.guard.skipped,
             "skill": skill,
-            **health.to_dict(),
+            **health,
             **clock.read(),
         }
         self.journal.metrics(values)
+        verdict = self.monitor.see(values)
         if self.retried:
             name, error = next(iter(self.retried.items()))
             self.journal.say(
@@ -277,8 +278,10 @@ class Trainer:
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
             f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "
-            f"left {duration(remaining)}  {in_words(self.first_health, health, skill)}"
+            f"left {duration(remaining)}  {verdict or 'too few images to judge'}"
         )
+        if self.monitor.rang:
+            self.journal.say(f"ALARM at step {self.step}: {verdict}")
 
     def _probe(self, epochs_done: int) -> None:
         every = self.config.probe.every_epochs
@@ -365,7 +368,7 @@ class Trainer:
             "ranks": self.ranks.world,
             "windows": self.ranks.share(self.window.to_json()),
             "guard": self.guard.to_json(),
-            "first_health": self.first_health.to_dict() if self.first_health else None,
+            "monitor": self.monitor.to_json(),
             "bad": self.bad,
         }
 
@@ -386,6 +389,5 @@ class Trainer:
         self.step = checkpoint.step
         self.window = Window.of_rank(checkpoint.state["windows"], self.ranks)
         self.guard = Guard(self.config.guard, checkpoint.state["guard"])
-        first = checkpoint.state["first_health"]
-        self.first_health = Health(**first) if first else None
+        self.monitor = Monitor(checkpoint.state["monitor"])
         self.bad = dict(checkpoint.state["bad"])

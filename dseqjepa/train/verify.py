@@ -22,7 +22,7 @@ from dseqjepa.train.runtime import Stopped
 
 STEPS = 6
 FILES = ("target", "context", "predictor", "optimizer", "rng")
-POSITION = ("step", "guard", "windows", "first_health", "bad")
+POSITION = ("step", "guard", "windows", "monitor", "bad")
 """What a checkpoint's manifest holds of a run's position."""
 
 

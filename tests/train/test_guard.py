@@ -148,7 +148,7 @@ FAULTS = {
     "nan loss": (changed_loss(lambda loss, _: loss * math.nan), "the loss is nan"),
     "inf loss": (changed_loss(lambda loss, _: loss + math.inf), "the loss is inf"),
     "gradient": (changed_loss(bad_gradient), "the norm of the gradient is nan"),
-    "huge gradient": (changed_loss(lambda loss, _: loss * 1e38), "is inf"),
+    "huge gradient": (changed_loss(lambda loss, _: loss * 1e38), "the norm of the gradient is "),
     "saliency": (broken_saliency, "the loss is nan"),
 }
 
