@@ -19,7 +19,7 @@ from dseqjepa.train.runtime import Runtime, Stopped
 from tests.children import run_ranks
 from tests.train.tiny_runs import Pictures, assert_same_run, metrics, run_config, tensors, train
 
-RELATIVE = 1e-4
+RELATIVE = 1e-5
 """By how much a loss of two ranks may differ from that of one: sums in another order."""
 
 
