@@ -208,6 +208,8 @@ class _Pulse(threading.Thread):
             self._others.compare_set("reason", "", reason)
         except dist.DistError:
             return
+        if self.rank == 0:  # the store may be in this process: leave it long enough to be read
+            time.sleep(2 * PULSE_S)
 
     def what_happened(self, world: int) -> str | None:
         """After an exchange went wrong: which rank is the cause, as far as can be seen. None: this

@@ -59,6 +59,23 @@ class Checkpoint:
         return load_file(self.path / f"{name}.safetensors")
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: random, the weights of another run, or its own past."""
+
+    resume: Checkpoint | None = None
+    init_from: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+    """What is not as it was when the run was left."""
+
+    def __str__(self) -> str:
+        if self.resume is not None:
+            return f"resume from step {self.resume.step} ({self.resume.path})"
+        if self.init_from is not None:
+            return f"init_from {self.init_from.path} (weights only, a new run)"
+        return "random initialisation"
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -117,7 +134,10 @@ def _write(
     temporary.rename(final)
     link = folder / ".tmp-last"
     link.symlink_to(final.name)
-    link.replace(folder / "last")
+    last = folder / "last"
+    if last.is_dir() and not last.is_symlink():  # copied by what does not know links
+        shutil.rmtree(last)
+    link.replace(last)
     _sync(folder)
 
 

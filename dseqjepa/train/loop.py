@@ -6,8 +6,8 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 from dseqjepa.ranks import gather_rows
-from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
+from dseqjepa.train.checkpoint import Checkpoint, Start, load_into, save_checkpoint
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
@@ -39,8 +39,8 @@ from dseqjepa.train.runtime import (
     Stopped,
     StopRequest,
     connect,
-    is_spread,
     own_parts,
+    whole_module,
     whole_tensors,
 )
 from dseqjepa.train.schedules import Schedule
@@ -49,23 +49,6 @@ WORTH_SAYING = 0.2
 """The share of the time spent waiting for data from which on the log mentions it."""
 
 Probe = Callable[[VisionTransformer], float]
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run's weights come from: random, the weights of another run, or its own past."""
-
-    resume: Checkpoint | None = None
-    init_from: Checkpoint | None = None
-    notes: tuple[str, ...] = ()
-    """What is not as it was when the run was left."""
-
-    def __str__(self) -> str:
-        if self.resume is not None:
-            return f"resume from step {self.resume.step} ({self.resume.path})"
-        if self.init_from is not None:
-            return f"init_from {self.init_from.path} (weights only, a new run)"
-        return "random initialisation"
 
 
 class Trainer:
@@ -189,6 +172,7 @@ class Trainer:
         set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
         parts = self.micro_batches * self.ranks.world
         total = torch.zeros((), device=self.fabric.device)
+        unit = self.loader.batch_size * math.prod(self.config.grid)
         results = []
         for index in range(self.micro_batches):
             batch = self._next(batches, clock)
@@ -197,15 +181,17 @@ class Trainer:
             last = index == self.micro_batches - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last):
                 result = self.module(images_BCHW, progress=schedule.progress(step), keys_B=keys_B)
-                # Of several parts the sums, which the total then makes the mean over all.
-                self.fabric.backward(result.loss * result.weight if parts > 1 else result.loss)
+                # Of several parts the sums, in units that all share, so that neither overflows; the
+                # total then makes them the mean over all.
+                scale = result.weight / unit if parts > 1 else 1
+                self.fabric.backward(result.loss * scale)
             total = total + result.weight
             results.append(result._replace(loss=result.loss.detach()))
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if parts > 1:
             total = self.ranks.total(total)
             # The ranks' gradients come averaged: times their number they are the sum.
-            torch._foreach_mul_(gradients, self.ranks.world / total.clamp(min=1))
+            torch._foreach_mul_(gradients, self.ranks.world * unit / total.clamp(min=1))
         losses = [result.loss for result in results]
         loss, norm = loss_and_norm(self.fabric, losses, gradients)
         wrong = self.guard.judge(loss, norm)
@@ -301,7 +287,7 @@ class Trainer:
         every = self.config.probe.every_epochs
         if self.probe is None or not every or epochs_done % every:
             return
-        target = self._whole_target()
+        target = whole_module(self.method.target, self.ranks, lambda: build_encoder(self.config))
         if self.ranks.first:
             accuracy = self.probe(target)
             self.journal.metrics(
@@ -311,17 +297,6 @@ class Trainer:
                 f"epoch {epochs_done}: kNN probe {accuracy:.1f} % (training images, leave-one-out)"
             )
         self.ranks.wait()
-
-    def _whole_target(self) -> VisionTransformer:
-        """The target on one device; where it is spread over the ranks all of them have to ask."""
-        spread = self.method.target.state_dict()
-        if not is_spread(spread):
-            return self.method.target
-        encoder = build_encoder(self.config).to(self.fabric.device)
-        state = whole_tensors(spread, self.ranks)
-        if self.ranks.first:
-            load_into(encoder, state, "the target")
-        return encoder
 
     def _introduce(self) -> None:
         config, schedule, say = self.config, self.schedule, self.journal.say

@@ -17,9 +17,9 @@ from dseqjepa.data.labelled import open_source, prepare
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
-from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
+from dseqjepa.train.checkpoint import Checkpoint, Start, open_checkpoint
 from dseqjepa.train.folder import claimed, locked
-from dseqjepa.train.loop import Probe, Start, Trainer
+from dseqjepa.train.loop import Probe, Trainer
 from dseqjepa.train.runtime import Runtime, Stopped, connect
 
 FREE_ON_RESUME = (

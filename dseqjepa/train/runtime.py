@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -31,6 +31,8 @@ from torch.distributed.tensor import DTensor
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError
 from dseqjepa.ranks import Ranks
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Stopped(Exception):
@@ -143,11 +145,6 @@ def shard(method: nn.Module, mesh: Any) -> nn.Module:
     return method
 
 
-def is_spread(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are spread over the ranks, so that none of these holds them whole."""
-    return any(isinstance(value, DTensor) for value in tensors.values())
-
-
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Of tensors that are spread over the ranks the parts that this rank holds."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
@@ -163,6 +160,20 @@ def whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tens
             value = value.cpu() if ranks.first else value.new_empty(0)
         whole[key] = value
     return whole
+
+
+def whole_module(module: M, ranks: Ranks, build: Callable[[], M]) -> M:
+    """The module on the first rank as one process would hold it. Where it is spread all ranks have
+    to ask, and its parameters go into what `build` makes."""
+    state = module.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return module
+    device = next(module.parameters()).device
+    state = whole_tensors(state, ranks)
+    copy = build().to(device)
+    if ranks.first:
+        copy.load_state_dict(state)
+    return copy
 
 
 class StopRequest:

@@ -17,11 +17,13 @@ import torch
 
 from tests.faults.campaign import Result, faults, inject
 
-PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "faults.md"
 
 
 def main(wanted: list[str]) -> int:
     torch.set_num_threads(1)
+    sys.path.append(str(ROOT / "benchmarks"))  # as the tests have it
     chosen = [f for f in faults() if not wanted or any(part in f.name for part in wanted)]
     width = max(len(f.title) for f in chosen)
     began = time.perf_counter()
