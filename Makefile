@@ -1,10 +1,11 @@
 # `make demo` and `make test` do all the set-up on a fresh machine.
-# SETTINGS passes section.key=value on to the demo; VENV names another environment.
+# SETTINGS passes section.key=value on to the demo, FAULTS parts of names to `make faults` (none: all
+# of them, half an hour); VENV names another environment.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench
+.PHONY: demo test lint types bench faults
 
 demo: $(VENV)/installed
 	$(BIN)/dseqjepa demo $(SETTINGS)
@@ -14,6 +15,9 @@ test: $(VENV)/installed-dev lint types
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/report.py
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,12 +1,12 @@
 """The other side of the step benchmarks: the same plan, model and targets, computed plainly.
 
-`dense_loss` is the way of the authors' release. Every prediction step of every image is one full-length sequence: all patches go through the
-encoder and attention is masked to the step's context; the predictor sees all of them again, masked,
-and the step's queries, padded to the longest target of the batch. An image with fewer steps than
-the batch allows still costs as many, as it does in the release. What the masks keep out cannot
-change the result, so loss and gradients equal those of the packed computation (a test holds both
-to that). `padded_loss` is the usual I-JEPA: one context an image, encoded once, and four targets,
-all padded to the longest of the batch.
+`dense_loss` is the way of the authors' release. Every prediction step of every image is one
+full-length sequence: all patches go through the encoder and attention is masked to the step's
+context; the predictor sees all of them again, masked, and the step's queries, padded to the longest
+target of the batch. An image with fewer steps than the batch allows still costs as many, as it does
+in the release. What the masks keep out cannot change the result, so loss and gradients equal those
+of the packed computation (a test holds both to that). `padded_loss` is the usual I-JEPA: one
+context an image, encoded once, and four targets, all padded to the longest of the batch.
 
 Attention is torch's `scaled_dot_product_attention` with a mask, mixed precision plain autocast.
 

@@ -1,7 +1,7 @@
 """How much of the machine a step uses: FLOP rate against matmul peak, and memory against dense.
 
-    MODEL_PRECISION          FLOP rate of a whole packed step / rate of matmuls of the model's shapes
-    memory_MODEL_PRECISION   peak memory of a packed step / of a dense step
+    MODEL_PRECISION         FLOP rate of a whole packed step / of matmuls of the model's shapes
+    memory_MODEL_PRECISION  peak memory of a packed step / of a dense step
 
 FLOPs are those of `dseqjepa.model.flops`: matrix products of packed tokens, nothing else, no
 padding. The matmul rate is the mean over the encoder's linear layers, forward and both backward
@@ -69,7 +69,10 @@ def memory(name: str, effort: Effort, *, model: str, precision: str) -> Row:
     batch = batch_of(model, precision, effort)
     repeats = 1 if effort.smoke else 3
     pairs = [
-        (_peak_of("packed_loss", model, precision, batch), _peak_of("dense_loss", model, precision, batch))
+        (
+            _peak_of("packed_loss", model, precision, batch),
+            _peak_of("dense_loss", model, precision, batch),
+        )
         for _ in range(repeats)
     ]
     what = f"packed / dense peak memory of a step, weights and optimizer included, batch {batch}"

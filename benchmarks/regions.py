@@ -1,7 +1,7 @@
 """Saliency to ranked regions, batch 256 on a 14 x 14 grid, smooth random maps.
 
-    share_of_step     its share of a ViT-S/16 step of as many images at 224 px (bfloat16)
-    against_opencv    one batch at once against OpenCV, one image after the other
+share_of_step     its share of a ViT-S/16 step of as many images at 224 px (bfloat16)
+against_opencv    one batch at once against OpenCV, one image after the other
 """
 
 from __future__ import annotations

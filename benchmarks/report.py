@@ -26,7 +26,11 @@ GOALS = {
         ("_a05", ">=", 6.0),
         ("", ">=", 8.0),
     ],
-    "peak.py": [("memory_", "<=", 0.4), ("vitt8_64_bf16", ">=", 0.2), ("vitb16_224_bf16", ">=", 0.45)],
+    "peak.py": [
+        ("memory_", "<=", 0.4),
+        ("vitt8_64_bf16", ">=", 0.2),
+        ("vitb16_224_bf16", ">=", 0.45),
+    ],
     "regions.py": [("share_of_step", "<=", 0.01), ("against_opencv", ">=", 5.0)],
     "loader.py": [("jpeg_500x375_224", ">=", 1.5)],
     "scaling.py": [],
@@ -88,7 +92,8 @@ Machines differ and drift: the ratio counts, not the seconds. What each line mea
 of its script; a goal that is missed stands in [LOG.md](LOG.md) with what holds it back.
 
 {datetime.date.today()}, {cpu} ({has}), {os.cpu_count()} cores, {torch.get_num_threads()} threads,
-Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}.
+Python {platform.python_version()}, torch {torch.__version__}, torchvision
+{torchvision.__version__}.
 """
 
 

@@ -1,10 +1,10 @@
 """Whole training steps: packed against the way of the authors' release, and its relatives.
 
-    MODEL_PRECISION          DSeq-JEPA against full-length sequences with masked attention; alpha 0.15
-    MODEL_PRECISION_a05      the same with alpha 0.05
-    MODEL_PRECISION_a05_causal   region-causal contexts against prefix contexts, both packed
-    ijepa_MODEL_PRECISION    I-JEPA against contexts and targets padded to the longest of the batch
-    overhead_MODEL_PRECISION the share of a real run's step that is not model arithmetic
+    MODEL_PRECISION             DSeq-JEPA against full-length, masked sequences; alpha 0.15
+    MODEL_PRECISION_a05         the same with alpha 0.05
+    MODEL_PRECISION_a05_causal  region-causal contexts against prefix contexts, both packed
+    ijepa_MODEL_PRECISION       I-JEPA against contexts and targets padded to the batch's longest
+    overhead_MODEL_PRECISION    the share of a real run's step that is not model arithmetic
 
 The ratio is other / ours; of `overhead` it is the share itself. Without `--only` those of `USUAL`
 run, in under five minutes on two cores; `--list` names all.
@@ -28,7 +28,8 @@ from sides import MODELS, Bench, benchmark_config
 import dseqjepa.methods.base as base
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
-from dseqjepa.train.loop import Start, Trainer
+from dseqjepa.train.checkpoint import Start
+from dseqjepa.train.loop import Trainer
 
 BATCH = {"vitt8_64": 64, "vits16_224": 16, "vitb16_224": 8}
 FULL_PRECISION_BATCH = {"vitt8_64": 64, "vits16_224": 8, "vitb16_224": 4}
@@ -49,9 +50,7 @@ def batch_of(model: str, precision: str, effort: Effort) -> int:
     return (BATCH if precision == "bf16" else FULL_PRECISION_BATCH)[model]
 
 
-def against_dense(
-    name: str, effort: Effort, *, model: str, precision: str, min_area: float
-) -> Row:
+def against_dense(name: str, effort: Effort, *, model: str, precision: str, min_area: float) -> Row:
     batch = batch_of(model, precision, effort)
     bench = Bench(
         benchmark_config("dseq", model, precision, f"method.regions.min_area={min_area}"), batch
@@ -109,23 +108,21 @@ def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
         "probe.every_epochs=0",
         "checkpoint.keep=1",
     )
-    source = Scenes(
-        config.data.size, size=config.data.image_size[0], seed=0, split="train"
-    )
+    source = Scenes(config.data.size, size=config.data.image_size[0], seed=0, split="train")
     prepare(source)
     pairs = []
     for _ in range(1 if effort.smoke else 3):
         with tempfile.TemporaryDirectory() as out:
-            trainer = Trainer(
-                config, source, Path(out), Start(), console=Console(file=StringIO())
-            )
+            trainer = Trainer(config, source, Path(out), Start(), console=Console(file=StringIO()))
             with _watched(trainer) as spent:
                 trainer.run()
         whole = sum(spent["step"][1:])
         arithmetic = sum(spent["arithmetic"][1:]) - sum(spent["planning"][1:])
         pairs.append(((whole - arithmetic) / (steps - 1), whole / (steps - 1)))
     shares = [rest / whole for rest, whole in pairs]
-    return paired(name, pairs, shares, "s", f"share of a step beside model arithmetic, batch {batch}")
+    return paired(
+        name, pairs, shares, "s", f"share of a step beside model arithmetic, batch {batch}"
+    )
 
 
 @contextmanager
@@ -133,7 +130,9 @@ def _watched(trainer: Trainer) -> Iterator[dict[str, list[float]]]:
     """Seconds of each step: whole, in the model and optimizer, and in planning and packing."""
     spent: dict[str, list[float]] = {"step": [], "arithmetic": [], "planning": []}
 
-    def timed(kind: str, function: Callable[..., Any], *, opens: bool = False) -> Callable[..., Any]:
+    def timed(
+        kind: str, function: Callable[..., Any], *, opens: bool = False
+    ) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if opens:
                 for values in spent.values():

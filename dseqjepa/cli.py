@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad arguments, config or data, before anything is written;
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -30,7 +31,7 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Show the resolved config and do nothing.")
 ]
 
-RUN_KEYS = ("out", "resume", "overwrite", "init_from")
+RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 
 def main() -> None:
@@ -48,7 +49,16 @@ def main() -> None:
 
 
 def _fail(message: object, code: int) -> NoReturn:
-    print("dseqjepa:", *str(message).splitlines(), file=sys.stderr)
+    """Say it in one line. Wrong input is wrong for every rank: the first one says it."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if rank == 0 or code != 2:
+        where = f" rank {rank}:" if rank else ""
+        print(f"dseqjepa:{where}", *str(message).splitlines(), file=sys.stderr)
+    if "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
+        # A library that waits for a rank that is gone must not keep this one from ending.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -70,11 +80,15 @@ def pretrain(
         raise InputError("out=DIR is missing: name the folder in which the run is kept")
 
     from dseqjepa.tasks.knn import probe
-    from dseqjepa.train.loop import Stopped
     from dseqjepa.train.pretrain import open_training_source
     from dseqjepa.train.pretrain import pretrain as train
+    from dseqjepa.train.runtime import Stopped, connect, place, spread
 
-    source = open_training_source(config)
+    devices = config.runtime.devices
+    if devices > 1 and place().world == 1:
+        sys.exit(spread(devices, sys.argv[1:], config.runtime.timeout_s + 5))
+    runtime = connect(config)
+    source = runtime.ranks.together(lambda: open_training_source(config))
 
     def knn_probe(encoder: Any) -> float:
         return probe(
@@ -91,16 +105,51 @@ def pretrain(
         train(
             config,
             Path(run["out"]).expanduser(),
-            resume=_flag(run, "resume"),
+            resume=_resume(run),
             overwrite=_flag(run, "overwrite"),
             init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
+            allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
             probe=knn_probe if "class" in source.labels else None,
+            runtime=runtime,
         )
     except Stopped:
         sys.exit(143)
     except KeyboardInterrupt:
         _fail("interrupted; resume=true goes on from the last checkpoint", 130)
+
+
+@app.command("verify-resume")
+def verify_resume(
+    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    settings: Settings = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Prove on this machine that a run goes on exactly: dseqjepa verify-resume vitt8_64 data=DIR
+
+    Trains a few steps at once, and as many in two processes of which the second goes on from the
+    first's checkpoint; compares every tensor and every metric. Exit code 1 where they differ.
+    steps=N says how many.
+    """
+    from dseqjepa.presets import load_config
+
+    own, overrides = _split(settings or [], ("steps",))
+    config = load_config(preset, overrides)
+    if print_config:
+        print(config.to_yaml(), end="")
+        return
+    from dseqjepa.train.verify import STEPS, compare_resumed
+
+    steps = own.get("steps", str(STEPS))
+    if not steps.isdecimal() or int(steps) < 2:
+        raise InputError(f"steps must be a number from 2 on, found {steps!r}")
+    print(f"{steps} steps at once, and {int(steps) // 2} + {-(-int(steps) // 2)} in two processes")
+    rows = compare_resumed(config, int(steps))
+    for row in rows:
+        print(row)
+    if not all(row.same for row in rows):
+        _fail("the run that was cut differs from the one that was not", 1)
+    print("exact: a run that was stopped goes on as if it had not been")
 
 
 @app.command()
@@ -153,6 +202,35 @@ def evaluate(
         config,
         data=own.get("data"),
         out=Path(own["out"]).expanduser() if "out" in own else None,
+    )
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="I-JEPA's .pth.tar, a ViT's .pth")],
+    settings: Settings = None,
+) -> None:
+    """Bring in an encoder of another project: dseqjepa import IN1K-vit.h.14.pth.tar out=runs/h14
+
+    Only tensors are read, nothing in the file is run. The result can be evaluated and shown, and
+    init_from starts a run from it. heads=N and image_size=[H,W] say what shapes do not.
+    """
+    run, overrides = _split(settings or [], ("out", "overwrite"))
+    if "out" not in run:
+        raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
+    from dseqjepa.train.foreign import ImportConfig, import_encoder
+
+    config = import_encoder(
+        file.expanduser(),
+        Path(run["out"]).expanduser(),
+        ImportConfig.from_settings(overrides),
+        overwrite=_flag(run, "overwrite"),
+    )
+    model, (height, width) = config.model, config.data.image_size
+    print(
+        f"imported to {run['out']}: width {model.width}, depth {model.depth}, {model.heads} heads, "
+        f"patches of {model.patch_size} px, {height} x {width} px, "
+        f"{'with' if model.class_token else 'without'} [CLS]"
     )
 
 
@@ -209,6 +287,11 @@ def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], l
         else:
             others.append(f"data.source={value}" if key == "data" else setting)
     return mine, others
+
+
+def _resume(run: dict[str, str]) -> bool | int:
+    value = run.get("resume", "")
+    return int(value) if value.isdecimal() else _flag(run, "resume")
 
 
 def _flag(run: dict[str, str], key: str) -> bool:

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -50,14 +50,28 @@ class Section(BaseModel):
                 values[key] = change.model_dump() if isinstance(change, Section) else change
         return type(self).model_validate(values)
 
+    @classmethod
+    def from_settings(cls, settings: Iterable[str]) -> Self:
+        """A config of `key=value` settings; `InputError` names the key at fault."""
+        values: dict[str, Any] = {}
+        for setting in settings:
+            apply_override(values, setting)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(explain(error, cls)) from None
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+"""Height and width in pixels; one number means a square."""
+
 
 class DataConfig(Section):
     source: str = "scenes"
     """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
     size: int = Field(20_000, ge=1)
     """Number of images of `scenes`; other sources bring their own."""
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; one number means a square."""
+    image_size: Size = (224, 224)
     batch_size: int = Field(2048, ge=1)
     """Images in one optimizer step, over all devices and accumulation steps."""
     workers: int = Field(8, ge=0)
@@ -67,11 +81,6 @@ class DataConfig(Section):
     """The share of undecodable images above which a run stops."""
     crop_scale: Range = (0.3, 1.0)
     flip: bool = False
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -263,6 +272,17 @@ class EmaConfig(Section):
     end: Fraction = 1.0
 
 
+class GuardConfig(Section):
+    """Steps that are not taken: loss or gradient not finite, or far above the steps before."""
+
+    patience: int = Field(10, ge=1)
+    """So many steps in a row that are not finite stop the run."""
+    sigma: float = Field(6.0, ge=0)
+    """A loss or gradient norm above mean + sigma standard deviations is left out; 0: never."""
+    window: int = Field(128, ge=2)
+    """Of so many steps before."""
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0)
     """0: only at epochs."""
@@ -277,6 +297,11 @@ class RuntimeConfig(Section):
     attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = "auto"
     """What computes attention (`model/attention.py`); `auto` takes the quickest."""
     devices: int = Field(1, ge=1)
+    """Processes on this machine, one a device; under `torchrun` or `srun` they say how many."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`fsdp`: parameters, EMA and optimizer are spread over the ranks, for what does not fit."""
+    timeout_s: float = Field(600.0, gt=0)
+    """How long ranks wait for one another, in seconds, before the run is given up."""
 
 
 class ProbeConfig(Section):
@@ -298,6 +323,7 @@ class Config(Section):
     method: Annotated[DSeqConfig | IJepaConfig | CJepaConfig, Field(discriminator="name")]
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -324,6 +350,11 @@ class Config(Section):
                 f"x runtime.devices ({self.optim.accumulate} x {self.runtime.devices})"
             )
         if isinstance(self.method, DSeqConfig):
+            if self.method.context == "causal" and self.runtime.attention == "varlen":
+                raise ValueError(
+                    "runtime.attention=varlen knows no region-causal contexts "
+                    "(method.context=causal): use auto or flex"
+                )
             saliency = self.method.saliency
             if saliency.kind != "grad_cam" and not self.model.class_token:
                 raise ValueError(
@@ -363,17 +394,6 @@ class KnnConfig(Section):
     k: int = Field(20, ge=1)
     temperature: float = Field(0.07, gt=0)
     workers: int = Field(0, ge=0)
-
-    @classmethod
-    def from_settings(cls, settings: Iterable[str]) -> Self:
-        """A config of `key=value` settings; `InputError` names the key at fault."""
-        values: dict[str, Any] = {}
-        for setting in settings:
-            apply_override(values, setting)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise InputError(explain(error, cls)) from None
 
 
 def validate(values: Mapping[str, Any]) -> Config:

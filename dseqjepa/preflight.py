@@ -25,8 +25,9 @@ from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, untrained_encoder
-from dseqjepa.train.pretrain import checked, starting_weights
+from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
 from dseqjepa.train.rehearsal import Pace, Rehearsal, rehearse
+from dseqjepa.train.runtime import connect
 from dseqjepa.viz.regions import regions_picture
 
 PICTURES = 12
@@ -57,7 +58,9 @@ def preflight(
     """
     for file in filter(None, (out, report)):
         _check_file(file)
-    config, source = checked(config)
+    connect(config.with_(runtime={"devices": 1}))  # is there such a device?
+    source = open_training_source(config)
+    config = fitting(config, source)
     weights = starting_weights(config, init_from)
     console = console or Console()
     with console.status("looking at the data, rehearsing some steps"):

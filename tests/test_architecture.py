@@ -17,12 +17,13 @@ FILES = {
 }
 MOST_LINES = 420
 
-BASE = {"errors", "keyed"}
+BASE = {"errors", "keyed", "ranks"}
 MODEL = BASE | {"config", "plans", "model"}
 EVALUATION = MODEL | {"data", "train.checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "keyed": set(),
+    "ranks": {"errors"},
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "presets": {"errors", "settings", "config"},

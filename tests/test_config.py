@@ -247,8 +247,8 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "data.batchsize=8": "unknown key 'data.batchsize'; did you mean 'batch_size'?",
         "dat.size=8": "unknown key 'dat'; did you mean 'data'?",
         "method.saliency.king=x": "unknown key 'method.saliency.king'; did you mean 'kind'?",
-        "zzz=1": "unknown key 'zzz'; known: checkpoint, data, ema, log, method, model, optim, "
-        "predictor, probe, runtime",
+        "zzz=1": "unknown key 'zzz'; known: checkpoint, data, ema, guard, log, method, model, "
+        "optim, predictor, probe, runtime",
         "method.name=dsqe": "method.name must be 'dseq' or 'ijepa' or 'cjepa', found 'dsqe'",
         "method=ijepa": "method must be a section, whose keys are set one by one, found 'ijepa'",
         "optim.epochs=many": "optim.epochs must be a whole number or 'auto', found 'many'",

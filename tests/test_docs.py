@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import dseqjepa as dj
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +44,8 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with what the documents name: pictures in two classes, and idx files."""
+    """A working folder with what the documents name: pictures in two classes, idx files and a
+    foreign encoder."""
     here = tmp_path_factory.mktemp("docs")
     generator = np.random.default_rng(0)
     for label in ("cats", "dogs"):
@@ -49,6 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(24):
             pixels = generator.integers(0, 256, (40, 56, 3), np.uint8)
             Image.fromarray(pixels).save(here / "my_pictures" / label / f"{index}.png")
+    encoder = dj.build_method(dj.load_config("ijepa_vitt_demo")).target.state_dict()
+    wrapped = {f"module.{key}": value for key, value in encoder.items()}
+    torch.save({"encoder": wrapped, "target_encoder": wrapped, "epoch": 9}, here / "ijepa.pth.tar")
     data = here / "fashion"
     data.mkdir()
     for part, count in (("train", 64), ("t10k", 32)):
@@ -98,6 +105,8 @@ def test_every_printed_command_works(folder: Path):
             own = {word.partition("=")[0] for word in words[3:]}
             shrink = [s for s in SHRINK if s.partition("=")[0] not in own or "epochs" in s]
             run([*python, *words[1:], *shrink], folder)
+        elif words[:2] == ["dseqjepa", "verify-resume"]:
+            run([*python, *words[1:], *SHRINK, "steps=2"], folder)
         elif words[0] == "dseqjepa":
             run([*python, *words[1:]], folder)
         else:

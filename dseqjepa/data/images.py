@@ -17,6 +17,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dseqjepa.data.decode import decode, decode_reduced
+from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.keyed import Stream, hash_int64, uniforms
@@ -85,7 +86,13 @@ class ImageFolder:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for index, path in enumerate(self._paths_N):
-            digest.update(b"%s\0%d\0" % (path, self._path(index).stat().st_size))
+            try:
+                size = patiently(self._path(index).stat).st_size
+            except OSError as error:
+                raise InputError(
+                    f"cannot read {self.name(index)}, which was there before: {error.strerror}"
+                ) from error
+            digest.update(b"%s\0%d\0" % (path, size))
         return digest.hexdigest()
 
     def _path(self, index: int) -> Path:

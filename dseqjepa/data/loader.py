@@ -4,24 +4,25 @@ The order of an epoch is a function of (seed, epoch), a sample's key one of (see
 So nothing has to be saved to go on in the middle of an epoch, and neither the number of worker
 processes nor that of ranks changes which samples a step sees.
 
-Suffixes: N images of the source, B of a batch on this rank, C colours, H and W pixels.
+Suffixes: N images of the source, A asked for, B of a batch on this rank, C colours, H and W pixels.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dseqjepa.data.cache import Cached, room_for
-from dseqjepa.data.source import BadImage, Source, decoded
+from dseqjepa.data.patience import read_image
+from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import Transform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
@@ -44,6 +45,8 @@ class Batch:
     index_B: Int64[Tensor, " B"]
     labels: dict[str, Int64[Tensor, " B"]]
     bad: tuple[tuple[str, str], ...]
+    retried: tuple[tuple[str, str], ...] = ()
+    """(name, error) of the images that came only when they were read again."""
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from where a copy to a CUDA device can overlap work."""
@@ -97,7 +100,7 @@ class Loader:
         self.cache_bytes = room_for(source, transform.reduction, ranks=world) if cache else 0
         if self.cache_bytes:
             source = Cached(source, room=self.cache_bytes, processes=max(workers, 1))
-        self._reader = _Reader(source, transform, seed)
+        self._reader = _Reader(source, transform, seed, workers)
         self._pin = torch.cuda.is_available()
         self._requests = _Requests()
         self._processes: DataLoader[Batch] | None = None
@@ -142,6 +145,16 @@ class Loader:
                 )
             yield batch
 
+    def names(self, epoch: int, step: int) -> list[str]:
+        """The images that all ranks see in a step, by name, as the source has them."""
+        size = self.batch_size * self.world
+        index_B = self._order(epoch)[step * size : (step + 1) * size]
+        return [self._reader.source.name(index) for index in index_B.tolist()]
+
+    def reading(self) -> str:
+        """What is being read at this moment, in words."""
+        return self._reader.now()
+
     def close(self) -> None:
         """End the worker processes, which torch does otherwise only when nothing refers to them any
         more: an exception on its way out does."""
@@ -163,59 +176,106 @@ class Loader:
 
 
 def _start_worker(_number: int) -> None:
-    """A worker is forked from a process that may answer SIGTERM with a flag of its own; with that
-    handler it would outlive the SIGTERM by which its parent ends it, and the parent would wait."""
+    """A worker is forked from a process that may answer signals in its own way; with that answer it
+    would outlive the SIGTERM by which its parent ends it, and the parent would wait. Ctrl-C reaches
+    both: the parent answers it."""
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Reader(Dataset[Batch]):
     """What a worker process holds: it turns a request into a batch."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, workers: int) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        # What each process reads and how often it has failed, for the process that waits for it.
+        self._now_W2 = torch.tensor([[-1, 0]]).repeat(max(workers, 1), 1).share_memory_()
+
+    def now(self) -> str:
+        """Which images are being read at this moment, and what stands in the way."""
+        said = []
+        for index, failed in self._now_W2.tolist():
+            if index >= 0:
+                again = f" (failed {failed} times, will be read again)" if failed else ""
+                said.append(self.source.name(index) + again)
+        return f"reading {', '.join(said)}" if said else "no image is being read"
 
     def __getitem__(self, request: Request) -> Batch:
         epoch, wanted_B = request
+        worker = get_worker_info()
+        now_2 = self._now_W2[worker.id if worker else 0].numpy()
+
+        def note(index: int, failed: int) -> None:
+            now_2[:] = index, failed
+
         wanted = torch.from_numpy(wanted_B)
-        images_BCHW, kept_B, bad = read(
-            self.source, wanted, self.transform, sample_keys(self.seed, epoch, wanted)
-        )
-        index_B = wanted[kept_B]
+        keys_B = sample_keys(self.seed, epoch, wanted)
+        done = read(self.source, wanted, self.transform, keys_B, note)
+        index_B = wanted[done.kept_B]
         return Batch(
-            images_BCHW=images_BCHW,
-            keys_B=sample_keys(self.seed, epoch, index_B),
+            images_BCHW=done.images_BCHW,
+            keys_B=keys_B[done.kept_B],
             index_B=index_B,
             labels={
                 task: torch.from_numpy(label_N[index_B.numpy()])
                 for task, label_N in self.source.labels.items()
             },
-            bad=bad,
+            bad=done.bad,
+            retried=done.retried,
         )
 
 
-def read(
-    source: Source, index_B: Int64[Tensor, " B"], transform: Transform, keys_B: Int64[Tensor, " B"]
-) -> tuple[UInt8[Tensor, "kept 3 H W"], Int64[Tensor, " kept"], tuple[tuple[str, str], ...]]:
-    """Read and transform images, one whole image in memory at a time.
+class Reading(NamedTuple):
+    """What became of the images that were asked for."""
 
-    Returns the results of those that can be decoded, their places in `index_B`, and (name, reason)
-    of the others.
+    images_BCHW: UInt8[Tensor, "B 3 H W"]
+    kept_B: Int64[Tensor, " B"]
+    """The places, among those asked for, of the images that could be decoded."""
+    bad: tuple[tuple[str, str], ...]
+    """(name, reason) of the others."""
+    retried: tuple[tuple[str, str], ...]
+    """(name, last error) of those that could be read only after a while."""
+
+
+def read(
+    source: Source,
+    index_A: Int64[Tensor, " A"],
+    transform: Transform,
+    keys_A: Int64[Tensor, " A"],
+    note: Callable[[int, int], None] = lambda index, failed: None,
+) -> Reading:
+    """Read and transform images, patiently and one whole image in memory at a time.
+
+    `note` is told which image is being read (-1: none) and how often that has failed.
     """
-    images_BCHW = torch.empty((len(index_B), 3, *transform.image_size), dtype=torch.uint8)
+    images_ACHW = torch.empty((len(index_A), 3, *transform.image_size), dtype=torch.uint8)
     kept: list[int] = []
-    bad = []
-    cuts = transform.cuts(keys_B)
-    for place, (index, cut) in enumerate(zip(index_B.tolist(), cuts, strict=True)):
+    bad, retried = [], []
+    cuts = transform.cuts(keys_A)
+    for place, (index, cut) in enumerate(zip(index_A.tolist(), cuts, strict=True)):
+        note(index, 0)
+        failures: list[OSError] = []
+
+        def tell(
+            tries: int, error: OSError, index: int = index, seen: list[OSError] = failures
+        ) -> None:
+            note(index, tries)
+            seen.append(error)
+
         try:
-            image = decoded(source, index, transform.reduction)
+            image = read_image(source, index, transform.reduction, tell)
         except BadImage as reason:
             bad.append((source.name(index), str(reason)))
             continue
-        images_BCHW[len(kept)] = cut(image)
+        retried += [(source.name(index), str(error)) for error in failures[-1:]]
+        images_ACHW[len(kept)] = cut(image)
         kept.append(place)
-    return images_BCHW[: len(kept)], torch.tensor(kept, dtype=torch.int64), tuple(bad)
+    note(-1, 0)
+    kept_B = torch.tensor(kept, dtype=torch.int64)
+    return Reading(images_ACHW[: len(kept)], kept_B, tuple(bad), tuple(retried))
 
 
 class _Requests:

@@ -22,6 +22,7 @@ from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
 from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
 from dseqjepa.plans.plan import Plan, true_places
+from dseqjepa.ranks import mean_row
 
 
 class Step(NamedTuple):
@@ -145,7 +146,7 @@ class Method(nn.Module, ABC):
         pooled_BD = target_BND.float().mean(dim=1)
         metrics = {
             **drawn.metrics,
-            **self._describe(plan, loss_S, loss_V, target_VD, contexts),
+            **self._describe(plan, loss_S, loss_V, row_V, target_VD, contexts),
             "prediction_loss": loss.detach(),
         }
         if self.regularizer is not None:
@@ -153,6 +154,9 @@ class Method(nn.Module, ABC):
             term = self.regularizer(context_ID, pooled_BD[image_I])
             loss = loss + self.regularizer_weight * term
             metrics["regularizer"] = term.detach()
+        if sight.saliency_BN is not None:
+            # A map that is not finite makes a loss that is not, by which the step is not taken.
+            loss = loss + (0 * sight.saliency_BN.detach()).sum()
         return Step(loss, weight, metrics, pooled_BD)
 
     @torch.no_grad()
@@ -161,14 +165,17 @@ class Method(nn.Module, ABC):
         plan: Plan,
         loss_S: Tensor,
         loss_V: Tensor,
+        row_V: Tensor,
         target_VD: Tensor,
         contexts: Contexts,
     ) -> dict[str, Tensor]:
         """What a plan cost and gave: loss by step, tokens, and the loss of the mean prediction."""
         steps = self.steps_per_image
         by_rank = mean_by_row(loss_S, plan.step_S - 1, steps)
-        mean_1D = target_VD.mean(dim=0, keepdim=True) if len(target_VD) else target_VD
+        mean_1D = mean_row(target_VD)
         mean_loss = smooth_l1_by_token(mean_1D.expand_as(target_VD), target_VD)
+        if self.by_region:
+            mean_loss = mean_by_row(mean_loss, row_V, len(plan))
         return {
             "loss_by_rank": by_rank,
             "count_by_rank": torch.zeros_like(by_rank).index_add(

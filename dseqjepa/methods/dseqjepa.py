@@ -49,8 +49,10 @@ class DSeqJepa(Method):
             rank_BN, count_B = self._blocks_as_regions(blocks)
         else:
             assert sight.saliency_BN is not None
+            # The loss says where a map is not finite; the plan of its batch does not count.
+            saliency_BN = sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0)
             regions = rank_regions(
-                sight.saliency_BN, grid, self.config.regions.count, self.config.regions.min_area
+                saliency_BN, grid, self.config.regions.count, self.config.regions.min_area
             )
             regions = order_regions(regions, self.config.order, grid, keys_B)
             rank_BN, count_B = regions.rank_BN, regions.count_B

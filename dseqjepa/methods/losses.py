@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dseqjepa.config import VicregConfig
+from dseqjepa.ranks import gather_rows
 
 
 def smooth_l1_by_token(
@@ -56,12 +57,13 @@ class Vicreg(nn.Module):
         self.projector: nn.Module = nn.Identity()
         hidden = config.projector_width
         if hidden:
+            # Nothing reads running statistics, and a step that is not taken must leave no trace.
             self.projector = nn.Sequential(
                 nn.Linear(width, hidden),
-                nn.BatchNorm1d(hidden),
+                nn.BatchNorm1d(hidden, track_running_stats=False),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden),
-                nn.BatchNorm1d(hidden),
+                nn.BatchNorm1d(hidden, track_running_stats=False),
                 nn.ReLU(),
                 nn.Linear(hidden, hidden, bias=False),
             )
@@ -69,7 +71,12 @@ class Vicreg(nn.Module):
     def forward(
         self, context_BD: Float[Tensor, "B D"], target_BD: Float[Tensor, "B D"]
     ) -> Float[Tensor, ""]:
-        """The weighted sum of the terms; 0 for fewer than two images, which have no variance."""
+        """The weighted sum of the terms; 0 for fewer than two images, which have no variance.
+
+        They are statistics of a batch, so the images of all ranks come together first. With them
+        before the projector its norms see the whole batch as well, on any device.
+        """
+        context_BD, target_BD = gather_rows(context_BD, target_BD)
         if len(context_BD) < 2:
             return context_BD.sum() * 0
         context_BD = self.projector(context_BD).float()

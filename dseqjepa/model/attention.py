@@ -82,14 +82,16 @@ class _Matmul(torch.autograd.Function):
         for bucket in layout.buckets:
             q_NLC, k_NLC, v_NLC = _triple(padded_RC, bucket, heads)
             q_NLC.mul_(q_NLC.shape[-1] ** -0.5)
-            weights.append(_weigh(q_NLC, k_NLC, v_NLC, bucket, _single(out_RC, bucket, heads), keep))
+            weights.append(
+                _weigh(q_NLC, k_NLC, v_NLC, bucket, _single(out_RC, bucket, heads), keep)
+            )
         if keep:
             ctx.layout, ctx.heads = layout, heads
             ctx.save_for_backward(padded_RC, *weights)
         return out_RC.index_select(0, layout.back)
 
     @staticmethod
-    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None]:
         layout, heads = ctx.layout, ctx.heads
         padded_RC, *weights = ctx.saved_tensors
         gout_RC = grad_RC.index_select(0, layout.spread)
@@ -104,7 +106,9 @@ class _Matmul(torch.autograd.Function):
             torch.bmm(weight_NLL.transpose(1, 2), gout_NLC, out=gv_NLC)
             gweight_NLL, gscore_NLL = weight_NLL.new_empty(2, *_at_once(bucket, heads))
             for here in _parts(bucket, heads):
-                some_NLL, score_NLL = (x[: here.stop - here.start] for x in (gweight_NLL, gscore_NLL))
+                some_NLL, score_NLL = (
+                    x[: here.stop - here.start] for x in (gweight_NLL, gscore_NLL)
+                )
                 torch.bmm(gout_NLC[here], v_NLC[here].transpose(1, 2), out=some_NLL)
                 softmax_backward(
                     some_NLL, weight_NLL[here], -1, weight_NLL.dtype, grad_input=score_NLL
@@ -174,12 +178,12 @@ def _by_sdpa(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
         q, k, v = qkv_SLXHC.permute(2, 0, 3, 1, 4).unbind()
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
     layout = sequences.layout(heads)
-    padded_RC = _Gather.apply(
-        qkv_TXHC.reshape(-1, width), layout.take, layout.collect, None
-    )
+    padded_RC = _Gather.apply(qkv_TXHC.reshape(-1, width), layout.take, layout.collect, None)
     sizes = [bucket.count * bucket.length * heads for bucket in layout.buckets]
     outputs, blanks = [], []
-    for bucket, part_RC in zip(layout.buckets, padded_RC.split([3 * n for n in sizes]), strict=True):
+    for bucket, part_RC in zip(
+        layout.buckets, padded_RC.split([3 * n for n in sizes]), strict=True
+    ):
         q, k, v = part_RC.view(3, bucket.count, heads, bucket.length, width).unbind()
         hidden = bucket.hidden_S1LL
         mask = None if hidden is None else hidden.to(q.dtype).expand(-1, -1, bucket.length, -1)
@@ -206,7 +210,7 @@ class _Gather(torch.autograd.Function):
         return rows_RC.index_select(0, there)
 
     @staticmethod
-    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None, None]:
         grad_RC = grad_RC.index_select(0, ctx.back)
         if ctx.blank is not None:
             grad_RC.masked_fill_(ctx.blank[:, None], 0)

@@ -77,7 +77,7 @@ class Sequences:
     _layouts: dict[int, Layout] = field(default_factory=dict)
 
     @staticmethod
-    def equal(count: int, length: int, device: torch.device | str = "cpu") -> Sequences:
+    def equal(count: int, length: int, *, device: torch.device | str = "cpu") -> Sequences:
         """`count` sequences of `length` tokens each."""
         return _equal(count, length, torch.device(device))
 

@@ -224,7 +224,8 @@ class VisionTransformer(nn.Module):
             cls_B1D = self.cls_token.to(x_BND.dtype).expand(len(x_BND), 1, self.width)
             x_BND = torch.cat([cls_B1D, x_BND], dim=1)
         x_BLD = x_BND + self.positions(grid)
-        return x_BLD.flatten(0, 1), Sequences.equal(*x_BLD.shape[:2], x_BLD.device)
+        B, L, _ = x_BLD.shape
+        return x_BLD.flatten(0, 1), Sequences.equal(B, L, device=x_BLD.device)
 
     def run(
         self,

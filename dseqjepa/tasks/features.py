@@ -118,8 +118,8 @@ class _Batches(Dataset[_Batch]):
     def __getitem__(self, number: int) -> _Batch:
         first = number * self.batch_size
         index_B = torch.arange(first, min(first + self.batch_size, len(self.source)))
-        images_BCHW, kept_B, bad = read(self.source, index_B, self.transform, index_B)
-        return _Batch(images_BCHW, index_B[kept_B].tolist(), bad)
+        done = read(self.source, index_B, self.transform, index_B)
+        return _Batch(done.images_BCHW, index_B[done.kept_B].tolist(), done.bad)
 
 
 def _collect(

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dseqjepa.config import Config, validate
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import build_method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 
 FORMAT = 1
+STEP_NAME = re.compile(r"step-(\d{8,})")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,23 @@ class Checkpoint:
         return load_file(self.path / f"{name}.safetensors")
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: random, the weights of another run, or its own past."""
+
+    resume: Checkpoint | None = None
+    init_from: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+    """What is not as it was when the run was left."""
+
+    def __str__(self) -> str:
+        if self.resume is not None:
+            return f"resume from step {self.resume.step} ({self.resume.path})"
+        if self.init_from is not None:
+            return f"init_from {self.init_from.path} (weights only, a new run)"
+        return "random initialisation"
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -61,15 +83,40 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and drop all but `keep` others.
+    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep`.
 
-    `tensors` maps a file's name to its tensors; `state` must be plain JSON.
+    `tensors` maps a file's name to its tensors; `state` must be plain JSON. Steps beyond this one,
+    which a run that went back has left, are dropped. Nothing is dropped before the new one is on
+    the disk. `RunError` where it cannot be written: what was there is left as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".tmp-{final.name}"
-    for leftover in folder.glob(".tmp-*"):  # of a process that was killed
-        leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished(folder)
+        _write(folder / f".tmp-{final.name}", final, step, tensors, state)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if folder.is_dir():
+            _drop_unfinished(folder)
+        raise RunError(
+            f"cannot write the checkpoint {final}: {reason}; the one before it is intact, and "
+            "resume=true goes on from it once this is mended"
+        ) from error
+    steps = _steps(folder)
+    for number, old in steps.items():
+        if number > step or number not in sorted(n for n in steps if n <= step)[-keep:]:
+            shutil.rmtree(old)
+    return final
+
+
+def _write(
+    temporary: Path,
+    final: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+) -> None:
+    folder = final.parent
     temporary.mkdir()
     files = {}
     for name, values in tensors.items():
@@ -87,26 +134,80 @@ def save_checkpoint(
     temporary.rename(final)
     link = folder / ".tmp-last"
     link.symlink_to(final.name)
-    link.replace(folder / "last")
+    last = folder / "last"
+    if last.is_dir() and not last.is_symlink():  # copied by what does not know links
+        shutil.rmtree(last)
+    link.replace(last)
     _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if old != final:
-            shutil.rmtree(old)
-    return final
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what a save left that did not come to its end."""
+    unfinished = [path for path in _steps(folder).values() if not (path / "state.json").exists()]
+    for path in (*folder.glob(".tmp-*"), *unfinished):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by their steps, the newest first."""
+    if not folder.is_dir():
+        return {}
+    matches = ((STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    found = {int(match[1]): path for match, path in matches if match}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     """The checkpoint at a run's folder, its `checkpoints`, or a checkpoint folder itself.
 
-    Lengths and hashes are verified. `InputError` says which file is missing or damaged.
+    Of several it is the newest that was finished, or that of `step`. Lengths and hashes are
+    verified; `InputError` says which file is missing or damaged. An older one never takes the place
+    of a damaged one unless its step is asked for.
     """
-    for folder in (path / "checkpoints" / "last", path / "last", path):
-        if (folder / "state.json").is_file():
-            return _verified(folder.resolve())
-    what = "holds no checkpoint" if path.exists() else "does not exist"
-    raise InputError(
-        f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors files"
-    )
+    if step is None and (path / "state.json").is_file():
+        return _verified(path.resolve())
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for found in folder.glob(".tmp-step-*"):
+        log.warning("%s is ignored: it was not finished", found)
+    finished = {}
+    for number, found in _steps(folder).items():
+        if (found / "state.json").is_file():
+            finished[number] = found.resolve()
+        else:
+            log.warning("%s is ignored: it was not finished, it has no state.json", found)
+    if not finished:
+        what = "holds no checkpoint" if path.exists() else "does not exist"
+        foreign = "; `dseqjepa import` brings in a file of another project"
+        raise InputError(
+            f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors "
+            f"files{foreign if path.is_file() else ''}"
+        )
+    if step is not None:
+        if step not in finished:
+            known = ", ".join(map(str, finished))
+            raise InputError(
+                f"{folder} holds no finished checkpoint of step {step}, but of {known}"
+            )
+        return _verified(finished[step])
+    newest, *older = finished.values()
+    last = folder / "last"
+    if not last.is_symlink() or last.resolve() != newest:
+        log.warning("%s does not lead to the newest checkpoint: %s is read", last, newest)
+    try:
+        return _verified(newest)
+    except InputError as error:
+        raise InputError(f"{error}{_what_else(older)}") from None
+
+
+def _what_else(older: list[Path]) -> str:
+    """Where a run can go on whose newest checkpoint is damaged."""
+    for path in older:
+        try:
+            step = _verified(path).step
+        except InputError:
+            continue
+        return f"; step {step} is whole: resume={step} goes on from there"
+    return ""
 
 
 def _verified(folder: Path) -> Checkpoint:
@@ -116,7 +217,11 @@ def _verified(folder: Path) -> Checkpoint:
         raise InputError(f"checkpoint {folder}: state.json is damaged ({error})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
-        raise InputError(f"checkpoint {folder}: expected format {FORMAT}, found {found}")
+        newer = isinstance(found, int) and found > FORMAT
+        raise InputError(
+            f"checkpoint {folder}: expected format {FORMAT}, found {found}"
+            + ("; it is of a newer version of dseqjepa: update" if newer else "")
+        )
     if state.pop("sha256", None) != _digest(state):
         raise InputError(f"checkpoint {folder}: state.json is damaged (its SHA-256 differs)")
     for name, expected in state["files"].items():

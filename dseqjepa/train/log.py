@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,54 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dseqjepa.ranks import Ranks
+
 CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
 """The metrics that tell the time: two identical runs differ in these alone."""
 
 
+BY_TOKEN = frozenset({"loss", "prediction_loss", "mean_prediction_loss"})
+"""Means over the predicted patches (or regions): joined in proportion to how many there were."""
+BY_SUM = frozenset({"encoder_tokens", "predicted_tokens", "count_by_rank"})
+"""Counts, of which the parts of a step are added up. Everything else is a mean over images."""
+
+
 class Window:
-    """Sums of metrics since the last log line, kept on the device until they are asked for."""
+    """Sums of metrics since the last log line, kept on the device until they are asked for.
+
+    They add up in such a way that neither the micro-batches of a step nor the ranks show.
+    """
 
     def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
         self.sums: dict[str, Tensor] = {
             key: torch.tensor(value, dtype=torch.float64) for key, value in (sums or {}).items()
         }
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        values = dict(metrics)
-        values["loss_by_rank"] = values["loss_by_rank"] * values["count_by_rank"]
-        values["steps"] = torch.ones(())
+    @staticmethod
+    def of_rank(windows: Sequence[Mapping[str, Any]], ranks: Ranks) -> Window:
+        """What a rank goes on with, of the windows that the ranks of a checkpoint had."""
+        if len(windows) == ranks.world:
+            return Window(windows[ranks.rank])
+        whole = Window()
+        for part in windows if ranks.first else ():
+            for key, value in Window(part).sums.items():
+                whole.sums[key] = whole.sums[key] + value if key in whole.sums else value
+        return whole
+
+    def add(self, metrics: Mapping[str, Tensor], weight: Tensor, share: float = 1.0) -> None:
+        """The metrics of one batch, which is a `share` of a step and predicted `weight` patches (or
+        regions)."""
+        values = {}
+        for key, value in metrics.items():
+            if key in BY_TOKEN:
+                value = value * weight
+            elif key == "loss_by_rank":
+                value = value * metrics["count_by_rank"]
+            elif key not in BY_SUM:
+                value = value * share
+            values[key] = value
+        values["weight"] = weight
+        values["steps"] = torch.full_like(weight, share)
         for key, value in values.items():
             value = value.detach().double()
             self.sums[key] = self.sums[key].to(value.device) + value if key in self.sums else value
@@ -35,15 +67,27 @@ class Window:
     def to_json(self) -> dict[str, Any]:
         return {key: value.tolist() for key, value in self.sums.items()}
 
+    def over(self, ranks: Ranks) -> Window:
+        """The window of all ranks together."""
+        if ranks.world == 1:
+            return self
+        whole = Window()
+        flat = ranks.total(torch.cat([value.flatten() for value in self.sums.values()]))
+        sizes = [value.numel() for value in self.sums.values()]
+        for (key, value), total in zip(self.sums.items(), flat.split(sizes), strict=True):
+            whole.sums[key] = total.view_as(value)
+        return whole
+
     def means(self) -> dict[str, Any]:
         """Mean of every metric over the window, as plain numbers; None for a rank not seen."""
         sums = self.to_json()
-        steps = sums.pop("steps")
+        steps, weight = sums.pop("steps"), max(sums.pop("weight"), 1)
         counts = sums.pop("count_by_rank")
         by_rank = [
             s / n if n else None for s, n in zip(sums.pop("loss_by_rank"), counts, strict=True)
         ]
-        return {key: value / steps for key, value in sums.items()} | {"loss_by_rank": by_rank}
+        means = {k: value / (weight if k in BY_TOKEN else steps) for k, value in sums.items()}
+        return means | {"loss_by_rank": by_rank}
 
 
 class Journal:
@@ -58,15 +102,15 @@ class Journal:
         """Drop what the files hold beyond a step and its bad files: it is not in the checkpoint."""
         if self.quiet:
             return
-        path = self.out / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the line that was being written when the run died
-                break
-        _replace(path, kept)
+        for path in (self.out / "metrics.jsonl", self.out / "skipped.jsonl"):
+            kept = []
+            for line in path.read_text().splitlines() if path.exists() else ():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except json.JSONDecodeError:  # the line that was being written when the run died
+                    break
+            _replace(path, kept)
         _replace(self.out / "bad_files.jsonl", [_bad_line(*item) for item in bad.items()])
 
     def metrics(self, values: Mapping[str, Any]) -> None:
@@ -74,11 +118,19 @@ class Journal:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
+        """A step that was not taken, and the images that it had seen."""
+        self.say(f"step {step} is not taken: {reason}; its images are in skipped.jsonl")
+        if not self.quiet:
+            with (self.out / "skipped.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "reason": reason, "images": images}) + "\n")
+
     def bad_file(self, path: str, reason: str) -> None:
-        """A file that cannot be decoded: in bad_files.jsonl whatever the rank."""
+        """A file that cannot be decoded."""
         self.say(f"cannot decode {path}: {reason}")
-        with (self.out / "bad_files.jsonl").open("a") as file:
-            file.write(_bad_line(path, reason))
+        if not self.quiet:
+            with (self.out / "bad_files.jsonl").open("a") as file:
+                file.write(_bad_line(path, reason))
 
     def say(self, text: str) -> None:
         """A line for people, on the console and in log.txt."""

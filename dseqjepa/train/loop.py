@@ -6,18 +6,12 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
@@ -27,38 +21,34 @@ from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
-from dseqjepa.model.vit import VisionTransformer, set_attention
-from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
+from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
+from dseqjepa.ranks import gather_rows
+from dseqjepa.train.checkpoint import Checkpoint, Start, load_into, save_checkpoint
+from dseqjepa.train.clock import Clock, Watch, duration
+from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
-from dseqjepa.train.monitor import Health, in_words, measure
+from dseqjepa.train.monitor import Monitor, measure
 from dseqjepa.train.optimizer import (
     build_optimizer,
     load_optimizer_state,
     optimizer_state,
     set_rates,
 )
+from dseqjepa.train.runtime import (
+    Runtime,
+    Stopped,
+    StopRequest,
+    connect,
+    own_parts,
+    whole_module,
+    whole_tensors,
+)
 from dseqjepa.train.schedules import Schedule
 
+WORTH_SAYING = 0.2
+"""The share of the time spent waiting for data from which on the log mentions it."""
+
 Probe = Callable[[VisionTransformer], float]
-
-
-class Stopped(Exception):
-    """SIGTERM came: the state is on disk, the process is to end with exit code 143."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run's weights come from: random, the weights of another run, or its own past."""
-
-    resume: Checkpoint | None = None
-    init_from: Checkpoint | None = None
-
-    def __str__(self) -> str:
-        if self.resume is not None:
-            return f"resume from step {self.resume.step} ({self.resume.path})"
-        if self.init_from is not None:
-            return f"init_from {self.init_from.path} (weights only, a new run)"
-        return "random initialisation"
 
 
 class Trainer:
@@ -73,27 +63,21 @@ class Trainer:
         *,
         probe: Probe | None = None,
         console: Console | None = None,
+        runtime: Runtime | None = None,
+        stop_after: int | None = None,
     ) -> None:
         self.config, self.source, self.out, self.probe = config, source, out, probe
+        self.stop_after = stop_after
         self.fingerprint = source.fingerprint()
-        runtime = config.runtime
-        # The first line that a run prints says where its weights come from.
-        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-        precision = {"fp32": "32-true", "bf16": "bf16-mixed"}[runtime.precision]
-        self.fabric = Fabric(
-            accelerator=runtime.accelerator,
-            devices=runtime.devices,
-            precision=precision,  # type: ignore[arg-type]
-        )
-        self.fabric.launch()
-        rank, world = self.fabric.global_rank, self.fabric.world_size
+        runtime = runtime or connect(config)
+        self.fabric, self.ranks = runtime.fabric, runtime.ranks
+        rank, world = self.ranks.rank, self.ranks.world
         self.micro_batches = config.optim.accumulate
         self.loader = Loader(
             source,
             TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip),
             batch_size=config.data.batch_size // (world * self.micro_batches),
-            seed=runtime.seed,
+            seed=config.runtime.seed,
             workers=config.data.workers,
             rank=rank,
             world=world,
@@ -103,19 +87,23 @@ class Trainer:
             config.optim, config.ema, self.loader.steps_per_epoch // self.micro_batches
         )
         self.journal = Journal(out, console or Console(), quiet=rank != 0)
-        torch.manual_seed(runtime.seed)
+        torch.manual_seed(config.runtime.seed)
 
         self.method: Method = build_method(config)
-        set_attention(self.method, runtime.attention)
+        set_attention(self.method, config.runtime.attention)
         self.step = 0
         self.window = Window()
-        self.first_health: Health | None = None
+        self.guard = Guard(config.guard)
+        self.retried: dict[str, str] = {}
+        self.monitor = Monitor()
         self.bad: dict[str, str] = {}
+        self.new_bad: dict[str, str] = {}
         if start.init_from is not None:
-            self._load_weights(start.init_from)
+            self._load_encoders(start.init_from)
         if start.resume is not None:
-            self._load_weights(start.resume)
-        self.module = self.fabric.setup_module(self.method)
+            self._load_encoders(start.resume)
+            self._load_rest(start.resume)
+        self.module = runtime.setup(self.method)
         self.optimizer = build_optimizer(self.method)
         if start.resume is not None:
             self._load_position(start.resume)
@@ -123,12 +111,13 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end. Raises `Stopped` on SIGTERM and `RunError` where it cannot go on."""
-        if self.fabric.is_global_zero:
+        if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.yaml").write_text(self.config.to_yaml())
             self.journal.rewind(self.step, self.bad)
         self._introduce()
-        stop = _StopRequest()
+        self.watch = Watch(self.journal.say, self.loader.reading)
+        stop = StopRequest(one_for=1.0 if self.ranks.world > 1 else 0.0)
         self.journal.start_progress(self.step, self.schedule.steps)
         try:
             with stop:
@@ -139,8 +128,16 @@ class Trainer:
             self._conclude()
         except InputError as error:  # such as a saliency map that is not finite
             raise RunError(f"step {self.step}: {error}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunError(
+                f"step {self.step}: a process that reads images has died ({str(error).strip()}): "
+                "most often the machine is out of memory, so lower data.workers"
+            ) from error
         finally:
             self.journal.stop_progress()
+            self.watch.close()
             self.loader.close()
 
     def _epochs(self) -> Iterator[tuple[int, Iterator[Batch]]]:
@@ -149,29 +146,36 @@ class Trainer:
             epoch, done = divmod(self.step, per_epoch)
             yield epoch, self.loader.batches(epoch, done * self.micro_batches)
 
-    def _train_epoch(self, epoch: int, batches: Iterator[Batch], stop: _StopRequest) -> None:
+    def _train_epoch(self, epoch: int, batches: Iterator[Batch], stop: StopRequest) -> None:
         checkpoint = self.config.checkpoint
         end = (epoch + 1) * self.schedule.steps_per_epoch
-        clock = _Clock()
+        clock = Clock()
         while self.step < end:
             self._train_step(epoch, batches, clock)
             at_epoch = self.step == end and (epoch + 1) % checkpoint.every_epochs == 0
             at_step = checkpoint.every_steps and self.step % checkpoint.every_steps == 0
             if self.step == end:
                 self._probe(epoch + 1)
-            stopping = stop.requested  # read once: what comes later stops the next step
+            # Read once: what comes later stops the next step, and all ranks stop at the same.
+            stopping = stop.requested or self.step == self.stop_after
+            stopping, is_bad = self.ranks.agree(stopping, bool(self.new_bad))
+            if is_bad:
+                self._note_bad()
             if at_epoch or at_step or stopping or self.step == self.schedule.steps:
                 self.save()
                 clock.restart()
             if stopping:
-                self.journal.say(f"stopped by SIGTERM at step {self.step}; resume=true goes on")
+                by = "by SIGTERM " if self.stop_after is None else ""
+                self.journal.say(f"stopped {by}at step {self.step}; resume=true goes on")
                 raise Stopped
 
-    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: _Clock) -> None:
+    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: Clock) -> None:
         step, schedule = self.step, self.schedule
         set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
-        unit = total = torch.zeros(())
-        pooled = []
+        parts = self.micro_batches * self.ranks.world
+        total = torch.zeros((), device=self.fabric.device)
+        unit = self.loader.batch_size * math.prod(self.config.grid)
+        results = []
         for index in range(self.micro_batches):
             batch = self._next(batches, clock)
             images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
@@ -179,49 +183,70 @@ class Trainer:
             last = index == self.micro_batches - 1
             with self.fabric.no_backward_sync(self.module, enabled=not last):
                 result = self.module(images_BCHW, progress=schedule.progress(step), keys_B=keys_B)
-                if index == 0:
-                    unit = result.weight.clamp(min=1)
-                    total = result.weight
-                    self.fabric.backward(result.loss)
-                else:
-                    # In units of the first, so that the sum can be made the mean over all.
-                    self.fabric.backward(result.loss * (result.weight / unit))
-                    total = total + result.weight
-            self.window.add({"loss": result.loss, **result.metrics})
-            pooled.append(result.pooled_BD)
-        if self.micro_batches > 1:
-            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, unit / total.clamp(min=1))
-        self.optimizer.step()
+                # Of several parts the sums, in units that all share, so that neither overflows; the
+                # total then makes them the mean over all.
+                scale = result.weight / unit if parts > 1 else 1
+                self.fabric.backward(result.loss * scale)
+            total = total + result.weight
+            results.append(result._replace(loss=result.loss.detach()))
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        if parts > 1:
+            total = self.ranks.total(total)
+            # The ranks' gradients come averaged: times their number they are the sum.
+            torch._foreach_mul_(gradients, self.ranks.world * unit / total.clamp(min=1))
+        losses = [result.loss for result in results]
+        loss, norm = loss_and_norm(self.fabric, losses, gradients)
+        wrong = self.guard.judge(loss, norm)
+        if not wrong:
+            self.optimizer.step()
+            self.method.update_target(schedule.momentum(step))
+            for result in results:
+                metrics = {"loss": result.loss, **result.metrics}
+                self.window.add(metrics, result.weight, 1 / parts)
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.update_target(schedule.momentum(step))
         self.step += 1
         clock.count(self.config.data.batch_size)
-        if step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps:
-            self._log(epoch, step, torch.cat(pooled), clock)
+        if wrong:
+            self._skipped(epoch, step, wrong)
+        elif (
+            step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps
+        ):
+            self._log(epoch, step, torch.cat([result.pooled_BD for result in results]), norm, clock)
         self.journal.advance(self.step)
 
-    def _next(self, batches: Iterator[Batch], clock: _Clock) -> Batch:
-        with clock.waiting():
+    def _skipped(self, epoch: int, step: int, reason: str) -> None:
+        """Write down a step that was not taken; too many in a row end the run."""
+        first = (step - epoch * self.schedule.steps_per_epoch) * self.micro_batches
+        batches = range(first, first + self.micro_batches)
+        names = [name for batch in batches for name in self.loader.names(epoch, batch)]
+        self.journal.skipped(self.step, reason, names)
+        self.guard.check_patience(self.step, self.out / "skipped.jsonl")
+
+    def _next(self, batches: Iterator[Batch], clock: Clock) -> Batch:
+        with self.watch.waiting(clock):
             batch = next(batches)
-        for name, reason in batch.bad:
-            if name not in self.bad:
+        self.retried.update(batch.retried)
+        self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
+        return batch
+
+    def _note_bad(self) -> None:
+        """Write down the images that could not be decoded, of all ranks; too many end the run."""
+        for found in self.ranks.share(self.new_bad):
+            for name, reason in found.items():
                 self.bad[name] = reason
                 self.journal.bad_file(name, reason)
+        self.new_bad = {}
         if len(self.bad) > self.config.data.max_bad * len(self.source):
             raise RunError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be decoded, more than "
                 f"data.max_bad={self.config.data.max_bad} allows; see {self.out}/bad_files.jsonl"
             )
-        return batch
 
-    def _log(self, epoch: int, step: int, pooled_BD: Tensor, clock: _Clock) -> None:
-        means = self.window.means()
+    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
+        means = self.window.over(self.ranks).means()
         self.window = Window()
-        if not math.isfinite(means["loss"]):
-            raise RunError(f"the loss is {means['loss']} at step {self.step}: lower optim.lr")
-        health = measure(pooled_BD)
-        self.first_health = self.first_health or health
+        (pooled_RD,) = gather_rows(pooled_BD)
+        health = measure(pooled_RD).to_dict() if len(pooled_RD) > 1 else {}
         images = self.config.data.batch_size
         skill = 1 - means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
         values = {
@@ -233,39 +258,61 @@ class Trainer:
             "wd": self.schedule.weight_decay(step),
             "momentum": self.schedule.momentum(step),
             **means,
+            "gradient_norm": norm,
+            "skipped": self.guard.skipped,
             "skill": skill,
-            **health.to_dict(),
+            **health,
             **clock.read(),
         }
         self.journal.metrics(values)
+        verdict = self.monitor.see(values)
+        if self.retried:
+            name, error = next(iter(self.retried.items()))
+            self.journal.say(
+                f"{len(self.retried)} images had to be read again, such as {name}: {error}"
+            )
+            self.retried = {}
         clock.restart()
         remaining = (self.schedule.steps - self.step) * images / max(values["images_per_s"], 1e-9)
+        waits = values["data_wait_share"]
+        waiting = f"  waits for data {waits:.0%}" if waits > WORTH_SAYING else ""
         regions = f"  regions {values['regions']:.2f}" if "regions" in values else ""
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
-            f"{regions}  {values['images_per_s']:.0f} images/s  left {_duration(remaining)}  "
-            f"{in_words(self.first_health, health, skill)}"
+            f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "
+            f"left {duration(remaining)}  {verdict or 'too few images to judge'}"
         )
+        if self.monitor.rang:
+            self.journal.say(f"ALARM at step {self.step}: {verdict}")
 
     def _probe(self, epochs_done: int) -> None:
         every = self.config.probe.every_epochs
         if self.probe is None or not every or epochs_done % every:
             return
-        if self.fabric.is_global_zero:
-            accuracy = self.probe(self.method.target)
+        target = whole_module(self.method.target, self.ranks, lambda: build_encoder(self.config))
+        if self.ranks.first:
+            accuracy = self.probe(target)
             self.journal.metrics(
                 {"step": self.step, "epoch": epochs_done - 1, "probe_knn": accuracy}
             )
             self.journal.say(
                 f"epoch {epochs_done}: kNN probe {accuracy:.1f} % (training images, leave-one-out)"
             )
-        self.fabric.barrier()
+        self.ranks.wait()
 
     def _introduce(self) -> None:
         config, schedule, say = self.config, self.schedule, self.journal.say
         trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
         epochs = config.optim.epochs
         say(f"start: {self.start}")
+        for note in self.start.notes:
+            say(note)
+        past = self.start.resume
+        if past is not None and past.state["ranks"] != self.ranks.world:
+            say(
+                f"{self.ranks.world} ranks instead of {past.state['ranks']}: steps see the same "
+                "images as before, each once an epoch"
+            )
         say(
             f"{config.method.name} on {config.data.source}: {len(self.source)} images, "
             f"{config.model.name}/{config.model.patch_size} at "
@@ -274,7 +321,7 @@ class Trainer:
         )
         say(
             f"{epochs} epochs of {schedule.steps_per_epoch} steps, global batch "
-            f"{config.data.batch_size} on {self.fabric.world_size} x {self.fabric.device.type} "
+            f"{config.data.batch_size} on {self.ranks.world} x {self.fabric.device.type} "
             f"({config.runtime.precision}), effective learning rate {config.optim.lr:g}"
         )
         if self.loader.cache_bytes:
@@ -282,6 +329,8 @@ class Trainer:
 
     def _conclude(self) -> None:
         say = self.journal.say
+        if self.guard.skipped:
+            say(f"{self.guard.skipped} steps were not taken: {self.out}/skipped.jsonl")
         if self.bad:
             say(f"{len(self.bad)} images could not be decoded: {self.out}/bad_files.jsonl")
         say(f"done: {self.schedule.steps} steps; encoder in {self.out}/checkpoints/last")
@@ -291,29 +340,28 @@ class Trainer:
 
         Raises `RunError` where a weight is not finite: a good checkpoint is not replaced by that.
         """
-        norms = torch._foreach_norm(list(self.method.parameters()))
-        if not torch.stack(norms).isfinite().all():
+        norms = torch._foreach_norm(own_parts(self.method.parameters()))
+        (broken,) = self.ranks.agree(not torch.stack(norms).isfinite().all())
+        if broken:
             raise RunError(f"the weights are not finite at step {self.step}: lower optim.lr")
-        if self.fabric.is_global_zero:
-            rest = {
-                key: value
-                for key, value in self.method.state_dict().items()
-                if not key.startswith(("encoder.", "target."))
-            }
-            save_checkpoint(
-                self.out / "checkpoints",
-                self.step,
-                {
-                    "target": self.method.target.state_dict(),
-                    "context": self.method.encoder.state_dict(),
-                    "predictor": rest,
-                    "optimizer": optimizer_state(self.optimizer, self.method),
-                    "rng": {"torch": torch.get_rng_state()},
-                },
-                self._state(),
-                keep=self.config.checkpoint.keep,
-            )
-        self.fabric.barrier()
+        tensors = {
+            "target": self.method.target.state_dict(),
+            "context": self.method.encoder.state_dict(),
+            "predictor": self._rest(),
+            "optimizer": optimizer_state(self.optimizer, self.method),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+        whole = {name: whole_tensors(values, self.ranks) for name, values in tensors.items()}
+        state = self._state()
+        if self.ranks.first:
+            keep = self.config.checkpoint.keep
+            save_checkpoint(self.out / "checkpoints", self.step, whole, state, keep)
+        self.ranks.wait()
+
+    def _rest(self) -> dict[str, Tensor]:
+        """What the method holds beside the two encoders."""
+        state = self.method.state_dict()
+        return {k: v for k, v in state.items() if not k.startswith(("encoder.", "target."))}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -321,84 +369,29 @@ class Trainer:
             "steps": self.schedule.steps,
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
-            "window": self.window.to_json(),
-            "first_health": self.first_health.to_dict() if self.first_health else None,
+            "ranks": self.ranks.world,
+            "windows": self.ranks.share(self.window.to_json()),
+            "guard": self.guard.to_json(),
+            "monitor": self.monitor.to_json(),
             "bad": self.bad,
         }
 
-    def _load_weights(self, checkpoint: Checkpoint) -> None:
+    def _load_encoders(self, checkpoint: Checkpoint) -> None:
         parts = {"target": self.method.target, "context": self.method.encoder}
         for name, module in parts.items():
             load_into(module, checkpoint.tensors(name), f"{checkpoint.path}/{name}.safetensors")
 
-    def _load_position(self, checkpoint: Checkpoint) -> None:
+    def _load_rest(self, checkpoint: Checkpoint) -> None:
+        state = self.method.state_dict()
+        encoders = {k: v for k, v in state.items() if k.startswith(("encoder.", "target."))}
         rest = checkpoint.tensors("predictor")
-        own = {
-            key: value
-            for key, value in self.method.state_dict().items()
-            if key.startswith(("encoder.", "target."))
-        }
-        load_into(self.method, own | rest, f"{checkpoint.path}/predictor.safetensors")
+        load_into(self.method, encoders | rest, f"{checkpoint.path}/predictor.safetensors")
+
+    def _load_position(self, checkpoint: Checkpoint) -> None:
         load_optimizer_state(self.optimizer, self.method, checkpoint.tensors("optimizer"))
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])
         self.step = checkpoint.step
-        self.window = Window(checkpoint.state["window"])
-        first = checkpoint.state["first_health"]
-        self.first_health = Health(**first) if first else None
+        self.window = Window.of_rank(checkpoint.state["windows"], self.ranks)
+        self.guard = Guard(self.config.guard, checkpoint.state["guard"])
+        self.monitor = Monitor(checkpoint.state["monitor"])
         self.bad = dict(checkpoint.state["bad"])
-
-
-class _StopRequest:
-    """SIGTERM asks for a stop after the step in hand; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> None:
-        self.before = signal.signal(signal.SIGTERM, self._ask)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class _Clock:
-    """Images a second since the last log line, and the share of it spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.began = time.perf_counter()
-        self.images = 0
-        self.waited = 0.0
-        self._asked = 0.0
-
-    def count(self, images: int) -> None:
-        self.images += images
-
-    def waiting(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._asked = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.perf_counter() - self._asked
-
-    def read(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.began
-        return {
-            "images_per_s": self.images / seconds,
-            "data_wait_share": self.waited / seconds,
-            "seconds": seconds,
-        }
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dseqjepa.errors import InputError
 
@@ -47,6 +48,11 @@ def load_optimizer_state(
             wrong.append(key)
             continue
         # A copy, because tensors read from a file are windows into it, which would keep it open.
-        optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
+        value = value.to(parameter.device, copy=True)
+        if isinstance(parameter, DTensor) and value.ndim:
+            value = distribute_tensor(
+                value, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+        optimizer.state[parameter][slot] = value
     if wrong:
         raise InputError(f"optimizer state does not fit the model: {', '.join(wrong)}")

@@ -6,78 +6,103 @@ Whatever can be wrong with the arguments, the config, the data or the output fol
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from dseqjepa.config import Config, differences
 from dseqjepa.data.labelled import open_source, prepare
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
-from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
-from dseqjepa.train.loop import Probe, Start, Trainer
+from dseqjepa.train.checkpoint import Checkpoint, Start, open_checkpoint
+from dseqjepa.train.folder import claimed, locked
+from dseqjepa.train.loop import Probe, Trainer
+from dseqjepa.train.runtime import Runtime, Stopped, connect
 
-RUN_FILES = frozenset(
-    {"config.yaml", "metrics.jsonl", "log.txt", "bad_files.jsonl", "checkpoints", "evaluations"}
+FREE_ON_RESUME = (
+    "data.workers",
+    "data.cache",
+    "runtime.devices",
+    "runtime.strategy",
+    "runtime.timeout_s",
+    "checkpoint.",
+    "log.",
+    "probe.",
 )
-FREE_ON_RESUME = ("data.workers", "data.cache", "runtime.devices", "checkpoint.", "log.", "probe.")
 """What may change when a run goes on: nothing of it changes what is computed."""
+CHANGES = ("config", "data")
 
 
 def pretrain(
     config: Config,
     out: Path,
     *,
-    resume: bool = False,
+    resume: bool | int = False,
     overwrite: bool = False,
     init_from: Path | None = None,
+    allow_changed: Collection[str] = (),
     source: Source | None = None,
     probe: Probe | None = None,
     console: Console | None = None,
+    runtime: Runtime | None = None,
+    stop_after: int | None = None,
 ) -> None:
-    """Pre-train in `out`. `source` replaces the data that the config names, if it is open already.
+    """Pre-train in `out`.
 
-    Raises `InputError` before anything is written; `RunError` and `Stopped` while it runs.
-    """
-    if resume and (overwrite or init_from is not None):
-        raise InputError("resume=true goes on with a run: leave out overwrite and init_from")
-    config, source = checked(config, source)
-    past = _check_resume(config, source, out) if resume else None
-    weights = starting_weights(config, init_from)
-    if not resume:
-        _claim(out, overwrite, kept=weights)
-    prepare(source)
-    Trainer(
-        config,
-        source,
-        out,
-        Start(resume=past, init_from=weights),
-        probe=probe,
-        console=console,
-    ).run()
-
-
-def checked(config: Config, source: Source | None = None) -> tuple[Config, Source]:
-    """The config with every `auto` settled and its data, after the checks that need no folder.
+    Args:
+        config: the run.
+        out: its folder; a new or empty one unless `resume` or `overwrite` says otherwise.
+        resume: go on with the run in `out`: True from its newest checkpoint, a number from that of
+            this step, which drops what came after.
+        overwrite: remove the run in `out` and start anew.
+        init_from: start a new run with the encoders of this one.
+        allow_changed: what may differ from the run that is resumed: "config", "data".
+        source: replaces the data that the config names, if it is open already.
+        probe: the online evaluation.
+        console: where the lines for people go.
+        runtime: the devices, if they are connected already.
+        stop_after: stop after this step, as SIGTERM would.
 
     Raises:
-        InputError: no such accelerator, no such data, nothing that can be decoded, too few images.
+        InputError: before anything is written.
+        RunError: while it runs.
+        Stopped: by SIGTERM, with a checkpoint on disk.
     """
-    _check_accelerator(config)
-    if source is None:
-        source = open_training_source(config)
-    _check_some_decode(source, config.data.source)
-    step_images = config.data.batch_size
-    if len(source) < step_images:
-        raise InputError(
-            f"{config.data.source} has {len(source)} images, fewer than data.batch_size="
-            f"{step_images}: lower it to {len(source)} or less, or give more images"
-        )
-    return config.resolved(len(source)), source
+    if resume is not False and (overwrite or init_from is not None):
+        raise InputError("resume goes on with a run: leave out overwrite and init_from")
+    if unknown := sorted(set(allow_changed) - set(CHANGES)):
+        raise InputError(f"allow_changed takes {' and '.join(CHANGES)}, found {unknown[0]!r}")
+    runtime = runtime or connect(config)
+    ranks = runtime.ranks
+    with ranks.failing_together(Stopped), ExitStack() as held:
+        data = ranks.together(lambda: source or open_training_source(config))
+        config = ranks.together(lambda: fitting(config, data))
+        if len(set(ranks.share(data.fingerprint()))) > 1:
+            raise InputError(f"{config.data.source} does not hold the same images for every rank")
+
+        def begin() -> Start:
+            if resume is False:
+                return Start(init_from=starting_weights(config, init_from))
+            return _go_on(config, data, out, None if resume is True else resume, allow_changed)
+
+        start = ranks.together(begin)
+        folder = locked(out) if resume is not False else claimed(out, overwrite, start.init_from)
+        ranks.together(lambda: held.enter_context(folder) if ranks.first else None)
+        prepare(data)
+        Trainer(
+            config,
+            data,
+            out,
+            start,
+            probe=probe,
+            console=console,
+            runtime=runtime,
+            stop_after=stop_after,
+        ).run()
+        ranks.wait()
 
 
 def starting_weights(config: Config, init_from: Path | None) -> Checkpoint | None:
@@ -100,16 +125,18 @@ def open_training_source(config: Config) -> Source:
     )
 
 
-def _check_accelerator(config: Config) -> None:
-    wanted = config.runtime.accelerator
-    present: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-    }
-    if wanted in present and not present[wanted]():
+def fitting(config: Config, source: Source) -> Config:
+    """The config with every `auto` settled for this data.
+
+    Raises `InputError` where nothing can be decoded, or there are too few images.
+    """
+    _check_some_decode(source, config.data.source)
+    if len(source) < config.data.batch_size:
         raise InputError(
-            f"runtime.accelerator={wanted}: torch finds no such device here; use auto or cpu"
+            f"{config.data.source} has {len(source)} images, fewer than data.batch_size="
+            f"{config.data.batch_size}: lower it to {len(source)} or less, or give more images"
         )
+    return config.resolved(len(source))
 
 
 def _check_some_decode(source: Source, name: str) -> None:
@@ -117,7 +144,7 @@ def _check_some_decode(source: Source, name: str) -> None:
     reasons = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         try:
-            source.image(index)
+            read_image(source, index)
         except BadImage as error:
             reasons.append(f"{source.name(index)}: {error}")
         else:
@@ -125,25 +152,38 @@ def _check_some_decode(source: Source, name: str) -> None:
     raise InputError(f"{name}: none of {len(reasons)} images tried can be decoded ({reasons[0]})")
 
 
-def _check_resume(config: Config, source: Source, out: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(out)
+def _go_on(
+    config: Config, source: Source, out: Path, step: int | None, allow_changed: Collection[str]
+) -> Start:
+    checkpoint = open_checkpoint(out, step)
+    if "imported_from" in checkpoint.state:
+        raise InputError(f"{out} is an imported encoder, no run: start a run with init_from={out}")
     changed = {
         key: values
         for key, values in differences(checkpoint.config, config).items()
         if not key.startswith(FREE_ON_RESUME)
     }
+    notes = []
     if changed:
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-        raise InputError(
-            f"cannot resume {out} with another config ({shown}); "
-            "give the old values, or start a new run with init_from"
-        )
+        if "config" not in allow_changed:
+            raise InputError(
+                f"cannot resume {out} with another config ({shown}); give the old values, start a "
+                "new run with init_from, or accept it with allow_changed=config"
+            )
+        notes.append(f"another config than before: {shown}")
     if checkpoint.state["data_fingerprint"] != source.fingerprint():
-        raise InputError(
-            f"cannot resume {out}: the images of {config.data.source} are not those of the "
-            "checkpoint (its list or sizes changed); start a new run with init_from"
+        if "data" not in allow_changed:
+            raise InputError(
+                f"cannot resume {out}: the images of {config.data.source} are not those of the "
+                "checkpoint (its list or sizes changed); start a new run with init_from, or accept "
+                "it with allow_changed=data"
+            )
+        notes.append(
+            "other images than before: this epoch sees each of them at most once, but not those "
+            "that its first part saw by the old list"
         )
-    return checkpoint
+    return Start(resume=checkpoint, notes=tuple(notes))
 
 
 def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
@@ -154,31 +194,3 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
             f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape
         )
         raise InputError(f"init_from {weights.path} is another encoder: {shown}")
-
-
-def _claim(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
-    """Make `out` an empty folder; remove an old run where that was asked for, nothing else."""
-    if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"out={out} is a file: give a folder")
-    try:
-        present = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if present and not overwrite:
-            raise InputError(
-                f"out={out} is not empty: give another folder, resume=true to go on with the run "
-                "in it, or overwrite=true to replace it"
-            )
-        foreign = sorted(present - RUN_FILES)
-        if foreign:
-            raise InputError(
-                f"overwrite=true: {out} also holds {foreign[0]!r}, which is not of a run"
-            )
-        if present and kept is not None and kept.path.is_relative_to(out.resolve()):
-            raise InputError(f"overwrite=true would remove {kept.path}, which init_from names")
-        for name in present:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"out={out} cannot be written to: give another, or change its permissions")

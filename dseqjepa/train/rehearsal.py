@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,9 +25,10 @@ from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
-from dseqjepa.train.checkpoint import Checkpoint
+from dseqjepa.train.checkpoint import Checkpoint, Start
+from dseqjepa.train.clock import Clock, Watch
 from dseqjepa.train.log import Journal
-from dseqjepa.train.loop import Start, Trainer, _Clock
+from dseqjepa.train.loop import Trainer
 
 WARM_UP, STEPS = 1, 4
 FIRST_BATCH = 16
@@ -94,8 +95,11 @@ class _Unwritten(Journal):
     def bad_file(self, path: str, reason: str) -> None:
         pass
 
+    def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
+        pass
 
-class _Stopwatch(_Clock):
+
+class _Stopwatch(Clock):
     """Runs on where the trainer, having logged, would begin anew."""
 
     def begin(self) -> None:
@@ -119,6 +123,7 @@ class _Stage:
         start = Start(init_from=weights)
         self.trainer = Trainer(config, source, Path(), start, console=Console(file=io.StringIO()))
         self.trainer.journal = _Unwritten()
+        self.trainer.watch = Watch(self.trainer.journal.say, self.trainer.loader.reading)
         self.batches = _endless(self.trainer.loader)
 
     def time(self, share: float, steps: int) -> tuple[float, float]:
@@ -168,13 +173,14 @@ class _Stage:
 
     def close(self) -> None:
         """End the loader's processes, and let go of the modules."""
+        self.trainer.watch.close()
         self.trainer.loader.close()
         del self.trainer, self.batches
         gc.collect()
 
 
 def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) -> Rehearsal:
-    """Measure a run that `pretrain.checked` has let pass; see `Rehearsal`.
+    """Measure a run that `pretrain.fitting` has let pass; see `Rehearsal`.
 
     A run on several devices is measured on one of them, without what they say to each other.
     """

@@ -110,5 +110,3 @@ def test_a_name_that_is_none_is_refused():
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "vitx" in done.stderr
-
-

@@ -220,13 +220,14 @@ def test_loading_leaves_the_global_generator_alone(workers: int) -> None:
 
 
 def test_a_closed_loader_has_no_processes_left_whatever_answers_sigterm() -> None:
+    others = set(multiprocessing.active_children())
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # workers must not inherit this
     try:
         reader = loader(Numbers(30), workers=2)
         batches = reader.batches(0)
         next(batches)
-        assert len(multiprocessing.active_children()) == 2
+        assert len(set(multiprocessing.active_children()) - others) == 2
         reader.close()
-        assert multiprocessing.active_children() == []
+        assert set(multiprocessing.active_children()) <= others
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -51,7 +51,7 @@ class Questions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture()
+@pytest.fixture
 def fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways to the host that no dispatch shows, noted by name."""
     seen: list[str] = []

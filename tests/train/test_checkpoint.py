@@ -63,12 +63,14 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == {"last", "step-00000006"}
 
 
-def test_the_one_just_written_is_kept_even_where_newer_ones_lie(tmp_path: Path) -> None:
-    for step in (10, 20):
-        save(tmp_path, step)
-    for keep in (1, 2):
-        save(tmp_path, 5, keep=keep)
-        assert_whole(tmp_path, {5})
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_that_went_back_drops_what_came_after(tmp_path: Path, keep: int) -> None:
+    for step in (3, 10, 20):
+        save(tmp_path, step, keep=3)
+    save(tmp_path, 5, keep=keep)
+    assert_whole(tmp_path, {5})
+    older = {"step-00000003"} if keep == 2 else set()
+    assert names(tmp_path) == {"last", "step-00000005"} | older
 
 
 def test_a_step_can_be_written_again(tmp_path: Path) -> None:
@@ -84,6 +86,16 @@ def test_leftovers_of_a_killed_process_are_neither_read_nor_kept(tmp_path: Path)
     assert_whole(tmp_path, {1})
     save(tmp_path, 2)
     assert names(tmp_path) == {"last", "step-00000001", "step-00000002"}
+
+
+def test_a_copy_that_has_no_links_is_read_and_goes_on(tmp_path: Path) -> None:
+    save(tmp_path / "run", 1)
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
+    assert not (copy / "last").is_symlink()
+    assert_whole(copy, {1})
+    save(copy, 2, keep=1)
+    assert_whole(copy, {2})
+    assert names(copy) == {"last", "step-00000002"}
 
 
 class Cut(BaseException):
@@ -227,7 +239,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 4)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 2}))
-    assert refusal(folder).endswith(f"{folder}: expected format 1, found 2")
+    assert f"{folder}: expected format 1, found 2; it is of a newer version" in refusal(folder)
+    (folder / "state.json").write_text(json.dumps(state | {"format": 0}))
+    assert refusal(folder).endswith(f"{folder}: expected format 1, found 0")
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

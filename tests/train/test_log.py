@@ -27,23 +27,50 @@ def random_step(seed: int) -> dict[str, Tensor]:
     return step(loss, by_rank, torch.randint(0, 9, (3,), generator=generator).tolist())
 
 
-def test_means_are_over_steps_and_by_rank_over_what_was_predicted() -> None:
+WEIGHT = torch.tensor(5.0)
+
+
+def test_losses_are_means_over_what_was_predicted_and_the_rest_over_steps() -> None:
     window = Window()
-    window.add(step(1.0, [2.0, 0.5, 0.0], [1, 4, 0]))
-    window.add(step(3.0, [6.0, 0.0, 0.0], [3, 0, 0]))
-    assert window.means() == {"loss": 2.0, "loss_by_rank": [5.0, 0.5, None]}
+    other = {"regions": torch.tensor(4.0), "predicted_tokens": torch.tensor(10.0)}
+    window.add(step(1.0, [2.0, 0.5, 0.0], [1, 4, 0]) | other, torch.tensor(30.0))
+    other = {"regions": torch.tensor(5.0), "predicted_tokens": torch.tensor(30.0)}
+    window.add(step(3.0, [6.0, 0.0, 0.0], [3, 0, 0]) | other, torch.tensor(10.0))
+    assert window.means() == {
+        "loss": 1.5,
+        "regions": 4.5,
+        "predicted_tokens": 20.0,
+        "loss_by_rank": [5.0, 0.5, None],
+    }
+
+
+def test_the_parts_of_a_step_do_not_show() -> None:
+    """Two steps, whole and in two parts each, of unequal weights."""
+    whole, parts = Window(), Window()
+    for loss, regions in ((1.0, 4.0), (5.0, 3.0)):
+        for part, weight in ((0.0, 8.0), (2.0, 24.0)):
+            values = step(loss + part, [loss + part, 0.5], [1, 2])
+            values |= {
+                "regions": torch.tensor(regions + part),
+                "predicted_tokens": torch.tensor(weight),
+            }
+            parts.add(values, torch.tensor(weight), 0.5)
+        values = step(loss + 1.5, [loss + 1, 0.5], [2, 4])
+        values |= {"regions": torch.tensor(regions + 1), "predicted_tokens": torch.tensor(32.0)}
+        whole.add(values, torch.tensor(32.0))
+    assert parts.means() == whole.means()
 
 
 def test_means_do_not_empty_the_window() -> None:
     window = Window()
-    window.add(random_step(0))
+    window.add(random_step(0), WEIGHT)
     assert window.means() == window.means()
 
 
 def test_sums_keep_no_graph() -> None:
     window = Window()
     values = step(1.0, [1.0], [1])
-    window.add(values | {"loss": torch.tensor(1.0, requires_grad=True) * 2})
+    window.add(values | {"loss": torch.tensor(1.0, requires_grad=True) * 2}, WEIGHT)
     assert not any(value.requires_grad for value in window.sums.values())
 
 
@@ -51,12 +78,12 @@ def test_sums_keep_no_graph() -> None:
 def test_a_window_that_went_through_json_goes_on_bit_for_bit(cut: int) -> None:
     whole, part = Window(), Window()
     for seed in range(cut):
-        part.add(random_step(seed))
+        part.add(random_step(seed), WEIGHT)
     part = Window(json.loads(json.dumps(part.to_json())))
     for seed in range(5):
-        whole.add(random_step(seed))
+        whole.add(random_step(seed), WEIGHT)
         if seed >= cut:
-            part.add(random_step(seed))
+            part.add(random_step(seed), WEIGHT)
     assert part.to_json() == whole.to_json()
     assert part.means() == whole.means()
 

@@ -57,6 +57,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
         "metrics.jsonl",
         "log.txt",
         "checkpoints",
+        ".lock",
     }
     assert load_config(finished / "config.yaml") == run_config().resolved(IMAGES)
     last = finished / "checkpoints" / "last"

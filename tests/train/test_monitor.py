@@ -5,14 +5,14 @@ Suffixes: B images, D width.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dseqjepa.train.monitor import Health, in_words, measure
+from dseqjepa.train.monitor import TROUBLES, Monitor, Verdict, measure, verdicts
 
 
 def gaussian(images: int = 64, width: int = 32, seed: int = 0) -> Tensor:
@@ -51,49 +51,125 @@ def test_feature_std_is_taken_over_images() -> None:
     assert measure(feature_BD).feature_std == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
-def test_constant_features_are_a_collapse(value: float) -> None:
-    now = measure(torch.full((64, 32), value))
-    assert now.feature_std == pytest.approx(0, abs=1e-6)
-    assert now.rank_me == pytest.approx(1, abs=0.01)
-    words = in_words(measure(gaussian()), now, skill=0.9)
-    assert words.startswith("collapsing: ")
-    assert "fewer dimensions than at the start" in words
-    assert "features spread less than at the start" in words
-    assert ("all images look alike" in words) == (value != 0)
-    assert "method.regularizer_weight" in words
+START = {"feature_std": 0.2, "cosine": 0.9, "rank_me": 10.0}
+
+
+def line(step: int, **changed: float) -> dict[str, float]:
+    """A line of metrics.jsonl of a run that does well."""
+    return {"step": step, "lr": 1e-3, "skill": 0.3, **START, **changed}
+
+
+def follow(*lines: dict[str, float]) -> list[Verdict]:
+    return list(verdicts([line(1), *lines]).values())[1:]
+
+
+SIGNS = {
+    "cosine": {"cosine": 0.996},
+    "feature_std": {"feature_std": 0.11},
+    "rank_me": {"rank_me": 7.9},
+    "skill": {"skill": 0.04},
+}
+SOUND = {
+    "cosine": {"cosine": 0.994},
+    "feature_std": {"feature_std": 0.13},
+    "rank_me": {"rank_me": 8.1},
+    "skill": {"skill": 0.06},
+}
 
 
 def test_independent_features_are_healthy() -> None:
-    first, now = measure(gaussian()), measure(gaussian(seed=1))
-    assert in_words(first, now, skill=0.3).startswith("healthy [")
+    first, now = (measure(gaussian(seed=seed)).to_dict() for seed in (0, 1))
+    (verdict,) = follow(line(300, **now))
+    assert verdict.state == "healthy"
+    monitor = Monitor()
+    monitor.see(line(1, **first))
+    said = monitor.see(line(300, **now))
+    assert str(said).startswith("healthy [RankMe ")
 
 
-def test_each_trouble_is_named_alone() -> None:
-    first = Health(feature_std=1.0, cosine=0.2, rank_me=20.0)
-    troubles = {
-        "look alike": replace(first, cosine=0.999),
-        "spread less": replace(first, feature_std=0.1),
-        "fewer dimensions": replace(first, rank_me=5.0),
-    }
-    for word, now in troubles.items():
-        said = in_words(first, now, skill=0.5)
-        assert [other for other in troubles if other in said] == [word]
+@pytest.mark.parametrize("key", SIGNS)
+def test_a_sign_that_lasts_is_an_alarm_and_names_itself_alone(key: str) -> None:
+    once, twice, over, again = follow(
+        line(300, **SIGNS[key]), line(310, **SIGNS[key]), line(320), line(330, **SIGNS[key])
+    )
+    assert (once.alarm, twice.alarm, over.alarm, again.alarm) == (False, True, False, False)
+    assert twice.troubles == (key,)
+    assert twice.state == ("not learning" if key == "skill" else "collapsing")
+    assert [other for other in TROUBLES if TROUBLES[other] in str(twice)] == [key]
+    assert follow(line(300, **SOUND[key]), line(310, **SOUND[key]))[1].state == "healthy"
 
 
-def test_good_features_without_skill_are_not_called_healthy() -> None:
-    health = measure(gaussian())
-    words = in_words(health, health, skill=-0.1)
-    assert words.startswith("not yet better than predicting the mean target [")
+def test_constant_features_are_a_collapse() -> None:
+    for value in (0.0, 1.0, -3.0):
+        constant = measure(torch.full((64, 32), value)).to_dict()
+        assert constant["feature_std"] == pytest.approx(0, abs=1e-6)
+        assert constant["rank_me"] == pytest.approx(1, abs=0.01)
+        verdict = follow(line(10, **constant), line(20, **constant))[1]
+        assert verdict.state == "collapsing"
+        assert {"feature_std", "rank_me"} <= set(verdict.troubles)
+        assert ("cosine" in verdict.troubles) == (value != 0)
+        assert "method.regularizer_weight" in str(verdict)
+
+
+def test_an_encoder_that_starts_alike_is_not_called_collapsed_for_that() -> None:
+    alike = {"cosine": 0.998}
+    lines = [line(step, **alike) for step in (1, 10, 20)]
+    assert not any(verdict.alarm for verdict in verdicts(lines).values())
+
+
+def test_without_skill_a_run_is_early_until_its_learning_rate_has_settled() -> None:
+    rising = [line(step, skill=-0.2, lr=1e-6 * step) for step in (100, 200, 300, 400)]
+    first = line(1, skill=-0.2, lr=1e-6)
+    assert {verdict.state for verdict in verdicts([first, *rising]).values()} == {"early"}
+    settled = [line(step, skill=-0.2) for step in (100, 190, 200, 210)]
+    assert [verdict.state for verdict in follow(*settled)] == ["early"] * 3 + ["not learning"]
+    assert "lower optim.lr" in str(follow(*settled)[-1])
+
+
+def test_images_without_regions_are_mentioned() -> None:
+    (verdict,) = follow(line(300, empty_share=0.75))
+    assert not verdict.alarm
+    assert "75% of the images have no region: lower method.regions.min_area" in str(verdict)
+    assert "region" not in str(follow(line(300, empty_share=0.4))[0])
+
+
+def test_an_alarm_rings_once_each_time_it_begins() -> None:
+    bad = SIGNS["rank_me"]
+    lines = [line(1), *(line(n, **bad) for n in (2, 3, 4)), line(5), line(6, **bad), line(7, **bad)]
+    monitor = Monitor()
+    rang = []
+    for entry in lines:
+        monitor.see(entry)
+        if monitor.rang:
+            rang.append(entry["step"])
+    assert rang == [3, 7]
+
+
+def test_lines_without_health_are_passed_over() -> None:
+    lines = [line(1), {"step": 5, "probe_knn": 40.0}, line(10)]
+    assert list(verdicts(lines)) == [1, 10]
+
+
+def test_a_monitor_goes_on_from_its_json() -> None:
+    lines = [line(1)] + [line(n, **SIGNS[key]) for n, key in enumerate([*SIGNS, *SIGNS], 250)]
+    lines += [line(300, **SIGNS["skill"]), line(301, **SIGNS["skill"])]
+    monitor, whole = Monitor(), Monitor()
+    said = []
+    for entry in lines:
+        monitor = Monitor(json.loads(json.dumps(monitor.to_json())))
+        said.append(monitor.see(entry))
+        whole.see(entry)
+        assert monitor.rang == whole.rang
+    assert said == list(verdicts(lines).values())
+    assert said[-1] is not None
+    assert said[-1].alarm
 
 
 @pytest.mark.parametrize("skill", [0.25, -0.25])
 def test_the_words_carry_the_numbers(skill: float) -> None:
-    first = Health(feature_std=0.5, cosine=0.1, rank_me=12.34)
-    now = Health(feature_std=0.25, cosine=0.75, rank_me=9.87)
-    words = in_words(first, now, skill)
-    figures = ("RankMe 9.9 (start 12.3)", "std 0.250 (start 0.500)", "cosine 0.75", f"{skill:.2f}")
-    assert all(figure in words for figure in figures)
+    (verdict,) = follow(line(9, feature_std=0.25, cosine=0.75, rank_me=9.87, skill=skill))
+    figures = ("RankMe 9.9 (start 10.0)", "std 0.250 (start 0.200)", "cosine 0.75", f"{skill:.2f}")
+    assert all(figure in str(verdict) for figure in figures)
 
 
 def test_half_precision_features_are_measured_in_full() -> None:

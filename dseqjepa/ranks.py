@@ -1,0 +1,247 @@
+"""What the processes that train together ("ranks") say to each other.
+
+Two channels. Tensors of the model go over the device's own (NCCL, or gloo on a CPU): `gather_rows`
+and `Ranks.total`. Decisions of the hosts, such as whether to stop, go over gloo: they cost the
+device nothing, and a peer that dies closes its connection, so that the others notice at once.
+Where there is one process nothing here does anything.
+
+Suffixes: B rows of this rank, D width, R rows of all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from dseqjepa.errors import InputError, RunError
+
+T = TypeVar("T")
+
+PULSE_S = 0.5
+LOST_S = 2.5
+"""A rank whose pulse stands still for so long is dead or frozen. Added to `runtime.timeout_s`."""
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(*parts_BD: Float[Tensor, "B _"]) -> tuple[Float[Tensor, "R _"], ...]:
+    """The rows of all ranks in the order of the ranks, as if they were one batch.
+
+    The tensors given have the same rows; ranks may differ in how many they have. Gradients flow
+    back to where the rows came from, summed over what each rank made of them.
+    """
+    if world_size() == 1:
+        return parts_BD
+    rows_RD = _GatherRows.apply(torch.cat(parts_BD, dim=1))
+    return tuple(rows_RD.split([part_BD.shape[1] for part_BD in parts_BD], dim=1))
+
+
+def mean_row(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
+    """The mean of the rows of all ranks, as one row; no gradient. Without a row: none, or zeros."""
+    if world_size() == 1:
+        return rows_BD.mean(dim=0, keepdim=True) if len(rows_BD) else rows_BD
+    sums = torch.cat([rows_BD.sum(dim=0).double(), rows_BD.new_tensor([len(rows_BD)]).double()])
+    dist.all_reduce(sums)
+    return (sums[None, :-1] / sums[-1].clamp(min=1)).to(rows_BD.dtype)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_BD):  # type: ignore[no-untyped-def]
+        world, own = dist.get_world_size(), rows_BD.new_tensor([len(rows_BD)], dtype=torch.int64)
+        counts = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(counts, own)
+        ctx.counts = torch.cat(counts).tolist()
+        padded_BD = rows_BD.new_zeros(max(ctx.counts), rows_BD.shape[1])
+        padded_BD[: len(rows_BD)] = rows_BD
+        gathered = [torch.empty_like(padded_BD) for _ in range(world)]
+        dist.all_gather(gathered, padded_BD)
+        return torch.cat([x[:n] for x, n in zip(gathered, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient_RD):  # type: ignore[no-untyped-def]
+        gradient_RD = gradient_RD.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient_RD)
+        return gradient_RD.split(ctx.counts)[dist.get_rank()]
+
+
+class Ranks:
+    """The ranks of a run, seen from one of them.
+
+    Args:
+        timeout_s: how long to wait for another rank, in seconds, before the run is given up.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.world = world_size()
+        self.rank = dist.get_rank() if self.world > 1 else 0
+        self.timeout_s = timeout_s
+        if self.world > 1:
+            timeout = timedelta(seconds=timeout_s)
+            self._channel: Any = dist.new_group(backend="gloo", timeout=timeout)
+            self._pulse = _Pulse(self.rank)
+            self._pulse.start()
+
+    @property
+    def first(self) -> bool:
+        """True on rank 0, the one that writes and speaks."""
+        return self.rank == 0
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank has raised it: all ranks get the same answer."""
+        if self.world == 1:
+            return flags
+        self._pulse.entered += 1
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._channel)
+        return tuple(bool(flag) for flag in raised)
+
+    def share(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, in their order."""
+        if self.world == 1:
+            return [value]
+        self._pulse.entered += 1
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._channel)
+        return values
+
+    def wait(self) -> None:
+        """Go on when all ranks have come so far."""
+        self.agree(False)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place, on the device: the host does not wait for it."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Do the same on every rank. An `InputError` on one of them is raised by all."""
+        problem, value = None, None
+        try:
+            value = do()
+        except InputError as error:
+            if self.world == 1:
+                raise
+            problem = str(error)
+        for rank, other in enumerate(self.share(problem)):
+            if other is not None:
+                raise InputError(f"rank {rank}: {other}" if rank else other)
+        return value  # type: ignore[return-value]
+
+    @contextmanager
+    def failing_together(self, agreed: type[Exception]) -> Iterator[None]:
+        """What goes wrong inside on this rank is told to the others; where it went wrong on another
+        rank, or another rank is gone, the error here says which: a `RunError`. `agreed` is what all
+        ranks raise together."""
+        try:
+            yield
+        except (agreed, InputError):
+            raise
+        except BaseException as error:
+            if self.world == 1:
+                raise
+            is_ours = not isinstance(error, RuntimeError) or isinstance(error, RunError)
+            if is_ours:
+                self._pulse.tell(f"rank {self.rank} failed: {error or type(error).__name__}")
+                raise
+            reason = self._pulse.what_happened(self.world)
+            if reason is None:
+                self._pulse.tell(f"rank {self.rank} failed: {error}")
+                raise
+            raise RunError(f"{reason}; resume=true goes on from the last checkpoint") from error
+
+    def close(self) -> None:
+        """Part in peace, when all ranks are done."""
+        if self.world > 1:
+            self._pulse.stopped.set()
+            self._pulse.join()
+            dist.destroy_process_group()
+            self.world = 1
+
+
+class _Pulse(threading.Thread):
+    """Tells the others, by a store that they share, that this rank lives and how far it is."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self.rank = rank
+        self.entered = 0
+        """How many exchanges of the hosts this rank has begun."""
+        self.stopped = threading.Event()
+        server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Two connections: an answer that is waited for must not hold up the pulse.
+        self._own, self._others = (
+            dist.PrefixStore("ranks", dist.TCPStore(*server, timeout=timedelta(seconds=30)))
+            for _ in range(2)
+        )
+        self._beats = 0
+        self._beat()
+
+    def run(self) -> None:
+        while not self.stopped.wait(PULSE_S):
+            try:
+                self._beat()
+            except dist.DistError:  # who held the store has gone; the next exchange fails as well
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._own.set(f"pulse/{self.rank}", f"{self._beats} {self.entered}")
+
+    def tell(self, reason: str) -> None:
+        """Let the others know why; the first reason counts."""
+        try:
+            self._others.compare_set("reason", "", reason)
+        except dist.DistError:
+            return
+        if self.rank == 0:  # the store may be in this process: leave it long enough to be read
+            time.sleep(2 * PULSE_S)
+
+    def what_happened(self, world: int) -> str | None:
+        """After an exchange went wrong: which rank is the cause, as far as can be seen. None: this
+        one."""
+        try:
+            before = self._read(world)
+            end = time.monotonic() + LOST_S
+            while time.monotonic() < end and not self._others.check(["reason"]):
+                time.sleep(PULSE_S / 5)
+            lost = self._lost(before, self._read(world))
+            if lost and not self._others.check(["reason"]):
+                self.tell(lost)
+            if self._others.check(["reason"]):
+                return self._others.get("reason").decode()
+        except dist.DistError:
+            return "rank 0, which keeps the ranks together, is gone"
+        return None
+
+    def _read(self, world: int) -> list[tuple[int, int]]:
+        """(beats, entered) of every rank."""
+        said = (self._others.get(f"pulse/{rank}").decode().split() for rank in range(world))
+        return [(int(beats), int(entered)) for beats, entered in said]
+
+    def _lost(self, before: list[tuple[int, int]], after: list[tuple[int, int]]) -> str:
+        still = [r for r, (old, new) in enumerate(zip(before, after, strict=True)) if old == new]
+        lost = [rank for rank in still if rank != self.rank]
+        if lost:
+            return f"{_named(lost)} died or is frozen"
+        furthest = max(entered for _, entered in after)
+        behind = [r for r, (_, entered) in enumerate(after) if entered < furthest]
+        return f"{_named(behind)} did not come on in time" if behind else ""
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -1,0 +1,86 @@
+"""How fast a run goes, and what it waits for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class Clock:
+    """Images a second since the last log line, and the share of it spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.began = time.perf_counter()
+        self.images = 0
+        self.waited = 0.0
+
+    def count(self, images: int) -> None:
+        self.images += images
+
+    def read(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.began
+        return {
+            "images_per_s": self.images / seconds,
+            "data_wait_share": self.waited / seconds,
+            "seconds": seconds,
+        }
+
+
+class Watch:
+    """Times the waits for data, and says what a long one waits for while it lasts.
+
+    A thread of its own looks at the wait, because the process itself hangs in a read. The first
+    word comes after `LONG` seconds, the next after twice as many, and so on.
+    """
+
+    LONG = 10.0
+    LOOK_EVERY = 0.5
+
+    def __init__(self, say: Callable[[str], None], reading: Callable[[], str]) -> None:
+        self.say, self.reading = say, reading
+        self._since: float | None = None
+        self._said_after = 0.0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def waiting(self, clock: Clock) -> Watch:
+        self._clock = clock
+        return self
+
+    def __enter__(self) -> None:
+        self._said_after = 0.0
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        assert self._since is not None
+        waited = time.perf_counter() - self._since
+        self._since = None
+        self._clock.waited += waited
+        if self._said_after:
+            self.say(f"data came after {waited:.0f} s")
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._closed.wait(self.LOOK_EVERY):
+            since = self._since
+            if since is None:
+                continue
+            waited = time.perf_counter() - since
+            if waited >= max(self.LONG, 2 * self._said_after):
+                self._said_after = waited
+                self.say(f"waiting for data since {waited:.0f} s: {self.reading()}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

@@ -1,0 +1,219 @@
+"""Encoders that other projects trained, brought into a checkpoint of our own.
+
+A foreign file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
+containers and runs nothing, and only when a person names it; training and evaluation never read
+one. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
+as DSeq-JEPA's release has it, and the state dict of any plain ViT with timm's names.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dseqjepa.config import (
+    ENCODER_SIZES,
+    Config,
+    DataConfig,
+    Section,
+    Size,
+    validate,
+)
+from dseqjepa.errors import InputError
+from dseqjepa.model.vit import build_encoder
+from dseqjepa.train.checkpoint import load_into, save_checkpoint
+from dseqjepa.train.folder import claimed
+
+ENCODERS = {"target": ("target_encoder", "encoder"), "context": ("encoder", "target_encoder")}
+"""Our name -> where a JEPA's file may hold it, the best first."""
+WRAPPERS = ("model", "state_dict")
+PREFIXES = ("module.", "backbone.")
+HEAD_WIDTH = 64
+
+
+class ImportConfig(Section):
+    """`dseqjepa import`: what the shapes of an encoder do not say."""
+
+    heads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """`auto`: those of the named size with this width and depth, else width / 64."""
+    image_size: Literal["auto"] | Size = "auto"
+    """`auto`: a square, which the number of positions gives."""
+
+
+def import_encoder(
+    file: Path, out: Path, settings: ImportConfig, *, overwrite: bool = False
+) -> Config:
+    """Write the run folder `out` with one checkpoint; the config that describes the encoder.
+
+    Raises `InputError`, before anything is written, where the file is not what is understood: every
+    missing, unknown and misshaped key is named.
+    """
+    found = {name: _plain(file, state) for name, state in _encoders(file).items()}
+    config = _describe(file, found["target"], settings)
+    encoders = {}
+    for name, state in found.items():
+        encoder = build_encoder(config)
+        load_into(encoder, _with_class_position(state), f"the {name} encoder of {file}")
+        encoders[name] = encoder.state_dict()
+    with claimed(out, overwrite, kept=None):
+        (out / "config.yaml").write_text(config.to_yaml())
+        state_of_run = {"config": config.model_dump(mode="json"), "imported_from": str(file)}
+        save_checkpoint(out / "checkpoints", 0, encoders, state_of_run, keep=1)
+    return config
+
+
+def read_foreign(file: Path) -> Any:
+    """What a foreign file holds: tensors in plain containers. Nothing in it is run."""
+    if not file.is_file():
+        raise InputError(f"{file} {'is not a file' if file.exists() else 'does not exist'}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        zipped = zipfile.is_zipfile(file)
+        if zipped:
+            _check_archive(file)
+        with warnings.catch_warnings(action="ignore"):  # about the pickle's protocol
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
+    except Exception as error:  # on broken bytes torch raises whatever its parsers ran into
+        raise InputError(
+            f"{file} is not read, and nothing in it was run: expected tensors and plain values "
+            f"alone, or the file is damaged ({_reason(error)})"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what it met; the rest is advice to run the file."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UnpicklingError):
+        lines = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return lines[0] if lines else type(error).__name__
+
+
+def _check_archive(file: Path) -> None:
+    """Torch stores the members of its archives as they are; one that grows when it is read, or
+    lies elsewhere, is not torch's."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            path = Path(member.filename)
+            if (
+                member.compress_type != zipfile.ZIP_STORED
+                or path.is_absolute()
+                or ".." in path.parts
+            ):
+                raise InputError(
+                    f"{file} is not an archive that torch wrote: {member.filename!r} is compressed "
+                    "or lies outside of it"
+                )
+
+
+def _encoders(file: Path) -> dict[str, Any]:
+    """The state dicts of the target and the context encoder; one alone is both."""
+    content = read_foreign(file)
+    if isinstance(content, Mapping):
+        if content.keys() & {"encoder", "target_encoder"}:
+            return {
+                name: next(content[key] for key in keys if key in content)
+                for name, keys in ENCODERS.items()
+            }
+        for key in WRAPPERS:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+        if content and all(isinstance(key, str) for key in content):
+            return dict.fromkeys(ENCODERS, content)
+    raise InputError(f"{file} holds no state dict: found {type(content).__name__}")
+
+
+def _plain(file: Path, state: Any) -> dict[str, Tensor]:
+    """A state dict in float32 and without the prefixes of wrappers."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"{file} holds no state dict: found {type(state).__name__}")
+    plain: dict[str, Tensor] = {}
+    problems = []
+    size = file.stat().st_size
+    for key, value in state.items():
+        name = str(key)
+        while name.startswith(PREFIXES):
+            name = name.partition(".")[2]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            problems.append(f"{name} is {getattr(value, 'dtype', type(value).__name__)}")
+        elif value.numel() * value.element_size() > size:  # a view that repeats what is stored
+            problems.append(f"{name} claims more bytes than the file has")
+        elif not value.isfinite().all():
+            problems.append(f"{name} is not finite")
+        else:
+            plain[name] = value.float().contiguous()
+    if problems:
+        raise InputError(f"{file}: expected finite float tensors: {'; '.join(problems)}")
+    return plain
+
+
+def _describe(
+    file: Path,
+    state: Mapping[str, Tensor],
+    settings: ImportConfig,
+) -> Config:
+    """The config of an encoder, read off its shapes."""
+    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise InputError(
+            f"{file} is no plain ViT with timm's names: missing {', '.join(missing)}; "
+            f"it has {', '.join(list(state)[:8])} ..."
+        )
+    kernel, positions = state["patch_embed.proj.weight"], state["pos_embed"]
+    if kernel.ndim != 4 or positions.ndim != 3:
+        raise InputError(
+            f"{file}: expected a patch kernel of 4 dimensions and positions of 3, found shapes "
+            f"{tuple(kernel.shape)} and {tuple(positions.shape)}"
+        )
+    width, patch = kernel.shape[0], kernel.shape[-1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    count = positions.shape[1]
+    class_token = "cls_token" in state
+    side = math.isqrt(count)
+    if side * side != count and class_token:
+        count, side = count - 1, math.isqrt(count - 1)
+    size = (side * patch, side * patch)
+    if settings.image_size != "auto":
+        size = settings.image_size
+    if size[0] // patch * (size[1] // patch) != count:
+        raise InputError(
+            f"{file} has {count} positions of patches of {patch} pixels, which image_size="
+            f"[{size[0]}, {size[1]}] does not give; name the height and width it was trained at"
+        )
+    named = {sizes[:2]: (name, sizes[2]) for name, sizes in ENCODER_SIZES.items()}
+    name, known_heads = named.get((width, depth), ("vit_base", max(width // HEAD_WIDTH, 1)))
+    values = {
+        "data": DataConfig(image_size=size).model_dump(),
+        "model": {
+            "name": name,
+            "patch_size": patch,
+            "class_token": class_token,
+            "width": width,
+            "depth": depth,
+            "heads": known_heads if settings.heads == "auto" else settings.heads,
+        },
+        "method": {"name": "dseq" if class_token else "ijepa"},
+    }
+    return validate(values)
+
+
+def _with_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With [CLS] there is a position for it; where the file has none, it is zero."""
+    positions = state["pos_embed"]
+    if "cls_token" in state and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    return {**state, "pos_embed": positions}

@@ -1,0 +1,267 @@
+"""Where a run runs: device, precision, ranks, and the signals that end it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from dseqjepa.config import Config
+from dseqjepa.errors import InputError
+from dseqjepa.ranks import Ranks
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Stopped(Exception):
+    """SIGTERM came: the state is on disk, the process is to end with exit code 143."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is, as whoever started it says."""
+
+    rank: int
+    world: int
+    on_node: int
+    """Processes on each node."""
+    cluster: Callable[[], Any]
+    """Makes Fabric's description of it."""
+
+
+def place(environment: Mapping[str, str] = os.environ) -> Place:
+    """By the variables of `torchrun`, or of `srun` around several tasks, or else alone."""
+    get = environment.get
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        world = int(environment["WORLD_SIZE"])
+        on_node = int(get("LOCAL_WORLD_SIZE", world))
+        return Place(int(environment["RANK"]), world, on_node, TorchElasticEnvironment)
+    # A batch script without `srun` also has SLURM_NTASKS, but it is not in a step.
+    world = int(get("SLURM_STEP_NUM_TASKS", 1))
+    if world > 1:
+        on_node = int(get("SLURM_NTASKS_PER_NODE", 0))
+        if on_node * int(get("SLURM_STEP_NUM_NODES", get("SLURM_NNODES", 1))) != world:
+            raise InputError(
+                f"srun has {world} tasks, which do not divide evenly over the nodes: "
+                "set --nodes and --ntasks-per-node"
+            )
+        rank = int(environment["SLURM_PROCID"])
+        return Place(rank, world, on_node, lambda: SLURMEnvironment(auto_requeue=False))
+    return Place(0, 1, 1, LightningEnvironment)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The devices of a run, connected."""
+
+    fabric: Fabric
+    ranks: Ranks
+
+    def setup(self, method: nn.Module) -> Any:
+        """The method on its device, its gradients averaged over the ranks."""
+        return self.fabric.setup_module(method)
+
+
+def connect(config: Config) -> Runtime:
+    """Join the other ranks, where there are some. `InputError` where the devices do not fit."""
+    runtime, here = config.runtime, place()
+    _check(config, here)
+    # The first line that a run prints says where its weights come from.
+    for name in ("lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    precision = {"fp32": "32-true", "bf16": "bf16-mixed"}[runtime.precision]
+    timeout = timedelta(seconds=runtime.timeout_s)
+    strategy: Any = "auto"
+    if here.world > 1 and runtime.strategy == "fsdp":
+        strategy = ModelParallelStrategy(shard, here.world, 1, timeout=timeout)
+    elif here.world > 1:
+        # Buffers are equal as it is: the statistics of the regulariser's norms are those of all
+        # ranks.
+        strategy = DDPStrategy(timeout=timeout, broadcast_buffers=False)
+    fabric = Fabric(
+        accelerator=runtime.accelerator,
+        devices=here.on_node,
+        num_nodes=here.world // here.on_node,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+        plugins=[here.cluster()],
+    )
+    fabric.launch()
+    return Runtime(fabric, Ranks(runtime.timeout_s))
+
+
+def _check(config: Config, here: Place) -> None:
+    runtime = config.runtime
+    present: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if runtime.accelerator in present and not present[runtime.accelerator]():
+        raise InputError(
+            f"runtime.accelerator={runtime.accelerator}: torch finds no such device here; "
+            "use auto or cpu"
+        )
+    on_cuda = runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    if runtime.attention == "varlen" and not (on_cuda and runtime.precision == "bf16"):
+        raise InputError(
+            "runtime.attention=varlen needs CUDA and runtime.precision=bf16: use auto, which takes "
+            "it where it can"
+        )
+    if runtime.devices not in (1, here.on_node):
+        raise InputError(
+            f"runtime.devices={runtime.devices}, but {here.on_node} processes were started on this "
+            "node: leave it out, or start as many (the command does so by itself, torchrun with "
+            "--nproc-per-node)"
+        )
+    parts = config.optim.accumulate * here.world
+    if config.data.batch_size % parts:
+        raise InputError(
+            f"data.batch_size ({config.data.batch_size}) must be a multiple of optim.accumulate x "
+            f"ranks ({config.optim.accumulate} x {here.world})"
+        )
+
+
+def shard(method: nn.Module, mesh: Any) -> nn.Module:
+    """Spread the parameters over the ranks, block by block; each block is whole while it runs."""
+    for block in (b for part in method.children() for b in getattr(part, "blocks", ())):
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(method, mesh=mesh["data_parallel"])
+    return method
+
+
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of tensors that are spread over the ranks the parts that this rank holds."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors as one process would hold them. Those that are spread are put together on the
+    first rank, one after the other; the other ranks only help."""
+    whole = {}
+    for key, value in tensors.items():
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+            value = value.cpu() if ranks.first else value.new_empty(0)
+        whole[key] = value
+    return whole
+
+
+def whole_module(module: M, ranks: Ranks, build: Callable[[], M]) -> M:
+    """The module on the first rank as one process would hold it. Where it is spread all ranks have
+    to ask, and its parameters go into what `build` makes."""
+    state = module.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return module
+    device = next(module.parameters()).device
+    state = whole_tensors(state, ranks)
+    copy = build().to(device)
+    if ranks.first:
+        copy.load_state_dict(state)
+    return copy
+
+
+class StopRequest:
+    """SIGTERM asks for a stop after the step in hand; a second signal ends the process at once,
+    whatever it is doing, even where Python is not asked: in a library that waits.
+
+    Args:
+        one_for: signals that come within so many seconds of the first are taken for the same one.
+            Among several ranks a scheduler's signal comes twice: from it, and from what started
+            the rank.
+    """
+
+    def __init__(self, one_for: float = 0.0) -> None:
+        self.requested = False
+        self.one_for = one_for
+
+    def __enter__(self) -> StopRequest:
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        signal.signal(signal.SIGTERM, self._before)
+        self._write.close()
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+    def _watch(self) -> None:
+        first = None
+        while numbers := self._read.recv(16):
+            for number in numbers:
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                elif time.monotonic() - first >= self.one_for:
+                    os._exit(128 + number)
+        self._read.close()
+
+
+def spread(devices: int, arguments: list[str], grace_s: float) -> int:
+    """Run the command once for each device of this machine, as `torchrun` would; the exit code.
+
+    A signal is handed on. When a process fails the others have `grace_s` to end by themselves.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(devices)}
+    children: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(devices):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(devices)}
+            command = [sys.executable, "-m", "dseqjepa", *arguments]
+            children.append(subprocess.Popen(command, env=os.environ | shared | own))
+        return _outcome(children, grace_s)
+    finally:
+        for child in children:
+            child.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _outcome(children: list[subprocess.Popen[bytes]], grace_s: float) -> int:
+    end = None
+    while (codes := [child.poll() for child in children]).count(None):
+        if end is None and any(codes):
+            end = time.monotonic() + grace_s
+        if end is not None and time.monotonic() > end:
+            return 1
+        time.sleep(0.05)
+    if len(set(codes)) == 1 and codes[0] is not None and codes[0] >= 0:
+        return codes[0]  # all did the same: done, refused, stopped
+    return 1

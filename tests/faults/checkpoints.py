@@ -1,0 +1,448 @@
+"""Checkpoints: killed while they are written, torn, damaged, of another shape, of another time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dseqjepa.errors import InputError
+from dseqjepa.methods import build_method
+from dseqjepa.train import checkpoint as module
+from dseqjepa.train.checkpoint import load_into, open_checkpoint, save_checkpoint
+from dseqjepa.train.runtime import Stopped
+from tests.children import ends, start
+from tests.faults.campaign import Attempts, fault
+from tests.train.tiny_runs import assert_same_run, metrics, run_config, train
+
+
+def save(folder: Path, step: int, *, width: int = 64, keep: int = 2) -> Path:
+    """A checkpoint whose tensors tell its step."""
+    values = {name: {"x": torch.full((width,), float(step))} for name in ("one", "two")}
+    return save_checkpoint(folder, step, values, {"note": f"å {step / 7}"}, keep)
+
+
+def assert_whole(folder: Path) -> int:
+    """What `open_checkpoint` finds is of one step through and through; the step."""
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.state["note"] == f"å {checkpoint.step / 7}"
+    for name in ("one", "two"):
+        x = checkpoint.tensors(name)["x"]
+        assert torch.equal(x, torch.full_like(x, float(checkpoint.step)))
+    return checkpoint.step
+
+
+@fault(1, "SIGKILL at random moments while saving", quick=10, full=200)
+def killed_while_saving(attempts: Attempts) -> None:
+    """A child saves step after step and says so after each; what is found is the last that it spoke
+    of or the one after. The moments are spread over the time that a save takes."""
+    moments = random.Random(0)
+    folder = attempts.folder
+    width = 1 << 20  # 8 MiB in two files: a save that takes long enough to be hit anywhere
+    save(folder, 0, width=width)
+    began = time.perf_counter()
+    save(folder, 1, width=width)
+    duration = time.perf_counter() - began
+    step = 1
+    for number in range(attempts.count):
+        with attempts.attempt(f"kill {number}"):
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                try:
+                    while True:
+                        step += 1
+                        save(folder, step, width=width)
+                        os.write(writing, step.to_bytes(8, "little"))
+                finally:
+                    os._exit(1)
+            os.close(writing)
+            said = int.from_bytes(os.read(reading, 8), "little")
+            time.sleep(moments.random() * 2 * duration)
+            os.kill(child, signal.SIGKILL)
+            assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            while more := os.read(reading, 8):
+                said = int.from_bytes(more, "little")
+            os.close(reading)
+            found = assert_whole(folder)
+            assert found in (said, said + 1), f"said {said}, found {found}"
+            step = found
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_and_die(folder: Path, step: int, where: str) -> None:
+    """In a child: the process is killed at one place of a save."""
+    if where == "before the manifest":
+        Path.write_text = lambda *_, **__: die()  # type: ignore[method-assign, assignment]
+    elif where == "before last":
+        Path.symlink_to = lambda *_, **__: die()  # type: ignore[method-assign, assignment]
+    save(folder, step)
+
+
+@contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What the checkpoint module warns of."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    module.log.addHandler(handler)
+    try:
+        yield said
+    finally:
+        module.log.removeHandler(handler)
+
+
+@fault(2, "SIGKILL between data and manifest, between rename and last", quick=3, full=60)
+def killed_between(attempts: Attempts) -> None:
+    places = ("before the manifest", "before last", "a copy without its manifest")
+    for number in range(attempts.count):
+        where = places[number % len(places)]
+        with attempts.attempt(where):
+            folder = attempts.place(number)
+            save(folder, 4)
+            if where == places[2]:
+                shutil.copytree(folder / "step-00000004", folder / "step-00000009")
+                (folder / "step-00000009" / "state.json").unlink()
+            else:
+                child = start(save_and_die, folder, 9, where, log=folder / "log")
+                assert ends([child], 60) == [-signal.SIGKILL]
+            with warnings() as said:
+                found = assert_whole(folder)
+            assert found == (9 if where == "before last" else 4)
+            assert len(said) == 1, said
+            assert ("last" if where == "before last" else "step-00000009 is ignored") in said[0]
+            save(folder, 12, keep=1)
+            (folder / "log").unlink(missing_ok=True)
+            assert sorted(path.name for path in folder.iterdir()) == ["last", "step-00000012"]
+            with warnings() as said:
+                assert assert_whole(folder) == 12
+            assert not said
+
+
+def go_on_with_limit(out: Path, largest: int) -> None:
+    """In a child: no file may grow beyond `largest` bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    train(run_config(), out, resume=True)
+
+
+def stop_early(out: Path, step: int, *settings: str) -> None:
+    with contextlib.suppress(Stopped):
+        train(run_config("dseq", *settings), out, stop_after=step)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_kept(out: Path, before: dict[str, bytes], said: str) -> None:
+    """The checkpoints are what they were, nothing half-written is left, and the path was named."""
+    assert contents(out / "checkpoints") == before
+    assert not list(out.rglob(".tmp*"))
+    assert f"cannot write the checkpoint {out}/checkpoints/step-" in said, said
+    assert "resume=true" in said
+
+
+@fault(3, "Disk full while saving; going on once there is space", quick=2, full=20)
+def disk_full(attempts: Attempts) -> None:
+    whole = train(run_config(), attempts.folder / "whole")
+    sizes = random.Random(0)
+    for number in range(attempts.count):
+        out = attempts.folder / str(number)
+        stop_early(out, 7)
+        before = contents(out / "checkpoints")
+        largest = max(map(len, before.values()))
+        limit = (6000, largest - 1)[number] if number < 2 else sizes.randrange(6000, largest)
+        with attempts.attempt(f"no file beyond {limit} bytes"):
+            log = attempts.folder / f"log {number}"
+            assert ends([start(go_on_with_limit, out, limit, log=log)], 120) == [1]
+            assert_kept(out, before, log.read_text())
+            train(run_config(), out, resume=True)
+            assert_same_run(whole, out)
+
+
+@fault(3, "A small disk that is full, then read-only, then mended", quick=1, full=3)
+def small_disk(attempts: Attempts) -> None:
+    """A tmpfs of its own where this may be mounted; elsewhere a folder without write permission."""
+    whole = train(run_config(), attempts.folder / "whole")
+    for number in range(attempts.count):
+        disk = attempts.place(number)
+        mounted = mount(disk, "size=64m")
+        try:
+            with attempts.attempt("full" if mounted else "without permission"):
+                out = disk / "run"
+                stop_early(out, 7)
+                before = contents(out / "checkpoints")
+                if mounted:
+                    mount(disk, f"remount,size={used(disk) + 8192}")
+                else:
+                    (out / "checkpoints").chmod(0o555)
+                log = attempts.folder / f"log {number}"
+                assert ends([start(train_on, out, log=log)], 120) == [1]
+                assert_kept(out, before, log.read_text())
+                if mounted:
+                    mount(disk, "remount,ro")
+                    assert ends([start(train_on, out, log=log)], 120) == [2]
+                    assert f"out={out} cannot be written to" in log.read_text()
+                    assert contents(out / "checkpoints") == before
+                    mount(disk, "remount,rw,size=64m")
+                else:
+                    (out / "checkpoints").chmod(0o755)
+                train(run_config(), out, resume=True)
+                assert_same_run(whole, out)
+        finally:
+            if mounted:
+                subprocess.run(["umount", str(disk)], check=True)
+
+
+def train_on(out: Path) -> None:
+    train(run_config(), out, resume=True)
+
+
+def mount(disk: Path, options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+    return os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def used(disk: Path) -> int:
+    status = os.statvfs(disk)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def boundaries(path: Path) -> list[int]:
+    """Every length at which a section of a file ends: safetensors have a length, a header, and one
+    section a tensor."""
+    content = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return [0, *[place for place, byte in enumerate(content) if byte == ord("\n")][::5]]
+    header = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + header])
+    starts = [value["data_offsets"][0] for key, value in table.items() if key != "__metadata__"]
+    return [0, 8, *(8 + header + start for start in starts)]
+
+
+def assert_refused(out: Path, file: Path) -> None:
+    """Nothing is read of a damaged checkpoint, and nobody starts anew in silence."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_file", lambda path: pytest.fail(f"read {path}"))
+        with pytest.raises(InputError) as caught:
+            open_checkpoint(out)
+    assert str(file.parent) in str(caught.value)
+    assert file.name in str(caught.value)
+    assert "resume=5 goes on from there" in str(caught.value)
+
+
+@fault(4, "Truncated at every boundary and at random lengths; one bit flipped", quick=60, full=600)
+def damaged(attempts: Attempts) -> None:
+    places = random.Random(0)
+    out = attempts.folder / "run"
+    stop_early(out, 7)
+    newest = open_checkpoint(out).path
+    files = sorted(newest.iterdir())
+    lengths = [(file, length) for file in files for length in boundaries(file)]
+    step = 1 if attempts.full else max(len(lengths) // (attempts.count // 2), 1)
+    cuts = [("cut", file, length) for file, length in lengths[::step]]
+    half = attempts.count // 2 if attempts.full else attempts.count // 4
+    for kind in ("cut", "flip"):
+        for _ in range(half):
+            file = places.choice(files)
+            cuts.append((kind, file, places.randrange(file.stat().st_size)))
+    for kind, file, place in cuts:
+        with attempts.attempt(f"{kind} {file.name} at {place}"):
+            content = file.read_bytes()
+            try:
+                if kind == "cut":
+                    os.truncate(file, place)
+                else:
+                    changed = bytearray(content)
+                    changed[place] ^= 1 << places.randrange(8)
+                    file.write_bytes(bytes(changed))
+                assert_refused(out, file)
+            finally:
+                file.write_bytes(content)
+    with attempts.attempt("and whole again"):
+        assert open_checkpoint(out).step == 7
+
+
+@fault(4, "A damaged checkpoint: refused, and an older one taken when it is named", quick=1, full=5)
+def fall_back(attempts: Attempts) -> None:
+    whole = train(run_config(), attempts.folder / "whole")
+    for number in range(attempts.count):
+        with attempts.attempt(f"number {number}"):
+            out = attempts.folder / str(number)
+            stop_early(out, 7)
+            before, lines = contents(out), metrics(out)
+            file = sorted(open_checkpoint(out).path.iterdir())[number]
+            os.truncate(file, file.stat().st_size // 2)
+            with pytest.raises(InputError, match=r"step 5 is whole: resume=5 goes on"):
+                train(run_config(), out, resume=True)
+            assert metrics(out) == lines
+            assert set(contents(out)) == set(before)
+            with pytest.raises(InputError, match=r"no finished checkpoint of step 6, but of 7, 5"):
+                train(run_config(), out, resume=6)
+            train(run_config(), out, resume=5)
+            assert_same_run(whole, out)
+
+
+@fault(5, "Missing, extra and misshaped keys: all named at once, nothing changed", quick=3, full=30)
+def other_keys(attempts: Attempts) -> None:
+    choice = random.Random(0)
+    out = attempts.folder / "run"
+    stop_early(out, 5)
+    checkpoint = open_checkpoint(out)
+    names = ("target", "context", "predictor")
+    for number in range(attempts.count):
+        name = names[number % 3]
+        with attempts.attempt(name):
+            tensors = checkpoint.tensors(name)
+            keys = choice.sample(sorted(tensors), 6)
+            for key in keys[:3]:
+                del tensors[key]
+            for key in keys[3:]:
+                tensors[key] = torch.zeros(3, 1, 4)
+            tensors |= {"another.one": torch.zeros(2), "and.another": torch.zeros(2)}
+            method = build_method(checkpoint.config)
+            part = {"target": method.target, "context": method.encoder, "predictor": method}[name]
+            if name == "predictor":
+                tensors |= {
+                    key: value
+                    for key, value in method.state_dict().items()
+                    if key.startswith(("encoder.", "target."))
+                }
+            before = {key: value.clone() for key, value in method.state_dict().items()}
+            with pytest.raises(InputError) as caught:
+                load_into(part, tensors, "FILE")
+            for problem in (
+                *(f"missing {key}" for key in keys[:3]),
+                *(f"{key} is (3, 1, 4), expected" for key in keys[3:]),
+                "unknown another.one",
+                "unknown and.another",
+            ):
+                assert problem in str(caught.value)
+            after = method.state_dict()
+            assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+CHANGED = {
+    "optim.lr=0.002": "optim.lr was 0.001, is 0.002",
+    "optim.epochs=5": "optim.epochs was 4, is 5",
+    "runtime.seed=1": "runtime.seed was 0, is 1",
+    "model.depth=3": "model.depth was 2, is 3",
+    "method.order=inverse": "method.order was 'saliency', is 'inverse'",
+    "data.batch_size=4": "data.batch_size was 8, is 4",
+}
+
+
+@fault(6, "Another config on resume: shown, refused, accepted by name", quick=len(CHANGED), full=6)
+def other_config(attempts: Attempts) -> None:
+    out = attempts.folder / "run"
+    stop_early(out, 7)
+    before = contents(out)
+    for setting, said in CHANGED.items():
+        with attempts.attempt(setting):
+            with pytest.raises(InputError, match="allow_changed=config") as caught:
+                train(run_config("dseq", setting), out, resume=True)
+            assert said in str(caught.value)
+            assert contents(out) == before
+    with attempts.attempt("accepted"):
+        changed = run_config("dseq", "optim.lr=0.002")
+        train(changed, out, resume=True, allow_changed=["config"])
+        said = (out / "log.txt").read_text()
+        assert "another config than before: optim.lr was 0.001, is 0.002" in said
+        assert next(line["lr"] for line in metrics(out) if line["step"] == 9) > 0.001
+    changed = run_config("dseq", "model.depth=3")
+    with attempts.attempt("misfit"), pytest.raises(InputError, match=r"missing blocks\.2"):
+        train(changed, out, resume=True, allow_changed=["config"])
+
+
+@fault(7, "A checkpoint of a newer format: refused", quick=1, full=1)
+def newer_format(attempts: Attempts) -> None:
+    with attempts.attempt("format 2"):
+        out = attempts.folder / "run"
+        stop_early(out, 7)
+        path = open_checkpoint(out).path / "state.json"
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps(state | {"format": 2}))
+        with pytest.raises(InputError, match="expected format 1, found 2; it is of a newer ver"):
+            train(run_config(), out, resume=True)
+
+
+def train_slowly(out: Path, workers: int, resume: bool) -> None:
+    config = run_config("dseq", "optim.epochs=400", f"data.workers={workers}")
+    train(config, out, resume=resume)
+
+
+@fault(
+    7, "Two processes in one folder: one is refused; a dead one is no hindrance", quick=2, full=10
+)
+def two_processes(attempts: Attempts) -> None:
+    for number in range(attempts.count):
+        workers = 2 * (number % 2)  # the readers of a killed process outlive it for a moment
+        with attempts.attempt(f"{workers} workers"):
+            one_after_the_other(attempts.folder / str(number), workers)
+
+
+def one_after_the_other(out: Path, workers: int) -> None:
+    log = out.with_suffix(".log")
+    first = start(train_slowly, out, workers, False, log=log)
+    wait_until(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 1)
+    config = run_config("dseq", "optim.epochs=400")
+    for way in ({"resume": True}, {"overwrite": True}):
+        before = open_checkpoint(out).step
+        with pytest.raises(InputError, match=f"in use by process {first.pid} on "):
+            train(config, out, **way)
+        assert open_checkpoint(out).step >= before
+    first.kill()
+    first.join()
+    second = start(train_slowly, out, workers, True, log=log)
+    step = open_checkpoint(out).step
+    wait_until(lambda: open_checkpoint(out).step > step)
+    second.terminate()
+    assert ends([second], 60) == [143]
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+@fault(8, "Retention: whatever lies about, the newest whole one stays", quick=20, full=500)
+def retention(attempts: Attempts) -> None:
+    choice = random.Random(0)
+    for number in range(attempts.count):
+        with attempts.attempt(f"history {number}"):
+            folder = attempts.place(number)
+            step = 0
+            for _ in range(6):
+                step += choice.randrange(1, 5)
+                event = choice.choice(("save", "save", "unfinished", "leftover", "no last"))
+                if event == "unfinished":
+                    (folder / f"step-{step:08d}").mkdir()
+                elif event == "leftover":
+                    (folder / f".tmp-step-{step:08d}").mkdir()
+                elif event == "no last":
+                    (folder / "last").unlink(missing_ok=True)
+                else:
+                    save(folder, step, keep=choice.randrange(1, 3))
+                    assert assert_whole(folder) == step
+                    newest = step
+                if list(folder.glob("step-*/state.json")):
+                    assert assert_whole(folder) == newest

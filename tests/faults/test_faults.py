@@ -1,0 +1,54 @@
+"""Every registered fault, in its quick form; `make faults` has the long one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.campaign import Attempts, Fault, fault, faults, inject
+
+
+@pytest.mark.parametrize("chosen", faults(), ids=lambda chosen: chosen.name)
+def test_fault(chosen: Fault, tmp_path: Path) -> None:
+    result = inject(chosen, full=False, folder=tmp_path)
+    assert result.held, "\n".join(result.failures)
+
+
+def half(attempts: Attempts) -> None:
+    for number in range(2):
+        with attempts.attempt(f"number {number}"):
+            assert number, "made to fail"
+
+
+def broken(attempts: Attempts) -> None:
+    raise OSError("the fault could not be injected")
+
+
+def lazy(attempts: Attempts) -> None:
+    with attempts.attempt("the only one"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("run", "tried", "survived", "said"),
+    [
+        (half, 2, 1, "made to fail"),
+        (broken, 1, 0, "could not be injected"),
+        (lazy, 1, 0, "1 attempts instead of 2"),
+        (lambda attempts: None, 0, 0, "0 attempts instead of 2"),
+    ],
+)
+def test_the_campaign_sees_what_does_not_hold(
+    tmp_path: Path, run: object, tried: int, survived: int, said: str
+) -> None:
+    result = inject(Fault(0, "a double", run, 2, 2), full=False, folder=tmp_path)  # type: ignore[arg-type]
+    assert not result.held
+    assert (result.tried, result.survived) == (tried, survived)
+    assert said in "".join(result.failures)
+
+
+def test_a_name_is_taken_once() -> None:
+    taken = faults()[0]
+    with pytest.raises(ValueError, match="two faults are called"):
+        fault(taken.row, "again")(taken.run)

@@ -1,0 +1,105 @@
+"""Ranks: how a batch is spread over processes does not show in what is learnt."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.tensor import DTensor
+
+from dseqjepa.config import Config
+from dseqjepa.methods import Method
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.train.checkpoint import open_checkpoint
+from dseqjepa.train.log import CLOCK_KEYS
+from dseqjepa.train.runtime import Runtime, Stopped
+from tests.children import run_ranks
+from tests.train.tiny_runs import Pictures, assert_same_run, metrics, run_config, tensors, train
+
+RELATIVE = 1e-5
+"""By how much a loss of two ranks may differ from that of one: sums in another order."""
+
+
+def train_here(config: Config, out: Path, source: Pictures | None = None) -> None:
+    train(config, out, source)
+
+
+def assert_same_curves(one: Path, other: Path) -> None:
+    """Every metric but the times, within the tolerance."""
+    for line, same in zip(metrics(one), metrics(other), strict=True):
+        for key in line.keys() - CLOCK_KEYS:
+            values, others = (x if isinstance(x, list) else [x] for x in (line[key], same[key]))
+            for value, found in zip(values, others, strict=True):
+                if value is None:  # a step number that nothing was predicted for
+                    assert found is None, (line["step"], key)
+                else:
+                    close = pytest.approx(value, rel=RELATIVE, abs=1e-5)
+                    assert found == close, (line["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dseq", ["method.regularizer=vicreg", "method.regularizer_weight=0.1"]),
+        ("ijepa", ["optim.accumulate=2", "method.loss_weighting=region"]),
+        ("cjepa", ["method.regularizer_weight=0.1"]),
+    ],
+)
+def test_two_ranks_learn_what_one_learns(tmp_path: Path, method: str, settings: list[str]) -> None:
+    config = run_config(method, "log.every_steps=1", *settings)
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    train(config, alone)
+    run_ranks(2, train_here, config, spread, log=tmp_path / "log")
+    assert len(metrics(spread)) == 20
+    assert_same_curves(alone, spread)
+    assert open_checkpoint(spread).state["ranks"] == 2
+
+
+def probe_of(encoder: VisionTransformer) -> float:
+    assert not any(isinstance(x, DTensor) for x in encoder.parameters())
+    return float(encoder.blocks[0].mlp.fc1.weight.square().sum())
+
+
+def train_spread(config: Config, out: Path, resume: bool, stop_after: int | None) -> None:
+    """In a child: no rank holds a parameter whole."""
+    setup = Runtime.setup
+
+    def spread(self: Runtime, method: Method) -> Any:
+        module = setup(self, method)
+        parameters = list(method.parameters())
+        assert all(isinstance(parameter, DTensor) for parameter in parameters)
+        held = sum(x.to_local().numel() for x in parameters if isinstance(x, DTensor))
+        assert held < 0.55 * sum(x.numel() for x in parameters)
+        return module
+
+    Runtime.setup = spread  # type: ignore[method-assign]
+    settings: dict[str, Any] = {"probe": probe_of, "stop_after": stop_after}
+    with contextlib.suppress(Stopped):
+        train(config, out, resume=resume, **settings)
+
+
+@pytest.mark.parametrize("kind", ["cls_similarity", "grad_cam"])
+def test_spread_parameters_learn_what_whole_ones_learn(tmp_path: Path, kind: str) -> None:
+    """FSDP2: the same curve; a run that stops and goes on is the run that does not; and one process
+    goes on from what two have written."""
+    settings = ["log.every_steps=1", "probe.every_epochs=1", f"method.saliency.kind={kind}"]
+    config = run_config("dseq", *settings, "ema.start=0.9")
+    sharded = config.with_(runtime={"strategy": "fsdp"})
+    alone, spread, cut = (tmp_path / name for name in ("alone", "spread", "cut"))
+    log = tmp_path / "log"
+    train(config, alone, probe=probe_of)
+    run_ranks(2, train_spread, sharded, spread, False, None, log=log)
+    assert_same_curves(alone, spread)
+    first, second = tensors(alone), tensors(spread)
+    assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in second.items()}
+
+    run_ranks(2, train_spread, sharded, cut, False, 7, log=log)
+    whole_from = shutil.copytree(cut, tmp_path / "one")
+    run_ranks(2, train_spread, sharded, cut, True, None, log=log)
+    assert_same_run(spread, cut)
+    train(config, whole_from, resume=True, probe=probe_of)
+    assert_same_curves(alone, whole_from)
+    assert "1 ranks instead of 2" in (whole_from / "log.txt").read_text()
