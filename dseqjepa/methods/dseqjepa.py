@@ -18,7 +18,7 @@ from dseqjepa.model.look import Look, look_for_saliency
 from dseqjepa.model.vit import Images
 from dseqjepa.plans.blocks import Blocks, sample_blocks, sample_rectangles
 from dseqjepa.plans.plan import from_candidates, paint, steps_of_ranks
-from dseqjepa.plans.regions import order_regions, rank_regions
+from dseqjepa.plans.regions import Regions, order_regions, rank_regions
 
 
 class DSeqJepa(Method):
@@ -43,8 +43,21 @@ class DSeqJepa(Method):
 
         An image in which no region survives takes the blocks, and is counted.
         """
+        return self._draw(sight, grid, self._lambda(progress), progress, keys_B)
+
+    def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
+        """Every image by its ranked regions: lambda is 1."""
+        return self._draw(sight, grid, 1.0, 1.0, keys_B)
+
+    def _draw(
+        self,
+        sight: Look,
+        grid: tuple[int, int],
+        share: float,
+        progress: float,
+        keys_B: Int64[Tensor, " B"],
+    ) -> Draw:
         blocks = sample_blocks(keys_B, grid, **self.blocks.model_dump())
-        share = self._lambda(progress)
         if self.config.regions.source == "random":
             rank_BN, count_B = self._blocks_as_regions(blocks)
         else:
@@ -81,7 +94,7 @@ class DSeqJepa(Method):
             "ranked_share": ranked_B.double().mean(),
             "empty_share": (~usable_B).double().mean(),
         }
-        return Draw(plan, metrics)
+        return Draw(plan, metrics, Regions(rank_BN, count_B))
 
     def _lambda(self, progress: float) -> float:
         curriculum = self.config.curriculum

@@ -28,7 +28,12 @@ from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.train.checkpoint import Checkpoint, load_into, save_checkpoint
+from dseqjepa.train.checkpoint import (
+    Checkpoint,
+    load_encoders,
+    load_predictor,
+    save_checkpoint,
+)
 from dseqjepa.train.log import Journal, Window
 from dseqjepa.train.monitor import Health, in_words, measure
 from dseqjepa.train.optimizer import (
@@ -110,9 +115,10 @@ class Trainer:
         self.first_health: Health | None = None
         self.bad: dict[str, str] = {}
         if start.init_from is not None:
-            self._load_weights(start.init_from)
+            load_encoders(self.method, start.init_from)
         if start.resume is not None:
-            self._load_weights(start.resume)
+            load_encoders(self.method, start.resume)
+            load_predictor(self.method, start.resume)
         self.module = self.fabric.setup_module(self.method)
         self.optimizer = build_optimizer(self.method)
         if start.resume is not None:
@@ -322,19 +328,7 @@ class Trainer:
             "bad": self.bad,
         }
 
-    def _load_weights(self, checkpoint: Checkpoint) -> None:
-        parts = {"target": self.method.target, "context": self.method.encoder}
-        for name, module in parts.items():
-            load_into(module, checkpoint.tensors(name), f"{checkpoint.path}/{name}.safetensors")
-
     def _load_position(self, checkpoint: Checkpoint) -> None:
-        rest = checkpoint.tensors("predictor")
-        own = {
-            key: value
-            for key, value in self.method.state_dict().items()
-            if key.startswith(("encoder.", "target."))
-        }
-        load_into(self.method, own | rest, f"{checkpoint.path}/predictor.safetensors")
         load_optimizer_state(self.optimizer, self.method, checkpoint.tensors("optimizer"))
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])
         self.step = checkpoint.step
