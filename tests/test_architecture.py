@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": MODEL,
     "train": MODEL | {"methods", "data"},
     "tasks": EVALUATION,
-    "viz": EVALUATION | {"methods"},
+    "viz": EVALUATION | {"methods", "tasks.features"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz"},
     "cli": EVALUATION | {"presets", "methods", "train", "tasks", "viz", "demo"},
     "__main__": {"cli"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from dseqjepa.config import Config, DSeqConfig
@@ -60,11 +60,13 @@ class DSeqJepa(Method):
         blocks = sample_blocks(keys_B, grid, **self.blocks.model_dump())
         if self.config.regions.source == "random":
             rank_BN, count_B = self._blocks_as_regions(blocks)
+            found = {}
         else:
             assert sight.saliency_BN is not None
             regions = rank_regions(
                 sight.saliency_BN, grid, self.config.regions.count, self.config.regions.min_area
             )
+            found = {"region_area": _mean_area(regions)}
             regions = order_regions(regions, self.config.order, grid, keys_B)
             rank_BN, count_B = regions.rank_BN, regions.count_B
         usable_B = count_B > 1
@@ -93,6 +95,7 @@ class DSeqJepa(Method):
             "regions": count_B.double().mean(),
             "ranked_share": ranked_B.double().mean(),
             "empty_share": (~usable_B).double().mean(),
+            **found,
         }
         return Draw(plan, metrics, Regions(rank_BN, count_B))
 
@@ -146,3 +149,10 @@ class DSeqJepa(Method):
         """Empty steps up to the most that an image may have."""
         B, M, N = mask_BMN.shape
         return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
+
+
+def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
+    """The mean share of the grid that a region holds, the left-over apart; 0 if there is none."""
+    cut_BN = regions.rank_BN < regions.count_B[:, None] - 1
+    number = (regions.count_B - 1).sum().clamp(min=1)
+    return cut_BN.double().sum() / (number * cut_BN.shape[1])

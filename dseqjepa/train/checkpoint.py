@@ -154,7 +154,11 @@ def load_method(run_or_checkpoint: str | Path) -> Method:
 
     Arguments and errors are those of `load_encoder`.
     """
-    checkpoint = open_checkpoint(Path(run_or_checkpoint))
+    return method_of(open_checkpoint(Path(run_or_checkpoint)))
+
+
+def method_of(checkpoint: Checkpoint) -> Method:
+    """The method of an open checkpoint, in eval mode."""
     method = build_method(checkpoint.config)
     load_encoders(method, checkpoint)
     load_predictor(method, checkpoint)
