@@ -186,6 +186,19 @@ def show(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")],
+    images: Annotated[int, typer.Option(help="Images in each run's region lens.")] = 6,
+) -> None:
+    """Show what runs were and learnt, in one HTML file: dseqjepa report runs/mine --out mine.html"""
+    from dseqjepa.report.page import write_report
+
+    written = write_report([run.expanduser() for run in runs], out.expanduser(), images=images)
+    print(f"written: {written}")
+
+
+@app.command()
 def demo(
     settings: Settings = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the demo's files.")] = Path("demo"),
