@@ -277,8 +277,8 @@ def tile_table(
     return Table(page, axes, tile, below)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as the ending of the path says; the same figure gives the same bytes."""
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "dseqjepa"}):  # names inside the file, random otherwise
-        figure.savefig(path, metadata=dates.get(path.suffix[1:]))
+        figure.savefig(path, metadata=dates.get(Path(path).suffix[1:]))

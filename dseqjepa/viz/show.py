@@ -155,8 +155,9 @@ class _Session:
 
     @cached_property
     def traces(self) -> dict[str, list[Trace]]:
-        """Methods without regions of their own show their saliency cut as the first one's."""
-        regions = regions_of(self.config.method)
+        """By a method without regions of its own, saliency is cut as by the one that has some."""
+        methods = [item.config.method for item in self.shown.values()]
+        regions = regions_of(next((m for m in methods if m.name == "dseq"), methods[0]))
         result = {}
         for label, checkpoint in self.shown.items():
             method = method_of(checkpoint).to(self.device)
@@ -311,13 +312,13 @@ def _task(data: Subset) -> str | None:
 def _scatter(session: _Session) -> list[Job]:
     """The run's first checkpoint that is kept, the one asked for, and the one beside it."""
     task = _task(session.data)
-    clouds = []
-    for label, checkpoint in session.shown.items():
-        first = session.past[:1] if checkpoint is session.main else []
-        for item in dict.fromkeys([*(c.path for c in first), checkpoint.path]):
-            opened = next(c for c in [*first, checkpoint] if c.path == item)
-            features_MD = session.extracted(opened).features["last"].numpy()
-            clouds.append(Cloud(f"{label}, step {opened.step}", features_MD))
+    chosen = list(session.shown.items())
+    if len(session.past) > 1:
+        chosen.insert(0, (chosen[0][0], session.past[0]))
+    clouds = [
+        Cloud(f"{label}, step {item.step}", session.extracted(item).features["last"].numpy())
+        for label, item in chosen
+    ]
     index_M = session.extracted(session.main).index_M.numpy()
     class_M = None if task is None else session.data.labels[task][index_M]
     classes = () if task is None else session.data.classes[task]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,14 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert not out.exists()
 
 
+def test_help_names_every_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dseqjepa(monkeypatch, "show", "--help") == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PICTURES)
+
+
 def test_out_is_a_folder(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,8 +160,6 @@ def test_out_is_a_folder(
 def test_curves_of_a_checkpoint_without_its_run_are_refused(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     alone = tmp_path / "alone"
     shutil.copytree((here / "dseq/checkpoints/last").resolve(), alone)
     out = str(tmp_path / "out")
