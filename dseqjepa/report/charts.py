@@ -172,10 +172,14 @@ def _chart(spec: Spec, runs: Sequence[Run]) -> dict[str, Any]:
     series = [
         _series(label, run, curve.key, colour) for colour, (run, curve, label) in enumerate(drawn)
     ]
-    what = f" Drawn: {spec.curves[0].label}." if len(runs) > 1 and len(spec.curves) > 1 else ""
+    meaning = spec.meaning
+    if len(runs) > 1 and len(spec.curves) > 1:
+        meaning += f" Drawn: {spec.curves[0].label}."
+    if len({run.config.method.name for run in runs}) > 1 and spec.unit == "loss":
+        meaning += " Methods predict different patches: their losses are not comparable."
     return {
         "title": spec.title,
-        "meaning": spec.meaning + what,
+        "meaning": meaning,
         "unit": spec.unit,
         "series": [item for item in series if item["x"]],
     }

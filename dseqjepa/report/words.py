@@ -58,16 +58,13 @@ def what_it_was(run: Run) -> str:
 
 def verdict(run: Run) -> Verdict:
     """The monitor's words for the last logged step, and when it judged otherwise before."""
-    health = [line for line in run.steps if _health(line) is not None]
+    health = [(line, found) for line in run.steps if (found := _health(line)) is not None]
     if not health:
         return Verdict("none", "Nothing was logged that tells of its health.", "", "")
-    first = _health(health[0])
-    judged = []
-    for line in health:
-        now = _health(line)
-        assert first is not None
-        assert now is not None
-        judged.append((int(line["step"]), in_words(first, now, line.get("skill", 0.0))))
+    first = health[0][1]
+    judged = [
+        (int(line["step"]), in_words(first, now, line.get("skill", 0.0))) for line, now in health
+    ]
     sentence, _, figures = judged[-1][1].partition(" [")
     tone = _tone(sentence)
     spans = [
@@ -83,18 +80,15 @@ def verdict(run: Run) -> Verdict:
 
 
 def what_it_learnt(run: Run) -> list[str]:
-    """A sentence for each task that was evaluated; the probe where there is none."""
+    """A sentence for each trained encoder and task that was evaluated, and one for the probe."""
     scores = [score for evaluation in run.evaluations for score in evaluation.scores]
     by_task: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
         by_task.setdefault((score.task, score.metric), []).append(score)
-    sentences = [
-        sentence
-        for (task, _), rows in by_task.items()
-        for row in rows
-        if _role(row) == "trained"
-        for sentence in [_compare(task, row, [r for r in rows if _role(r) != "trained"])]
-    ]
+    sentences = []
+    for (task, _), rows in by_task.items():
+        others = [row for row in rows if _role(row) != "trained"]
+        sentences += [_compare(task, row, others) for row in rows if _role(row) == "trained"]
     if run.probes:
         first, last = run.probes[0], run.probes[-1]
         trend = (
