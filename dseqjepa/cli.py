@@ -191,7 +191,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")],
     images: Annotated[int, typer.Option(help="Images in each run's region lens.")] = 6,
 ) -> None:
-    """Show what runs were and learnt, in one HTML file: dseqjepa report runs/mine --out mine.html"""
+    """Show in one HTML file what runs learnt: dseqjepa report runs/mine --out mine.html"""
     from dseqjepa.report.page import write_report
 
     written = write_report([run.expanduser() for run in runs], out.expanduser(), images=images)
