@@ -2,6 +2,8 @@
 // Draws the charts: plain JSON in, Plotly and a legend with values out. Colours come from the page.
 
 const theme = {
+  /** On paper charts do not follow the width of their place. */
+  printing: false,
   /** The colour that a CSS variable has now. */
   colour(name) {
     const probe = document.body.appendChild(document.createElement("i"));
@@ -70,6 +72,7 @@ function layout(unit, more = {}) {
     fixedrange: matchMedia("(pointer: coarse)").matches,
   };
   return {
+    ...(theme.printing ? { width: 640 } : { autosize: true }),
     margin: { l: 8, r: 12, t: 8, b: 8 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",

@@ -15,12 +15,21 @@
   if (data.lenses.length) charts.push(new Lens(data.lenses, data.colours));
 
   const redraw = () => charts.forEach((chart) => chart.update());
+  const paint = (colours) => {
+    document.documentElement.dataset.theme = colours;
+    redraw();
+  };
   for (const choice of document.querySelectorAll("[name=theme]")) {
-    choice.addEventListener("change", () => {
-      document.documentElement.dataset.theme = choice.value;
-      redraw();
-    });
+    choice.addEventListener("change", () => paint(choice.value));
   }
+  addEventListener("beforeprint", () => {
+    theme.printing = true;
+    paint("light");
+  });
+  addEventListener("afterprint", () => {
+    theme.printing = false;
+    paint(document.querySelector("[name=theme]:checked").value);
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   for (const fold of document.querySelectorAll("details")) {
     fold.addEventListener("toggle", () => {

@@ -280,6 +280,15 @@ def test_colours_follow_the_system_and_the_choice(browser: Browser, single: Path
         assert lines(page) != line
         page.keyboard.press("ArrowRight")
         assert (paper(page), lines(page)) == (dark, line)
+
+        wide = page.locator(".main-svg").first.bounding_box()
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert paper(page) == "rgb(255, 255, 255)"
+        widths = page.locator(".main-svg").evaluate_all("all => all.map(svg => svg.clientWidth)")
+        assert set(widths) == {640}  # fits an A4 page
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert (paper(page), lines(page)) == (dark, line)
+        assert page.locator(".main-svg").first.bounding_box() == wide
         assert wrong == []
 
 
