@@ -215,7 +215,7 @@ class Lens {
     }
     const [h, w] = this.lens.grid;
     const byPatch = this.get("loss").checked;
-    const paper = theme.colour("paper");
+    const veil = theme.colour("veil");
     const colour = this.colour(step);
     const most = this.mostLoss();
     let target = 0;
@@ -226,12 +226,12 @@ class Lens {
         return this.cell(index, fill, byPatch ? 0.9 : 0.55, `predicted, loss ${digits(loss)}`);
       }
       const seen = step.context[index] === "1";
-      return this.cell(index, paper, seen ? 0 : 0.86, seen ? "seen" : "hidden");
+      return this.cell(index, veil, seen ? 0 : 0.88, seen ? "seen" : "hidden");
     });
     const context = borders(h, w, (index) => step.context[index], "0");
     const edge = borders(h, w, (index) => step.target[index], "0");
     const lines = [
-      this.outline(context, theme.colour("muted"), 1),
+      this.outline(context, theme.colour("ink"), 1),
       this.outline(edge, "#fff", 5),
       this.outline(edge, colour, 3),
     ];
@@ -278,7 +278,7 @@ class Lens {
     if (this.get("saliency").checked) items.push(scale("saliency of a patch, lowest to highest in this image (no unit)"));
     if (step && this.get("loss").checked) items.push(scale(`loss of a patch, 0 to ${digits(this.mostLoss())}`));
     else if (step) items.push(swatch(this.colour(step), "to be predicted"));
-    items.push(swatch(theme.colour("paper"), "hidden from the encoder"), make("li", {}, "Uncovered patches are seen."));
+    items.push(swatch(theme.colour("veil"), "hidden from the encoder"), make("li", {}, "Uncovered patches are seen."));
     const { label, name } = this.lens.pictures[this.image];
     items.push(make("li", {}, `Image: ${[label, name].filter(Boolean).join(", ")} (${this.lens.origin}).`));
     this.get("key").replaceChildren(...items);

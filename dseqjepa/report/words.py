@@ -24,8 +24,8 @@ class Verdict:
     tone: Tone
     sentence: str
     figures: str
-    history: str
-    """What it said along the way, where that was something else; "" otherwise."""
+    more: str
+    """What the verdict means, and what it was before where it was worse."""
 
 
 def method_name(config: Config) -> str:
@@ -71,12 +71,16 @@ def verdict(run: Run) -> Verdict:
         (key, [step for step, _ in group])
         for key, group in groupby(judged, key=lambda item: _tone(item[1]))
     ]
-    history = ""
+    more = ""
+    if tone == "good":
+        more = "No sign of collapse, and better than predicting the mean target."
     if tone == "bad":
-        history = f"It is judged so from step {spans[-1][1][0]:,} on."
+        more = f"It is judged so from step {spans[-1][1][0]:,} on."
     elif bad := [_span(steps) for key, steps in spans if key == "bad"]:
-        history = f"It was judged as collapsing before, at {_listing(bad)}."
-    return Verdict(tone, sentence[:1].upper() + sentence[1:] + ".", figures.rstrip("]"), history)
+        more += f" It was judged as collapsing before, at {_listing(bad)}."
+    return Verdict(
+        tone, sentence[:1].upper() + sentence[1:] + ".", figures.rstrip("]"), more.strip()
+    )
 
 
 def what_it_learnt(run: Run) -> list[str]:

@@ -70,14 +70,17 @@ def test_the_verdict_is_the_monitors():
     found = verdict(run_of(steps=lines(GOOD, COLLAPSED)))
     sentence = in_words(first, last, 0.4)
     assert f"{found.sentence[:-1]} [{found.figures}]" == sentence[0].upper() + sentence[1:]
-    assert (found.tone, found.history) == ("bad", "It is judged so from step 20 on.")
+    assert (found.tone, found.more) == ("bad", "It is judged so from step 20 on.")
     assert verdict(run_of(steps=lines(GOOD, GOOD))).tone == "good"
-    assert verdict(run_of(steps=lines(GOOD, GOOD))).history == ""
+    fine = "No sign of collapse, and better than predicting the mean target."
+    assert verdict(run_of(steps=lines(GOOD, GOOD))).more == fine
     assert verdict(run_of(steps=lines(GOOD, GOOD | {"skill": -0.1}))).tone == "unsure"
     assert verdict(run_of()).tone == "none"
     passed = verdict(run_of(steps=lines(GOOD, COLLAPSED, COLLAPSED, GOOD, COLLAPSED, GOOD)))
     assert passed.tone == "good"
-    assert passed.history == ("It was judged as collapsing before, at steps 20 to 30 and step 50.")
+    assert passed.more == (
+        f"{fine} It was judged as collapsing before, at steps 20 to 30 and step 50."
+    )
 
 
 @pytest.mark.parametrize(
