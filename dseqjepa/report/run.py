@@ -84,6 +84,10 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, name: str) -> Run:
     """Read one run's folder; `InputError` where it is not one."""
     _check_is_run(path)
+    try:
+        config = load_config(path / "config.yaml")
+    except InputError as error:
+        raise InputError(f"the config of the run {path}: {error}") from None
     lines, notes = _read_metrics(path / "metrics.jsonl")
     checkpoints = sorted(
         (folder for folder in (path / "checkpoints").glob("step-*") if folder.is_dir()),
@@ -93,7 +97,7 @@ def read_run(path: Path, name: str) -> Run:
     return Run(
         path=path,
         name=name,
-        config=load_config(path / "config.yaml"),
+        config=config,
         steps=[line for line in lines if "loss" in line],
         probes=[line for line in lines if "probe_knn" in line],
         evaluations=evaluations,
