@@ -60,7 +60,8 @@ def run_demo(config: Config, out: Path) -> None:
     if absent := missing_packages():
         console.print(f"no report: {' and '.join(absent)} missing (pip install 'dseqjepa[report]')")
     else:
-        console.print(f"report: {write_report([run], out / 'report.html')}")
+        report = write_report([run], out / "report.html", images=PICTURES)
+        console.print(f"report: {report}")
     minutes = (time.perf_counter() - began) / 60
     console.print(f"pictures: {out / 'regions.png'}, encoder: {run}, {minutes:.1f} minutes in all")
 

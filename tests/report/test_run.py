@@ -112,7 +112,7 @@ def test_what_is_no_run_is_refused(runs: Runs, tmp_path: Path):
         with pytest.raises(InputError, match=part):
             read_runs(paths)
     (runs[0] / "config.yaml").write_text("model: {name: vit_tiny}\n")
-    with pytest.raises(InputError, match="the config of the run .*method"):
+    with pytest.raises(InputError, match=r"the config of the run .*method"):
         read_runs([runs[0]])
 
 
