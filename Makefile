@@ -5,12 +5,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench faults
+.PHONY: demo test lint types browser bench faults
 
 demo: $(VENV)/installed
 	$(BIN)/dseqjepa demo $(SETTINGS)
 
-test: $(VENV)/installed-dev lint types
+test: $(VENV)/installed-dev lint types browser
 	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/installed-dev
@@ -26,11 +26,18 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
+# The report is tested in a browser: Debian's, where this may install it.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	  --no-install-recommends chromium fonts-liberation >/dev/null; } \
+	  || echo "NOTICE: no chromium here, the tests of the report in a browser are skipped"
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[report]'
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/installed

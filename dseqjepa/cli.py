@@ -235,6 +235,74 @@ def import_(
 
 
 @app.command()
+def show(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[IMAGES]...", help="Image files, folders, or what data= takes."),
+    ] = None,
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Which pictures, with commas: sheets, regions, clusters, pca, similarity, "
+            "neighbours, scatter, curves; or all."
+        ),
+    ] = "sheets,regions",
+    beside: Annotated[
+        Path | None, typer.Option(help="A second run or checkpoint to compare with.")
+    ] = None,
+    patch: Annotated[
+        str | None, typer.Option(metavar="ROW,COL", help="similarity: to which patch, from 0,0.")
+    ] = None,
+    clusters: Annotated[int, typer.Option(help="clusters: how many.")] = 4,
+    checkpoints: Annotated[
+        int, typer.Option(help="clusters, pca, similarity: the most checkpoints of the run.")
+    ] = 5,
+    data: Annotated[
+        str | None,
+        typer.Option(help="neighbours, scatter: the data set; the run's own if not given."),
+    ] = None,
+    sample: Annotated[int, typer.Option(help="The most images of --data.")] = 2000,
+    limit: Annotated[int, typer.Option(help="The most images of a folder in IMAGES.")] = 8,
+    ending: Annotated[str, typer.Option("--format", help="png, pdf or svg.")] = "png",
+) -> None:
+    """Draw what an encoder sees: dseqjepa show runs/mine my_pictures --out pictures"""
+    from dseqjepa.viz.show import PICTURES, Request
+    from dseqjepa.viz.show import show as draw
+
+    request = Request(
+        checkpoint=checkpoint.expanduser(),
+        images=tuple(images or ()),
+        out=out.expanduser(),
+        only=tuple(PICTURES) if only == "all" else tuple(dict.fromkeys(only.split(","))),
+        beside=beside.expanduser() if beside is not None else None,
+        patch=_row_and_column(patch) if patch is not None else None,
+        clusters=clusters,
+        checkpoints=checkpoints,
+        data=data,
+        limit=limit,
+        sample=sample,
+        ending=ending,
+    )
+    for path in draw(request):
+        print(path)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")],
+    images: Annotated[int, typer.Option(help="Images in each run's region lens.")] = 6,
+) -> None:
+    """Show in one HTML file what runs learnt: dseqjepa report runs/mine --out mine.html"""
+    from dseqjepa.report.page import write_report
+
+    written = write_report([run.expanduser() for run in runs], out.expanduser(), images=images)
+    print(f"written: {written}")
+
+
+@app.command()
 def demo(
     settings: Settings = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the demo's files.")] = Path("demo"),
@@ -292,6 +360,13 @@ def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], l
 def _resume(run: dict[str, str]) -> bool | int:
     value = run.get("resume", "")
     return int(value) if value.isdecimal() else _flag(run, "resume")
+
+
+def _row_and_column(text: str) -> tuple[int, int]:
+    row, comma, column = text.partition(",")
+    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
+        raise InputError(f"expected --patch ROW,COL, such as 3,4, found {text!r}")
+    return int(row), int(column)
 
 
 def _flag(run: dict[str, str], key: str) -> bool:

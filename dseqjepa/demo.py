@@ -12,6 +12,7 @@ from dseqjepa.config import Config, RegionsConfig
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
+from dseqjepa.report.page import missing_packages, write_report
 from dseqjepa.tasks.knn import compare
 from dseqjepa.tasks.report import show_table, write_json
 from dseqjepa.train.checkpoint import load_encoder, untrained_encoder
@@ -21,11 +22,11 @@ from dseqjepa.viz.regions import regions_picture
 TASKS = ("class", "count")
 TEST_IMAGES = 2000
 PICTURES = 12
-FILES = ("run", "knn.json", "regions.png")
+FILES = ("run", "regions.png", "report.html")
 
 
 def run_demo(config: Config, out: Path) -> None:
-    """Pre-train by `config` in `out/run`, write `out/knn.json` and `out/regions.png`.
+    """Pre-train by `config` in `out/run`, evaluate, write `out/regions.png` and `out/report.html`.
 
     `out` may hold an earlier demo, which is replaced; `InputError` if it holds anything else.
     """
@@ -48,7 +49,7 @@ def run_demo(config: Config, out: Path) -> None:
     encoders = {"raw pixels": None, "untrained encoder": untrained_encoder(config)}
     rows = compare({**encoders, "trained encoder": trained}, train, test, TASKS, size)
     show_table(rows, TASKS, console)
-    write_json(out / "knn.json", {"results": rows})
+    write_json(run / "evaluations" / "knn.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
     regions = config.method.regions if config.method.name == "dseq" else RegionsConfig()
@@ -56,6 +57,11 @@ def run_demo(config: Config, out: Path) -> None:
         trained, images_BCHW, num_regions=regions.count, min_area=regions.min_area
     )
     picture.save(out / "regions.png")
+    if absent := missing_packages():
+        console.print(f"no report: {' and '.join(absent)} missing (pip install 'dseqjepa[report]')")
+    else:
+        report = write_report([run], out / "report.html", images=PICTURES)
+        console.print(f"report: {report}")
     minutes = (time.perf_counter() - began) / 60
     console.print(f"pictures: {out / 'regions.png'}, encoder: {run}, {minutes:.1f} minutes in all")
 

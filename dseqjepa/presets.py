@@ -156,6 +156,7 @@ def vitt_demo() -> Config:
         model=ModelConfig(name="vit_nano", patch_size=8),
         predictor={"width": 64, "depth": 2, "heads": 2},
         optim={"epochs": 4, "warmup_epochs": 0.4},
+        checkpoint={"every_steps": 78, "keep": 10},
         probe={"every_epochs": 0},
     )
 

@@ -150,4 +150,11 @@ def test_an_installed_package_works_outside_the_repository(tmp_path: Path):
         "print(dseqjepa.build_method(dseqjepa.load_config('ijepa_vitt_demo')).steps_per_image)"
     )
     assert run([sys.executable, "-c", script], tmp_path).strip() == "4"
-    assert (place / "dseqjepa" / "py.typed").exists()
+    assert data_files(place / "dseqjepa") == data_files(ROOT / "dseqjepa")
+    assert {Path("py.typed"), Path("report/page.html")} <= data_files(place / "dseqjepa")
+
+
+def data_files(package: Path) -> set[Path]:
+    """What a package holds beside code."""
+    files = (path for path in package.rglob("*") if path.is_file())
+    return {path.relative_to(package) for path in files if path.suffix not in (".py", ".pyc")}

@@ -70,7 +70,10 @@ def test_the_demo_trains_tables_and_draws(
     for name in ("raw pixels", "untrained encoder", "trained encoder"):
         assert name in printed
     assert (out / "regions.png").stat().st_size > 10_000
-    assert len(json.loads((out / "knn.json").read_text())["results"]) == 6
+    result = json.loads((out / "run" / "evaluations" / "knn.json").read_text())
+    assert len(result["results"]) == 6
+    assert f"report: {out / 'report.html'}" in printed.replace("\n", "")
+    assert (out / "report.html").stat().st_size < 15 * 2**20
     command(monkeypatch, "demo", "--out", str(out), *settings)  # an earlier demo is replaced
     (out / "mine.txt").write_text("keep me")
     with pytest.raises(SystemExit) as stop:

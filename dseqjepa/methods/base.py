@@ -22,6 +22,7 @@ from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
 from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
 from dseqjepa.plans.plan import Plan, true_places
+from dseqjepa.plans.regions import Regions
 from dseqjepa.ranks import mean_row
 
 
@@ -57,6 +58,8 @@ class Draw:
 
     plan: Plan
     metrics: dict[str, Tensor]
+    regions: Regions | None = None
+    """The ordered regions that ranked steps were made of; None for a method without."""
 
 
 class Method(nn.Module, ABC):
@@ -91,6 +94,10 @@ class Method(nn.Module, ABC):
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Draw:
         """The plan of a batch: a pure function of what was seen, progress and the keys."""
+
+    def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
+        """The draw that a curriculum leads to, wherever this one may end."""
+        return self.draw(sight, grid, 1.0, keys_B)
 
     def look(self, images_BCHW: Images) -> Look:
         """What the target encoder sees; methods that need saliency override this."""

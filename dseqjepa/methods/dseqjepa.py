@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from dseqjepa.config import Config, DSeqConfig
@@ -18,7 +18,7 @@ from dseqjepa.model.look import Look, look_for_saliency
 from dseqjepa.model.vit import Images
 from dseqjepa.plans.blocks import Blocks, sample_blocks, sample_rectangles
 from dseqjepa.plans.plan import from_candidates, paint, steps_of_ranks
-from dseqjepa.plans.regions import order_regions, rank_regions
+from dseqjepa.plans.regions import Regions, order_regions, rank_regions
 
 
 class DSeqJepa(Method):
@@ -43,10 +43,24 @@ class DSeqJepa(Method):
 
         An image in which no region survives takes the blocks, and is counted.
         """
+        return self._draw(sight, grid, self._lambda(progress), progress, keys_B)
+
+    def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
+        """Every image by its ranked regions: lambda is 1."""
+        return self._draw(sight, grid, 1.0, 1.0, keys_B)
+
+    def _draw(
+        self,
+        sight: Look,
+        grid: tuple[int, int],
+        share: float,
+        progress: float,
+        keys_B: Int64[Tensor, " B"],
+    ) -> Draw:
         blocks = sample_blocks(keys_B, grid, **self.blocks.model_dump())
-        share = self._lambda(progress)
         if self.config.regions.source == "random":
             rank_BN, count_B = self._blocks_as_regions(blocks)
+            found = {}
         else:
             assert sight.saliency_BN is not None
             # The loss says where a map is not finite; the plan of its batch does not count.
@@ -54,6 +68,7 @@ class DSeqJepa(Method):
             regions = rank_regions(
                 saliency_BN, grid, self.config.regions.count, self.config.regions.min_area
             )
+            found = {"region_area": _mean_area(regions)}
             regions = order_regions(regions, self.config.order, grid, keys_B)
             rank_BN, count_B = regions.rank_BN, regions.count_B
         usable_B = count_B > 1
@@ -82,8 +97,9 @@ class DSeqJepa(Method):
             "regions": count_B.double().mean(),
             "ranked_share": ranked_B.double().mean(),
             "empty_share": (~usable_B).double().mean(),
+            **found,
         }
-        return Draw(plan, metrics)
+        return Draw(plan, metrics, Regions(rank_BN, count_B, self.ranked_steps + 1))
 
     def _lambda(self, progress: float) -> float:
         curriculum = self.config.curriculum
@@ -135,3 +151,10 @@ class DSeqJepa(Method):
         """Empty steps up to the most that an image may have."""
         B, M, N = mask_BMN.shape
         return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
+
+
+def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
+    """The mean share of the grid that a region holds, the left-over apart; 0 if there is none."""
+    cut_BN = regions.rank_BN < regions.count_B[:, None] - 1
+    number = (regions.count_B - 1).sum().clamp(min=1)
+    return cut_BN.double().sum() / (number * cut_BN.shape[1])

@@ -81,7 +81,7 @@ def rank_regions(
         raise InputError(f"min_area is a fraction of the grid, 0 to 1, not {min_area}")
 
     scaled_BN = _scale(saliency_BN.to(torch.float64))
-    foreground_BP = _pad(scaled_BN > _otsu_threshold(scaled_BN)[:, None], grid)
+    foreground_BP = _pad(_above_otsu(scaled_BN), grid)
     root_BP = _component_roots(foreground_BP, grid)
 
     # Integers: the sums do not depend on the order in which a GPU adds.
@@ -105,6 +105,14 @@ def rank_regions(
     rank_BN = rank_BP.unflatten(1, (height + 1, width + 1))[:, :height, :width].flatten(1)
     # The least salient patch is never foreground, so something is always left over.
     return Regions(rank_BN, kept_B1[:, 0] + 1, num_regions)
+
+
+def otsu_foreground(saliency_BN: Float[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
+    """The patches above Otsu's threshold of their map (eq. 1 and 2), from which regions are cut.
+
+    Maps are scaled as in `rank_regions`, with its error; a flat map has no foreground.
+    """
+    return _above_otsu(_scale(saliency_BN.to(torch.float64)))
 
 
 def order_regions(
@@ -167,6 +175,10 @@ def _scale(saliency_BN: Float64[Tensor, "B N"]) -> Float64[Tensor, "B N"]:
             f"{image} of the batch; look for the step where the encoder's features diverged"
         )
     return (saliency_BN - low_B1) / torch.where(span_B1 == 0, 1.0, span_B1)
+
+
+def _above_otsu(scaled_BN: Float64[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
+    return scaled_BN > _otsu_threshold(scaled_BN)[:, None]
 
 
 def _otsu_threshold(scaled_BN: Float64[Tensor, "B N"]) -> Float64[Tensor, " B"]:

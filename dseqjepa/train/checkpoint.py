@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dseqjepa.config import Config, validate
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.methods import build_method
+from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 
 FORMAT = 1
@@ -252,6 +252,39 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
     if problems:
         raise InputError(f"{where} does not fit the model: {'; '.join(problems)}")
     module.load_state_dict(dict(tensors))
+
+
+def load_method(run_or_checkpoint: str | Path) -> Method:
+    """Everything that was trained (both encoders, predictor, projector), in eval mode.
+
+    Arguments and errors are those of `load_encoder`.
+    """
+    return method_of(open_checkpoint(Path(run_or_checkpoint)))
+
+
+def method_of(checkpoint: Checkpoint) -> Method:
+    """The method of an open checkpoint, in eval mode."""
+    method = build_method(checkpoint.config)
+    load_encoders(method, checkpoint)
+    load_predictor(method, checkpoint)
+    return method.eval().requires_grad_(False)
+
+
+def load_encoders(method: Method, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's context and target encoder into a method."""
+    for name, module in (("target", method.target), ("context", method.encoder)):
+        load_into(module, checkpoint.tensors(name), f"{checkpoint.path}/{name}.safetensors")
+
+
+def load_predictor(method: Method, checkpoint: Checkpoint) -> None:
+    """Copy what a method has beside its encoders: the predictor, and a projector if any."""
+    encoders = {
+        key: value
+        for key, value in method.state_dict().items()
+        if key.startswith(("encoder.", "target."))
+    }
+    rest = checkpoint.tensors("predictor")
+    load_into(method, encoders | rest, f"{checkpoint.path}/predictor.safetensors")
 
 
 def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> VisionTransformer:

@@ -23,7 +23,13 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
 from dseqjepa.ranks import gather_rows
-from dseqjepa.train.checkpoint import Checkpoint, Start, load_into, save_checkpoint
+from dseqjepa.train.checkpoint import (
+    Checkpoint,
+    Start,
+    load_encoders,
+    load_predictor,
+    save_checkpoint,
+)
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
@@ -99,10 +105,10 @@ class Trainer:
         self.bad: dict[str, str] = {}
         self.new_bad: dict[str, str] = {}
         if start.init_from is not None:
-            self._load_encoders(start.init_from)
+            load_encoders(self.method, start.init_from)
         if start.resume is not None:
-            self._load_encoders(start.resume)
-            self._load_rest(start.resume)
+            load_encoders(self.method, start.resume)
+            load_predictor(self.method, start.resume)
         self.module = runtime.setup(self.method)
         self.optimizer = build_optimizer(self.method)
         if start.resume is not None:
@@ -375,17 +381,6 @@ class Trainer:
             "monitor": self.monitor.to_json(),
             "bad": self.bad,
         }
-
-    def _load_encoders(self, checkpoint: Checkpoint) -> None:
-        parts = {"target": self.method.target, "context": self.method.encoder}
-        for name, module in parts.items():
-            load_into(module, checkpoint.tensors(name), f"{checkpoint.path}/{name}.safetensors")
-
-    def _load_rest(self, checkpoint: Checkpoint) -> None:
-        state = self.method.state_dict()
-        encoders = {k: v for k, v in state.items() if k.startswith(("encoder.", "target."))}
-        rest = checkpoint.tensors("predictor")
-        load_into(self.method, encoders | rest, f"{checkpoint.path}/predictor.safetensors")
 
     def _load_position(self, checkpoint: Checkpoint) -> None:
         load_optimizer_state(self.optimizer, self.method, checkpoint.tensors("optimizer"))

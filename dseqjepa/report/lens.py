@@ -1,0 +1,217 @@
+"""The region lens: how a run's checkpoints predict a few images, as plain values for the page.
+
+Suffixes: B images, C colours, h and w rows and columns of patches, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from dseqjepa.config import Config, DSeqConfig, RegionsConfig
+from dseqjepa.data.images import ImageFolder
+from dseqjepa.data.labelled import Split, open_source
+from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.transforms import EvalTransform
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.report.run import Run, printable, step_of
+from dseqjepa.train.checkpoint import load_method
+from dseqjepa.viz.tiles import label_patch
+from dseqjepa.viz.trace import Trace, regions_of, trace
+
+MOST_CHECKPOINTS = 12
+"""Of a run that kept more, so many are shown, evenly spaced, the first and the last among them."""
+SHOWN_SIDE = 256
+"""Pixels of the longer side of an image in the page; fewer where the image has fewer."""
+LEVELS = 255
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The images of a lens, as the page shows them and as the encoder sees them."""
+
+    pictures: Sequence[Mapping[str, str]]
+    """`src`, a data URI, `name` and `label` ("" where there is none)."""
+    images_BCHW: UInt8[Tensor, "B 3 H W"]
+    indices: Sequence[int]
+    """Their places in the source."""
+    are_held_out: bool
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A run's part of the lens; `content` is plain JSON, None where there is nothing to show."""
+
+    content: Mapping[str, Any] | None
+    notes: Sequence[str]
+    """What is missing and why, one sentence each."""
+
+
+def build_lens(run: Run, images: int, shared: RegionsConfig) -> Lens:
+    """Trace `images` images of a run's data through the checkpoints that it kept.
+
+    What cannot be shown, because the data is gone or a checkpoint is damaged, is said in `notes`.
+
+    Args:
+        images: how many to choose; fewer where the data holds fewer that can be decoded.
+        shared: how to cut the saliency of a method that has no regions of its own.
+    """
+    if not run.checkpoints:
+        return Lens(None, ["There is no checkpoint to look through."])
+    try:
+        chosen = choose_images(run.config, images)
+    except InputError as error:
+        return Lens(None, [f"The images are not there any more ({printable(error)})."])
+    if not chosen.pictures:
+        return Lens(None, [f"No image of {run.config.data.source} can be decoded."])
+    keys_B = sample_keys(run.config.runtime.seed, 0, torch.tensor(list(chosen.indices)))
+    kept = evenly(run.checkpoints, MOST_CHECKPOINTS)
+    notes = []
+    if len(kept) < len(run.checkpoints):
+        notes.append(f"{len(kept)} of the {len(run.checkpoints)} checkpoints are shown.")
+    looks = []
+    for folder in kept:
+        try:
+            traces = trace(load_method(folder), chosen.images_BCHW, keys_B, regions=shared)
+        except InputError as error:
+            notes.append(f"Left out: {printable(error)}.")
+        else:
+            looks.append({"step": step_of(folder), "images": [_plain(item) for item in traces]})
+    if not looks:
+        return Lens(None, [*notes, "No checkpoint could be read."])
+    content = {
+        "run": run.name,
+        "grid": list(run.config.grid),
+        "pictures": list(chosen.pictures),
+        "origin": "held out of training" if chosen.are_held_out else "seen in training",
+        "ranks": isinstance(run.config.method, DSeqConfig),
+        "saliency": traces[0].saliency_kind.replace("_", " "),
+        "checkpoints": looks,
+    }
+    return Lens(content, notes)
+
+
+def choose_images(config: Config, count: int) -> Chosen:
+    """A seeded choice of the images that a run's config names, held-out ones if there are any.
+
+    Raises:
+        InputError: the data is not there, or not what it was.
+    """
+    source, are_held_out = _source(config)
+    keys_N = sample_keys(config.runtime.seed, 0, torch.arange(len(source)))
+    order = uniforms(keys_N, Stream.SPLIT, 1)[:, 0].argsort(stable=True).tolist()
+    pictures: list[dict[str, str]] = []
+    seen, indices = [], []
+    fit = EvalTransform(config.data.image_size)
+    for index in order:
+        if len(pictures) == count:
+            break
+        try:
+            image_CHW = source.image(index)
+        except BadImage:
+            continue  # the run's bad_files.jsonl names it
+        pictures.append(
+            {
+                "src": _data_uri(_shown(image_CHW, config.data.image_size)),
+                "name": printable(source.name(index)).removeprefix(f"{config.data.source}/"),
+                "label": _label(source, index),
+            }
+        )
+        seen.append(fit(image_CHW))
+        indices.append(index)
+    size = (0, 3, *config.data.image_size)
+    images_BCHW = torch.stack(seen) if seen else torch.empty(size, dtype=torch.uint8)
+    return Chosen(pictures, images_BCHW, indices, are_held_out)
+
+
+def shared_regions(runs: Sequence[Run]) -> RegionsConfig:
+    """The regions of the first DSeq-JEPA run, so that all maps of a comparison are cut alike."""
+    ranked = [run.config.method for run in runs if isinstance(run.config.method, DSeqConfig)]
+    return regions_of(ranked[0] if ranked else runs[0].config.method)
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(index)] for index in np.linspace(0, len(items) - 1, most)]
+
+
+def _source(config: Config) -> tuple[Source, bool]:
+    """The part of the data that training did not see, if it has such a part; and whether."""
+    data = config.data
+
+    def part(split: Split) -> Source:
+        return open_source(
+            data.source,
+            split=split,
+            size=data.size,
+            image_size=data.image_size,
+            seed=config.runtime.seed,
+        )
+
+    source = part("train")
+    if isinstance(source, ImageFolder) and not source.has_splits:
+        return source, False
+    return part("val"), True
+
+
+def _label(source: Source, index: int) -> str:
+    if "class" not in source.labels:
+        return ""
+    return printable(source.classes["class"][int(source.labels["class"][index])])
+
+
+def _shown(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the encoder sees of an image, with more of its pixels where it has more."""
+    scale = min(SHOWN_SIDE / max(size), max(1.0, min(image_CHW.shape[-2:]) / min(size)))
+    return EvalTransform((round(size[0] * scale), round(size[1] * scale)))(image_CHW)
+
+
+def _data_uri(image_CHW: UInt8[Tensor, "3 H W"]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(file, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _plain(item: Trace) -> dict[str, Any]:
+    """A trace as JSON: maps row by row, masks as texts of 0 and 1, losses of the target alone."""
+    low, high = float(item.saliency_hw.min()), float(item.saliency_hw.max())
+    scaled_hw = (item.saliency_hw - low) / ((high - low) or 1.0) * LEVELS
+    return {
+        "saliency": scaled_hw.round().astype(int).ravel().tolist(),
+        "rank": item.rank_hw.ravel().tolist(),
+        "count": item.count,
+        "ranked": item.is_ranked,
+        "labels": [list(label_patch(item.rank_hw == rank)) for rank in range(item.count)],
+        "steps": [
+            {
+                "number": step.number,
+                "context": _bits(step.context_hw),
+                "target": _bits(step.target_hw),
+                "loss": _short(step.loss),
+                "losses": [_short(value) for value in step.loss_hw[step.target_hw].tolist()],
+            }
+            for step in item.steps
+        ],
+    }
+
+
+def _bits(mask_hw: np.ndarray) -> str:
+    return "".join("1" if inside else "0" for inside in mask_hw.ravel())
+
+
+def _short(value: float) -> float | None:
+    """Five significant digits; None, which JSON has, for what is not finite."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None

@@ -1,0 +1,233 @@
+"""The page itself: one HTML file that needs no network and lets nothing in.
+
+Text reaches the page through Jinja's escaping or as JSON that the script shows by `textContent`.
+The content security policy allows the scripts and styles of this file, by their hashes, and images
+that are in it; there is no source to which a request could go.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.report import words
+from dseqjepa.report.charts import groups, interval_chart
+from dseqjepa.report.lens import build_lens, shared_regions
+from dseqjepa.report.run import Run, Score, read_runs
+from dseqjepa.viz.style import HEAT, PALETTE
+
+HERE = Path(__file__).parent
+IMAGES = 6
+MOST_BYTES = 15 * 2**20
+MAP_STYLE = r'getElementById\("([0-9a-f]{64})"\)'
+"""Plotly brings styles of maps unless there is an element with this id: the policy forbids them."""
+NEEDED = ("jinja2", "plotly")
+PAPERS = {"light": (255, 255, 255), "dark": (21, 23, 28)}
+"""What lines are drawn on, as page.css has it."""
+MIN_CONTRAST = 3.0
+"""Of a line to its paper (WCAG 2.1, success criterion 1.4.11)."""
+
+
+def missing_packages() -> list[str]:
+    """The packages of the extra `report` that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def write_report(paths: Sequence[Path], out: Path, *, images: int = IMAGES) -> Path:
+    """Write the report of some runs to `out`; `out` again.
+
+    Args:
+        paths: folders of runs. With several, curves and tables compare them.
+        out: a file name that ends in .html; its folder is made.
+        images: how many images the region lens of each run shows.
+
+    Raises:
+        InputError: no run, a folder that is none, `out` not a file name of a page, or packages
+            missing; before anything is written.
+        RunError: the page would be larger than 15 MiB.
+    """
+    _check_out(out)
+    if absent := missing_packages():
+        raise InputError(
+            f"the report needs {' and '.join(absent)}: pip install 'dseqjepa[report]' has them"
+        )
+    if images < 1:
+        raise InputError(f"images must be at least 1, found {images}")
+    runs = read_runs(paths)
+    html = render(runs, images).encode(errors="backslashreplace")
+    if len(html) > MOST_BYTES:
+        raise RunError(
+            f"the report of {len(runs)} runs would have {len(html) / 2**20:.0f} MiB, more than "
+            f"{MOST_BYTES // 2**20}: give fewer runs, or a smaller --images than {images}"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(html)
+    return out
+
+
+def render(runs: Sequence[Run], images: int = IMAGES) -> str:
+    """The page's HTML."""
+    import jinja2
+
+    shared = shared_regions(runs)
+    lenses = [build_lens(run, images, shared) for run in runs]
+    scripts = [_plotly(), *(_read(name) for name in ("curves.js", "lens.js", "page.js"))]
+    style = _read("page.css")
+    tasks = _tasks(runs)
+    data = {
+        "tasks": [
+            interval_chart(table["task"], table["metric"], [row[:2] for row in table["rows"]])
+            for table in tasks
+        ],
+        "groups": groups(runs),
+        "lenses": [lens.content for lens in lenses if lens.content],
+        "colours": {
+            "lines": {theme: _lines(paper) for theme, paper in PAPERS.items()},
+            "regions": [_css(colour) for colour in PALETTE],
+            "heat": [_css(colour) for colour in HEAT],
+        },
+    }
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(HERE),
+    )
+    environment.filters |= {"interval": words.interval, "shown": words.shown}
+    return environment.get_template("page.html").render(
+        policy=_policy(scripts, style),
+        scripts=scripts,
+        style=style,
+        unwanted=re.findall(MAP_STYLE, scripts[0]),
+        data=data,
+        reports=[_told(run) for run in runs],
+        notes=[
+            (run.name, [*run.notes, *lens.notes]) for run, lens in zip(runs, lenses, strict=True)
+        ],
+        compared=words.config_table(runs),
+        trained=words.trained_scores(runs),
+        seeds=words.over_seeds(runs),
+        tasks=tasks,
+    )
+
+
+def _told(run: Run) -> dict[str, Any]:
+    """A run in words and tables, for the template."""
+    preset, changed = words.nearest_preset(run.config)
+    return {
+        "run": run,
+        "method": words.method_name(run.config),
+        "backbone": words.backbone_name(run.config),
+        "what": words.what_it_was(run),
+        "verdict": words.verdict(run),
+        "learnt": words.what_it_learnt(run),
+        "preset": preset,
+        "changed": changed,
+        "yaml": run.config.to_yaml(),
+        "last": run.steps[-1] if run.steps else {},
+        "probe": run.probes[-1] if run.probes else {},
+    }
+
+
+def _tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A table for every task and metric: the scores of all runs, and how they were measured."""
+    found: dict[tuple[str, str], list[tuple[str, Score]]] = {}
+    for run in runs:
+        for evaluation in run.evaluations:
+            for score in evaluation.scores:
+                found.setdefault((score.task, score.metric), []).append((run.name, score))
+    tables = []
+    for (task, metric), scores in found.items():
+        common = set.intersection(*(set(score.details.items()) for _, score in scores))
+        rows = [
+            (
+                run,
+                score,
+                words.details(item for item in score.details.items() if item not in common),
+            )
+            for run, score in scores
+        ]
+        first = scores[0][1].details
+        tables.append(
+            {
+                "task": task,
+                "metric": metric,
+                "rows": rows,
+                "varies": any(details for _, _, details in rows),
+                "common": words.details(item for item in first.items() if item in common),
+            }
+        )
+    return tables
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out} must end in .html: the report is a web page")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise InputError(f"--out {out} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out} cannot be written: no permission in {there}")
+
+
+def _policy(scripts: Sequence[str], style: str) -> str:
+    """Nothing is allowed but what is in the file.
+
+    Plotly makes an empty style element and fills it by rules: the hash of nothing lets it.
+    """
+    allowed = " ".join(_hash(script) for script in scripts)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)} {_hash('')}; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _read(name: str) -> str:
+    return (HERE / name).read_text()
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's own script, as its Python package brings it."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def _lines(paper: tuple[int, int, int]) -> list[str]:
+    """The colours of the palette that a thin line on this paper can have, in their order."""
+    return [_css(colour) for colour in PALETTE if contrast(colour, paper) >= MIN_CONTRAST]
+
+
+def contrast(one: Sequence[int] | np.ndarray, other: Sequence[int] | np.ndarray) -> float:
+    """WCAG's contrast ratio of two sRGB colours, 1 to 21."""
+    darker, lighter = sorted(_luminance(colour) for colour in (one, other))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(colour: Sequence[int] | np.ndarray) -> float:
+    share = np.asarray(colour) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def _css(colour: np.ndarray) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*(int(channel) for channel in colour))

@@ -1,0 +1,245 @@
+"""What a report reads: the files of a run's folder, checked, and nothing else.
+
+A report is for runs that went wrong too: what is damaged is left out and said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dseqjepa.config import Config
+from dseqjepa.errors import InputError
+from dseqjepa.presets import load_config
+
+Line = Mapping[str, float]
+"""The finite numbers of a line of metrics.jsonl by name; those of `loss_by_rank` by `step_loss`."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured value of an evaluation, with the interval that it was written with."""
+
+    task: str
+    encoder: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    details: Mapping[str, str]
+    """What else the row says, such as the number of test images."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    file: str
+    data: str
+    scores: Sequence[Score]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as its folder tells it."""
+
+    path: Path
+    name: str
+    """How the report calls it; unique within a report."""
+    config: Config
+    steps: Sequence[Line]
+    """The logged steps, in order."""
+    probes: Sequence[Line]
+    """The lines of the kNN probe: `step`, `probe_knn`."""
+    evaluations: Sequence[Evaluation]
+    checkpoints: Sequence[Path]
+    """Checkpoint folders, by step; not verified."""
+    start: str
+    """Where the weights came from, as log.txt says; "" where it does not."""
+    total_steps: int | None
+    """How long the run was to be; None where no checkpoint tells it."""
+    notes: Sequence[str] = field(default=())
+    """What is damaged or missing, one sentence each."""
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read every run's folder.
+
+    Raises:
+        InputError: no path, the same one twice, or a folder that is no run.
+    """
+    if not paths:
+        raise InputError("expected a run's folder, found none")
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise InputError(f"the run {path} is given twice")
+        seen.add(path.resolve())
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read one run's folder; `InputError` where it is not one."""
+    _check_is_run(path)
+    try:
+        config = load_config(path / "config.yaml")
+    except InputError as error:
+        raise InputError(f"the config of the run {path}: {error}") from None
+    lines, notes = _read_metrics(path / "metrics.jsonl")
+    checkpoints = sorted(
+        (folder for folder in (path / "checkpoints").glob("step-*") if folder.is_dir()),
+        key=step_of,
+    )
+    evaluations, damaged = _read_evaluations(path / "evaluations")
+    return Run(
+        path=path,
+        name=name,
+        config=config,
+        steps=[line for line in lines if "loss" in line],
+        probes=[line for line in lines if "probe_knn" in line],
+        evaluations=evaluations,
+        checkpoints=checkpoints,
+        start=_start(path / "log.txt"),
+        total_steps=_total_steps(checkpoints),
+        notes=[*notes, *damaged],
+    )
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint folder's name; -1 where it has none."""
+    digits = checkpoint.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else -1
+
+
+def step_loss(number: int) -> str:
+    """The name that the loss of prediction step `number`, from 1, has in a `Line`."""
+    return f"loss of step {number}"
+
+
+def printable(text: object) -> str:
+    """Text that can be written as UTF-8: file names need not be valid."""
+    return os.fsencode(str(text)).decode(errors="backslashreplace")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as it takes to tell them apart."""
+    resolved = [path.resolve().parts for path in paths]
+    depth = 1
+    while len({parts[-depth:] for parts in resolved}) < len(paths):
+        depth += 1
+    return [printable("/".join(parts[-depth:])) for parts in resolved]
+
+
+def _check_is_run(path: Path) -> None:
+    if (path / "config.yaml").is_file():
+        return
+    if path.exists() and not path.is_dir():
+        raise InputError(f"expected a run's folder, found the file {path}")
+    if not path.exists():
+        raise InputError(f"no such run: {path}")
+    inside = [entry for entry in sorted(path.iterdir()) if (entry / "config.yaml").is_file()]
+    hint = f"; did you mean {inside[0]}?" if inside else ""
+    raise InputError(f"{path} is no run: it holds no config.yaml{hint}")
+
+
+def _read_metrics(path: Path) -> tuple[list[Line], list[str]]:
+    if not path.is_file():
+        return [], ["The run has no metrics.jsonl: nothing was logged yet."]
+    lines: list[Line] = []
+    damaged = []
+    with path.open(errors="replace") as file:
+        for number, text in enumerate(file, start=1):
+            line = _numbers(text)
+            if line is None:
+                damaged.append(number)
+            else:
+                lines.append(line)
+    if not damaged:
+        return lines, []
+    which = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
+    many = f"{len(damaged)} lines of metrics.jsonl are" if len(damaged) > 1 else "A line is"
+    return lines, [f"{many} damaged and left out (metrics.jsonl, line {which})."]
+
+
+def _numbers(text: str) -> Line | None:
+    """The finite numbers of a line; None where it is not a line of metrics."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not _is_number(values.get("step")):
+        return None
+    by_rank = values.get("loss_by_rank")
+    for number, value in enumerate(by_rank if isinstance(by_rank, list) else (), start=1):
+        values[step_loss(number)] = value
+    return {key: value for key, value in values.items() if _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
+    evaluations, notes = [], []
+    for path in sorted(folder.glob("*.json")):
+        name = printable(path.name)
+        try:
+            content = json.loads(path.read_text())
+            rows = [row for row in content["results"] if isinstance(row, dict)]
+            data = content.get("data") or {}
+            source = printable(data.get("source", "")) if isinstance(data, dict) else ""
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            notes.append(f"The evaluation {name} cannot be read ({type(error).__name__}).")
+            continue
+        scores = [score for row in rows for score in _scores(row, default_task=path.stem)]
+        evaluations.append(Evaluation(name, source, scores))
+    return evaluations, notes
+
+
+def _scores(row: Mapping[str, Any], default_task: str) -> Iterable[Score]:
+    """The values of a row that have an interval; the rest of the row says how they were measured.
+
+    `X` is a value where there is `X_low`, as in all evaluations; a row without one is shown by its
+    `accuracy`, if it has that.
+    """
+    measured = [key for key in row if f"{key}_low" in row] or ["accuracy"]
+    bounds = {f"{key}_{end}" for key in measured for end in ("low", "high")}
+    details = {
+        printable(key): printable(f"{value:g}" if isinstance(value, float) else value)
+        for key, value in row.items()
+        if key not in {"encoder", "task", *measured, *bounds}
+    }
+    for key in measured:
+        if _is_number(row.get(key)):
+            low, high = (row.get(f"{key}_{end}") for end in ("low", "high"))
+            yield Score(
+                task=printable(row.get("task", default_task)),
+                encoder=printable(row.get("encoder", "encoder")),
+                metric=printable(key),
+                value=float(row[key]),
+                low=float(low) if low is not None and _is_number(low) else None,
+                high=float(high) if high is not None and _is_number(high) else None,
+                details=details,
+            )
+
+
+def _start(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open(errors="replace") as file:
+        starts = [line.strip()[7:] for line in file if line.startswith("start: ")]
+    return printable(starts[-1]) if starts else ""
+
+
+def _total_steps(checkpoints: Sequence[Path]) -> int | None:
+    for folder in reversed(checkpoints):
+        try:
+            steps = json.loads((folder / "state.json").read_text())["steps"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the lens says which checkpoint is damaged
+        if isinstance(steps, int):
+            return steps
+    return None

@@ -1,0 +1,250 @@
+"""What a report says before it shows a number: what a run was, how it is, what it learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import mean, stdev
+from typing import Any, Literal
+
+from dseqjepa.config import Config, differences
+from dseqjepa.presets import preset, preset_names
+from dseqjepa.report.run import Run, Score, printable
+from dseqjepa.train import monitor
+
+METHODS = {"dseq": "DSeq-JEPA", "ijepa": "I-JEPA", "cjepa": "C-JEPA"}
+Tone = Literal["good", "unsure", "bad", "none"]
+NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
+"""What a logged line must hold for the monitor to judge it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The health monitor's judgement of the last logged step."""
+
+    tone: Tone
+    sentence: str
+    figures: str
+    more: str
+    """What the verdict means, and what it was before where it was worse."""
+
+
+def method_name(config: Config) -> str:
+    return METHODS.get(config.method.name, config.method.name)
+
+
+def backbone_name(config: Config) -> str:
+    return f"{config.model.name.replace('vit_', 'ViT-')}/{config.model.patch_size}"
+
+
+def what_it_was(run: Run) -> str:
+    """The run in one or two sentences."""
+    config = run.config
+    height, width = config.data.image_size
+    done = int(run.steps[-1]["step"]) if run.steps else 0
+    total = run.total_steps
+    length = f"{done:,} steps"
+    if total is not None and done >= total:
+        length = f"all {total:,} steps ({config.optim.epochs} epochs)"
+    elif total is not None:
+        length = f"{done:,} of {total:,} steps ({100 * done / total:.0f} %)"
+    text = (
+        f"{method_name(config)} with a {backbone_name(config)} encoder at {width} × {height} px, "
+        f"trained without labels on {printable(config.data.source)}: {length} of "
+        f"{config.data.batch_size} images, {done * config.data.batch_size:,} image views"
+    )
+    seconds = sum(line.get("seconds", 0) for line in run.steps)
+    return f"{text}, in {duration(seconds)}." if seconds else f"{text}."
+
+
+def verdict(run: Run) -> Verdict:
+    """The monitor's words for the last logged step, and when it judged otherwise before."""
+    judged = list(monitor.verdicts(line for line in run.steps if line.keys() >= NEEDED).items())
+    if not judged:
+        return Verdict("none", "Nothing was logged that tells of its health.", "", "")
+    sentence, _, figures = str(judged[-1][1]).partition(" [")
+    tone = _tone(judged[-1][1])
+    spans = [
+        (key, [step for step, _ in group])
+        for key, group in groupby(judged, key=lambda item: _tone(item[1]))
+    ]
+    more = ""
+    if tone == "good":
+        more = "No sign of collapse, and better than predicting the mean target."
+    if tone == "bad":
+        more = f"It is judged so from step {spans[-1][1][0]:,} on."
+    elif bad := [_span(steps) for key, steps in spans if key == "bad"]:
+        more += f" It was judged otherwise before: an alarm at {_listing(bad)}."
+    return Verdict(
+        tone, sentence[:1].upper() + sentence[1:] + ".", figures.rstrip("]"), more.strip()
+    )
+
+
+def what_it_learnt(run: Run) -> list[str]:
+    """A sentence for each trained encoder and task that was evaluated, and one for the probe."""
+    scores = [score for evaluation in run.evaluations for score in evaluation.scores]
+    by_task: dict[tuple[str, str], list[Score]] = {}
+    for score in scores:
+        by_task.setdefault((score.task, score.metric), []).append(score)
+    sentences = []
+    for (task, _), rows in by_task.items():
+        others = [row for row in rows if _role(row) != "trained"]
+        sentences += [_compare(task, row, others) for row in rows if _role(row) == "trained"]
+    if run.probes:
+        first, last = run.probes[0], run.probes[-1]
+        trend = (
+            f"went from {first['probe_knn']:.1f} % at step {int(first['step']):,} to "
+            f"{last['probe_knn']:.1f} % at step {int(last['step']):,}"
+            if first is not last
+            else f"gave {last['probe_knn']:.1f} % at step {int(last['step']):,}"
+        )
+        sentences.append(f"The kNN probe on training images {trend}: a trend, not an accuracy.")
+    if not scores:
+        sentences.append("It has not been evaluated: dseqjepa evaluate knn RUN does that.")
+    return sentences
+
+
+def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
+    """The preset of the same method that differs in the fewest values, and these values.
+
+    A run's config names no preset. Where the data is does not count; ties go to the same encoder,
+    then to the order of `dseqjepa presets`.
+    """
+    found = []
+    for name in preset_names():
+        candidate = preset(name)
+        if candidate.method.name == config.method.name:
+            changed = differences(candidate, config)
+            changed.pop("data.source", None)
+            if config.data.source != "scenes":
+                changed.pop("data.size", None)  # nothing reads it
+            found.append((len(changed), candidate.model != config.model, name, changed))
+    _, _, name, changed = min(found, key=lambda item: item[:2])
+    return name, changed
+
+
+def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Dotted key -> the runs' values, for every setting that all have and in which two differ."""
+    rows: dict[str, list[Any]] = {}
+    foreign = {"method.name"}  # shown by its name; a key of one method alone goes with it
+    for index, run in enumerate(runs[1:], start=1):
+        for key, (first, other) in differences(runs[0].config, run.config).items():
+            rows.setdefault(key, [first] * len(runs))[index] = other
+            if first is None or other is None:
+                foreign.add(key)
+    return [(key, values) for key, values in rows.items() if key not in foreign]
+
+
+def over_seeds(runs: Sequence[Run]) -> list[str]:
+    """Mean and standard deviation of what was measured, for runs that differ in the seed alone."""
+    alike: list[list[Run]] = []
+    for run in runs:
+        for group in alike:
+            if differences(group[0].config, run.config).keys() <= {"runtime.seed"}:
+                group.append(run)
+                break
+        else:
+            alike.append([run])
+    sentences = []
+    for group in alike:
+        if len({run.config.runtime.seed for run in group}) < len(group) or len(group) < 2:
+            continue
+        for (task, metric), scores in trained_scores(group).items():
+            values = [score.value for score in scores.values()]
+            if len(values) == len(group):
+                sentences.append(
+                    f"{method_name(group[0].config)} over {len(group)} seeds ("
+                    f"{_listing([run.name for run in group])}): task {task}, {metric} "
+                    f"{mean(values):.1f} ± {stdev(values):.1f} (mean and standard deviation)."
+                )
+    return sentences
+
+
+def trained_scores(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, Score]]:
+    """(task, metric) -> run -> the score of its trained encoder, the last one if there are more."""
+    found: dict[tuple[str, str], dict[str, Score]] = {}
+    for run in runs:
+        for evaluation in run.evaluations:
+            for score in evaluation.scores:
+                if _role(score) == "trained":
+                    found.setdefault((score.task, score.metric), {})[run.name] = score
+    return found
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def interval(score: Score) -> str:
+    """`16.4 (14.8 to 18.1)`; accuracies are in per cent."""
+    if score.low is None or score.high is None:
+        return f"{score.value:.1f}"
+    return f"{score.value:.1f} ({score.low:.1f} to {score.high:.1f})"
+
+
+def details(items: Iterable[tuple[str, str]]) -> str:
+    """How something was measured: `k 20, n_test 2000`."""
+    return ", ".join(f"{key} {value}" for key, value in items)
+
+
+def _role(score: Score) -> str:
+    if score.encoder == "raw pixels" or score.encoder.startswith("untrained"):
+        return score.encoder.replace(" encoder", "")
+    return "trained"
+
+
+def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
+    names = {"untrained": "the untrained encoder", "raw pixels": "raw pixels"}
+    unit = " %" if row.metric == "accuracy" else ""
+    parts = []
+    for other in others:
+        name = names.get(_role(other), other.encoder)
+        parts.append(f"{_relation(row, other)} {name} ({other.value:.1f}{unit})")
+    measured = f"{row.metric} {row.value:.1f}{unit}"
+    if row.low is not None and row.high is not None:
+        measured += f" (95 % interval {row.low:.1f} to {row.high:.1f})"
+    beside = f": {_listing(parts)}" if parts else ""
+    return f"Task {task}: {measured} with {row.encoder}{beside}."
+
+
+def _relation(row: Score, other: Score) -> str:
+    """Two values whose intervals overlap are not told apart here."""
+    bounds = (row.low, row.high, other.low, other.high)
+    if None in bounds:
+        return "above" if row.value > other.value else "not above"
+    if row.low > other.high:  # type: ignore[operator]
+        return "clearly above"
+    if row.high < other.low:  # type: ignore[operator]
+        return "clearly below"
+    return "not told apart from"
+
+
+def _tone(found: monitor.Verdict) -> Tone:
+    if found.alarm:
+        return "bad"
+    return "good" if found.state == "healthy" else "unsure"
+
+
+def _span(steps: Sequence[int]) -> str:
+    if len(steps) == 1:
+        return f"step {steps[0]:,}"
+    return f"steps {steps[0]:,} to {steps[-1]:,}"
+
+
+def _listing(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def shown(value: Any) -> str:
+    """A config's value as one would type it."""
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping | list | tuple):
+        return printable(", ".join(map(str, value)))
+    return printable(str(value).lower() if isinstance(value, bool) else value)

@@ -1,0 +1,284 @@
+"""Pages of pictures: matplotlib figures laid out in inches, without pyplot and its global state.
+
+A page has a title, what is drawn, and a caption that says what is seen. Importing this file says
+what to install where matplotlib is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dseqjepa.errors import InputError
+from dseqjepa.viz.style import INK, MUTED, PAPER, RULE
+from dseqjepa.viz.tiles import heat_of, label_patch
+
+try:
+    # The pictures take these from here, so that the advice below is all that one sees.
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.lines import Line2D as Line2D
+    from matplotlib.patches import Rectangle as Rectangle
+    from matplotlib.patheffects import withStroke
+except ModuleNotFoundError as error:
+    raise InputError(
+        f"pictures need {error.name}, which is not installed: pip install 'dseqjepa[viz]'"
+    ) from None
+
+DPI = 150
+WIDTH = 10.0
+"""The most inches that tiles take side by side."""
+MARGIN, GAP = 0.25, 0.1
+TITLE, TEXT, SMALL = 13.0, 9.5, 8.5  # points
+LINE = 1.4  # of a text's size
+TILE_PIXELS = 288
+FORMATS = ("png", "pdf", "svg")
+
+
+def colour(rgb: Sequence[int] | NDArray[np.integer]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) / 255 for value in rgb)
+    return red, green, blue
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure with places in inches, from the top left corner of what is drawn."""
+
+    figure: Figure
+    top: float
+    """Inches above what is drawn: margin and title."""
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        full_width, full_height = self.figure.get_size_inches()
+        bottom = full_height - self.top - y - height
+        place = (
+            (MARGIN + x) / full_width,
+            bottom / full_height,
+            width / full_width,
+            height / full_height,
+        )
+        return self.figure.add_axes(place)
+
+    def text(self, x: float, y: float, text: str, size: float = TEXT, **style: Any) -> None:
+        full_width, full_height = self.figure.get_size_inches()
+        settings = {"ha": "left", "color": colour(INK)} | style
+        for number, line in enumerate(text.split("\n")):
+            # By the baseline: where a text's top lies depends on its letters.
+            down = self.top + y + number * inches_of(size) + 1.05 * size / 72
+            at = ((MARGIN + x) / full_width, 1 - down / full_height)
+            # Names of files and classes are text, not formulas.
+            self.figure.text(*at, line, fontsize=size, va="baseline", parse_math=False, **settings)
+
+    def tile(
+        self, x: float, y: float, width: float, tile: Image.Image, grid: tuple[int, int]
+    ) -> Axes:
+        """A tile whose axes count patches: x to the right, y downwards."""
+        axes = self.axes(x, y, width, width * tile.height / tile.width)
+        rows, columns = grid
+        axes.imshow(
+            np.asarray(tile),
+            extent=(0, columns, rows, 0),
+            aspect="auto",
+            interpolation="antialiased",
+        )
+        bare(axes)
+        for spine in axes.spines.values():  # white pictures end somewhere, too
+            spine.set(visible=True, color=colour(RULE), linewidth=0.6)
+        return axes
+
+    def heat_bar(self, x: float, y: float, width: float, label: str, ends: tuple[str, str]) -> None:
+        """What the colours of a heat map mean: a bar between its two ends, the label above."""
+        height = 0.12
+        self.text(x, y, label, SMALL, color=colour(MUTED))
+        lines = 1 + label.count("\n")
+        bar = self.axes(x, y + lines * inches_of(SMALL) + 0.04, width, height)
+        ramp = heat_of(np.linspace(0, 1, 256), (0, 1)).astype(np.uint8)
+        bar.imshow(ramp[None], aspect="auto", interpolation="bilinear")
+        bare(bar)
+        below = y + lines * inches_of(SMALL) + height + 0.07
+        for at, text, side in ((x, ends[0], "left"), (x + width, ends[1], "right")):
+            self.text(at, below, text, SMALL, color=colour(MUTED), ha=side)
+
+
+def new_page(width: float, height: float, title: str, caption: str) -> Page:
+    """A page for so many inches of content, as large as that, the title and the caption need."""
+    width = max(width, 5.0)
+    titles = wrapped(title, width, TITLE, "bold")
+    captions = wrapped(caption, width, TEXT)
+    top = MARGIN + titles.count("\n") * inches_of(TITLE) + inches_of(TITLE) + 0.12
+    below = 0.2 + (captions.count("\n") + 1) * inches_of(TEXT) + MARGIN - 0.05
+    figure = Figure((width + 2 * MARGIN, top + height + below), dpi=DPI, facecolor=colour(PAPER))
+    FigureCanvasAgg(figure)
+    page = Page(figure, top)
+    page.text(0, MARGIN - top, titles, TITLE, weight="bold")
+    page.text(0, height + 0.2, captions, color=colour(MUTED))
+    return page
+
+
+def inches_of(size: float) -> float:
+    """The height of a line of text of so many points."""
+    return LINE * size / 72
+
+
+def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
+    """Text in lines of at most so many inches; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size, weight) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Inches that one line of text takes."""
+    font = FontProperties(size=size, weight=weight)
+    width, _, _ = _ruler().get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / DPI
+
+
+@cache
+def _ruler() -> RendererAgg:
+    return RendererAgg(1, 1, DPI)
+
+
+def shortened(text: str, width: float, size: float) -> str:
+    """The end of a text that is too wide, which tells files apart better than its beginning."""
+    if text_width(text, size) <= width:
+        return text
+    while len(text) > 1 and text_width(f"…{text}", size) > width:
+        text = text[1:]
+    return f"…{text}"
+
+
+def bare(axes: Axes) -> None:
+    """No ticks and no frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def chart(axes: Axes) -> None:
+    """The look of every chart: quiet lines behind the data, no box around it."""
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(colour(MUTED))
+        spine.set_linewidth(0.8)
+    axes.grid(color=colour(RULE), linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=SMALL, colors=colour(MUTED), labelcolor=colour(INK), length=3)
+
+
+def write_numbers(axes: Axes, rank_hw: NDArray[np.integer], size: float = 11) -> None:
+    """Each region's number, rank + 1, inside it."""
+    for rank in np.unique(rank_hw):
+        row, column = label_patch(rank_hw == rank)
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            str(rank + 1),
+            fontsize=size,
+            weight="bold",
+            color=colour(PAPER),
+            ha="center",
+            va="center_baseline",
+            path_effects=[withStroke(linewidth=2.2, foreground=colour(INK))],
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of tiles: a figure, and the axes of each tile."""
+
+    page: Page
+    axes: list[list[Axes]]
+    tile: float
+    """The width of a tile in inches."""
+    below: float
+    """Inches from the top of what is drawn to the room below the tiles."""
+
+    @property
+    def figure(self) -> Figure:
+        return self.page.figure
+
+
+def tile_table(
+    rows: Sequence[Sequence[Image.Image]],
+    headings: Sequence[str],
+    grid: tuple[int, int],
+    *,
+    title: str,
+    caption: str,
+    groups: int = 1,
+    spans: Sequence[tuple[str, int, int]] = (),
+    under: float = 0.0,
+    room: float = 0.0,
+) -> Table:
+    """A table of equally large tiles, a row an image, with a heading above each column.
+
+    Args:
+        headings: one a column; the first line is strong, a second one quiet.
+        groups: how many rows stand side by side.
+        spans: further headings, (text, first column, columns).
+        under: inches for a note under each tile.
+        room: inches below the tiles, for a legend.
+    """
+    columns = len(headings)
+    groups = min(groups, len(rows))
+    wide = 3 * GAP  # between groups
+    across = groups * columns
+    tile = min(1.9, (WIDTH - GAP * (across - groups) - wide * (groups - 1)) / across)
+    aspect = rows[0][0].height / rows[0][0].width
+    lines = 1 + max(heading.count("\n") for heading in headings)
+    head = lines * inches_of(TEXT) + 0.06
+    span_head = inches_of(TEXT) + 0.12 if spans else 0.0
+    group_width = columns * tile + (columns - 1) * GAP
+    row_height = tile * aspect + under + GAP
+    deep = -(-len(rows) // groups)
+    below = span_head + head + deep * row_height - GAP
+    page = new_page(groups * group_width + (groups - 1) * wide, below + room, title, caption)
+
+    for group in range(groups):
+        left = group * (group_width + wide)
+        for text, first, count in spans:
+            x = left + first * (tile + GAP)
+            width = count * tile + (count - 1) * GAP
+            page.text(x + width / 2, 0, text, weight="bold", ha="center")
+            rule = page.axes(x, span_head - 0.08, width, 0.01)
+            bare(rule)
+            rule.set_facecolor(colour(MUTED))
+        for column, heading in enumerate(headings):
+            x = left + column * (tile + GAP) + tile / 2
+            strong, _, quiet = heading.partition("\n")
+            page.text(x, span_head, strong, ha="center")
+            page.text(
+                x, span_head + inches_of(TEXT), quiet, SMALL, ha="center", color=colour(MUTED)
+            )
+    axes = []
+    for number, row in enumerate(rows):
+        left = number % groups * (group_width + wide)
+        y = span_head + head + number // groups * row_height
+        axes.append(
+            [page.tile(left + c * (tile + GAP), y, tile, item, grid) for c, item in enumerate(row)]
+        )
+    return Table(page, axes, tile, below)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as the ending of the path says; the same figure gives the same bytes."""
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with rc_context({"svg.hashsalt": "dseqjepa"}):  # names inside the file, random otherwise
+        figure.savefig(path, metadata=dates.get(Path(path).suffix[1:]))

@@ -1,0 +1,53 @@
+"""Attention and numbered regions beside the images, for one method or several: the paper's Fig. 4.
+
+Suffixes: B images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from dseqjepa.viz.canvas import TILE_PIXELS, Figure, tile_table, write_numbers
+from dseqjepa.viz.tiles import class_tile, heat_tile, photo_of
+from dseqjepa.viz.trace import Trace
+
+
+def regions_sheet(
+    images_BCHW: UInt8[Tensor, "B 3 _ _"], traces: Mapping[str, Sequence[Trace]]
+) -> Figure:
+    """A row an image: the image, then saliency and regions by each method.
+
+    Args:
+        traces: label of the method -> its trace of every image.
+    """
+    rows = []
+    for number, image_CHW in enumerate(images_BCHW):
+        photo = photo_of(image_CHW, TILE_PIXELS)
+        row = [photo]
+        for items in traces.values():
+            row.append(heat_tile(photo, items[number].saliency_hw))
+            row.append(class_tile(photo, items[number].rank_hw))
+        rows.append(row)
+    labels = list(traces)
+    some = traces[labels[0]]
+    table = tile_table(
+        rows,
+        ["image", *["saliency", "regions"] * len(labels)],
+        some[0].rank_hw.shape,
+        title="Where it looks, and in which order",
+        caption=(
+            "Saliency, scaled to each image (dark: low, light: high), and the regions that are cut "
+            "from it: 1 is the most salient, the last number is what is left over. An image with "
+            "the number 1 alone has no region that is large enough."
+        ),
+        groups=2 if len(rows) > 3 else 1,
+        spans=[(label, 1 + 2 * index, 2) for index, label in enumerate(labels)],
+    )
+    size = max(7.0, 5.5 * table.tile + 2)
+    for number, axes in enumerate(table.axes):
+        for index, items in enumerate(traces.values()):
+            write_numbers(axes[2 + 2 * index], items[number].rank_hw, size)
+    return table.figure

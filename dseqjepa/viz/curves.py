@@ -1,0 +1,197 @@
+"""How training went: the numbers of metrics.jsonl over the steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dseqjepa.errors import InputError
+from dseqjepa.viz.canvas import (
+    SMALL,
+    TEXT,
+    WIDTH,
+    Axes,
+    Figure,
+    Line2D,
+    chart,
+    colour,
+    inches_of,
+    new_page,
+)
+from dseqjepa.viz.style import INK, LINES, MUTED
+
+Metrics = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one chart shows: metrics by their key in metrics.jsonl, and what they are called."""
+
+    title: str
+    unit: str
+    series: Mapping[str, str]
+    at_zero: bool = False
+    """Whether the axis starts at 0, so that heights compare."""
+
+
+PANELS = (
+    Panel(
+        "loss",
+        "Smooth-L1",
+        {"prediction_loss": "prediction", "mean_prediction_loss": "predicting the mean"},
+        at_zero=True,
+    ),
+    Panel("loss by prediction step", "Smooth-L1", {"loss_by_rank": "step"}),
+    Panel("skill: 1 - loss / loss of the mean", "share", {"skill": ""}),
+    Panel("RankMe of the targets", "dimensions", {"rank_me": ""}, at_zero=True),
+    Panel("standard deviation over images", "of a feature", {"feature_std": ""}, at_zero=True),
+    Panel("similarity of two images", "cosine", {"cosine": ""}),
+    Panel("regions", "of an image, mean", {"regions": ""}),
+    Panel("size of a region", "share of the grid", {"region_area": ""}, at_zero=True),
+    Panel(
+        "curriculum",
+        "share of the images",
+        {"lambda": "lambda", "ranked_share": "ranked", "empty_share": "without region"},
+    ),
+    Panel("kNN probe", "accuracy, %", {"probe_knn": ""}),
+    Panel("learning rate", "", {"lr": ""}, at_zero=True),
+    Panel("speed", "images a second", {"images_per_s": ""}, at_zero=True),
+)
+ACROSS = 3
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without a last one that was cut short by a stop.
+
+    Raises:
+        InputError: there is no such file, or it holds no metrics.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{run} has no metrics.jsonl: curves need the folder of a run")
+    lines = path.read_text().splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}: line {number} is no JSON ({error})") from None
+        if not isinstance(row, dict) or "step" not in row:
+            raise InputError(f"{path}: line {number} has no step")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} holds no metrics: let the run log a step")
+    return rows
+
+
+def series_of(metrics: Metrics, key: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of a metric; of a list one series an entry, counted from 1.
+
+    Lines without the metric, and entries that are null, are left out.
+    """
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in metrics:
+        value = row.get(key)
+        values = enumerate(value, start=1) if isinstance(value, list) else [("", value)]
+        for name, number in values:
+            if number is not None:
+                steps, numbers = series.setdefault(str(name), ([], []))
+                steps.append(int(row["step"]))
+                numbers.append(float(number))
+    return series
+
+
+def curves(runs: Mapping[str, Metrics]) -> Figure:
+    """A chart a topic over the training steps; runs differ in their dashes.
+
+    Args:
+        runs: label of a run -> its metrics, as `read_metrics` gives them.
+
+    A metric that no run has (regions of I-JEPA, a probe that was off) has no chart.
+    """
+    panels = [
+        panel
+        for panel in PANELS
+        if any(series_of(rows, key) for rows in runs.values() for key in panel.series)
+    ]
+    across = min(ACROSS, len(panels))
+    left, gap, head, foot = 0.55, 0.75, inches_of(TEXT) + 0.08, 0.55
+    width = (WIDTH - left - (ACROSS - 1) * gap) / ACROSS
+    height = 0.6 * width
+    legend = inches_of(TEXT) + 0.1 if len(runs) > 1 else 0.0
+    deep = -(-len(panels) // across)
+    page = new_page(
+        WIDTH,
+        legend + deep * (head + height + foot) - 0.15,
+        "How training went" + (f": {next(iter(runs))}" if len(runs) == 1 else ""),
+        "Means over the steps between two log lines, by training step. RankMe, standard deviation "
+        "and similarity are of the target's mean features of a batch: they fall, or rise to 1, "
+        "where features collapse. The probe is leave-one-out on training images."
+        + (" Dashes tell the runs apart." if len(runs) > 1 else ""),
+    )
+    x = 0.0
+    for number, label in enumerate(runs if len(runs) > 1 else ()):
+        key = page.axes(x, 0.04, 0.4, 0.12)
+        key.set_axis_off()
+        key.add_line(Line2D([0, 1], [0.5, 0.5], color=_line(number), linestyle=_dash(number)))
+        page.text(x + 0.48, 0, label)
+        x += 0.48 + 0.09 * len(label) + 0.3
+    for index, panel in enumerate(panels):
+        x = left + index % across * (width + gap)
+        y = legend + index // across * (head + height + foot)
+        page.text(x - left + 0.02, y, panel.title, weight="bold")
+        axes = page.axes(x, y + head, width, height)
+        axes.set_label(panel.title)
+        _draw(axes, panel, runs)
+        axes.set_xlabel("step", fontsize=SMALL, color=colour(MUTED), labelpad=1)
+        axes.set_ylabel(panel.unit, fontsize=SMALL, color=colour(MUTED), labelpad=2)
+    return page.figure
+
+
+def _draw(axes: Axes, panel: Panel, runs: Mapping[str, Metrics]) -> None:
+    chart(axes)
+    found = [
+        [
+            (f"{name} {entry}".strip(), points)
+            for key, name in panel.series.items()
+            for entry, points in series_of(rows, key).items()
+        ]
+        for rows in runs.values()
+    ]
+    names = list(dict.fromkeys(name for lines in found for name, _ in lines))
+    for number, (label, lines) in enumerate(zip(runs, found, strict=True)):
+        for name, (steps, values) in lines:
+            axes.plot(
+                steps,
+                values,
+                color=_line(names.index(name) if len(names) > 1 else number),
+                linestyle=_dash(number),
+                linewidth=1.5,
+                marker="o" if len(steps) < 12 else None,
+                markersize=3.5,
+                label=f"{label}/{name}",
+            )
+    if len(names) > 1:
+        keys = [Line2D([], [], color=_line(place), linewidth=1.5) for place in range(len(names))]
+        axes.legend(
+            keys, names, fontsize=SMALL, frameon=False, labelcolor=colour(INK), handlelength=1.2,
+            borderaxespad=0.1, labelspacing=0.25, ncols=2 if len(names) > 3 else 1,
+            columnspacing=1.0,
+        )  # fmt: skip
+    if panel.at_zero:
+        axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+
+
+def _line(number: int) -> tuple[float, float, float]:
+    return colour(LINES[number % len(LINES)])
+
+
+def _dash(number: int) -> Any:
+    return DASHES[number % len(DASHES)]

@@ -1,0 +1,97 @@
+"""The images that pictures are made of: files, folders, and what `data=` names.
+
+Suffixes: B images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from dseqjepa.config import Config
+from dseqjepa.data.images import ENDINGS, ImageFolder, Subset, decode
+from dseqjepa.data.labelled import open_source
+from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.transforms import EvalTransform
+from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.keyed import sample_keys
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """Images at a run's size, as its encoder sees them, and how a person finds each again."""
+
+    images_BCHW: UInt8[Tensor, "B 3 H W"]
+    names: tuple[str, ...]
+    keys_B: Int64[Tensor, " B"]
+    """What random blocks are drawn from: a function of the run's seed and the place in the list."""
+
+
+def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
+    """Every image file that is named, and `limit` images of each folder or `data=` source.
+
+    Those of a source lie evenly in it, so that all classes of a sorted folder have their turn; of
+    a source with splits the held-out images are taken. Larger or smaller images are brought to
+    the run's size by `EvalTransform`.
+
+    Raises:
+        InputError: a file that is no image, or what `open_source` raises.
+    """
+    images: list[Tensor] = []
+    names: list[str] = []
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_file():
+            images.append(_decoded(path))
+            names.append(str(path))
+        elif path.suffix.lower() in ENDINGS and not path.exists():
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise InputError(f"no such image: {path}{did_you_mean(path.name, siblings)}")
+        else:
+            found = spread(open_images(word, config), limit)
+            for index in range(len(found)):
+                images.append(_image(found, index))
+                names.append(found.name(index))
+    transform = EvalTransform(config.data.image_size)
+    keys_B = sample_keys(config.runtime.seed, 0, torch.arange(len(images)))
+    return Gallery(torch.stack([transform(image) for image in images]), tuple(names), keys_B)
+
+
+def open_images(spec: str, config: Config) -> Source:
+    """What `data=` names: the held-out part where it has one, else all of it."""
+    path = Path(spec).expanduser()
+    if spec != "scenes" and path.is_dir():
+        return ImageFolder(path, "val")
+    return open_source(
+        spec,
+        split="val",
+        size=config.data.size,
+        image_size=config.data.image_size,
+        seed=config.runtime.seed,
+    )
+
+
+def spread(source: Source, most: int) -> Subset:
+    """At most so many images, at even distances in the source's order."""
+    count = min(most, len(source))
+    return Subset(source, (np.arange(count) * len(source) // max(count, 1)).astype(np.int64))
+
+
+def _decoded(path: Path) -> Tensor:
+    try:
+        return decode(path)
+    except BadImage as error:
+        raise InputError(f"cannot decode {path}: {error}") from None
+
+
+def _image(source: Source, index: int) -> Tensor:
+    try:
+        return source.image(index)
+    except BadImage as error:
+        raise InputError(f"cannot decode {source.name(index)}: {error}") from None

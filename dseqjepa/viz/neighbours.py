@@ -1,0 +1,90 @@
+"""The images of a data set that an encoder finds most like a given one.
+
+Suffixes: B images asked about, M images of the data, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from dseqjepa.viz.canvas import SMALL, TILE_PIXELS, Figure, colour, inches_of, shortened, tile_table
+from dseqjepa.viz.style import MUTED
+from dseqjepa.viz.tiles import photo_of
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The `K` nearest of each image, nearest first."""
+
+    index_BK: Int64[Tensor, "B K"]
+    cosine_BK: Float[Tensor, "B K"]
+
+
+def nearest(
+    query_BD: Float[Tensor, "B D"], feature_MD: Float[Tensor, "M D"], count: int
+) -> Neighbours:
+    """By cosine similarity; of equally near ones the first, and all there are if fewer."""
+    cosine_BM = F.normalize(query_BD.double(), dim=1) @ F.normalize(feature_MD.double(), dim=1).T
+    order_BM = cosine_BM.argsort(dim=1, descending=True, stable=True)
+    index_BK = order_BM[:, :count]
+    return Neighbours(index_BK, cosine_BM.gather(1, index_BK).float())
+
+
+def neighbour_sheet(
+    images_BCHW: UInt8[Tensor, "B 3 _ _"],
+    found: Mapping[str, Neighbours],
+    thumbnails: Mapping[int, UInt8[Tensor, "3 _ _"]],
+    notes: Mapping[int, str],
+) -> Figure:
+    """A row an image: the image, then its neighbours by each encoder.
+
+    Args:
+        found: label of an encoder -> its neighbours of every image.
+        thumbnails: index into the data -> that image, at the size of `images_BCHW`.
+        notes: index into the data -> what to write under it, such as its class.
+    """
+    rows: list[list[Image.Image]] = []
+    texts: list[list[str]] = []
+    for number, image_CHW in enumerate(images_BCHW):
+        row, text = [photo_of(image_CHW, TILE_PIXELS)], [""]
+        for item in found.values():
+            pairs = zip(
+                item.index_BK[number].tolist(), item.cosine_BK[number].tolist(), strict=True
+            )
+            for index, cosine in pairs:
+                row.append(photo_of(thumbnails[index], TILE_PIXELS))
+                text.append(f"{cosine:.3f}\n{notes.get(index, '')}")
+        rows.append(row)
+        texts.append(text)
+    count = next(iter(found.values())).index_BK.shape[1]
+    places = [str(place + 1) for place in range(count)]
+    table = tile_table(
+        rows,
+        ["image", *places * len(found)],
+        (1, 1),
+        title="What is most like it",
+        caption=(
+            "The nearest images of the data by the cosine between mean patch features, which "
+            "stands below each with its class, if any. An image that is in the data itself has "
+            "itself as its nearest, with 1."
+        ),
+        spans=[(label, 1 + count * index, count) for index, label in enumerate(found)],
+        under=0.04 + 2 * inches_of(SMALL),
+    )
+    for line, text in zip(table.axes, texts, strict=True):
+        for axes, words in zip(line, text, strict=True):
+            cosine, _, note = words.partition("\n")
+            axes.set_xlabel(
+                f"{cosine}\n{shortened(note, table.tile, SMALL)}",
+                fontsize=SMALL,
+                color=colour(MUTED),
+                labelpad=3,
+                parse_math=False,
+            )
+    return table.figure

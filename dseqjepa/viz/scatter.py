@@ -1,0 +1,108 @@
+"""Images as points: the two main directions of their features, coloured by label.
+
+Suffixes: M images, D width, K components (two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from dseqjepa.viz.canvas import (
+    GAP,
+    SMALL,
+    TEXT,
+    WIDTH,
+    Figure,
+    Line2D,
+    chart,
+    colour,
+    inches_of,
+    new_page,
+)
+from dseqjepa.viz.pca import components
+from dseqjepa.viz.style import INK, PALETTE
+
+MARKERS = "os^Dv"
+LAYERS = 10
+PANEL = 3.1
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """The features of a data set's images by one encoder."""
+
+    label: str
+    features_MD: Float[np.ndarray, "M D"]
+
+
+def scatter(
+    clouds: Sequence[Cloud],
+    class_M: Int64[np.ndarray, " M"] | None,
+    classes: Sequence[str],
+    *,
+    task: str = "class",
+) -> Figure:
+    """A panel an encoder: the first two principal components of the mean patch feature.
+
+    A class has a colour, and a marker where there are more classes than colours. `class_M` is None
+    for data without labels.
+    """
+    legend = classes if class_M is not None else ()
+    width = min(PANEL, (WIDTH - 1.6 - 0.6 * len(clouds)) / len(clouds))
+    head, left, gap = inches_of(TEXT) + 0.08, 0.45, 0.75
+    beside = left + len(clouds) * width + (len(clouds) - 1) * gap + 0.2
+    height = max(width, len(legend) * inches_of(SMALL) * 1.05)
+    count = len(clouds[0].features_MD)
+    names = f"{len(legend)} labels of {task!r}" if legend else "no labels: one colour"
+    page = new_page(
+        beside + (1.5 if legend else 0.0),
+        head + height + 0.45,
+        "Images by their features",
+        f"Each point is one of {count} images: the first two principal components (PC) of its mean "
+        f"patch feature, with the share of the variance that each holds; {names}.",
+    )
+    for index, cloud in enumerate(clouds):
+        x = left + index * (width + gap)
+        page.text(x + width / 2, 0, cloud.label, weight="bold", ha="center")
+        axes = page.axes(x, head, width, width)
+        axes.set_label(cloud.label)
+        chart(axes)
+        score_MK, share_K = components(cloud.features_MD, 2)
+        class_or_none = np.zeros(count, np.int64) if class_M is None else class_M
+        # In layers of all classes, so that no class lies on top of all others.
+        for layer in range(LAYERS):
+            for number in np.unique(class_or_none).tolist():
+                chosen = (class_or_none == number) & (np.arange(count) % LAYERS == layer)
+                axes.scatter(
+                    score_MK[chosen, 0],
+                    score_MK[chosen, 1],
+                    s=9 if count > 400 else 18,
+                    marker=_marker(number),
+                    color=[_colour(number)],
+                    edgecolors=[colour(INK)],
+                    linewidths=0.2,
+                    label=classes[number] if legend else "image",
+                )
+        axes.set_xlabel(f"PC 1 ({100 * share_K[0]:.0f} % of variance)", fontsize=SMALL)
+        axes.set_ylabel(f"PC 2 ({100 * share_K[1]:.0f} %)", fontsize=SMALL, labelpad=1)
+    for number, name in enumerate(legend):
+        y = head + number * inches_of(SMALL) * 1.05
+        key = page.axes(beside, y, 0.12, 0.12)
+        key.set_axis_off()
+        key.add_line(
+            Line2D([0.5], [0.5], marker=_marker(number), color=_colour(number), markersize=5)
+        )
+        page.text(beside + 0.12 + GAP / 2, y, name, SMALL, color=colour(INK))
+    return page.figure
+
+
+def _colour(number: int) -> tuple[float, float, float]:
+    return colour(PALETTE[number % len(PALETTE)])
+
+
+def _marker(number: int) -> str:
+    return MARKERS[number // len(PALETTE) % len(MARKERS)]

@@ -1,0 +1,32 @@
+"""The colours of every picture: told apart by everyone, and one meaning each.
+
+Ranks, clusters and runs take `PALETTE`; numbers that only grow take `HEAT`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# For normal, protan, deutan and tritan sight (Machado et al., 2009) any two are 33 or more apart
+# in CIELAB.
+PALETTE = np.array(
+    [
+        (255, 158, 4),
+        (41, 45, 241),
+        (0, 142, 108),
+        (135, 64, 172),
+        (224, 203, 132),
+        (38, 222, 255),
+        (171, 26, 6),
+        (70, 0, 42),
+        (216, 255, 230),
+    ]
+)
+# Low to high saliency in steps of equal CIELAB lightness, from 12 to 95.
+HEAT = np.array(
+    [(15, 27, 76), (94, 46, 126), (192, 52, 129), (245, 106, 88), (255, 177, 77), (255, 242, 164)]
+)
+PAPER, INK, BORDER = (255, 255, 255), (40, 40, 40), (255, 255, 255)
+VEIL = (208, 211, 217)  # over what is left out: darker than paper, so that white pictures show
+MUTED, RULE = (105, 105, 105), (222, 222, 222)  # lesser text, and lines behind the data
+LINES = PALETTE[[1, 0, 2, 3, 6, 7]]  # those that are strong enough for a thin line on paper

@@ -1,0 +1,170 @@
+"""How a method predicts images step by step, as plain arrays: what pictures and reports show.
+
+Suffixes: B images, N patches, D width, S steps of all images, T predicted patches of all steps,
+h and w rows and columns of patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dseqjepa.config import DSeqConfig, MethodConfig, RegionsConfig, SaliencyConfig
+from dseqjepa.methods.base import Method
+from dseqjepa.methods.dseqjepa import DSeqJepa
+from dseqjepa.methods.losses import smooth_l1_by_token
+from dseqjepa.model.look import look_for_saliency, target_features
+from dseqjepa.model.vit import Images
+from dseqjepa.plans.plan import Plan
+from dseqjepa.plans.regions import Regions, otsu_foreground, rank_regions
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionStep:
+    """One prediction: which patches were seen, which were to be predicted, and how well it went."""
+
+    number: int
+    """Counts from 1, as `Plan.step_S` does; a step that would be empty is left out."""
+    context_hw: Bools
+    target_hw: Bools
+    loss: float
+    """Smooth-L1, mean over the target's patches and features."""
+    loss_hw: NDArray[np.float32]
+    """The same for each patch of the target; NaN elsewhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one image went through: where it is salient, its regions, its predictions."""
+
+    saliency_hw: NDArray[np.float32]
+    """As the encoder gives it, in no unit: only differences inside one map mean something."""
+    saliency_kind: str
+    """`cls_similarity`, `cls_attention` or `grad_cam`."""
+    foreground_hw: Bools
+    """The patches above Otsu's threshold of the saliency."""
+    rank_hw: NDArray[np.int64]
+    """Each patch's region, 0 first. With random regions, `count` or more is in no region."""
+    count: int
+    """Regions; 1 where none was found, and then the steps are random blocks."""
+    is_ranked: bool
+    """Whether the steps follow the regions; random blocks otherwise."""
+    steps: list[PredictionStep]
+
+
+def regions_of(config: MethodConfig) -> RegionsConfig:
+    """How a method cuts regions; the defaults for a method that has none of its own."""
+    return config.regions if isinstance(config, DSeqConfig) else RegionsConfig()
+
+
+@torch.no_grad()
+def trace(
+    method: Method,
+    images_BCHW: Images,
+    keys_B: Int64[Tensor, " B"],
+    *,
+    regions: RegionsConfig | None = None,
+) -> list[Trace]:
+    """Saliency, regions, and the prediction steps of each image, at the end of any curriculum.
+
+    DSeq-JEPA predicts the ranked regions that it would train on with lambda 1, I-JEPA and C-JEPA
+    the blocks that the keys draw. Predictions come from the context encoder and the predictor,
+    targets from the target encoder. The images share no computation: a trace is the same in any
+    batch, but for rounding.
+
+    Args:
+        method: a trained method in eval mode, as `load_method` gives it.
+        images_BCHW: uint8 or ImageNet-normalised, of a size that the patch size divides.
+        keys_B: whatever is random in an image's plan is a function of its key.
+        regions: how to cut the saliency of a method without regions of its own (the defaults of
+            `RegionsConfig` if None); not read otherwise.
+
+    Raises:
+        InputError: saliency that is not finite.
+    """
+    device = method.target.pos_embed.device
+    images_BCHW, keys_B = images_BCHW.to(device), keys_B.to(device)
+    grid = method.target.grid_of(images_BCHW)
+    sight = method.look(images_BCHW)
+    draw = method.draw_at_end(sight, grid, keys_B)
+
+    kind = _saliency_kind(method)
+    saliency_BN = sight.saliency_BN
+    if saliency_BN is None:
+        saliency_BN = look_for_saliency(method.target, images_BCHW, kind=kind).saliency_BN
+    assert saliency_BN is not None
+    found = draw.regions or _cut(saliency_BN, grid, regions or RegionsConfig())
+
+    loss_SN = _losses(method, images_BCHW, draw.plan, target_features(sight.patches_BND))
+    foreground_BN = otsu_foreground(saliency_BN)
+    traces = []
+    for image in range(len(images_BCHW)):
+        count = int(found.count_B[image])
+        traces.append(
+            Trace(
+                saliency_hw=_grid(saliency_BN[image].float(), grid),
+                saliency_kind=kind,
+                foreground_hw=_grid(foreground_BN[image], grid),
+                rank_hw=_grid(found.rank_BN[image], grid),
+                count=count,
+                is_ranked=draw.regions is not None and count > 1,
+                steps=_steps(draw.plan, image, loss_SN, grid),
+            )
+        )
+    return traces
+
+
+def _saliency_kind(method: Method) -> str:
+    """The method's own reading; else the default one, or Grad-CAM for an encoder without [CLS]."""
+    if isinstance(method, DSeqJepa):
+        return method.config.saliency.kind
+    return SaliencyConfig().kind if method.target.prefix else "grad_cam"
+
+
+def _cut(
+    saliency_BN: Float[Tensor, "B N"], grid: tuple[int, int], regions: RegionsConfig
+) -> Regions:
+    return rank_regions(saliency_BN, grid, regions.count, regions.min_area)
+
+
+def _losses(
+    method: Method, images_BCHW: Images, plan: Plan, target_BND: Float[Tensor, "B N D"]
+) -> Float[Tensor, "S N"]:
+    """The loss of every step at every patch; NaN outside its target."""
+    loss_SN = torch.full(plan.target_SN.shape, torch.nan)
+    if len(plan) == 0:
+        return loss_SN
+    predictions = method.predict(images_BCHW, plan)
+    row_T, patch_T = predictions.row_T, predictions.patch_T
+    target_TD = target_BND[plan.image_S[row_T], patch_T]
+    loss_SN[row_T.cpu(), patch_T.cpu()] = smooth_l1_by_token(predictions.values_TD, target_TD).cpu()
+    return loss_SN
+
+
+def _steps(
+    plan: Plan, image: int, loss_SN: Float[Tensor, "S N"], grid: tuple[int, int]
+) -> list[PredictionStep]:
+    steps = []
+    for row in (plan.image_S == image).nonzero()[:, 0].tolist():
+        target_N = plan.target_SN[row].cpu()
+        steps.append(
+            PredictionStep(
+                number=int(plan.step_S[row]),
+                context_hw=_grid(plan.context_SN[row], grid),
+                target_hw=_grid(target_N, grid),
+                loss=float(loss_SN[row][target_N].mean()),
+                loss_hw=_grid(loss_SN[row], grid),
+            )
+        )
+    return steps
+
+
+def _grid(values_N: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    return values_N.cpu().numpy().reshape(grid)

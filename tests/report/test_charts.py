@@ -1,0 +1,97 @@
+"""A chart's values are those of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dseqjepa.report.charts import MOST_POINTS, groups, interval_chart
+from dseqjepa.report.lens import evenly
+from dseqjepa.report.run import read_runs
+from dseqjepa.report.words import trained_scores
+from tests.report.hostile import RUN
+
+KEYS = {
+    "prediction": "prediction_loss",
+    "predicting the mean": "mean_prediction_loss",
+    "with regulariser": "loss",
+    "skill": "skill",
+    "kNN probe": "probe_knn",
+    "RankMe": "rank_me",
+    "cosine": "cosine",
+    "spread": "feature_std",
+    "VICReg": "regularizer",
+    "regions": "regions",
+    "ranked": "ranked_share",
+    "λ": "lambda",
+    "without a region": "empty_share",
+    "learning rate": "lr",
+    "momentum": "momentum",
+    "throughput": "images_per_s",
+    "waiting": "data_wait_share",
+}
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def charts(*runs: Path) -> list[dict[str, Any]]:
+    return [chart for group in groups(read_runs(runs)) for chart in group["charts"]]
+
+
+def test_one_run_has_a_curve_for_every_metric(made: tuple[Path, Path]):
+    lines = logged(made[0])
+    seen = set()
+    for chart in charts(made[0]):
+        for series in chart["series"]:
+            points = list(zip(series["x"], series["y"], strict=True))
+            if chart["title"] == "Loss by prediction step":
+                index = int(series["name"].removeprefix("step ")) - 1
+                values = [
+                    (line["step"], line["loss_by_rank"][index]) for line in lines if "loss" in line
+                ]
+                assert points == [point for point in values if point[1] is not None]
+            else:
+                key = KEYS[series["name"]]
+                seen.add(key)
+                assert points == [(line["step"], line[key]) for line in lines if key in line]
+    assert seen == set(KEYS.values())
+
+
+def test_several_runs_share_a_chart(made: tuple[Path, Path]):
+    found = {chart["title"]: chart for chart in charts(*made)}
+    skill = found["Skill"]["series"]
+    assert [series["name"] for series in skill] == [RUN, "second"]
+    assert [series["colour"] for series in skill] == [0, 1]
+    for series, run in zip(skill, made, strict=True):
+        assert series["y"] == [line["skill"] for line in logged(run) if "loss" in line]
+    assert [series["name"] for series in found["Regions of an image"]["series"]] == [RUN]
+    assert {f"Loss by prediction step: {name}" for name in (RUN, "second")} < found.keys()
+
+
+def test_a_long_run_is_thinned_to_its_ends():
+    many = evenly(range(50_001), MOST_POINTS)
+    assert len(set(many)) == MOST_POINTS
+    assert (many[0], many[-1]) == (0, 50_000)
+    assert evenly([1, 2, 3], 3) == [1, 2, 3]
+
+
+def test_intervals_are_those_of_the_evaluations(made: tuple[Path, Path]):
+    scores = list(trained_scores(read_runs(made))["class", "accuracy"].items())
+    chart = interval_chart("class", "accuracy", scores)
+    for row, (name, score) in zip(chart["rows"], scores, strict=True):
+        assert row["name"] == f"{name}: {score.encoder}"
+        assert (row["value"], row["low"], row["high"]) == (score.value, score.low, score.high)
+    assert [row["colour"] for row in chart["rows"]] == [0, 1]
+    assert chart["unit"] == "accuracy, %"
+    alone = interval_chart("class", "accuracy", [("run", scores[0][1])] * 3)
+    assert [row["colour"] for row in alone["rows"]] == [0, 1, 2]
+    assert {row["name"] for row in alone["rows"]} == {scores[0][1].encoder}
+
+
+def test_a_run_without_a_line_has_no_chart(runs: tuple[Path, Path]):
+    (runs[0] / "metrics.jsonl").write_text("")
+    assert charts(runs[0]) == []
+    assert len(charts(*runs)) == len(charts(runs[1]))

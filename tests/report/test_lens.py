@@ -1,0 +1,133 @@
+"""The lens shows traces of the run's own checkpoints, on images of the run's own data."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dseqjepa.config import RegionsConfig
+from dseqjepa.keyed import sample_keys
+from dseqjepa.presets import load_config
+from dseqjepa.report.lens import build_lens, choose_images, shared_regions
+from dseqjepa.report.run import Run, read_run, read_runs
+from dseqjepa.train.checkpoint import load_method
+from dseqjepa.viz.trace import regions_of, trace
+from tests.report.hostile import CLASS, OTHER, PICTURE
+
+Runs = tuple[Path, Path]
+DEFAULT = RegionsConfig()
+
+
+def read(path: Path) -> Run:
+    return read_run(path, path.name)
+
+
+def mask(bits: str, grid: tuple[int, int]) -> np.ndarray:
+    return np.array([bit == "1" for bit in bits]).reshape(grid)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_lens_is_the_trace(made: Runs, which: int):
+    run = read(made[which])
+    regions = RegionsConfig(count=3, min_area=0.1)
+    lens = build_lens(run, 4, regions)
+    assert lens.notes == []
+    content = lens.content
+    assert content is not None
+    chosen = choose_images(run.config, 4)
+    keys = sample_keys(run.config.runtime.seed, 0, torch.tensor(chosen.indices))
+    assert [look["step"] for look in content["checkpoints"]] == [0, 3, 6, 9, 12, 15]
+    assert content["grid"] == [8, 8]
+    for look, folder in zip(content["checkpoints"], run.checkpoints, strict=True):
+        traces = trace(load_method(folder), chosen.images_BCHW, keys, regions=regions)
+        for plain, wanted in zip(look["images"], traces, strict=True):
+            saliency = np.array(plain["saliency"]).reshape(8, 8)
+            span = np.ptp(wanted.saliency_hw)
+            low = wanted.saliency_hw.min()
+            assert np.abs(saliency / 255 - (wanted.saliency_hw - low) / span).max() < 0.01
+            assert np.array_equal(np.array(plain["rank"]).reshape(8, 8), wanted.rank_hw)
+            assert (plain["count"], plain["ranked"]) == (wanted.count, wanted.is_ranked)
+            assert len(plain["labels"]) == wanted.count
+            for rank, (row, column) in enumerate(plain["labels"]):
+                assert wanted.rank_hw[row, column] == rank
+            for step, truth in zip(plain["steps"], wanted.steps, strict=True):
+                assert step["number"] == truth.number
+                assert np.array_equal(mask(step["context"], (8, 8)), truth.context_hw)
+                assert np.array_equal(mask(step["target"], (8, 8)), truth.target_hw)
+                assert step["loss"] == pytest.approx(truth.loss, rel=1e-4)
+                assert step["losses"] == pytest.approx(
+                    truth.loss_hw[truth.target_hw].tolist(), rel=1e-4
+                )
+
+
+def test_images_are_a_seeded_choice_with_their_labels(made: Runs):
+    config = read(made[0]).config
+    chosen = choose_images(config, 6)
+    assert not chosen.are_held_out  # a folder without splits: training saw all of it
+    assert chosen.indices == choose_images(config, 6).indices
+    assert chosen.indices[:3] == choose_images(config, 3).indices
+    other = config.with_(runtime={"seed": 7})
+    assert chosen.indices != choose_images(other, 6).indices
+    assert {picture["label"] for picture in chosen.pictures} <= {CLASS, OTHER}
+    for picture in chosen.pictures:
+        assert PICTURE in picture["name"]
+        kind, _, content = picture["src"].partition(";base64,")
+        assert kind == "data:image/webp"
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            assert image.size == (80, 80)
+    assert len(choose_images(config, 100).pictures) == 24
+
+
+def test_held_out_images_are_taken_where_there_are_some():
+    config = load_config("vitt_demo", ["data.size=600"])
+    chosen = choose_images(config, 2)
+    assert chosen.are_held_out
+    assert len(chosen.pictures) == 2
+
+
+def test_maps_of_a_comparison_are_cut_alike(made: Runs):
+    both = read_runs(made)
+    assert shared_regions(both) == regions_of(both[0].config.method)
+    assert shared_regions(both[::-1]) == regions_of(both[0].config.method)
+    assert shared_regions(both[1:]) == DEFAULT
+
+
+def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
+    run = read(runs[0])
+    damaged = run.checkpoints[2] / "target.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    lens = build_lens(run, 2, DEFAULT)
+    assert lens.content is not None
+    assert [look["step"] for look in lens.content["checkpoints"]] == [0, 3, 9, 12, 15]
+    (note,) = lens.notes
+    assert note.startswith("Left out: ")
+    assert "step-00000006" in note
+
+    for folder in run.checkpoints:
+        (folder / "state.json").write_text("{")
+    assert build_lens(run, 2, DEFAULT).content is None
+    shutil.rmtree(runs[0] / "checkpoints")
+    assert build_lens(read(runs[0]), 2, DEFAULT).notes == [
+        "There is no checkpoint to look through."
+    ]
+
+    gone = (runs[1] / "config.yaml").read_text().replace(CLASS, "gone")
+    (runs[1] / "config.yaml").write_text(gone)
+    lens = build_lens(read(runs[1]), 2, DEFAULT)
+    assert lens.content is None
+    assert lens.notes[0].startswith("The images are not there any more (no such folder: ")
+
+
+def test_no_more_checkpoints_than_can_be_scrubbed(made: Runs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dseqjepa.report.lens.MOST_CHECKPOINTS", 3)
+    lens = build_lens(read(made[0]), 1, DEFAULT)
+    assert lens.content is not None
+    assert [look["step"] for look in lens.content["checkpoints"]] == [0, 6, 15]
+    assert lens.notes == ["3 of the 6 checkpoints are shown."]

@@ -1,0 +1,154 @@
+"""The words of a report follow from what is in the run, and from the monitor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dseqjepa.presets import preset, preset_names
+from dseqjepa.report.run import Evaluation, Run, Score
+from dseqjepa.report.words import (
+    config_table,
+    nearest_preset,
+    over_seeds,
+    verdict,
+    what_it_learnt,
+    what_it_was,
+)
+from dseqjepa.train.monitor import verdicts
+
+GOOD = {"feature_std": 0.2, "cosine": 0.5, "rank_me": 20.0, "skill": 0.4}
+COLLAPSED = {"feature_std": 0.01, "cosine": 0.999, "rank_me": 1.5, "skill": 0.4}
+
+
+def run_of(name: str = "run", **changes: object) -> Run:
+    run = Run(
+        path=Path(name),
+        name=name,
+        config=preset("dseq_vitt_demo"),
+        steps=[],
+        probes=[],
+        evaluations=[],
+        checkpoints=[],
+        start="",
+        total_steps=100,
+    )
+    return replace(run, **changes)  # type: ignore[arg-type]
+
+
+def lines(*health: dict[str, float]) -> list[dict[str, float]]:
+    common = {"loss": 1.0, "lr": 1e-3, "seconds": 30.0}
+    return [{"step": 10 * n} | common | h for n, h in enumerate(health, 1)]
+
+
+def score(encoder: str, value: float, half: float | None = None, task: str = "class") -> Score:
+    low, high = (None, None) if half is None else (value - half, value + half)
+    return Score(task, encoder, "accuracy", value, low, high, {})
+
+
+def evaluated(*scores: Score) -> list[Evaluation]:
+    return [Evaluation("knn.json", "", scores)]
+
+
+def test_what_it_was_counts_steps_and_images():
+    said = what_it_was(run_of(steps=lines(GOOD, GOOD, GOOD, GOOD)))
+    assert said == (
+        "DSeq-JEPA with a ViT-nano/8 encoder at 64 × 64 px, trained without labels on scenes: "
+        "40 of 100 steps (40 %) of 64 images, 2,560 image views, in 2.0 minutes."
+    )
+    assert "all 40 steps (4 epochs)" in what_it_was(
+        run_of(steps=lines(GOOD, GOOD, GOOD, GOOD), total_steps=40)
+    )
+    assert "0 of 100 steps" in what_it_was(run_of())
+
+
+def test_the_verdict_is_the_monitors():
+    steps = lines(GOOD, COLLAPSED, COLLAPSED)
+    found = verdict(run_of(steps=steps))
+    sentence = str(verdicts(steps)[30])
+    assert f"{found.sentence[:-1]} [{found.figures}]" == sentence[0].upper() + sentence[1:]
+    assert (found.tone, found.more) == ("bad", "It is judged so from step 30 on.")
+    assert verdict(run_of(steps=lines(GOOD, GOOD))).tone == "good"
+    fine = "No sign of collapse, and better than predicting the mean target."
+    assert verdict(run_of(steps=lines(GOOD, GOOD))).more == fine
+    assert verdict(run_of(steps=lines(GOOD, GOOD | {"skill": -0.1}))).tone == "unsure"
+    assert verdict(run_of()).tone == "none"
+    passed = verdict(run_of(steps=lines(GOOD, *[COLLAPSED] * 3, GOOD, *[COLLAPSED] * 2, GOOD)))
+    assert passed.tone == "good"
+    assert passed.more == (
+        f"{fine} It was judged otherwise before: an alarm at steps 30 to 40 and step 70."
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "relation"),
+    [(10.0, "clearly above"), (15.0, "not told apart from"), (25.0, "clearly below")],
+)
+def test_intervals_that_overlap_are_not_told_apart(other: float, relation: str):
+    scores = score("untrained", other, 2.0), score("dseq, step 9", 16.0, 2.0)
+    (said,) = what_it_learnt(run_of(evaluations=evaluated(*scores)))
+    assert said == (
+        "Task class: accuracy 16.0 % (95 % interval 14.0 to 18.0) with dseq, step 9: "
+        f"{relation} the untrained encoder ({other:.1f} %)."
+    )
+
+
+def test_without_intervals_nothing_is_clear():
+    scores = score("raw pixels", 10.0), score("mine", 16.0, 2.0)
+    (said,) = what_it_learnt(run_of(evaluations=evaluated(*scores)))
+    assert said.endswith(": above raw pixels (10.0 %).")
+
+
+def test_what_was_not_evaluated_is_said():
+    said = what_it_learnt(
+        run_of(probes=[{"step": 5, "probe_knn": 30.0}, {"step": 9, "probe_knn": 45.5}])
+    )
+    assert said[0].startswith(
+        "The kNN probe on training images went from 30.0 % at step 5 to 45.5 %"
+    )
+    assert "dseqjepa evaluate knn" in said[1]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_its_own_nearest(name: str):
+    found, changed = nearest_preset(preset(name))
+    assert changed == {}
+    assert preset(found) == preset(name)
+
+
+def test_what_differs_from_the_nearest_preset():
+    config = preset("ijepa_vits16_small").with_(optim={"lr": 0.5}, data={"source": "mine"})
+    assert nearest_preset(config) == ("ijepa_vits16_small", {"optim.lr": (0.001, 0.5)})
+    resolved = nearest_preset(preset("vitt8_64").resolved(10_000))
+    assert resolved[0] == "dseq_vitt8_64"
+    assert resolved[1] == {
+        "optim.epochs": ("auto", 300), "optim.warmup_epochs": ("auto", 30.0),
+    }  # fmt: skip
+
+
+def test_runs_are_compared_by_the_settings_that_all_have():
+    config = preset("dseq_vitt_demo")
+    others = config.with_(optim={"lr": 0.5}), preset("ijepa_vitt_demo")
+    runs = [run_of(config=each) for each in (config, *others)]
+    assert config_table(runs) == [("optim.lr", [0.001, 0.5, 0.001])]
+
+
+def test_seeds_give_a_mean_and_a_deviation():
+    config = preset("dseq_vitt_demo")
+    runs = [
+        run_of(
+            f"run{seed}",
+            config=config.with_(runtime={"seed": seed}),
+            evaluations=evaluated(score("untrained", 5.0, 1.0), score("mine", value, 1.0)),
+        )
+        for seed, value in enumerate((14.0, 16.0, 18.0))
+    ]
+    other = run_of("other", config=preset("ijepa_vitt_demo"), evaluations=evaluated(score("a", 9)))
+    assert over_seeds([*runs, other]) == [
+        "DSeq-JEPA over 3 seeds (run0, run1 and run2): task class, accuracy 16.0 ± 2.0 "
+        "(mean and standard deviation)."
+    ]
+    assert over_seeds([runs[0], other]) == []
+    assert over_seeds([runs[0], replace(runs[0], name="again")]) == []
