@@ -188,7 +188,7 @@ def evaluate(
     """Evaluate a trained encoder: dseqjepa evaluate knn runs/mine data=my_pictures"""
     if task != "knn":
         raise InputError(f"unknown task {task!r}{did_you_mean(task, ['knn'])}")
-    from dseqjepa.config import KnnConfig
+    from dseqjepa.tasks.config import KnnConfig
 
     own, overrides = _split(settings or [], ("data", "out"))
     config = KnnConfig.from_settings(overrides)

@@ -383,19 +383,6 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class KnnConfig(Section):
-    """`dseqjepa evaluate knn`: METHOD's protocol is the default."""
-
-    task: str = "class"
-    """Which labels of the data: `class`, and what else it brings (`scenes`: `count`, ...)."""
-    features: Literal["last", "last4"] = "last"
-    """Mean patch feature of the last block, or those of the last four, concatenated."""
-    weights: Literal["target", "context"] = "target"
-    k: int = Field(20, ge=1)
-    temperature: float = Field(0.07, gt=0)
-    workers: int = Field(0, ge=0)
-
-
 def validate(values: Mapping[str, Any]) -> Config:
     """A `Config` of plain values; `InputError` names the key at fault and the nearest right one."""
     try:

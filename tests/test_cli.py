@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from dseqjepa.cli import main
-from dseqjepa.config import KnnConfig
 from dseqjepa.presets import load_config
+from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.train.loop import Stopped, Trainer
 from tests.tiny import TINY
 

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dseqjepa.config import KnnConfig
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.knn import compare
 from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
 
