@@ -223,6 +223,7 @@ class Trainer:
     def _next(self, batches: Iterator[Batch], clock: Clock) -> Batch:
         with self.watch.waiting(clock):
             batch = next(batches)
+        self.ranks.came_on()
         self.retried.update(batch.retried)
         self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
         return batch

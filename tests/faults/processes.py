@@ -17,7 +17,7 @@ from dseqjepa.train.loop import Trainer
 from tests.children import ends, start, start_ranks
 from tests.faults.campaign import Attempts, fault
 from tests.faults.resume import log_of
-from tests.train.tiny_runs import Pictures, assert_same_run, run_config, train
+from tests.train.tiny_runs import STEPS, Pictures, assert_same_run, run_config, train
 
 CONFIG = ("checkpoint.every_steps=4", "log.every_steps=3", "probe.every_epochs=1")
 WAIT_S = 4.0
@@ -70,7 +70,7 @@ def terminated(attempts: Attempts) -> None:
     places = PLACES if attempts.full else PLACES[1::2]
     for attempt in range(attempts.count):
         where, number = places[attempt % len(places)]
-        number += attempt // len(places)
+        number = min(number + attempt // len(places), 4 if where == "evaluation" else STEPS)
         with attempts.attempt(f"in {where} {number}"):
             out = attempts.folder / str(attempt)
             log = attempts.folder / f"log {attempt}"
