@@ -69,7 +69,7 @@ def measure(script: str, *, smoke: bool) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.json"
             command = [sys.executable, str(HERE / script), "--only", name, "--json", str(file)]
-            subprocess.run(command + ["--smoke"] * smoke, check=True)
+            subprocess.run([*command, *(["--smoke"] if smoke else [])], check=True)
             rows += json.loads(file.read_text())
     return rows
 

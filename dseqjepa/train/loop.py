@@ -183,19 +183,22 @@ class Trainer:
         total = torch.zeros((), device=self.fabric.device)
         unit = self.loader.batch_size * math.prod(self.config.grid)
         results = []
-        for index in range(self.micro_batches):
-            batch = self._next(batches, clock)
-            images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
-            keys_B = batch.keys_B.to(self.fabric.device, non_blocking=True)
-            last = index == self.micro_batches - 1
-            with self.fabric.no_backward_sync(self.module, enabled=not last):
-                result = self.module(images_BCHW, progress=schedule.progress(step), keys_B=keys_B)
-                # Of several parts the sums, in units that all share, so that neither overflows; the
-                # total then makes them the mean over all.
-                scale = result.weight / unit if parts > 1 else 1
-                self.fabric.backward(result.loss * scale)
-            total = total + result.weight
-            results.append(result._replace(loss=result.loss.detach()))
+        with self.fabric.autocast():  # around all parts: a trained weight is cast once a step
+            for index in range(self.micro_batches):
+                batch = self._next(batches, clock)
+                images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
+                keys_B = batch.keys_B.to(self.fabric.device, non_blocking=True)
+                last = index == self.micro_batches - 1
+                with self.fabric.no_backward_sync(self.module, enabled=not last):
+                    progress = schedule.progress(step)
+                    result = self.module(images_BCHW, progress=progress, keys_B=keys_B)
+                    # Of several parts the sums, in units that all share, so that neither
+                    # overflows; the total then makes them the mean over all.
+                    scale = result.weight / unit if parts > 1 else 1
+                    with torch.autocast(self.fabric.device.type, enabled=False):
+                        self.fabric.backward(result.loss * scale)
+                total = total + result.weight
+                results.append(result._replace(loss=result.loss.detach()))
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         if parts > 1:
             total = self.ranks.total(total)

@@ -65,8 +65,8 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_an_error_that_passes_is_waited_for(slept: list[float], number: int, wrap: bool) -> None:
     told: list[tuple[int, str | None]] = []
     source = Flaky({3: 2}, number, wrap)
-    image = read_image(source, 3, lambda tries, error: told.append((tries, error.strerror)))
-    assert image[0, 0, 0] == 3
+    read = read_image(source, 3, tell=lambda tries, error: told.append((tries, error.strerror)))
+    assert read.image_CHW[0, 0, 0] == 3
     assert told == [(1, os.strerror(number)), (2, os.strerror(number))]
     assert slept == list(WAITS[:2])
 
