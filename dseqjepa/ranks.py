@@ -30,6 +30,7 @@ T = TypeVar("T")
 PULSE_S = 0.5
 LOST_S = 2.5
 """A rank whose pulse stands still for so long is dead or frozen. Added to `runtime.timeout_s`."""
+STORE_LOST = "rank 0, which keeps the ranks together, died or is frozen"
 
 
 def world_size() -> int:
@@ -92,7 +93,7 @@ class Ranks:
         if self.world > 1:
             timeout = timedelta(seconds=timeout_s)
             self._channel: Any = dist.new_group(backend="gloo", timeout=timeout)
-            self._pulse = _Pulse(self.rank)
+            self._pulse = _Pulse(self.rank, self._channel)
             self._pulse.start()
 
     @property
@@ -117,6 +118,11 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self._channel)
         return values
+
+    def came_on(self) -> None:
+        """This rank has got as far as the next batch: a rank that does not is the one named."""
+        if self.world > 1:
+            self._pulse.entered += 1
 
     def wait(self) -> None:
         """Go on when all ranks have come so far."""
@@ -155,14 +161,21 @@ class Ranks:
             if self.world == 1:
                 raise
             is_ours = not isinstance(error, RuntimeError) or isinstance(error, RunError)
-            if is_ours:
-                self._pulse.tell(f"rank {self.rank} failed: {error or type(error).__name__}")
-                raise
-            reason = self._pulse.what_happened(self.world)
+            reason = None if is_ours else self._pulse.what_happened(self.world)
             if reason is None:
-                self._pulse.tell(f"rank {self.rank} failed: {error}")
+                said = str(error) or type(error).__name__
+                self._pulse.tell(f"rank {self.rank} failed: {said}")
+                self._part()
                 raise
             raise RunError(f"{reason}; resume=true goes on from the last checkpoint") from error
+
+    def _part(self) -> None:
+        """Let go of the others, which by that see at once that something is wrong. The first rank
+        keeps the store, and stays for long enough to let them read why."""
+        on_device = dist.get_backend() != "gloo"  # there what is under way would be waited for
+        dist.destroy_process_group(self._channel if on_device else None)
+        if self.first:
+            time.sleep(2 * PULSE_S)
 
     def close(self) -> None:
         """Part in peace, when all ranks are done."""
@@ -176,18 +189,19 @@ class Ranks:
 class _Pulse(threading.Thread):
     """Tells the others, by a store that they share, that this rank lives and how far it is."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, channel: Any) -> None:
         super().__init__(name="pulse", daemon=True)
         self.rank = rank
         self.entered = 0
         """How many exchanges of the hosts this rank has begun."""
         self.stopped = threading.Event()
-        server = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=LOST_S)
+        # Its own, which stays when the groups of torch are gone. On a port that is free.
+        self._server = dist.TCPStore(host, 0, is_master=True) if rank == 0 else None
+        port = [self._server.port if self._server else 0]
+        dist.broadcast_object_list(port, group=channel)
         # Two connections: an answer that is waited for must not hold up the pulse.
-        self._own, self._others = (
-            dist.PrefixStore("ranks", dist.TCPStore(*server, timeout=timedelta(seconds=30)))
-            for _ in range(2)
-        )
+        self._own, self._others = (dist.TCPStore(host, port[0], timeout=timeout) for _ in range(2))
         self._beats = 0
         self._beat()
 
@@ -208,12 +222,18 @@ class _Pulse(threading.Thread):
             self._others.compare_set("reason", "", reason)
         except dist.DistError:
             return
-        if self.rank == 0:  # the store may be in this process: leave it long enough to be read
-            time.sleep(2 * PULSE_S)
 
     def what_happened(self, world: int) -> str | None:
         """After an exchange went wrong: which rank is the cause, as far as can be seen. None: this
         one."""
+        answers: list[str | None] = []
+        # Asked in a thread, because the store does not answer where rank 0 is frozen.
+        asking = threading.Thread(target=lambda: answers.append(self._ask(world)), daemon=True)
+        asking.start()
+        asking.join(LOST_S + 1.5)
+        return answers[0] if answers else STORE_LOST
+
+    def _ask(self, world: int) -> str | None:
         try:
             before = self._read(world)
             end = time.monotonic() + LOST_S
@@ -225,7 +245,7 @@ class _Pulse(threading.Thread):
             if self._others.check(["reason"]):
                 return self._others.get("reason").decode()
         except dist.DistError:
-            return "rank 0, which keeps the ranks together, is gone"
+            return STORE_LOST
         return None
 
     def _read(self, world: int) -> list[tuple[int, int]]:

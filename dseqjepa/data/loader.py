@@ -10,6 +10,7 @@ Suffixes: N images of the source, B of a batch on this rank, C colours, H and W 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,6 +149,19 @@ class Loader:
     def reading(self) -> str:
         """What is being read at this moment, in words."""
         return self._reader.now()
+
+    def died(self) -> str:
+        """Which worker processes have died, and how; after an error, of which this is the cause."""
+        iterator: Any = self._processes._iterator if self._processes is not None else None
+        if iterator is None:
+            return ""
+        time.sleep(0.2)  # its connections close a moment before a process is gone
+        codes = {worker.pid: worker.exitcode for worker in iterator._workers}
+        return ", ".join(
+            f"process {pid} {f'by signal {-code}' if code < 0 else f'with exit code {code}'}"
+            for pid, code in codes.items()
+            if code is not None
+        )
 
     def close(self) -> None:
         """End the worker processes, which torch does otherwise only when nothing refers to them any

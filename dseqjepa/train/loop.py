@@ -126,11 +126,12 @@ class Trainer:
             self._conclude()
         except InputError as error:  # such as a saliency map that is not finite
             raise RunError(f"step {self.step}: {error}") from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            died = "" if isinstance(error, RunError) else self.loader.died()
+            if not died:
                 raise
             raise RunError(
-                f"step {self.step}: a process that reads images has died ({str(error).strip()}): "
+                f"step {self.step}: a process that reads images has died ({died}): "
                 "most often the machine is out of memory, so lower data.workers"
             ) from error
         finally:
@@ -223,6 +224,7 @@ class Trainer:
     def _next(self, batches: Iterator[Batch], clock: Clock) -> Batch:
         with self.watch.waiting(clock):
             batch = next(batches)
+        self.ranks.came_on()
         self.retried.update(batch.retried)
         self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
         return batch

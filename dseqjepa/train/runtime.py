@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError
@@ -97,9 +99,11 @@ def connect(config: Config) -> Runtime:
     if here.world > 1 and runtime.strategy == "fsdp":
         strategy = ModelParallelStrategy(shard, here.world, 1, timeout=timeout)
     elif here.world > 1:
-        # Buffers are equal as it is: the statistics of the regulariser's norms are those of all
-        # ranks.
-        strategy = DDPStrategy(timeout=timeout, broadcast_buffers=False)
+        # Buffers are constants. The name of the setting depends on the version of torch.
+        known = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        unsynced: dict[str, Any] = {name: False}
+        strategy = DDPStrategy(timeout=timeout, **unsynced)
     fabric = Fabric(
         accelerator=runtime.accelerator,
         devices=here.on_node,

@@ -6,6 +6,7 @@ docs/faults.md is then left alone.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -23,6 +24,7 @@ PAGE = ROOT / "docs" / "faults.md"
 
 def main(wanted: list[str]) -> int:
     torch.set_num_threads(1)
+    logging.getLogger("dseqjepa").addHandler(logging.NullHandler())  # warnings that were asked for
     sys.path.append(str(ROOT / "benchmarks"))  # as the tests have it
     chosen = [f for f in faults() if not wanted or any(part in f.name for part in wanted)]
     width = max(len(f.title) for f in chosen)
