@@ -164,11 +164,12 @@ def too_many_bad_files(attempts: Attempts) -> None:
 
 
 MEASURED = """
-import resource, sys
+import os, resource, sys
 import torch
 from tests.faults.commands import pretrain
 torch.set_num_threads(1)
-said = pretrain(sys.argv[1], sys.argv[2], "data.max_bad=1.0", "optim.epochs=1", "data.batch_size=2")
+settings = ["data.max_bad=1.0", f"data.batch_size={len(os.listdir(sys.argv[1]))}"]
+said = pretrain(sys.argv[1], sys.argv[2], "optim.epochs=1", *settings)
 print(said.code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -212,8 +213,8 @@ BOMBS: dict[str, Callable[[Path], object]] = {
 def bombs(attempts: Attempts) -> None:
     """None takes more than 150 MiB over a run without them, though each claims 0.5 to 11 GiB; the
     largest picture that is allowed takes less than four times its pixels."""
-    usual = peak_mib(pictures(attempts.place("plain"), 4), attempts.folder / "run-plain")
-    folder = pictures(attempts.place("all"), 4)
+    usual = peak_mib(pictures(attempts.place("plain"), 14), attempts.folder / "run-plain")
+    folder = pictures(attempts.place("all"), 14)
     chosen = BOMBS if attempts.full else {"wide.png": BOMBS["wide.png"]}
     for name, make in chosen.items():
         make(folder / name)
@@ -227,7 +228,7 @@ def bombs(attempts: Attempts) -> None:
             assert most - usual < 150, f"{most:.0f} MiB instead of {usual:.0f}"
     if attempts.full:
         with attempts.attempt("the largest that is allowed"):
-            folder = pictures(attempts.place("large"), 3)
+            folder = pictures(attempts.place("large"), 11)
             png_of_zeros(folder / "large.png", 9_000, 9_000)
             most = peak_mib(folder, attempts.folder / "run-large")
             assert not lines(attempts.folder / "run-large/bad_files.jsonl")
