@@ -67,7 +67,7 @@ def _products(
 def memory(name: str, effort: Effort, *, model: str, precision: str) -> Row:
     """Each side in a fresh process; what it held before the model was made is subtracted."""
     batch = batch_of(model, precision, effort)
-    repeats = 1 if effort.smoke else 3
+    repeats = 1 if effort.smoke else 2  # the same work: only the allocator differs
     pairs = [
         (
             _peak_of("packed_loss", model, precision, batch),

@@ -34,7 +34,7 @@ from dseqjepa.train.loop import Trainer
 BATCH = {"vitt8_64": 64, "vits16_224": 16, "vitb16_224": 8}
 FULL_PRECISION_BATCH = {"vitt8_64": 64, "vits16_224": 8, "vitb16_224": 4}
 """Smaller where a dense step would take half a minute."""
-OVERHEAD_STEPS = 24
+OVERHEAD_STEPS = 16
 USUAL = (
     "vitt8_64_bf16",
     "vitt8_64_fp32",
@@ -170,7 +170,8 @@ def benchmarks() -> dict[str, Benchmark]:
             named[f"{base_name}_a05"] = partial(against_dense, min_area=0.05, **kind)
             named[f"{base_name}_a05_causal"] = partial(causal, **kind)
             named[f"ijepa_{base_name}"] = partial(ijepa, **kind)
-            named[f"overhead_{base_name}"] = partial(overhead, **kind)
+            if model != "vitb16_224":  # the larger the model, the smaller the share
+                named[f"overhead_{base_name}"] = partial(overhead, **kind)
     return named
 
 
