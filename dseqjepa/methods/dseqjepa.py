@@ -154,7 +154,7 @@ class DSeqJepa(Method):
 
 
 def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
-    """The mean share of the grid that a region holds, the left-over apart; 0 if there is none."""
+    """The mean share of the grid that a region of an image holds, the left-over apart, and 0 for an
+    image without; mean over the images, so that ranks can be averaged."""
     cut_BN = regions.rank_BN < regions.count_B[:, None] - 1
-    number = (regions.count_B - 1).sum().clamp(min=1)
-    return cut_BN.double().sum() / (number * cut_BN.shape[1])
+    return (cut_BN.double().mean(dim=1) / (regions.count_B - 1).clamp(min=1)).mean()
