@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
@@ -64,7 +65,7 @@ def audit(
     for index in chosen:
         name = source.name(index)
         try:
-            image_CHW = source.image(index)
+            image_CHW = read_image(source, index).image_CHW
         except BadImage as reason:
             bad.append((name, str(reason)))
             continue

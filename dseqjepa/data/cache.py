@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Decoded, Reducible, Reduction, Source, decoded
 
 SHARE = 0.25
@@ -107,7 +108,7 @@ def room_for(source: Source, reduction: Reduction, *, ranks: int) -> int:
     sizes = []
     for index in range(0, len(source), max(len(source) // PROBES, 1)):
         try:
-            sizes.append(source.reduced(index, reduction).image_CHW.numel())
+            sizes.append(read_image(source, index, reduction).image_CHW.numel())
         except BadImage:
             continue
     needed = int(SLACK * len(source) * np.mean(sizes)) if sizes else 0

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dseqjepa.data import images, patience
+from dseqjepa.data.source import Reduction
 from dseqjepa.train.clock import Watch
 from tests.faults.campaign import Attempts, fault
 from tests.faults.commands import lines, pictures, pretrain
@@ -237,7 +238,7 @@ def bombs(attempts: Attempts) -> None:
 
 @fault(17, "empty folder, one class, link loop, odd names, files that go away", quick=6, full=6)
 def folders(attempts: Attempts) -> None:
-    decode = images.decode
+    decode = images.decode_reduced
     with attempts.attempt("an empty folder"):
         said = pretrain(attempts.place("empty"), attempts.folder / "run-empty")
         assert said.code == 2, said
@@ -273,15 +274,21 @@ def folders(attempts: Attempts) -> None:
             folder = pictures(attempts.place(f"gone-{workers}"))
             seen: list[Path] = []
 
-            def remove(path: Path, folder: Path = folder, seen: list[Path] = seen) -> object:
+            def remove(
+                path: Path,
+                reduction: Reduction,
+                folder: Path = folder,
+                seen: list[Path] = seen,
+            ) -> object:
                 seen.append(path)
                 if len(seen) > 3 and path.name != "good-007.png":  # the run has begun
                     (folder / "good-007.png").unlink(missing_ok=True)
-                return decode(path)
+                return decode(path, reduction)
 
             out = attempts.folder / f"run-gone-{workers}"
-            with mock.patch.object(images, "decode", remove):
-                said = pretrain(folder, out, f"data.workers={workers}", "data.max_bad=0.1")
+            with mock.patch.object(images, "decode_reduced", remove):
+                unkept = ["data.cache=none", "data.max_bad=0.1"]
+                said = pretrain(folder, out, f"data.workers={workers}", *unkept)
             assert said.code == 0, said
             (line,) = lines(out / "bad_files.jsonl")
             assert line["path"].endswith("good-007.png")
@@ -295,7 +302,7 @@ def flaky_disk(attempts: Attempts) -> None:
     folder = pictures(attempts.place("pictures"))
     calm = attempts.folder / "calm"
     assert pretrain(folder, calm).code == 0
-    decode = images.decode
+    decode = images.decode_reduced
     short = mock.patch.object(patience, "WAITS", (0.01, 0.02, 0.04, 0.08))
     codes = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT) if attempts.full else (errno.EIO,)
     for workers in (0, 2):
@@ -303,15 +310,17 @@ def flaky_disk(attempts: Attempts) -> None:
             with attempts.attempt(f"{errno.errorcode[code]}, {workers} workers"):
                 failed: set[str] = set()
 
-                def fail_once(path: Path, code: int = code, seen: set[str] = failed) -> object:
+                def fail_once(
+                    path: Path, reduction: Reduction, code: int = code, seen: set[str] = failed
+                ) -> object:
                     if hash(path.name) % 4 == 0 and path.name not in seen:
                         seen.add(path.name)
                         raise OSError(code, os.strerror(code), str(path))
-                    return decode(path)
+                    return decode(path, reduction)
 
                 out = attempts.folder / f"run-{code}-{workers}"
-                with mock.patch.object(images, "decode", fail_once), short:
-                    said = pretrain(folder, out, f"data.workers={workers}")
+                with mock.patch.object(images, "decode_reduced", fail_once), short:
+                    said = pretrain(folder, out, f"data.workers={workers}", "data.cache=none")
                 assert said.code == 0, said
                 assert "images had to be read again, such as" in said.out
                 assert not (out / "bad_files.jsonl").exists()
@@ -320,18 +329,19 @@ def flaky_disk(attempts: Attempts) -> None:
     for workers in (0, 2) if attempts.full else (2,):
         with attempts.attempt(f"a read that hangs, {workers} workers"):
 
-            def hang(path: Path) -> object:
+            def hang(path: Path, reduction: Reduction) -> object:
                 if path.name == "good-011.png":
                     time.sleep(2.0)
-                return decode(path)
+                return decode(path, reduction)
 
             out = attempts.folder / f"run-hang-{workers}"
             with (
-                mock.patch.object(images, "decode", hang),
+                mock.patch.object(images, "decode_reduced", hang),
                 mock.patch.object(Watch, "LONG", 0.4),
                 mock.patch.object(Watch, "LOOK_EVERY", 0.1),
             ):
-                said = pretrain(folder, out, f"data.workers={workers}", "optim.epochs=1")
+                settings = ["data.cache=none", "optim.epochs=1"]
+                said = pretrain(folder, out, f"data.workers={workers}", *settings)
             assert said.code == 0, said
             waiting = [
                 line for line in said.out.splitlines() if line.startswith("waiting for data")
