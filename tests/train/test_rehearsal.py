@@ -11,7 +11,7 @@ from dseqjepa.methods import build_method
 from dseqjepa.model.flops import step_flops
 from dseqjepa.train import rehearsal
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.pretrain import checked
+from dseqjepa.train.pretrain import fitting
 from dseqjepa.train.rehearsal import peak, rehearse, reset_peak, resident
 from tests.train.tiny_runs import BATCH, IMAGES, STEPS, Pictures, metrics, run_config, train
 
@@ -28,7 +28,7 @@ def test_tokens_are_those_that_a_run_counts(method: str, tmp_path: Path) -> None
     settings = ["log.every_steps=5", "optim.lr=1e-12", "optim.start_lr=0", "optim.final_lr=0"]
     config = run_config(method, *settings)
     out = train(config, tmp_path / "run")
-    found = rehearse(*checked(config, Pictures()), open_checkpoint(out))
+    found = rehearse(fitting(config, Pictures()), Pictures(), open_checkpoint(out))
     assert found.batch == found.measured_batch == BATCH
     assert found.steps == STEPS
     first, last = metrics(out)[1], metrics(out)[-1]
@@ -55,14 +55,16 @@ def test_tokens_are_those_that_a_run_counts(method: str, tmp_path: Path) -> None
 
 def test_a_rehearsal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config, source = checked(run_config("dseq"), Pictures(bad=(3,)))
+    source = Pictures(bad=(3,))
+    config = fitting(run_config("dseq"), source)
     rehearse(config, source)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_would_not_fit_is_measured_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "FIRST_BATCH", 2)
-    config, source = checked(run_config("ijepa"), Pictures())
+    source = Pictures()
+    config = fitting(run_config("ijepa"), source)
     assert rehearse(config, source).measured_batch == BATCH
     monkeypatch.setattr(rehearsal, "available_memory", lambda: 0)
     found = rehearse(config, source)
@@ -74,12 +76,14 @@ def test_a_step_that_would_not_fit_is_measured_smaller(monkeypatch: pytest.Monke
 
 
 def test_what_a_device_sees_at_a_time_is_its_part_of_the_batch() -> None:
-    config, source = checked(run_config("ijepa", "optim.accumulate=4"), Pictures())
+    source = Pictures()
+    config = fitting(run_config("ijepa", "optim.accumulate=4"), source)
     assert rehearse(config, source).batch == BATCH // 4
 
 
 def test_the_state_is_weights_gradients_moments_and_the_target() -> None:
-    config, source = checked(run_config("ijepa"), Pictures())
+    source = Pictures()
+    config = fitting(run_config("ijepa"), source)
     method = build_method(config)
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     target = sum(p.numel() for p in method.target.parameters())
