@@ -114,9 +114,11 @@ def pretrain(
             runtime=runtime,
         )
     except Stopped:
+        runtime.ranks.close()
         sys.exit(143)
     except KeyboardInterrupt:
         _fail("interrupted; resume=true goes on from the last checkpoint", 130)
+    runtime.ranks.close()
 
 
 @app.command("verify-resume")

@@ -10,6 +10,7 @@ Suffixes: B rows of this rank, D width, R rows of all ranks.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -95,6 +96,8 @@ class Ranks:
             self._channel: Any = dist.new_group(backend="gloo", timeout=timeout)
             self._pulse = _Pulse(self.rank, self._channel)
             self._pulse.start()
+            # However this process ends: a thread inside the store would take it down with an abort.
+            atexit.register(self._pulse.end)
 
     @property
     def first(self) -> bool:
@@ -180,8 +183,7 @@ class Ranks:
     def close(self) -> None:
         """Part in peace, when all ranks are done."""
         if self.world > 1:
-            self._pulse.stopped.set()
-            self._pulse.join()
+            self._pulse.end()
             dist.destroy_process_group()
             self.world = 1
 
@@ -211,6 +213,10 @@ class _Pulse(threading.Thread):
                 self._beat()
             except dist.DistError:  # who held the store has gone; the next exchange fails as well
                 return
+
+    def end(self) -> None:
+        self.stopped.set()
+        self.join(2 * LOST_S)
 
     def _beat(self) -> None:
         self._beats += 1
