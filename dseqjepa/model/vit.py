@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dseqjepa.config import Config
 from dseqjepa.model.attention import attend
+from dseqjepa.model.linear import Linear, linear
 from dseqjepa.model.sequences import Sequences
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -92,8 +93,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend = "auto"
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
         qkv_TXHC = self.qkv(x_TD).unflatten(1, (3, self.heads, -1))
@@ -109,8 +110,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.fc2(F.gelu(self.fc1(x_TD)))
@@ -146,7 +147,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, patch_size, patch_size)
 
     def forward(self, pixels_TP: Float[Tensor, "... P"]) -> Float[Tensor, "... D"]:
-        return F.linear(pixels_TP, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(pixels_TP, self.proj.weight.flatten(1), self.proj.bias)
 
 
 @torch.no_grad()
@@ -302,14 +303,14 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.embed = nn.Linear(encoder_width, width)
+        self.embed = Linear(encoder_width, width)
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.has_mask_token = mask_token
         self.register_buffer("positions_ND", sincos_positions(width, grid), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.proj = nn.Linear(width, encoder_width)
+        self.proj = Linear(width, encoder_width)
         initialize(self)
 
     def forward(

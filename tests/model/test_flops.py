@@ -15,8 +15,15 @@ from dseqjepa.model.vit import set_attention
 from tests.tiny import float_images, tiny_config
 
 KEYS = torch.arange(6)
-PRODUCTS = ("aten.mm", "aten.addmm")
+PRODUCTS = ("aten.mm", "aten.addmm", "mkldnn._linear_pointwise")
 """Linear layers; attention's products are batched."""
+
+
+def onednn_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[0]
+
+
+ONEDNN = {torch.ops.mkldnn._linear_pointwise: onednn_flops}
 
 
 def method_and_tokens(preset: str, *overrides: str) -> tuple[Method, Tokens]:
@@ -30,7 +37,7 @@ def method_and_tokens(preset: str, *overrides: str) -> tuple[Method, Tokens]:
 
 def counted(method: Method) -> dict[str, int]:
     """FLOPs of one step by the kind of product, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
         method(float_images(6), progress=1.0, keys_B=KEYS).loss.backward()
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
     return {str(key): value for key, value in counts.items()}

@@ -1,0 +1,78 @@
+"""Linear layers, by the library that is quick on this CPU.
+
+In full precision torch multiplies matrices with MKL, whose AVX-512 code is for Intel's CPUs alone:
+on AMD's it runs at less than half of what oneDNN reaches with the same instructions. oneDNN is in
+torch too (bfloat16 goes there already), and here all three products of a layer are sent to it. The
+choice follows from the make of the CPU and never from a measurement, so that a run that goes on
+computes what the run that was stopped would have.
+
+Suffixes: T rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with the same names and numbers."""
+
+    def forward(self, input: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(
+    x: Float[Tensor, "... I"], weight_OI: Float[Tensor, "O I"], bias_O: Float[Tensor, " O"] | None
+) -> Float[Tensor, "... O"]:
+    """`torch.nn.functional.linear`, through oneDNN where that is the quicker one."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    if plain and mkl_is_slow() and not torch.is_autocast_enabled("cpu"):
+        return _OneDnn.apply(x.flatten(0, -2), weight_OI, bias_O).unflatten(0, x.shape[:-1])
+    return F.linear(x, weight_OI, bias_O)
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether MKL leaves half of this CPU unused, and oneDNN is there."""
+    vector = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return (
+        vector
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and CPUINFO.is_file()
+        and "AuthenticAMD" in CPUINFO.read_text()
+    )
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x times the transpose of the weight, plus the bias."""
+    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+
+
+class _OneDnn(torch.autograd.Function):
+    """torch has no derivative for its oneDNN operator: the two products are written out."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI)
+        return _product(x_TI, weight_OI, bias_O)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(grad_TO, weight_OI.t()) if of_x else None,
+            _product(grad_TO.t(), x_TI.t()) if of_weight else None,
+            grad_TO.sum(0) if of_bias else None,
+        )
