@@ -22,6 +22,7 @@ from step_time import batch_of
 
 from dseqjepa.config import Config
 from dseqjepa.model.flops import count_tokens, step_flops
+from dseqjepa.model.linear import linear
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,9 +59,8 @@ def _products(
         x_TI, g_TO = torch.randn(tokens, into).to(dtype), torch.randn(tokens, out).to(dtype)
         weight_OI = torch.randn(out, into).to(dtype)
         size = 2.0 * tokens * into * out
-        products.append((size, partial(torch.nn.functional.linear, x_TI, weight_OI)))
-        products.append((size, partial(torch.matmul, g_TO, weight_OI)))
-        products.append((size, partial(torch.matmul, g_TO.T, x_TI)))
+        for left, right in ((x_TI, weight_OI), (g_TO, weight_OI.T), (g_TO.T, x_TI.T)):
+            products.append((size, partial(linear, left, right, None)))
     return products
 
 
