@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dseqjepa.data.cache import Cached, room_for
 from dseqjepa.data.patience import read_image
+from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import Transform
 from dseqjepa.errors import InputError, RunError
@@ -196,6 +197,7 @@ def _start_worker(_number: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 class _Reader(Dataset[Batch]):

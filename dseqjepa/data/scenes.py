@@ -33,6 +33,7 @@ from dseqjepa.data.layouts import (
     read_facts,
     scene_keys,
 )
+from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.render import MATERIALS, render
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
@@ -185,7 +186,8 @@ class Scenes:
             run: Callable[..., Iterator[np.ndarray]] = map
             if workers > 1:
                 context = multiprocessing.get_context("spawn")
-                run = stack.enter_context(ProcessPoolExecutor(workers, context)).map
+                pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+                run = stack.enter_context(pool).map
             for chunk, images_B3HW in zip(chunks, run(job, chunks), strict=True):
                 self._images_B3HW[chunk] = images_B3HW
                 self._done_B[chunk] = True
