@@ -174,11 +174,11 @@ class Ranks:
 
     def _part(self) -> None:
         """Let go of the others, which by that see at once that something is wrong. The first rank
-        keeps the store, and stays for long enough to let them read why."""
+        keeps the store, and stays until they have read why."""
         on_device = dist.get_backend() != "gloo"  # there what is under way would be waited for
         dist.destroy_process_group(self._channel if on_device else None)
         if self.first:
-            time.sleep(2 * PULSE_S)
+            self._pulse.stay_until_read(self.world)
 
     def close(self) -> None:
         """Part in peace, when all ranks are done."""
@@ -229,6 +229,14 @@ class _Pulse(threading.Thread):
         except dist.DistError:
             return
 
+    def stay_until_read(self, world: int) -> None:
+        """Until every other rank knows the reason; a rank that is dead or busy is not waited for
+        longer than it takes to be sure of that."""
+        others = [f"read/{rank}" for rank in range(world) if rank != self.rank]
+        end = time.monotonic() + 2 * LOST_S
+        while time.monotonic() < end and not self._others.check(others):
+            time.sleep(PULSE_S / 10)
+
     def what_happened(self, world: int) -> str | None:
         """After an exchange went wrong: which rank is the cause, as far as can be seen. None: this
         one."""
@@ -249,7 +257,9 @@ class _Pulse(threading.Thread):
             if lost and not self._others.check(["reason"]):
                 self.tell(lost)
             if self._others.check(["reason"]):
-                return self._others.get("reason").decode()
+                reason = self._others.get("reason").decode()
+                self._others.set(f"read/{self.rank}", "")
+                return reason
         except dist.DistError:
             return STORE_LOST
         return None
