@@ -36,7 +36,8 @@ def linear(
     """`torch.nn.functional.linear`, through oneDNN where that is the quicker one."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
     if plain and mkl_is_slow() and not torch.is_autocast_enabled("cpu"):
-        return _OneDnn.apply(x.flatten(0, -2), weight_OI, bias_O).unflatten(0, x.shape[:-1])
+        rows_TI = x.flatten(0, -2).contiguous()
+        return _OneDnn.apply(rows_TI, weight_OI, bias_O).unflatten(0, x.shape[:-1])
     return F.linear(x, weight_OI, bias_O)
 
 
@@ -70,6 +71,8 @@ class _OneDnn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI = ctx.saved_tensors
+        # The transpose of a slice takes oneDNN a thousand times as long.
+        grad_TO = grad_TO.contiguous()
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             _product(grad_TO, weight_OI.t()) if of_x else None,
