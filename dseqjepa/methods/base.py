@@ -131,6 +131,7 @@ class Method(nn.Module, ABC):
             queries.sequences,
             grid,
         )
+        values_VD = values_VD[: len(queries.row_V)]
         return Predictions(values_VD, queries.row_V, queries.patch_V), contexts, context_TD
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
@@ -189,7 +190,7 @@ class Method(nn.Module, ABC):
                 0, plan.step_S - 1, torch.ones_like(loss_S)
             ),
             "mean_prediction_loss": mean_loss.sum() / max(len(mean_loss), 1),
-            "encoder_tokens": loss_V.new_full((), len(contexts.image_T)),
+            "encoder_tokens": loss_V.new_full((), len(contexts.image_T) - contexts.idle),
             "predicted_tokens": loss_V.new_full((), len(loss_V)),
         }
 

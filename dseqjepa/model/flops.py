@@ -41,9 +41,10 @@ class Tokens:
 
 
 def count_tokens(plan: Plan, images: int, mode: str, *, class_token: bool) -> Tokens:
-    """The packed tokens of a plan for `images` images in a context mode; [CLS] is one."""
+    """The packed tokens of a plan for `images` images in a context mode; [CLS] is one, idle ones do
+    not count."""
     contexts = pack_contexts(plan, mode, class_token=class_token)
-    encoder_Q = contexts.sequences.lengths
+    encoder_Q = contexts.sequences.lengths[: -1 if contexts.idle else None]
     target_S = plan.counts.target_S
     predictor_S = plan.counts.context_S + target_S
     sums = (encoder_Q, encoder_Q**2, predictor_S, predictor_S**2, target_S)

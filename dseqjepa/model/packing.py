@@ -11,8 +11,10 @@ A patch arrives at the first step whose context holds it; with ranked regions th
 [CLS] arrives with the first context: in a causal sequence it sees that one only, so nothing later
 reaches an earlier patch through it.
 
+Behind the tokens come a few idle ones, in a sequence of their own, which nobody reads: see `_idle`.
+
 Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens, U predictor tokens,
-V predicted tokens.
+V predicted tokens; T, U and query_V with the idle ones.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import NEVER, Plan, true_places
+
+IDLE_SHARE = 32
+"""Idle tokens are fewer than one in so many, and on average half of that."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ class Contexts:
 
     image_T: Int64[Tensor, " T"]
     patch_T: Int64[Tensor, " T"]
-    """-1 for [CLS]."""
+    """-1 for [CLS], and for an idle token."""
     sequences: Sequences
+    idle: int
+    """How many tokens at the end are idle."""
     token_SN: Int64[Tensor, "S N"]
     """The token that carries a patch to a step's predictor; meaningful inside the context."""
 
@@ -48,11 +56,11 @@ class Queries:
     """Index of the context token, -1 for a mask token."""
     patch_U: Int64[Tensor, " U"]
     query_V: Int64[Tensor, " V"]
-    """Indices of the mask tokens among the U."""
+    """Indices of the mask tokens among the U, then some of idle tokens."""
     sequences: Sequences
-    row_V: Int64[Tensor, " V"]
+    row_V: Int64[Tensor, " predicted"]
     """The step of each predicted token, an index into the plan."""
-    patch_V: Int64[Tensor, " V"]
+    patch_V: Int64[Tensor, " predicted"]
 
 
 def pack_contexts(plan: Plan, mode: str, *, class_token: bool) -> Contexts:
@@ -94,10 +102,14 @@ def pack_contexts(plan: Plan, mode: str, *, class_token: bool) -> Contexts:
     # an image serves all of the image's steps.
     table_QL = sequence_T.new_zeros(slots_QL.shape)
     table_QL[home_Q[sequence_T], slot_T] = torch.arange(len(place_T), device=place_T.device)
+    idle = _idle(len(place_T))
+    if rank_T is not None:
+        rank_T = F.pad(rank_T, (0, idle))
     return Contexts(
-        image_T=plan.image_S[step_T],
-        patch_T=patch_T,
-        sequences=Sequences.ragged(lengths, device=place_T.device, rank_T=rank_T),
+        image_T=F.pad(plan.image_S[step_T], (0, idle)),
+        patch_T=F.pad(patch_T, (0, idle), value=-1),
+        sequences=Sequences.ragged(_with(idle, lengths), device=place_T.device, rank_T=rank_T),
+        idle=idle,
         token_SN=table_QL[:, prefix:].index_select(0, home_S),
     )
 
@@ -113,11 +125,27 @@ def pack_queries(plan: Plan, contexts: Contexts) -> Queries:
     patch_U = slot_U % N
     is_query_U = slot_U >= N
     query_V = true_places(is_query_U, int(counts.target_S.sum()))
+    source_U = torch.where(is_query_U, -1, contexts.token_SN[row_U, patch_U])
+    idle = _idle(len(place_U))
     return Queries(
-        source_U=torch.where(is_query_U, -1, contexts.token_SN[row_U, patch_U]),
-        patch_U=patch_U,
-        query_V=query_V,
-        sequences=Sequences.ragged(lengths, device=place_U.device),
+        source_U=F.pad(source_U, (0, idle), value=-1),
+        patch_U=F.pad(patch_U, (0, idle)),
+        query_V=F.pad(query_V, (0, _idle(len(query_V)))),
+        sequences=Sequences.ragged(_with(idle, lengths), device=place_U.device),
         row_V=row_U[query_V],
         patch_V=patch_U[query_V],
     )
+
+
+def _idle(tokens: int) -> int:
+    """How many idle tokens to add, so that their number is one of few.
+
+    On a CPU a library compiles a product for its shape and keeps it. Contexts have as many tokens
+    as it happens, so that every step would compile its layers anew, and keep them: a megabyte each.
+    """
+    multiple = 1 << max(tokens // IDLE_SHARE, 1).bit_length() - 1
+    return -tokens % multiple
+
+
+def _with(idle: int, lengths: np.ndarray) -> np.ndarray:
+    return np.append(lengths, idle) if idle else lengths

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
+from dseqjepa.model import packing
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.model.vit import set_attention
 from tests.tiny import float_images, tiny_config
@@ -24,6 +25,11 @@ def onednn_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any
 
 
 ONEDNN = {torch.ops.mkldnn._linear_pointwise: onednn_flops}
+
+
+@pytest.fixture(autouse=True)
+def no_idle_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_idle", lambda tokens: 0)
 
 
 def method_and_tokens(preset: str, *overrides: str) -> tuple[Method, Tokens]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dseqjepa.model import packing
 from dseqjepa.model.packing import pack_contexts, pack_queries
 from dseqjepa.model.vit import Predictor, VisionTransformer, patchify
-from dseqjepa.plans.plan import Plan
+from dseqjepa.plans.plan import Plan, from_candidates, steps_of_ranks
 from tests.tiny import float_images
 
 GRID = (4, 4)
@@ -180,3 +181,37 @@ def test_a_plan_without_steps_packs_to_nothing(mode: str):
     values = packed(encoder, predictor, float_images(1).double(), plan, mode)
     assert values.shape == (0, 16)
     values.sum().backward()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("mode", ["prefix", "causal", "independent"])
+def test_idle_tokens_are_few_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, mode: str, class_token: bool
+):
+    plan = from_candidates(*steps_of_ranks(torch.arange(16).expand(37, -1) % 5, 4))
+    encoder, predictor = models(class_token)
+    images = float_images(37).double()
+    parameters = [p for m in (encoder, predictor) for p in m.parameters()]
+    contexts = pack_contexts(plan, mode, class_token=class_token)
+    queries = pack_queries(plan, contexts)
+    predicted, results = len(queries.row_V), []
+    for share in (packing.IDLE_SHARE, 10**9):
+        monkeypatch.setattr(packing, "IDLE_SHARE", share)
+        values = packed(encoder, predictor, images, plan, mode)
+        weight = torch.linspace(-1, 1, values[:predicted].numel(), dtype=values.dtype)
+        total = (values[:predicted].flatten() * weight).sum()
+        results.append((values, torch.autograd.grad(total, parameters)))
+    (with_idle, gradients), (without, expected) = results
+    assert len(without) == predicted < len(with_idle) < predicted * (1 + 1 / 32)
+    torch.testing.assert_close(with_idle[:predicted], without)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    real = pack_contexts(plan, mode, class_token=class_token)
+    assert real.idle == 0
+    assert torch.equal(contexts.patch_T[: len(real.patch_T)], real.patch_T)
+    assert contexts.idle == len(contexts.patch_T) - len(real.patch_T) < len(real.patch_T) / 32
+
+
+def test_the_number_of_tokens_is_one_of_few():
+    numbers = {tokens + packing._idle(tokens) for tokens in range(1500, 2000)}
+    assert len(numbers) <= 17
