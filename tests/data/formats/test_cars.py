@@ -11,7 +11,7 @@ import scipy.io
 from torchvision.datasets import StanfordCars
 
 from dseqjepa.data.labelled import open_splits
-from tests.data.formats.minis import assert_image, opened, part, refused, scenes
+from tests.data.minis import assert_image, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
 WITH_LABELS = "cars_test_annos_withlabels.mat"

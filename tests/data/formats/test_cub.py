@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.formats.minis import assert_image, edit, opened, part, refused, scenes
+from tests.data.minis import assert_image, edit, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
 

@@ -11,7 +11,7 @@ import scipy.io
 from torchvision.datasets import Flowers102
 
 from dseqjepa.data.images import ImageFiles
-from tests.data.formats.minis import assert_image, opened, part, refused, scenes
+from tests.data.minis import assert_image, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
 

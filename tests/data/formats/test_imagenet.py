@@ -12,7 +12,7 @@ import torchvision.datasets
 
 from dseqjepa.data.miniatures.trees import NUMBERS, WNIDS
 from dseqjepa.data.scenes import SHAPES
-from tests.data.formats.minis import assert_image, opened, part, refused, scenes
+from tests.data.minis import assert_image, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
 KIT = Path("ILSVRC2012_devkit_t12/data")

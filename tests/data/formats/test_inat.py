@@ -12,7 +12,7 @@ import pytest
 from torchvision.datasets import INaturalist
 
 from dseqjepa.data.images import ImageFiles
-from tests.data.formats.minis import assert_image, edit, opened, part, refused, scenes
+from tests.data.minis import assert_image, edit, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
 

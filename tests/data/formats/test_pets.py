@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import OxfordIIITPet
 
-from tests.data.formats.minis import assert_image, edit, opened, part, refused, scenes
+from tests.data.minis import assert_image, edit, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
 

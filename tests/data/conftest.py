@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.formats.minis import write
+from tests.data.minis import write
 
 
 @pytest.fixture(scope="session")
