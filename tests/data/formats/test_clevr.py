@@ -1,4 +1,4 @@
-"""CLEVR reads as it was written, with VTAB's two tasks and its small split."""
+"""CLEVR reads as it was written, with VTAB's two tasks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import CLEVRClassification
 
-from dseqjepa.data.formats.clevr import DISTANCE_EDGES, DISTANCES, vtab_split
-from dseqjepa.data.scenes import Scenes
-from dseqjepa.errors import InputError
+from dseqjepa.data.formats.clevr import DISTANCE_EDGES, DISTANCES
 from tests.data.minis import assert_image, edit, opened, part, refused, scenes
 
 Folder = Callable[[str], Path]
@@ -98,50 +96,3 @@ def test_two_objects_are_none_of_clevrs_scenes(copy: Folder) -> None:
     del content["scenes"][5]["objects"][2:]
     (folder / SCENES).write_text(json.dumps(content))
     refused("clevr", folder, "train", "3 to 10 objects, CLEVR_train_000005.png has 2")
-
-
-# VTAB's split
-
-
-def test_a_sample_is_a_function_of_the_seed_and_its_parts_are_disjoint() -> None:
-    source = Scenes(300, size=32, seed=0, split="train")
-    split = vtab_split(source, train=80, val=20, seed=4)
-    again = vtab_split(source, train=80, val=20, seed=4)
-    other = vtab_split(source, train=80, val=20, seed=5)
-    assert (len(split.train), len(split.val)) == (80, 20)
-    assert split.train.indices_B.tolist() == again.train.indices_B.tolist()
-    assert split.val.fingerprint() == again.val.fingerprint()
-    assert split.train.indices_B.tolist() != other.train.indices_B.tolist()
-    assert not set(split.train.indices_B) & set(split.val.indices_B)
-    assert split.chosen == "a sample of 300 images, seed 4"
-    assert split.train.labels["count"].tolist() == [
-        source.labels["count"][index] for index in split.train.indices_B
-    ]
-    with pytest.raises(InputError, match=r"expected 1000 images or more .*found 300"):
-        vtab_split(source)
-
-
-def test_a_list_of_names_is_taken_as_it_is(mini: Folder, tmp_path: Path) -> None:
-    source = opened("clevr", mini("clevr"), "train")
-    names = tmp_path / "names.txt"
-    numbers = [21, 3, 9, 0, 29, 5]
-    lines = [f"CLEVR_train_{number:06}.png" for number in numbers]
-    names.write_text("\n".join(["images/train/" + lines[0], *lines[1:]]))
-    split = vtab_split(source, train=4, val=2, names=names)
-    assert split.train.indices_B.tolist() == [0, 3, 9, 21]
-    assert split.val.indices_B.tolist() == [5, 29]
-    assert split.chosen.startswith(f"the list {names} (")
-    names.write_text("\n".join([*lines[:4], lines[5], lines[4]]))
-    assert vtab_split(source, train=4, val=2, names=names).chosen != split.chosen
-
-    for text, message in (
-        ("\n".join(lines[:5]), "expected 6 names, found 5"),
-        (
-            "\n".join([*lines[:5], lines[0]]),
-            "line 6: CLEVR_train_000021.png is there twice, see .*1",
-        ),
-        ("\n".join([*lines[:5], "x.png"]), "line 6: x.png is no image of the training split"),
-    ):
-        names.write_text(text)
-        with pytest.raises(InputError, match=message):
-            vtab_split(source, train=4, val=2, names=names)
