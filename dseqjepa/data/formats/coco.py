@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dseqjepa.data.formats.files import ListedFiles, check_there, inner
 from dseqjepa.data.formats.jsonscan import Element, scan, taken
+from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Instances, Split
 from dseqjepa.errors import InputError
 
@@ -92,11 +93,9 @@ class Coco(ListedFiles):
         index = range(len(self))[index]
         height, width = map(int, self._size_N2[index])
         its = slice(int(self._first_N[index]), int(self._last_N[index]))
-        outlines = []
-        with open(self.annotations, "rb") as file:
-            for place, (start, end) in enumerate(self._span_A2[its].tolist(), start=its.start):
-                file.seek(start)
-                outlines.append(self._again(file.read(end - start), place)["segmentation"])
+        outlines = [
+            annotation["segmentation"] for annotation in patiently(lambda: self._again(its))
+        ]
         box_K4 = self._box_A4[its].copy()
         box_K4[:, 2:] += box_K4[:, :2]
         return Instances(
@@ -108,15 +107,20 @@ class Coco(ListedFiles):
             image_id=int(self._id_N[index]),
         )
 
-    def _again(self, text: bytes, place: int) -> dict[str, Any]:
-        """An annotation that has been read before."""
-        try:
-            annotation = json.loads(text)
-        except ValueError:
-            annotation = None
-        if not isinstance(annotation, dict) or annotation.get("id") != self._number_A[place]:
-            raise InputError(f"{self.annotations} is not the file any more that was opened")
-        return annotation
+    def _again(self, its: slice) -> list[dict[str, Any]]:
+        """Annotations that have been read before."""
+        found = []
+        with open(self.annotations, "rb") as file:
+            for number, (start, end) in zip(self._number_A[its], self._span_A2[its], strict=True):
+                file.seek(int(start))
+                try:
+                    annotation = json.loads(file.read(int(end - start)))
+                except ValueError:
+                    annotation = None
+                if not isinstance(annotation, dict) or annotation.get("id") != number:
+                    raise InputError(f"{self.annotations} is not the file any more that was opened")
+                found.append(annotation)
+        return found
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
