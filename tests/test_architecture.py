@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
     "train": MODEL | {"methods", "data"},
-    "tasks": EVALUATION | {"presets", "train.foreign", "train.runtime"},
+    "tasks": EVALUATION
+    | {"presets", "train.clock", "train.foreign", "train.runtime", "train.schedules"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "preflight": EVALUATION | {"train", "viz"},

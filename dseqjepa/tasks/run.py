@@ -173,7 +173,12 @@ def describe(
     }
 
 
-TITLES = {"knn": "kNN accuracy"}
+TITLES = {
+    "knn": "kNN accuracy",
+    "linear": "linear accuracy",
+    "lowshot": "low-shot accuracy",
+    "clevr": "Clevr accuracy",
+}
 
 
 def identity(backbone: Backbone) -> dict[str, Any]:
