@@ -1,0 +1,1 @@
+"""Semantic segmentation with UPerNet: heads, crops, inference in windows, mIoU."""
