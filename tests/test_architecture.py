@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
     "train": MODEL | {"methods", "data"},
-    "tasks": EVALUATION,
+    "tasks": EVALUATION | {"presets", "train.foreign"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "preflight": EVALUATION | {"train", "viz"},
