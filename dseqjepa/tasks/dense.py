@@ -139,8 +139,8 @@ class Rescale(nn.Module):
             nn.ConvTranspose2d(width, width, 2, 2),
         )
         self.x2 = nn.ConvTranspose2d(width, width, 2, 2)
-        self.half = nn.MaxPool2d(2, 2)
+        self.pool = nn.MaxPool2d(2, 2)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         fine, double, same, coarse = maps
-        return [self.x4(fine), self.x2(double), same, self.half(coarse)]
+        return [self.x4(fine), self.x2(double), same, self.pool(coarse)]

@@ -80,7 +80,7 @@ class TrainCrops:
         factor = low + (high - low) * torch.rand(()).item()
         height, width = sample.label_HW.shape
         size = scaled_size(height, width, self.scale, factor)
-        label_HW = F.resize(sample.label_HW[None], list(size), InterpolationMode.NEAREST)[0]
+        label_HW = F.resize(sample.label_HW[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
         top, left = self._place(label_HW)
         label_HW = label_HW[top : top + self.size, left : left + self.size]
         image_CHW = resize(sample.image_CHW, size)
