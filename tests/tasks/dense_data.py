@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dseqjepa.data.scenes import SHAPES, Scenes
+from dseqjepa.data.scenes import SHAPES, Scene, Scenes
 from dseqjepa.data.source import Instances
 from dseqjepa.methods import build_method
 from dseqjepa.tasks.backbone import Backbone, own_backbone
@@ -20,6 +21,11 @@ from tests.tiny import tiny_config
 def tiny_backbone(*overrides: str) -> Backbone:
     config = tiny_config("dseq_vitt8_64", *overrides)
     return own_backbone(build_method(config).target.eval().requires_grad_(True), config)
+
+
+@cache
+def rendered(scenes: Scenes, index: int) -> Scene:
+    return scenes.scene(index)
 
 
 class SceneMaps:
@@ -39,7 +45,7 @@ class SceneMaps:
         return self.scenes.image(index)
 
     def label_map(self, index: int) -> Tensor:
-        scene = self.scenes.scene(index)
+        scene = rendered(self.scenes, index)
         label_HW = np.where(scene.ground_HW, 12, 11).astype(np.int64)
         for number, thing in enumerate(scene.objects, start=1):
             label_HW[scene.instance_HW == number] = 1 + SHAPES.index(thing.shape)
@@ -68,7 +74,7 @@ class SceneObjects(SceneMaps):
         annotations.write_text(json.dumps(self._as_coco()))
 
     def instances(self, index: int) -> Instances:
-        scene = self.scenes.scene(index)
+        scene = rendered(self.scenes, index)
         K = len(scene.objects)
         mask_KHW = np.stack([scene.instance_HW == number for number in range(1, K + 1)])
         crowd_K = torch.zeros(K, dtype=torch.bool)
