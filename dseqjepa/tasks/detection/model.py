@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.dense import WINDOW, DropPath, Rescale, maps_of
 
-WIDTH = 256
 ANCHOR = 8
 """An anchor's side, in steps of its map: 32 pixels where the finest has steps of 4."""
 
@@ -29,16 +30,15 @@ ANCHOR = 8
 class Pyramid(nn.Module):
     """Normalised images to the five maps of torchvision's detectors, named "0" to "3" and "pool"."""
 
-    out_channels = WIDTH
-
-    def __init__(self, backbone: Backbone, window: int, drop_path: float) -> None:
+    def __init__(self, backbone: Backbone, width: int, window: int, drop_path: float) -> None:
         super().__init__()
+        self.out_channels = width
         self.backbone = backbone
         self.window = window
         self.drop_path = DropPath(backbone, drop_path)
         self.rescale = Rescale(backbone.width, _layer_norm)
         self.fpn = FeaturePyramidNetwork(
-            [backbone.width] * 4, WIDTH, LastLevelMaxPool(), norm_layer=_layer_norm
+            [backbone.width] * 4, width, LastLevelMaxPool(), norm_layer=_layer_norm
         )
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
@@ -52,6 +52,9 @@ class Detector(nn.Module):
 
     Args:
         classes: of objects; label 0 is none of them.
+        width: channels of the pyramid.
+        head_width: of the two layers that classify boxes.
+        mask_width: channels of the layers that draw masks.
         longest_side: to which images are brought, in pixels.
         window: side in patches of the windows of the blocks that are not read.
         drop_path: of the last block.
@@ -65,6 +68,9 @@ class Detector(nn.Module):
         backbone: Backbone,
         classes: int,
         *,
+        width: int = 256,
+        head_width: int = 1024,
+        mask_width: int = 256,
         longest_side: int = 1024,
         window: int = WINDOW,
         drop_path: float = 0.1,
@@ -73,11 +79,14 @@ class Detector(nn.Module):
         score_threshold: float = 0.05,
     ) -> None:
         super().__init__()
-        pyramid = Pyramid(backbone, window, drop_path)
+        pyramid = Pyramid(backbone, width, window, drop_path)
         steps = [backbone.patch_size * factor / 4 for factor in (1, 2, 4, 8, 16)]
         self.rcnn = MaskRCNN(
             pyramid,
-            num_classes=classes + 1,
+            box_head=TwoMLPHead(width * 7**2, head_width),
+            box_predictor=FastRCNNPredictor(head_width, classes + 1),
+            mask_head=MaskRCNNHeads(width, (mask_width,) * 4, 1),
+            mask_predictor=MaskRCNNPredictor(mask_width, mask_width, classes + 1),
             min_size=longest_side,  # the shorter side can only come that far if both are equal
             max_size=longest_side,
             # What comes in is normalised: (x - 0) / 1.
