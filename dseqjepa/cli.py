@@ -322,6 +322,33 @@ def demo(
     run_demo(config, out)
 
 
+scenes = typer.Typer(rich_markup_mode=None, help="The embedded scenes as files.")
+app.add_typer(scenes, name="scenes")
+
+
+@scenes.command("export")
+def export_scenes(
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="imagenet, coco, clevr, ...")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
+    settings: Settings = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Write scenes in a benchmark's own format: dseqjepa scenes export coco mini/coco
+
+    size=64 count=200 val_count=50 seed=0 say how large and how many. data=FORMAT:DIR reads them.
+    """
+    from dseqjepa.config import MiniatureConfig
+
+    config = MiniatureConfig.from_settings(settings or [])
+    if print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return
+    from dseqjepa.data.miniatures.export import export
+
+    export(format, folder.expanduser(), **config.model_dump())
+    print(f"written: {config.count} + {config.val_count} scenes; data={format}:{folder} reads them")
+
+
 @app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,

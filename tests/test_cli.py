@@ -393,7 +393,8 @@ import sys
 from dseqjepa.cli import main
 for typed in ([], ["--help"], ["pretrain", "--help"], ["presets"], ["presets", "vitb16_in1k"],
               ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
-              ["evaluate", "knn", "run", "--print-config"]):
+              ["evaluate", "knn", "run", "--print-config"],
+              ["scenes", "export", "coco", "mini", "--print-config"]):
     sys.argv = ["dseqjepa", *typed]
     main()
 for typed in (["pretrain", "vitt8_64", "data.x=1"], ["pretrain", "vitt8_64"],

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
+
+Split = Literal["pretrain", "train", "val"]
+"""The images to pre-train on, to train an evaluation on, and to test it on. The first are those of
+"train", but for a data set that has images for it without labels."""
 
 
 @runtime_checkable
