@@ -66,9 +66,7 @@ class DropPath:
         return leave_out
 
 
-def in_windows(
-    block: Callable[[Tensor], Tensor], x_BhwD: Tensor, window: int
-) -> Tensor:
+def in_windows(block: Callable[[Tensor], Tensor], x_BhwD: Tensor, window: int) -> Tensor:
     """A block on each window of a grid by itself, (B, h, w, D) to (B, h, w, D).
 
     The windows at the right and lower edge are as small as what is left, so that there are no

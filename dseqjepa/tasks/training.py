@@ -4,8 +4,6 @@ Everything random is a function of where it happens: a sample's augmentation of 
 index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step). So a
 checkpoint holds weights, the optimizer's state and the step, and a run that was stopped goes on as
 if it had not been, bit for bit on a CPU.
-
-Suffixes: N images of the source, B samples of a step.
 """
 
 from __future__ import annotations
@@ -14,23 +12,22 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from dseqjepa.data.loader import start_worker
-from dseqjepa.data.patience import patiently
-from dseqjepa.data.source import BadImage
+from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.keyed import Stream, hash_int64, sample_keys, uniforms
+from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.config import TrainedConfig
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.samples import Samples, read_ahead
 from dseqjepa.train.checkpoint import Checkpoint, load_into, open_checkpoint, save_checkpoint
 from dseqjepa.train.clock import duration
 from dseqjepa.train.log import Journal
@@ -116,20 +113,31 @@ class Place:
         return found
 
 
-@contextmanager
-def seeded(key: int) -> Iterator[None]:
-    """Whatever draws from torch's generator of the CPU in here is a function of the key."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(key)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+def place_of(job: Job, config: TrainedConfig) -> Place:
+    """Where a task trains: a folder beside its result, of the same name.
+
+    Raises:
+        InputError: several processes evaluate together, which training does not.
+    """
+    if job.ranks.world > 1:
+        raise InputError("this evaluation trains on one device: start one process")
+    settings = config.model_dump(mode="json", exclude={"workers", "accelerator"})
+    return Place(
+        folder=job.folder / job.name,
+        identity={
+            "config": settings,
+            "backbone": job.backbone.digest(),
+            "data": [job.train.fingerprint(), job.test.fingerprint()],
+        },
+        resume=job.resume,
+        overwrite=job.overwrite,
+        device=job.device,
+        workers=config.workers,
+        console=job.console,
+    )
 
 
-def parameter_groups(
-    model: nn.Module, backbone: Backbone, recipe: Recipe
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, backbone: Backbone, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups for AdamW with `scale` and `weight_decay`, by depth and kind of each parameter.
 
     Layer-wise decay as in BEiT and MAE: what comes before the first block has the scale
@@ -159,54 +167,12 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-class Samples(Dataset[tuple[list[Sample], dict[str, str]]], Generic[Sample]):
-    """The samples of each step: one epoch's order after the other, none left out or repeated.
-
-    Args:
-        count: images of the source.
-        read: the sample at a place of the source for a key, the only randomness it may use.
-        name: what the image at a place is called.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        read: Callable[[int, int], Sample],
-        name: Callable[[int], str],
-        recipe: Recipe,
-    ) -> None:
-        self.count, self.read, self.name, self.recipe = count, read, name, recipe
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def __len__(self) -> int:
-        return self.recipe.steps
-
-    def __getitem__(self, step: int) -> tuple[list[Sample], dict[str, str]]:
-        samples: list[Sample] = []
-        bad: dict[str, str] = {}
-        for place in range(step * self.recipe.batch_size, (step + 1) * self.recipe.batch_size):
-            epoch, at = divmod(place, self.count)
-            index = int(self._order_of(epoch)[at])
-            key = int(sample_keys(self.recipe.seed, epoch, torch.tensor([index])))
-            try:
-                samples.append(patiently(lambda i=index, k=key: self.read(i, k)))  # type: ignore[misc]
-            except BadImage as reason:
-                bad[self.name(index)] = str(reason)
-        return samples, bad
-
-    def _order_of(self, epoch: int) -> Tensor:
-        if self._order[0] != epoch:
-            keys_N = sample_keys(self.recipe.seed, epoch, torch.arange(self.count))
-            order_N = uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True)
-            self._order = (epoch, order_N)
-        return self._order[1]
-
-
 def fit(
     model: nn.Module,
-    groups: list[dict[str, Any]],
+    backbone: Backbone,
     recipe: Recipe,
-    samples: Samples[Sample],
+    source: Source,
+    read: Callable[[int, int], Sample],
     losses: Callable[[list[Sample]], Losses],
     place: Place,
     start: Checkpoint | None,
@@ -214,7 +180,8 @@ def fit(
     """Train a model; where `start` is given, go on from it. Leaves the model in training mode.
 
     Args:
-        groups: what `parameter_groups` returns.
+        backbone: the part of the model that `parameter_groups` takes by layers.
+        read: the sample at a place of the source for a key, the only randomness it may use.
         losses: the loss terms of a step's samples.
         start: what `place.start()` returned.
 
@@ -225,6 +192,15 @@ def fit(
         Stopped: SIGTERM came, a checkpoint is on the disk.
         RunError: the loss is not finite, or no image of a step can be decoded.
     """
+    samples = Samples(
+        len(source),
+        read,
+        source.name,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    groups = parameter_groups(model, backbone, recipe)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
     step, bad = 0, dict[str, str]()
     if start is None:  # what is there was to be overwritten
@@ -237,7 +213,7 @@ def fit(
     place.folder.mkdir(parents=True, exist_ok=True)
     journal.rewind(step, {})
     journal.say(
-        f"training: {recipe.steps} steps of {recipe.batch_size} images of {samples.count}, "
+        f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)}, "
         + (f"from step {step}" if step else "from the start")
     )
 
@@ -256,7 +232,8 @@ def fit(
     devices = [place.device] if place.device.type == "cuda" else []
     try:
         with StopRequest() as stop, torch.random.fork_rng(devices=devices):
-            for drawn, unread in _batches(samples, step, place):
+            ahead = range(step, recipe.steps)
+            for drawn, unread in read_ahead(samples, ahead, place.workers):
                 bad |= unread
                 if not drawn:
                     name, reason = next(iter(unread.items()))
@@ -298,27 +275,6 @@ def _step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) if recipe.clip else None
     optimizer.step()
     return {name: value.detach() for name, value in terms.items()}, norm
-
-
-def _batches(
-    samples: Samples[Sample], step: int, place: Place
-) -> Iterator[tuple[list[Sample], dict[str, str]]]:
-    if place.workers == 0:
-        yield from (samples[at] for at in range(step, len(samples)))
-        return
-    yield from DataLoader(
-        samples,
-        batch_size=None,
-        sampler=range(step, len(samples)),
-        num_workers=place.workers,
-        collate_fn=_as_is,
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),
-    )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _report(

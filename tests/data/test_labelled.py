@@ -15,7 +15,7 @@ from PIL import Image
 
 from dseqjepa.data.formats.arrays import FashionMNIST
 from dseqjepa.data.images import ImageFolder, Subset
-from dseqjepa.data.labelled import OPENERS, open_source, open_splits
+from dseqjepa.data.labelled import open_source, open_splits
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
 

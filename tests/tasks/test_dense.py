@@ -105,9 +105,7 @@ def test_a_branch_is_left_out_for_some_images_and_scaled_for_the_others(spec: st
         y_BLD = block(y_BLD)
     assert torch.equal(y_BLD[1], x_BLD[1])
     patches_BND = backbone.norm(y_BLD)[:, backbone.prefix :]
-    assert torch.allclose(
-        patches_BND[::2], plain[-1].flatten(2).transpose(1, 2)[::2], atol=1e-5
-    )
+    assert torch.allclose(patches_BND[::2], plain[-1].flatten(2).transpose(1, 2)[::2], atol=1e-5)
     # Windows of an image share its fate.
     drop_path.scale[:, :, 1] = 0
     patches = x_BLD[:, backbone.prefix :].unflatten(1, (4, 4))

@@ -13,11 +13,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.dense import DropPath
-from dseqjepa.tasks.training import Place, Recipe, Samples, fit, parameter_groups, seeded
+from dseqjepa.tasks.samples import Samples, in_order, seeded
+from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
 from dseqjepa.train.runtime import Stopped
 from tests.tasks.dense_data import tiny_backbone
 
@@ -46,6 +48,16 @@ class Model(nn.Module):
         return {"loss_mean": (logit_B - images_BCHW.float().mean((1, 2, 3)) / 255).square().mean()}
 
 
+class Ten(Scenes):
+    """Ten places; what lies there the readers below say."""
+
+    def __init__(self) -> None:
+        super().__init__(10, size=32, seed=0, split="train")
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
 def read(index: int, key: int) -> Tensor:
     with seeded(key):
         noise = torch.randint(0, 200, (3, 32, 32))
@@ -57,10 +69,8 @@ def trained(
 ) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = Model(tiny_backbone())
-    groups = parameter_groups(model, model.backbone, recipe)
     place = Place(folder, {"config": {"pair": (1, 2)}}, console=QUIET, **settings)
-    samples = Samples(10, reader, str, recipe)
-    fit(model, groups, recipe, samples, model.losses, place, place.start())
+    fit(model, model.backbone, recipe, Ten(), reader, model.losses, place, place.start())
     return model.state_dict()
 
 
@@ -115,8 +125,9 @@ def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> N
 
 def test_every_sample_once_an_epoch_and_each_in_its_own_way() -> None:
     seen: list[tuple[int, int]] = []
-    recipe = Recipe(5, 4, 1.0, 0.0, 0, "poly")
-    samples = Samples(10, lambda index, key: seen.append((index, key)), str, recipe)
+    samples = Samples(
+        10, lambda index, key: seen.append((index, key)), str, steps=5, batch_size=4, seed=0
+    )
     for step in range(5):
         assert len(samples[step][0]) == 4
     first, second = [i for i, _ in seen[:10]], [i for i, _ in seen[10:]]
@@ -133,16 +144,28 @@ def test_bad_images_are_left_out_and_named(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = Model(tiny_backbone())
-    groups = parameter_groups(model, model.backbone, RECIPE)
-    samples = Samples(10, reader, str, RECIPE)
-    bad = fit(model, groups, RECIPE, samples, model.losses, Place(tmp_path, {}, console=QUIET), None)
+    place = Place(tmp_path, {}, console=QUIET)
+    bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, None)
     assert bad == {"2": "torn", "7": "torn"}
 
     def broken(index: int, key: int) -> Tensor:
         raise BadImage("torn")
 
-    with pytest.raises(RunError, match="no image of step 0 can be decoded: .*: torn"):
+    with pytest.raises(RunError, match=r"no image of step 0 can be decoded: .*: torn"):
         trained(tmp_path / "none", reader=broken)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_test_set_is_read_once_in_its_order(workers: int) -> None:
+    def reader(index: int) -> int:
+        if index == 4:
+            raise BadImage("torn")
+        return 10 * index
+
+    bad = {"before": "torn too"}
+    found = list(in_order(Ten(), reader, workers, bad))
+    assert found == [(i, 10 * i) for i in range(10) if i != 4]
+    assert bad == {"before": "torn too", "4": "torn"}
 
 
 def test_a_loss_that_is_not_finite_ends_it_before_anything_is_saved(tmp_path: Path) -> None:

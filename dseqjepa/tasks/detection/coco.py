@@ -96,9 +96,7 @@ class _Evaluator:
         self.images = len(image_ids)
         self.matches = list(getattr(self.coco, api.matches))
         self._matches_name = api.matches
-        self.categories = {
-            number: truth.cats[number]["name"] for number in self.coco.params.catIds
-        }
+        self.categories = {number: truth.cats[number]["name"] for number in self.coco.params.catIds}
 
     def accumulated(self, drawn_N: np.ndarray | None = None) -> dict[str, float]:
         """The numbers over all images, or over those drawn, some of them more than once."""

@@ -28,7 +28,7 @@ ANCHOR = 8
 
 
 class Pyramid(nn.Module):
-    """Normalised images to the five maps of torchvision's detectors, named "0" to "3" and "pool"."""
+    """Normalised images to the five maps that torchvision's detectors read, by their names."""
 
     def __init__(self, backbone: Backbone, width: int, window: int, drop_path: float) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """What a segmentation model is trained and tested on: images and label maps of one size.
 
-Training: a random scale, a crop that no class fills, a flip, photometric distortion; mmsegmentation's
+Training: a random scale, a crop that no class fills, a flip, photometric distortion, as in mmseg's
 pipeline for ADE20K. Suffixes: C colours, H and W pixels.
 """
 
@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from dseqjepa.data.source import BadImage, Segmentations
-from dseqjepa.tasks.training import seeded
+from dseqjepa.tasks.samples import seeded
 
 CROP_TRIES = 10
 MOST_OF_ONE_CLASS = 0.75

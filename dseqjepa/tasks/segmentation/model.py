@@ -54,7 +54,9 @@ class UPerHead(nn.Module):
             for size in POOLS
         )
         self.bottleneck = ConvModule(inputs[-1] + len(POOLS) * width, width, 3)
-        self.lateral_convs = nn.ModuleList(ConvModule(channels, width, 1) for channels in inputs[:-1])
+        self.lateral_convs = nn.ModuleList(
+            ConvModule(channels, width, 1) for channels in inputs[:-1]
+        )
         self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in inputs[:-1])
         self.fpn_bottleneck = ConvModule(len(inputs) * width, width, 3)
         self.dropout = nn.Dropout2d(dropout)
@@ -80,9 +82,7 @@ class UPerHead(nn.Module):
 class FCNHead(nn.Module):
     """One convolution and a classifier on one map."""
 
-    def __init__(
-        self, inputs: int, classes: int, width: int = 256, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, inputs: int, classes: int, width: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
         self.convs = nn.Sequential(ConvModule(inputs, width, 3))
         self.dropout = nn.Dropout2d(dropout)

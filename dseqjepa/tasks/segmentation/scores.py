@@ -46,7 +46,7 @@ class Scores:
 
 
 def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMPLES) -> Scores:
-    """IoU of each class over all pixels of all images, and its mean over the classes that occur: that
+    """IoU of each class over all pixels of all images, and its mean over classes that occur: which
     some image has, or a prediction claims, in a pixel that is not ignored.
 
     The intervals resample images with replacement and add up their counts.

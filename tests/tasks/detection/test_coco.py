@@ -212,9 +212,7 @@ def test_a_constant_predictor_has_what_it_should(tmp_path: Path, library: str) -
     boxes = [(i, here if i % 2 == 0 else there) for i in range(10)]
     objects = [pair for pair in boxes if pair[1] is here]
     path = boxes_file(tmp_path / "constant.json", objects, 10)
-    rows = [
-        {"image_id": i, "category_id": 1, "bbox": here, "score": 1 - i / 20} for i in range(10)
-    ]
+    rows = [{"image_id": i, "category_id": 1, "bbox": here, "score": 1 - i / 20} for i in range(10)]
     found = average_precision(path, rows, range(10), "bbox", seed=0, resamples=2)
     precisions = [n / (2 * n - 1) for n in range(1, 6)]
     wanted = (21 * precisions[0] + 20 * sum(precisions[1:])) / 101

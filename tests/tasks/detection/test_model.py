@@ -24,7 +24,11 @@ def detector(spec: str = "own", **settings: object) -> Detector:
     )
     small = {"width": 32, "head_width": 32, "mask_width": 16, "proposals": 16}
     return Detector(
-        backbone, classes=10, longest_side=64, **small, **settings  # type: ignore[arg-type]
+        backbone,
+        classes=10,
+        longest_side=64,
+        **small,
+        **settings,  # type: ignore[arg-type]
     )
 
 
@@ -105,9 +109,7 @@ def test_the_protocol_is_that_of_method_section_5() -> None:
 
 
 @pytest.mark.parametrize("spec", ["own", "timm:test_vit"])
-def test_every_parameter_learns_and_an_image_may_be_empty(
-    spec: str, source: SceneObjects
-) -> None:
+def test_every_parameter_learns_and_an_image_may_be_empty(spec: str, source: SceneObjects) -> None:
     model = detector(spec).train()
     samples = [read_sample(source, index, 0) for index in (1, 2)]
     empty = {

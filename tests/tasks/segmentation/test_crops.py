@@ -58,7 +58,7 @@ def test_image_and_labels_move_together(monkeypatch: pytest.MonkeyPatch) -> None
         inside = crop.label_HW > 0
         away = (crop.image_CHW[2].long() - 20 * crop.label_HW)[inside].abs()
         assert (away <= 10).double().mean() > 0.97
-        assert (crop.image_CHW[:, ~inside].T == torch.tensor(FILL)).all()
+        assert (torch.tensor(FILL) == crop.image_CHW[:, ~inside].T).all()
         known = crop.label_HW[0][crop.label_HW[0] > 0]
         flips += bool(known[0] > known[-1])
     assert 8 <= flips <= 32

@@ -127,6 +127,8 @@ def test_every_parameter_learns(spec: str) -> None:
 def test_new_convolutions_start_as_they_should() -> None:
     head = UPerHead([64] * 4, 5, width=64)
     initialize(head)
-    assert head.bottleneck.conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+    assert head.bottleneck.conv.weight.std().item() == pytest.approx(
+        (2 / (64 * 9)) ** 0.5, rel=0.05
+    )
     assert head.classifier.weight.std().item() == pytest.approx(0.01, rel=0.2)
     assert not head.classifier.bias.any()
