@@ -182,29 +182,71 @@ def preflight(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="knn")],
-    run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="knn, linear, lowshot or clevr")],
+    backbone: Annotated[
+        str,
+        typer.Argument(
+            metavar="BACKBONE",
+            help="A run, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels.",
+        ),
+    ],
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Evaluate a trained encoder: dseqjepa evaluate knn runs/mine data=my_pictures"""
-    if task != "knn":
-        raise InputError(f"unknown task {task!r}{did_you_mean(task, ['knn'])}")
-    from dseqjepa.tasks.config import KnnConfig
+    """Evaluate an encoder: dseqjepa evaluate knn runs/mine data=my_pictures
 
-    own, overrides = _split(settings or [], ("data", "out"))
-    config = KnnConfig.from_settings(overrides)
+    preset=quick is the small version of a protocol; out=FILE.json says where the result goes.
+    """
+    from dseqjepa.tasks.config import TASKS
+
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
+    own, overrides = _split(settings or [], ("data", "out", "resume", "overwrite"))
+    config = TASKS[task].from_settings(overrides)
     if print_config:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        values = config.model_dump(mode="json")
+        print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000), end="")
         return
-    from dseqjepa.tasks.report import evaluate_run
+    from dseqjepa.tasks.run import run_task
+    from dseqjepa.train.runtime import Stopped
 
-    evaluate_run(
-        Path(run).expanduser(),
-        config,
-        data=own.get("data"),
-        out=Path(own["out"]).expanduser() if "out" in own else None,
-    )
+    out = Path(own["out"]).expanduser() if "out" in own else None
+    resume, overwrite = _flag(own, "resume"), _flag(own, "overwrite")
+    try:
+        run_task(
+            task,
+            backbone,
+            config,
+            data=own.get("data"),
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    except Stopped:
+        sys.exit(143)
+
+
+@app.command()
+def results(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Runs, or folders that hold results.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write .md, .csv or .json.")
+    ] = None,
+) -> None:
+    """Put the results of evaluations side by side: dseqjepa results runs --out table.md
+
+    One column a protocol, data included; runs that differ in nothing but their seed are one line,
+    with mean and 95 % interval.
+    """
+    from dseqjepa.tasks.table import collect, write_table
+
+    table = collect([folder.expanduser() for folder in folders])
+    print(table.markdown(), end="")
+    if out is not None:
+        write_table(table, out.expanduser())
+        print(f"written: {out}")
 
 
 @app.command("import")

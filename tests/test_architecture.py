@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
     "train": MODEL | {"methods", "data"},
-    "tasks": EVALUATION | {"presets", "train.foreign"},
+    "tasks": EVALUATION | {"presets", "train.foreign", "train.runtime"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "preflight": EVALUATION | {"train", "viz"},

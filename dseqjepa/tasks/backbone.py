@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dseqjepa.train.foreign import ImportConfig, read_encoder
 LAYERS = 4
 """The last blocks whose patches a frozen evaluation reads (METHOD section 5)."""
 PIXELS_SIZE = (32, 32)
+RAW_PIXELS = "raw pixels"
 SPECS = "a run's folder, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels"
 Grid = tuple[int, int]
 
@@ -44,8 +46,10 @@ class Encoded:
     patches_BND: Tensor
     """Patches of the last block after the final norm."""
     layers: tuple[Tensor, ...]
-    """Patches of the last four blocks (B, N, D), each after the final norm, the last one being
-    `patches_BND`; fewer where there are fewer."""
+    """Patches of the last four blocks (B, N, D), or of as many as were asked for, each after the
+    final norm, the last one being `patches_BND`; fewer where there are fewer."""
+    cls_layers: tuple[Tensor, ...] = ()
+    """[CLS] of the same blocks (B, D), after the final norm; empty where there is none."""
 
 
 class Backbone(nn.Module):
@@ -64,6 +68,10 @@ class Backbone(nn.Module):
     """The checkpoint's path, or what was asked for."""
     config: Config | None
     """How it was pre-trained, where that is known."""
+    run: Path | None
+    """The run's folder, where it is of a run."""
+    seed: int | None
+    """Of the pre-training, or of random weights."""
 
     def __init__(
         self,
@@ -92,7 +100,7 @@ class Backbone(nn.Module):
         self.has_cls = has_cls
         self.mean, self.std = mean, std
         self.name = self.weights = self.source = ""
-        self.config = None
+        self.config = self.run = self.seed = None
 
     def normalized(self, images_BCHW: Tensor) -> Tensor:
         return normalize(images_BCHW, self.mean, self.std)
@@ -102,16 +110,16 @@ class Backbone(nn.Module):
         patches. Positions are interpolated to that grid."""
         raise NotImplementedError
 
-    def forward(self, images_BCHW: Tensor) -> Encoded:
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        """Features of the `last` blocks."""
         x_BLD, _ = self.embed(images_BCHW)
         layers = []
         for index, block in enumerate(self.blocks):
             x_BLD = block(x_BLD)
-            if index >= self.depth - LAYERS:
+            if index >= self.depth - last:
                 layers.append(self.norm(x_BLD))
-        cls_BD = layers[-1][:, 0] if self.has_cls else None
-        patches = tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers)
-        return Encoded(cls_BD, patches[-1], patches)
+        heads = tuple(layer_BLD[:, 0] for layer_BLD in layers) if self.has_cls else ()
+        return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
 
     def digest(self) -> str:
         """A hash of every weight: two backbones of one digest give the same features."""
@@ -193,8 +201,8 @@ class TimmBackbone(Backbone):
 class FrozenTimm(Backbone):
     """Any other timm model, a CNN too: it can be read, but has no blocks to take apart.
 
-    Places of its last feature map are the patches; `layers` are the stages or blocks whose maps
-    have the shape of the last.
+    Places of its last feature map are the patches; its `depth` counts the last stages or blocks
+    whose maps have the shape of the last.
     """
 
     def __init__(self, model: Any, image_size: tuple[int, int], data: dict[str, Any]) -> None:
@@ -210,27 +218,25 @@ class FrozenTimm(Backbone):
             mean=tuple(data["mean"]),
             std=tuple(data["std"]),
         )
-        self.depth = len(model.feature_info)
+        shapes = [(stage["num_chs"], stage["reduction"]) for stage in model.feature_info]
+        self.depth = len(list(takewhile(lambda shape: shape == shapes[-1], reversed(shapes))))
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
         raise InputError(untrainable(self.name))
 
-    def forward(self, images_BCHW: Tensor) -> Encoded:
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         stem: Any = self.stem
         more = {"return_prefix_tokens": True} if self.prefix else {}
         maps = stem.forward_intermediates(
             self.normalized(images_BCHW),
-            indices=min(LAYERS, self.depth),
+            indices=min(last, self.depth),
             norm=True,
             intermediates_only=True,
             **more,
         )
-        cls_BD = maps[-1][1][:, 0] if self.has_cls else None
+        heads = tuple(prefix[:, 0] for _, prefix in maps) if self.has_cls else ()
         layers = [x[0] if self.prefix else x for x in maps]
-        patches = tuple(
-            layer.flatten(2).transpose(1, 2) for layer in layers if layer.shape == layers[-1].shape
-        )
-        return Encoded(cls_BD, patches[-1], patches)
+        return _encoded(heads, tuple(layer.flatten(2).transpose(1, 2) for layer in layers))
 
 
 class Pixels(Backbone):
@@ -248,13 +254,17 @@ class Pixels(Backbone):
             prefix=0,
             has_cls=False,
         )
+        self.depth = 1
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
         raise InputError(untrainable(self.name))
 
-    def forward(self, images_BCHW: Tensor) -> Encoded:
-        pixels_B1D = self.normalized(images_BCHW).flatten(1)[:, None]
-        return Encoded(None, pixels_B1D, (pixels_B1D,))
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        return _encoded((), (self.normalized(images_BCHW).flatten(1)[:, None],))
+
+
+def _encoded(heads: tuple[Tensor, ...], patches: tuple[Tensor, ...]) -> Encoded:
+    return Encoded(heads[-1] if heads else None, patches[-1], patches, heads)
 
 
 def untrainable(name: str) -> str:
@@ -295,7 +305,7 @@ def open_backbone(
     backbone: Backbone
     if spec == "pixels":
         backbone = Pixels(image_size or PIXELS_SIZE)
-        _label(backbone, "raw pixels", "none", spec)
+        _label(backbone, RAW_PIXELS, "none", spec)
     elif colon and kind == "timm":
         backbone = _timm(name, pretrained, image_size, seed)
         _label(backbone, spec, "pretrained" if pretrained else "random", spec)
@@ -315,8 +325,11 @@ def open_backbone(
         backbone = own_backbone(encoder_of(checkpoint, weights), config, image_size)
         label = f"{config.method.name}, step {checkpoint.step}"
         _label(backbone, label, weights, str(checkpoint.path))
+        backbone.run, backbone.seed = checkpoint.run, config.runtime.seed
     else:
         raise InputError(f"{spec} does not exist: expected {SPECS}")
+    if backbone.weights == "random":
+        backbone.seed = seed
     if any(side % backbone.patch_size for side in backbone.image_size) and backbone.blocks:
         height, width = backbone.image_size
         raise InputError(
