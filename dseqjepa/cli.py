@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -182,7 +183,7 @@ def preflight(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="knn, linear, lowshot or clevr")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="knn, finetune, detection, ...")],
     backbone: Annotated[
         str,
         typer.Argument(
@@ -221,9 +222,22 @@ def evaluate(
             out=out,
             resume=resume,
             overwrite=overwrite,
+            draw=_picture_of(task),
         )
     except Stopped:
         sys.exit(143)
+
+
+def _picture_of(task: str) -> Any:
+    """What draws a result; None where there is nothing to draw, or nothing to draw with."""
+    if task not in ("detection", "segmentation"):
+        return None
+    try:
+        from dseqjepa.viz.truth import draw_result
+    except InputError as error:
+        print(f"without a picture: {error}")
+        return None
+    return partial(draw_result, task)
 
 
 @app.command()

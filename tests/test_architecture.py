@@ -32,7 +32,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
     "train": MODEL | {"methods", "data"},
-    "tasks": EVALUATION | {"presets", "train.foreign", "train.runtime"},
+    "tasks": EVALUATION
+    | {
+        "presets",
+        "train.foreign",
+        "train.runtime",
+        "train.optimizer",
+        "train.schedules",
+        "train.clock",
+        "train.log",
+    },
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "preflight": EVALUATION | {"train", "viz"},

@@ -60,6 +60,8 @@ class Result:
     seeds: Sequence[int] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     others: Sequence[Mapping[str, Any]] = ()
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    """What a picture of the result is drawn of."""
 
 
 def row(encoder: str, task: str, metrics: Mapping[str, Metric], **details: Any) -> dict[str, Any]:
