@@ -114,7 +114,7 @@ class Place:
 
 
 def place_of(job: Job, config: TrainedConfig) -> Place:
-    """Where a task trains: a folder beside its result, of the same name.
+    """Where a task trains: a folder beside its result, NAME-training.
 
     Raises:
         InputError: several processes evaluate together, which training does not.
@@ -123,7 +123,7 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
         raise InputError("this evaluation trains on one device: start one process")
     settings = config.model_dump(mode="json", exclude={"workers", "accelerator"})
     return Place(
-        folder=job.folder / job.name,
+        folder=job.folder / f"{job.name}-training",
         identity={
             "config": settings,
             "backbone": job.backbone.digest(),
