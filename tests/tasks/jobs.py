@@ -15,9 +15,7 @@ from dseqjepa.tasks.run import Job
 from tests.tasks.dense_data import tiny_backbone
 
 
-def job_of(
-    folder: Path, train: Source, test: Source, name: str = "result", **settings: Any
-) -> Job:
+def job_of(folder: Path, train: Source, test: Source, name: str = "result", **settings: Any) -> Job:
     """A fresh backbone, the same every time."""
     return Job(
         backbone=tiny_backbone("model.depth=4"),
