@@ -18,7 +18,7 @@ from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.dense import DropPath
-from dseqjepa.tasks.samples import Samples, in_order, seeded
+from dseqjepa.tasks.reading import Samples, in_order, seeded
 from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
 from dseqjepa.train.runtime import Stopped
 from tests.tasks.dense_data import tiny_backbone

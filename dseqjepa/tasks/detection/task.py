@@ -20,7 +20,7 @@ from dseqjepa.tasks.detection.model import Detector, divisor
 from dseqjepa.tasks.detection.samples import Sample, as_instances, as_results, read_sample
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.samples import in_order, seeded
+from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.training import Recipe, fit, place_of
 
 PICTURES = 8

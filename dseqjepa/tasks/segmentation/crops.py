@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from dseqjepa.data.source import BadImage, Segmentations
-from dseqjepa.tasks.samples import seeded
+from dseqjepa.tasks.reading import seeded
 
 CROP_TRIES = 10
 MOST_OF_ONE_CLASS = 0.75

@@ -17,7 +17,7 @@ from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.dense import blocks_to_read
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.samples import in_order, seeded
+from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.segmentation.crops import (
     MOST_OF_ONE_CLASS,
     Labelled,
