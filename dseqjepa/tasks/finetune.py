@@ -21,9 +21,9 @@ from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FinetuneConfig
 from dseqjepa.tasks.dense import DropPath
 from dseqjepa.tasks.knn import class_names
+from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.results import Result, accuracy_metric
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.training import Recipe, fit, place_of
 
 BINS = 11

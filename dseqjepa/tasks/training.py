@@ -26,8 +26,8 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import TrainedConfig
-from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.reading import Samples, read_ahead
+from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import Checkpoint, load_into, open_checkpoint, save_checkpoint
 from dseqjepa.train.clock import duration
 from dseqjepa.train.log import Journal

@@ -80,6 +80,7 @@ class Coco(ListedFiles):
         self._label_A, self._crowd_A = label_A[order_A], crowd_A[order_A]
         self._box_A4 = box_A4[order_A]
         self._area_A = np.array(read.area, dtype=np.float64)[order_A]
+        self._number_A = np.array(read.ids, dtype=np.int64)[order_A]
         self._span_A2 = np.array(read.span, dtype=np.int64).reshape(-1, 2)[order_A]
 
         paths = [read.images[id][0] for id in self._id_N.tolist()]
@@ -91,18 +92,13 @@ class Coco(ListedFiles):
         index = range(len(self))[index]
         height, width = map(int, self._size_N2[index])
         its = slice(int(self._first_N[index]), int(self._last_N[index]))
-        mask_of = _mask_tools()
+        mask_of = mask_tools()
         masks_KHW = torch.zeros((its.stop - its.start, height, width), dtype=torch.bool)
         with open(self.annotations, "rb") as file:
             for place, (start, end) in enumerate(self._span_A2[its].tolist()):
                 file.seek(start)
-                try:
-                    outline = json.loads(file.read(end - start))["segmentation"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InputError(
-                        f"{self.annotations} is not the file any more that was opened"
-                    ) from error
-                masks_KHW[place] = _draw(mask_of, outline, height, width)
+                annotation = self._again(file.read(end - start), its.start + place)
+                masks_KHW[place] = _draw(mask_of, annotation["segmentation"], height, width)
         box_K4 = self._box_A4[its].copy()
         box_K4[:, 2:] += box_K4[:, :2]
         return Instances(
@@ -113,6 +109,16 @@ class Coco(ListedFiles):
             area_K=torch.from_numpy(self._area_A[its]).float(),
             image_id=int(self._id_N[index]),
         )
+
+    def _again(self, text: bytes, place: int) -> dict[str, Any]:
+        """An annotation that has been read before."""
+        try:
+            annotation = json.loads(text)
+        except ValueError:
+            annotation = None
+        if not isinstance(annotation, dict) or annotation.get("id") != self._number_A[place]:
+            raise InputError(f"{self.annotations} is not the file any more that was opened")
+        return annotation
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
@@ -200,13 +206,18 @@ def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.
     return place_A
 
 
-def _mask_tools() -> ModuleType:
+def mask_tools() -> ModuleType:
+    """`encode`, `decode` and what else COCO's libraries do with masks; `InputError` without one."""
     try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise InputError(
-            "COCO's masks are drawn by pycocotools: pip install 'dseqjepa[detection]'"
-        ) from error
+        from faster_coco_eval import mask
+    except ImportError:
+        try:
+            from pycocotools import mask
+        except ImportError:
+            raise InputError(
+                "COCO's masks are drawn by faster-coco-eval or pycocotools: "
+                "pip install 'dseqjepa[detection]'"
+            ) from None
     return mask
 
 

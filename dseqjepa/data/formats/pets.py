@@ -32,22 +32,24 @@ class Pets(ListedFiles):
         folder = inner(path, "oxford-iiit-pet", "annotations")
         known = folder / "annotations" / "trainval.txt"
         file = folder / "annotations" / "test.txt" if split == "val" else known
-        label_of = {row.breed: row.label for row in _rows(known)}
-        if sorted(label_of.values()) != list(range(1, len(label_of) + 1)):
+        first: dict[str, _Row] = {}  # of each breed
+        for row in _rows(known):
+            first.setdefault(row.breed, row)
+        breeds = sorted(first, key=lambda breed: first[breed].label)
+        if [first[breed].label for breed in breeds] != list(range(1, len(first) + 1)):
             raise InputError(
-                f"{known}: expected a class for each of {len(label_of)} breeds, 1 to "
-                f"{len(label_of)}, found {sorted(set(label_of.values()))}"
+                f"{known}: expected a class for each of {len(first)} breeds, 1 to {len(first)}, "
+                f"found {[first[breed].label for breed in breeds]}"
             )
         rows = _rows(file)
         for row in rows:
-            if row.breed not in label_of:
+            if row.breed not in first:
                 raise InputError(f"{row.where}: the breed {row.breed} is not in {known}")
-            if row.label != label_of[row.breed]:
+            if row.label != first[row.breed].label:
                 raise InputError(
                     f"{row.where}: {row.breed} is class {row.label} here and "
-                    f"class {label_of[row.breed]} in {known}"
+                    f"class {first[row.breed].label} at {first[row.breed].where}"
                 )
-        breeds = sorted(label_of, key=label_of.__getitem__)
         check_there(folder / "images", [row.path for row in rows], file)
         super().__init__(
             folder / "images",

@@ -141,35 +141,28 @@ class _Api:
     evaluator: Any
     matches: str
     """The attribute in which the evaluator keeps what it matched."""
-    mask: Any
 
 
 def _library() -> tuple[str, _Api]:
     try:
         import faster_coco_eval
-        from faster_coco_eval import COCO, COCOeval_faster, mask
+        from faster_coco_eval import COCO, COCOeval_faster
 
         def fast(truth: Any, found: Any, kind: Kind) -> Any:
             return COCOeval_faster(truth, found, kind, separate_eval=True)
 
         name = f"faster-coco-eval {faster_coco_eval.__version__}"
-        return name, _Api(COCO, fast, "_evalImgs_cpp", mask)
+        return name, _Api(COCO, fast, "_evalImgs_cpp")
     except ImportError:  # no wheel for this machine
         pass
     try:
-        from pycocotools import mask
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
         raise InputError(
             "detection needs faster-coco-eval or pycocotools: pip install 'dseqjepa[detection]'"
         ) from None
-    return "pycocotools", _Api(COCO, COCOeval, "evalImgs", mask)
-
-
-def mask_tools() -> Any:
-    """`encode`, `decode` and the rest of COCO's mask utilities, from either library."""
-    return _library()[1].mask
+    return "pycocotools", _Api(COCO, COCOeval, "evalImgs")
 
 
 def _nothing(api: _Api, truth: Any) -> Any:

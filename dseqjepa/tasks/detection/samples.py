@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dseqjepa.data.formats.coco import mask_tools
 from dseqjepa.data.source import Detections, Instances
 from dseqjepa.keyed import Stream, uniforms
-from dseqjepa.tasks.detection.coco import mask_tools
 
 SURE = 0.5
 """The probability from which on a pixel belongs to a mask."""

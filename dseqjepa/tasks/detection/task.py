@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dseqjepa.data.formats.coco import mask_tools
 from dseqjepa.data.source import Detections, Instances
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.config import DetectionConfig
 from dseqjepa.tasks.dense import blocks_to_read
-from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision, mask_tools
+from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision
 from dseqjepa.tasks.detection.model import Detector, divisor
 from dseqjepa.tasks.detection.samples import Sample, as_instances, as_results, read_sample
+from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.training import Recipe, fit, place_of
 
 PICTURES = 8

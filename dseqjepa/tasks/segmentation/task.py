@@ -15,9 +15,9 @@ from dseqjepa.data.source import Segmentations
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.dense import blocks_to_read
+from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.reading import in_order, seeded
 from dseqjepa.tasks.segmentation.crops import (
     MOST_OF_ONE_CLASS,
     Labelled,
