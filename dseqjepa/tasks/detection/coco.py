@@ -160,7 +160,8 @@ def _library() -> tuple[str, _Api]:
         from pycocotools.cocoeval import COCOeval
     except ImportError:
         raise InputError(
-            "detection needs faster-coco-eval or pycocotools: pip install 'dseqjepa[detection]'"
+            "detection needs faster-coco-eval (pip install 'dseqjepa[detection]'), or pycocotools "
+            "where that has no wheel"
         ) from None
     return "pycocotools", _Api(COCO, COCOeval, "evalImgs")
 
