@@ -185,7 +185,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     correct: list[bool] = []
     model.eval()
     batch: list[Sample] = []
-    for _, sample in in_order(test, read, config.workers, bad):
+    for _, sample in in_order(test, read, config.workers, bad, job.console):
         batch.append(sample)
         if len(batch) == config.batch_size:
             correct += _correct(model, batch, config, job.device)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -94,12 +96,23 @@ class _InOrder(Dataset[tuple[Sample | None, str]], Generic[Sample]):
 
 
 def in_order(
-    source: Source, read: Callable[[int], Sample], workers: int, bad: dict[str, str]
+    source: Source,
+    read: Callable[[int], Sample],
+    workers: int,
+    bad: dict[str, str],
+    console: Console,
 ) -> Iterator[tuple[int, Sample]]:
     """Every sample of a test set, once, with its place; those that cannot be decoded are added to
-    `bad` and left out."""
-    dataset = _InOrder(len(source), read)
-    for index, (sample, reason) in enumerate(read_ahead(dataset, range(len(source)), workers)):
+    `bad` and left out. On a terminal a bar says how far it has come."""
+    dataset, places = _InOrder(len(source), read), range(len(source))
+    samples = track(
+        read_ahead(dataset, places, workers),
+        "testing",
+        len(source),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    for index, (sample, reason) in enumerate(samples):
         if sample is None:
             bad[source.name(index)] = reason
         else:

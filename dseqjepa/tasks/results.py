@@ -184,8 +184,8 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     else:
         for heading in ("", *encoders):
             table.add_column(heading, justify="right" if table.columns else "left")
-        for name, line in zip(names, zip(*cells, strict=True), strict=True):
-            table.add_row(name, *line)
+        for name, across in zip(names, zip(*cells, strict=True), strict=True):
+            table.add_row(name, *across)
     return table
 
 

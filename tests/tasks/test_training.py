@@ -163,7 +163,7 @@ def test_a_test_set_is_read_once_in_its_order(workers: int) -> None:
         return 10 * index
 
     bad = {"before": "torn too"}
-    found = list(in_order(Ten(), reader, workers, bad))
+    found = list(in_order(Ten(), reader, workers, bad, QUIET))
     assert found == [(i, 10 * i) for i in range(10) if i != 4]
     assert bad == {"before": "torn too", "4": "torn"}
 

@@ -92,7 +92,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
     examples: list[tuple[Any, ...]] = []
     model.eval()
     for index, (image_CHW, truth) in in_order(
-        test, lambda i: (test.image(i), test.instances(i)), config.workers, bad
+        test, lambda i: (test.image(i), test.instances(i)), config.workers, bad, job.console
     ):
         found, score_K = predict(model, image_CHW, truth.image_id, config, job.device)
         results += as_results(found, score_K, test.category_ids)

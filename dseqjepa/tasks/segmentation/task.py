@@ -92,7 +92,9 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
     counts: list[Tensor] = []
     examples: list[tuple[Any, ...]] = []
     model.eval()
-    for index, sample in in_order(test, lambda i: read_labelled(test, i), config.workers, bad):
+    for index, sample in in_order(
+        test, lambda i: read_labelled(test, i), config.workers, bad, job.console
+    ):
         predicted_HW = predict(model, sample.image_CHW, config, job.device)
         counts.append(counts_of(confusion(predicted_HW, sample.label_HW, model.classes)))
         if len(examples) < PICTURES:
