@@ -316,6 +316,14 @@ class LogConfig(Section):
     every_steps: int = Field(50, ge=1)
 
 
+class MiniatureConfig(Section):
+    size: int | None = None
+    """Pixels of a side; 64, where the format has no size of its own."""
+    count: int = Field(200, ge=10)
+    val_count: int = Field(50, ge=10)
+    seed: int = 0
+
+
 class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig

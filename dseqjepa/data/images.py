@@ -1,4 +1,4 @@
-"""Any folder of images as a data set, and parts of a data set.
+"""Image files as a data set: any folder, or a list of paths; and parts of a data set.
 
 Suffixes: N images, B chosen images, H and W pixels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,55 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
 
-class ImageFolder:
+class ImageFiles:
+    """The image files at `paths`, which are relative to `root` and written with "/".
+
+    `labels` and `classes` are those of a `Source`; none if not given.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        labels: Mapping[str, np.ndarray] | None = None,
+        classes: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self.root = root
+        # One array of bytes and not a million strings: worker processes go on sharing its memory,
+        # where counting references would copy it into each of them.
+        self._paths_N = np.array([os.fsencode(path) for path in paths])
+        self.labels: Mapping[str, np.ndarray] = labels or {}
+        self.classes: Mapping[str, tuple[str, ...]] = classes or {}
+
+    def __len__(self) -> int:
+        return len(self._paths_N)
+
+    def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
+        return decode(self.path(index))
+
+    def reduced(self, index: int, reduction: Reduction) -> Decoded:
+        return decode_reduced(self.path(index), reduction)
+
+    def name(self, index: int) -> str:
+        return printable(str(self.path(index)))
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(self._paths_N[index])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for index, path in enumerate(self._paths_N):
+            try:
+                size = patiently(self.path(index).stat).st_size
+            except OSError as error:
+                raise InputError(
+                    f"cannot read {self.name(index)}, which was there before: {error.strerror}"
+                ) from error
+            digest.update(b"%s\0%d\0" % (path, size))
+        return digest.hexdigest()
+
+
+class ImageFolder(ImageFiles):
     """Every image below a folder, in the order of their paths.
 
     The first level may hold the splits: a folder `train` and one of `val`, `valid`, `validation`,
@@ -47,56 +95,25 @@ class ImageFolder:
         root = existing_folder(root)
         splits = _split_folders(root)
         self.has_splits = bool(splits)
-        self.root = splits.get(split, root)
+        folder = splits.get(split, root)
 
-        files = list(_files(self.root))
-        paths = sorted(filter(_is_image, files))
+        files = list(visible_files(folder))
+        paths = sorted(filter(is_image, files))
         if not paths:
             raise InputError(
-                f"no images found below {self.root}: saw {len(files)} files, "
+                f"no images found below {folder}: saw {len(files)} files, "
                 f"expected names that end in {' '.join(ENDINGS)}"
             )
-        # One array of bytes and not a million strings: worker processes go on sharing its memory,
-        # where counting references would copy it into each of them.
-        self._paths_N = np.array([os.fsencode(path) for path in paths])
+        super().__init__(folder, paths)
 
         level = 1 if split == "all" and splits else 0
         folders = [_folder(path, level) for path in paths]
         of_train = split == "val" and "train" in splits
-        classes = _class_folders(splits["train"]) if of_train else sorted(set(folders))
-        self.labels: Mapping[str, np.ndarray] = {}
-        self.classes: Mapping[str, tuple[str, ...]] = {}
+        classes = class_folders(splits["train"]) if of_train else sorted(set(folders))
         if len(classes) >= 2 and "" not in folders and set(folders) <= set(classes):
             number = {name: label for label, name in enumerate(classes)}
             self.labels = {"class": np.array([number[name] for name in folders], dtype=np.int64)}
-            self.classes = {"class": tuple(_printable(name) for name in classes)}
-
-    def __len__(self) -> int:
-        return len(self._paths_N)
-
-    def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
-        return decode(self._path(index))
-
-    def reduced(self, index: int, reduction: Reduction) -> Decoded:
-        return decode_reduced(self._path(index), reduction)
-
-    def name(self, index: int) -> str:
-        return _printable(str(self._path(index)))
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for index, path in enumerate(self._paths_N):
-            try:
-                size = patiently(self._path(index).stat).st_size
-            except OSError as error:
-                raise InputError(
-                    f"cannot read {self.name(index)}, which was there before: {error.strerror}"
-                ) from error
-            digest.update(b"%s\0%d\0" % (path, size))
-        return digest.hexdigest()
-
-    def _path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self._paths_N[index])
+            self.classes = {"class": tuple(printable(name) for name in classes)}
 
 
 class Subset:
@@ -170,16 +187,16 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return {"train": Path(found["train"].path), "val": Path(held_out[0].path)}
 
 
-def _class_folders(root: Path) -> list[str]:
+def class_folders(root: Path) -> list[str]:
     """The folders right below `root` that hold an image at any depth."""
     return [
         entry.name
         for entry in _visible(root)
-        if entry.is_dir() and any(map(_is_image, _files(Path(entry.path))))
+        if entry.is_dir() and any(map(is_image, visible_files(Path(entry.path))))
     ]
 
 
-def _files(root: Path) -> Iterator[str]:
+def visible_files(root: Path) -> Iterator[str]:
     """The paths below `root`, relative to it and with "/", of all visible files."""
     read: set[tuple[int, int]] = set()
     pending = [""]
@@ -214,7 +231,7 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: entry.name)
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
     return path.lower().endswith(ENDINGS)
 
 
@@ -224,6 +241,6 @@ def _folder(path: str, level: int) -> str:
     return folders[level] if level < len(folders) else ""
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     """A path that any output can take: file names need not be valid UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")

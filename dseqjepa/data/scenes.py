@@ -117,6 +117,11 @@ def render_scene(seed: int, index: int, size: int = 64) -> Scene:
     )
 
 
+def split_seed(seed: int, split: str) -> int:
+    """The seed of a split's own stream of scenes."""
+    return int(hash_int64(seed, int(Stream.SPLIT), SPLITS.index(split)))
+
+
 class Scenes:
     """`count` scenes as a `Source`. The splits of a seed are streams of different scenes.
 
@@ -134,7 +139,7 @@ class Scenes:
             raise InputError(f"expected at least 1 scene, found {count}")
         self.size = size
         self._id = f"scenes {GENERATOR_VERSION} {seed} {split} {count} {size}"
-        self._seed = int(hash_int64(seed, int(Stream.SPLIT), SPLITS.index(split)))
+        self._seed = split_seed(seed, split)
         self._images_B3HW = np.empty((count, 3, size, size), np.uint8)
         self._done_B = np.zeros(count, bool)
 

@@ -1,12 +1,22 @@
-"""What every data set looks like to the rest: images by index, labels where there are some."""
+"""What every data set looks like to the rest: images by index, and what is known about them.
+
+Suffixes: K objects of one image, C colours, H and W pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
+
+Split = Literal["pretrain", "train", "val"]
+"""The images to pre-train on, to train an evaluation on, and to test it on. The first are those of
+"train", but for a data set that has images for it without labels."""
 
 
 @runtime_checkable
@@ -32,6 +42,52 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """A hash that changes with the list of images; cheap, so it does not read the pixels."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Instances:
+    """The objects of one image, in the order of the annotations.
+
+    `boxes_K4` is (x0, y0, x1, y1) in pixels, its end exclusive. `label_K` is 1-based and without
+    gaps: label i is `Detections.categories[i - 1]`. `crowd_K` marks regions that hold many objects
+    and are neither to be learnt nor to be found. `area_K` is the annotations' own, in pixels.
+    `image_id` is the annotations' number of the image.
+    """
+
+    boxes_K4: Float32[Tensor, "K 4"]
+    label_K: Int64[Tensor, " K"]
+    masks_KHW: Bool[Tensor, "K H W"]
+    crowd_K: Bool[Tensor, " K"]
+    area_K: Float32[Tensor, " K"]
+    image_id: int
+
+
+@runtime_checkable
+class Detections(Source, Protocol):
+    """Images whose objects are known, each with its class, box and mask.
+
+    `categories` are the names, index 0 being label 1; `category_ids` the annotations' own numbers
+    in the same order; `annotations` the file in COCO's format that says all this.
+    """
+
+    categories: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    annotations: Path
+
+    def instances(self, index: int) -> Instances:
+        """The objects of an image, in its own pixels; none is K = 0."""
+        ...
+
+
+@runtime_checkable
+class Segmentations(Source, Protocol):
+    """Images of which every pixel's class is known; `categories` at index 0 is label 1."""
+
+    categories: tuple[str, ...]
+
+    def label_map(self, index: int) -> Int64[Tensor, "H W"]:
+        """The class of every pixel, 1 to C; 0 is to be ignored. Raises `BadImage` as `image`."""
         ...
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dseqjepa.config import Config, DSeqConfig, RegionsConfig
 from dseqjepa.data.images import ImageFolder
-from dseqjepa.data.labelled import Split, open_source
-from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.labelled import open_source
+from dseqjepa.data.source import BadImage, Source, Split
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,120 @@ class TaskConfig(Section):
     def _quick(cls, values: Any) -> Any:
         is_quick = isinstance(values, Mapping) and values.get("preset") == "quick"
         return {**cls.quick, **values} if is_quick else values
+
+
+class TrainedConfig(TaskConfig):
+    """What evaluations have that train the whole backbone, with AdamW."""
+
+    batch_size: int = Field(16, ge=2)
+    lr: Positive = 1e-4
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The factor of the learning rate from each block to the one below."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the last block; it rises linearly from 0 at the first."""
+    clip: Literal["none"] | Positive = "none"
+    """The largest norm of the gradient."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Every setting that makes another protocol."""
+        return self.model_dump(mode="json", exclude=set(TaskConfig.model_fields))
+
+
+class FinetuneConfig(TrainedConfig):
+    """`dseqjepa evaluate finetune`: MAE's recipe (He et al., 2022, table 9) is the default.
+
+    `auto` is that of ViT-B up to 12 blocks, of ViT-L up to 24, of ViT-H beyond.
+    """
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "epochs": 10, "warmup_epochs": 1, "batch_size": 64, "lr": 5e-4, "mixup": 0.0,
+        "cutmix": 0.0, "rand_augment": 0, "erase": 0.0, "crop_scale": [0.5, 1.0],
+    }  # fmt: skip
+
+    task: str = "class"
+    """Which labels of the data."""
+    epochs: Literal["auto"] | Count = "auto"
+    """`auto`: 100, 50 and 50."""
+    warmup_epochs: float = Field(5, ge=0)
+    batch_size: int = Field(1024, ge=2)
+    lr: Literal["auto"] | Positive = "auto"  # type: ignore[assignment]
+    """`auto`: 5e-4, 1e-3 and 1e-3 for 256 images, in proportion to `batch_size`."""
+    final_lr: float = Field(1e-6, ge=0)
+    layer_decay: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"  # type: ignore[assignment]
+    """`auto`: 0.65, 0.75 and 0.75."""
+    drop_path: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"  # type: ignore[assignment]
+    """`auto`: 0.1, 0.2 and 0.3."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """What is classified: the mean over the patches, or [CLS]."""
+    mixup: float = Field(0.8, ge=0)
+    """Alpha of its beta distribution; 0 for none. Of mixup and CutMix one a batch, at random."""
+    cutmix: float = Field(1.0, ge=0)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    rand_augment: int = Field(9, ge=0, le=10)
+    """Magnitude of two random operations, of 10; 0 for none."""
+    erase: Fraction = 0.25
+    """The share of images of which a random rectangle is replaced by noise."""
+    crop_scale: Range = (0.08, 1.0)
+    flip: bool = True
+
+
+class DetectionConfig(TrainedConfig):
+    """`dseqjepa evaluate detection`: METHOD's protocol is the default."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "epochs": 10, "batch_size": 4, "lr": 1e-3, "longest_side": 96, "width": 64,
+        "head_width": 256, "mask_width": 64, "proposals": 64, "clip": 1.0,
+    }  # fmt: skip
+
+    epochs: Count = 25
+    warmup_epochs: float = Field(1, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    longest_side: Count = 1024
+    """Pixels to which images are brought; then they are padded to multiples of 32."""
+    window: Count = 14
+    """Side, in patches, of the windows of the blocks that are not read."""
+    detections: Count = 100
+    """The most objects of an image."""
+    score_threshold: Fraction = 0.05
+    """Below it an object is not reported."""
+    width: Count = 256
+    """Channels of the feature pyramid."""
+    head_width: Count = 1024
+    mask_width: Count = 256
+    proposals: Count = 512
+    """Regions of an image that the heads are trained on."""
+
+
+class SegmentationConfig(TrainedConfig):
+    """`dseqjepa evaluate segmentation`: METHOD's protocol is the default."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "steps": 400, "warmup_steps": 20, "batch_size": 8, "lr": 1e-3, "crop": 64, "stride": 42,
+        "scale": [256, 64], "width": 64, "auxiliary_width": 32,
+    }  # fmt: skip
+
+    steps: Count = 160_000
+    warmup_steps: int = Field(1500, ge=0)
+    crop: Count = 512
+    """Side of the training crops, and of the windows in which test images are seen."""
+    stride: Count = 341
+    """From window to window."""
+    scale: tuple[Count, Count] = (2048, 512)
+    """The longer and the shorter side into which images are fitted."""
+    factors: Range = (0.5, 2.0)
+    """The smallest and the largest further scaling of a training image."""
+    width: Count = 512
+    """Channels of UPerNet."""
+    auxiliary_width: Count = 256
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if self.stride > self.crop:
+            raise ValueError(f"stride ({self.stride}) must not be more than crop ({self.crop})")
+        if not 0 < self.factors[0] <= self.factors[1]:
+            raise ValueError(f"factors must satisfy 0 < low <= high, found {self.factors}")
+        return self
 
 
 class FrozenConfig(TaskConfig):
@@ -159,5 +273,8 @@ TASKS: dict[str, type[TaskConfig]] = {
     "linear": LinearConfig,
     "lowshot": LowshotConfig,
     "clevr": ClevrConfig,
+    "finetune": FinetuneConfig,
+    "detection": DetectionConfig,
+    "segmentation": SegmentationConfig,
 }
 """Every evaluation by name."""

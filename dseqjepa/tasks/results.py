@@ -26,6 +26,8 @@ from torch import Tensor
 from dseqjepa.errors import InputError
 
 FORMAT = 1
+MANY = 4
+"""The most metrics that stand side by side on a terminal."""
 PACKAGES = ("dseqjepa", "torch", "torchvision", "numpy", "timm")
 PACKAGE = Path(__file__).parent.parent
 
@@ -60,6 +62,8 @@ class Result:
     seeds: Sequence[int] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     others: Sequence[Mapping[str, Any]] = ()
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    """What a picture of the result is drawn of."""
 
 
 def row(encoder: str, task: str, metrics: Mapping[str, Metric], **details: Any) -> dict[str, Any]:
@@ -158,27 +162,38 @@ def device_name(device: torch.device) -> str:
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Rows as people read them: one line an encoder, one column a task and metric."""
+    """Rows as people read them: one line an encoder, one column a task and metric; the other way
+    round where there are many metrics."""
     table = Table(title=title)
-    table.add_column("features of")
     metrics = list(
         dict.fromkeys((str(r["task"]), key) for r in rows for key in r if f"{key}_low" in r)
     )
     if not metrics:
         raise InputError("expected rows with metrics, found none")
-    for task, metric in metrics:
-        table.add_column(task if metric == "accuracy" else f"{task} {metric}", justify="right")
-    for encoder in dict.fromkeys(str(r["encoder"]) for r in rows):
-        cells = []
-        for task, metric in metrics:
-            found = [
-                Metric(r[metric], r[f"{metric}_low"], r[f"{metric}_high"])
-                for r in rows
-                if (r["encoder"], r["task"]) == (encoder, task) and metric in r
-            ]
-            cells.append(text(found[0]) if found else "")
-        table.add_row(encoder, *cells)
+    names = [
+        task if metric == "accuracy" else f"{task} {metric}".replace("_", " ")
+        for task, metric in metrics
+    ]
+    encoders = list(dict.fromkeys(str(r["encoder"]) for r in rows))
+    cells = [[_cell(rows, encoder, *pair) for pair in metrics] for encoder in encoders]
+    if len(metrics) <= MANY:
+        for heading in ("features of", *names):
+            table.add_column(heading, justify="right" if table.columns else "left")
+        for encoder, line in zip(encoders, cells, strict=True):
+            table.add_row(encoder, *line)
+    else:
+        for heading in ("", *encoders):
+            table.add_column(heading, justify="right" if table.columns else "left")
+        for name, across in zip(names, zip(*cells, strict=True), strict=True):
+            table.add_row(name, *across)
     return table
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], encoder: str, task: str, metric: str) -> str:
+    for r in rows:
+        if (r["encoder"], r["task"]) == (encoder, task) and metric in r:
+            return text(Metric(r[metric], r[f"{metric}_low"], r[f"{metric}_high"]))
+    return ""
 
 
 def text(metric: Metric) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,7 @@ from dseqjepa.tasks.results import (
 from dseqjepa.train.runtime import Stopped, join
 
 SCENES = 20_000
+Draw = Callable[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class Job:
     ranks: Ranks
     console: Console
     """Silent on all ranks but the first."""
+    name: str
+    """Of the result's file, without its ending."""
     resume: bool = False
     overwrite: bool = False
 
@@ -61,6 +64,7 @@ def run_task(
     out: Path | None,
     resume: bool = False,
     overwrite: bool = False,
+    draw: Draw | None = None,
 ) -> Path:
     """Evaluate on all ranks, print a table, write JSON; the file that was written.
 
@@ -70,6 +74,7 @@ def run_task(
         data: as `open_source` takes it; what the run was trained on, if not given.
         out: the file; `evaluations/TASK.json` beside the run's checkpoints, if not given.
         resume, overwrite: of a task that trains, what to do with what an earlier call has left.
+        draw: makes a picture of what the task gives as examples, and writes it beside the file.
 
     Raises:
         InputError: before anything is written.
@@ -106,10 +111,14 @@ def run_task(
     )
     for part in (train, test):
         prepare(part)
-    job = Job(backbone.to(device), train, test, folder, device, ranks, console, resume, overwrite)
+    name = task if out is None else out.stem
+    job = Job(
+        backbone.to(device), train, test, folder, device, ranks, console, name, resume, overwrite
+    )
+    who = identity(backbone)  # before it is trained
     with ranks.failing_together(Stopped):
         result: Result = module.evaluate(job, config)
-    values = describe(task, job, config, result, source)
+    values = describe(task, job, config, result, source, who)
     values["wall_s"] = round(time.perf_counter() - began, 3)
     path = out or choose_path(folder, task, values)
     if ranks.first:
@@ -118,14 +127,22 @@ def run_task(
         console.print(show(values["results"], title))
         write_json(path, values)
         print(f"written: {path}")
+        if draw is not None and result.examples:
+            draw(path.with_suffix(".png"), **result.examples)
+            print(f"written: {path.with_suffix('.png')}")
     ranks.close()
     return path
 
 
 def describe(
-    task: str, job: Job, config: TaskConfig, result: Result, source: str
+    task: str,
+    job: Job,
+    config: TaskConfig,
+    result: Result,
+    source: str,
+    who: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that the JSON of a result holds, but the time."""
+    """Everything that the JSON of a result holds, but the time; `who` is the `identity`."""
     backbone = job.backbone
     fingerprints = {"train": job.train.fingerprint(), "test": job.test.fingerprint()}
     protocol = {
@@ -158,7 +175,7 @@ def describe(
         "n_bad": result.n_bad,
         "seeds": list(result.seeds),
         "backbone": {
-            **identity(backbone),
+            **who,
             "layers": result.layers,
             "pooling": result.pooling,
         },
@@ -178,6 +195,9 @@ TITLES = {
     "linear": "linear accuracy",
     "lowshot": "low-shot accuracy",
     "clevr": "Clevr accuracy",
+    "finetune": "fine-tuned",
+    "detection": "Mask R-CNN",
+    "segmentation": "UPerNet",
 }
 
 

@@ -118,7 +118,7 @@ def open_training_source(config: Config) -> Source:
     """The training images that `data.source` names."""
     return open_source(
         config.data.source,
-        split="train",
+        split="pretrain",
         size=config.data.size,
         image_size=config.data.image_size,
         seed=config.runtime.seed,

@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import gzip
-import struct
-from collections.abc import Sequence
+import pickle
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dseqjepa.data.formats.arrays import FashionMNIST
 from dseqjepa.data.images import ImageFolder, Subset
-from dseqjepa.data.labelled import FashionMNIST, open_source, open_splits
+from dseqjepa.data.labelled import OPENERS, open_source, open_splits
+from dseqjepa.data.miniatures.export import WRITERS
 from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.source import Detections, Segmentations, Source
 from dseqjepa.errors import InputError
+from tests.data.minis import edit, opened
 
 open_any = partial(open_source, size=600, image_size=(32, 32), seed=0)
 open_both = partial(open_splits, size=600, image_size=(32, 32), seed=0)
-
-
-def pixels(count: int) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
-
-
-def idx(content: np.ndarray, sizes: Sequence[int] | None = None, magic: int | None = None) -> bytes:
-    sizes = content.shape if sizes is None else sizes
-    magic = 0x0800 + len(sizes) if magic is None else magic
-    return struct.pack(f">{1 + len(sizes)}I", magic, *sizes) + content.tobytes()
-
-
-def write(folder: Path, *, dot: bool = False, packed: bool = False) -> Path:
-    """A tiny Fashion-MNIST: 12 images to train with and 5 to test."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, count in (("train", 12), ("t10k", 5)):
-        for kind, content in (
-            ("images-idx3", pixels(count)),
-            ("labels-idx1", (np.arange(count) % 10).astype(np.uint8)),
-        ):
-            name = f"{part}-{kind.replace('-', '.') if dot else kind}-ubyte"
-            if packed:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(idx(content)))
-            else:
-                (folder / name).write_bytes(idx(content))
-    return folder
-
-
-@pytest.fixture
-def fashion(tmp_path: Path) -> Path:
-    return write(tmp_path / "fashion")
 
 
 def save(path: Path) -> None:
@@ -58,87 +30,74 @@ def save(path: Path) -> None:
     Image.new("RGB", (4, 4)).save(path)
 
 
-# Fashion-MNIST
-
-
-@pytest.mark.parametrize("dot", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_files_read_the_same_however_they_are_named_or_packed(
-    tmp_path: Path, dot: bool, packed: bool
-) -> None:
-    folder = write(tmp_path / "fashion", dot=dot, packed=packed)
-    for source, count in ((FashionMNIST(folder, "train"), 12), (FashionMNIST(folder, "val"), 5)):
-        assert len(source) == count
-        assert source.labels["class"].tolist() == [index % 10 for index in range(count)]
-        assert source.labels["class"].dtype == np.int64
-        for index in range(count):
-            image = source.image(index)
-            assert image.shape == (3, 28, 28)
-            assert torch.equal(image, torch.from_numpy(pixels(count))[index].expand(3, -1, -1))
-
-
-def test_the_ten_articles_have_names(fashion: Path) -> None:
-    names = FashionMNIST(fashion, "train").classes["class"]
-    assert len(set(names)) == 10
-    assert (names[0], names[9]) == ("T-shirt/top", "ankle boot")
-
-
-def test_the_splits_have_fingerprints_of_their_own(fashion: Path) -> None:
-    train, val = FashionMNIST(fashion, "train"), FashionMNIST(fashion, "val")
-    assert train.fingerprint() == FashionMNIST(fashion, "train").fingerprint()
-    assert train.fingerprint() != val.fingerprint()
-    assert train.name(3) != val.name(3)
-
-
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-DAMAGE = {
-    "magic number": (IMAGES, idx(pixels(12), magic=0x0801), "magic number 0x0803, found 0x0801"),
-    "not an idx file": (LABELS, b"<html>not found</html>", "magic number 0x0801, found 0x3c68746d"),
-    "empty": (IMAGES, b"", "header of 16 bytes, found 0 bytes"),
-    "size": (IMAGES, idx(np.zeros((12, 32, 32), np.uint8)), r"\(28, 28\), found \(32, 32\)"),
-    "truncated": (IMAGES, idx(pixels(12))[:-100], "expected 9408 bytes .*, found 9308"),
-    "too long": (LABELS, idx(np.zeros(13, np.uint8), [12]), "expected 12 bytes .*, found 13"),
-    "count": (LABELS, idx(np.zeros(11, np.uint8)), "found 12 images and 11 labels in the train"),
-    "label": (LABELS, idx(np.full(12, 10, np.uint8)), "labels 0 to 9 in the train .* found 10"),
-    "packed twice": (f"{LABELS}.gz", b"no gzip", "cannot read .*labels.*gz.*gzip"),
-    "packed and cut": (f"{LABELS}.gz", gzip.compress(idx(pixels(1)))[:-40], "cannot read .*gz"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_named_with_what_was_expected(fashion: Path, damage: str) -> None:
-    name, content, message = DAMAGE[damage]
-    (fashion / name.removesuffix(".gz")).unlink()
-    (fashion / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as raised:
-        FashionMNIST(fashion, "train")
-    assert str(fashion) in str(raised.value)
-    assert "dataset-fashion-mnist" in str(raised.value)
-    assert len(FashionMNIST(fashion, "val")) == 5
-
-
-@pytest.mark.parametrize("name", [IMAGES, LABELS])
-def test_a_missing_file_is_named_with_where_to_get_it(fashion: Path, name: str) -> None:
-    (fashion / name).unlink()
-    with pytest.raises(InputError, match=f"expected {name} .*dataset-fashion-mnist"):
-        FashionMNIST(fashion, "train")
-
-
 # What data= names
 
 
-def test_a_format_with_a_path_opens_that_format(fashion: Path) -> None:
-    source = open_any(f"fashion-mnist:{fashion}", split="val")
+def test_a_format_with_a_path_opens_that_format(mini: Callable[[str], Path]) -> None:
+    source = open_any(f"fashion-mnist:{mini('fashion-mnist')}", split="val")
     assert isinstance(source, FashionMNIST)
-    assert len(source) == 5
-    train, val = open_both(f"fashion-mnist:{fashion}")
-    assert (len(train), len(val)) == (12, 5)
+    assert len(source) == 13
+    train, val = open_both(f"fashion-mnist:{mini('fashion-mnist')}")
+    assert (len(train), len(val)) == (30, 13)
+
+
+def test_every_format_has_a_miniature() -> None:
+    assert OPENERS.keys() - WRITERS.keys() == {"inat-mini"}  # the same reader, another folder
+    assert WRITERS.keys() <= OPENERS.keys()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_is_a_source_that_travels_light(
+    mini: Callable[[str], Path], name: str
+) -> None:
+    prints = set()
+    for split, count in (("pretrain", 30), ("train", 30), ("val", 13)):
+        source = opened(name, mini(name), split)
+        assert isinstance(source, Source)
+        assert len(source) == count
+        assert source.labels.keys() == source.classes.keys()
+        for task, label_N in source.labels.items():
+            assert label_N.dtype == "int64"
+            assert label_N.shape == (count,)
+            assert 0 <= label_N.min() <= label_N.max() < len(source.classes[task])
+        assert source.fingerprint() == opened(name, mini(name), split).fingerprint()
+        prints.add(source.fingerprint())
+        content = pickle.dumps(source)
+        if name not in ("cifar10", "cifar100", "fashion-mnist"):  # these are their pixels
+            assert len(content) < 12_000
+        again = pickle.loads(content)
+        assert torch.equal(again.image(count - 1), source.image(count - 1))
+        assert again.name(3) == source.name(3)
+    assert len(prints) == (3 if name == "stl10" else 2)
+    assert isinstance(source, Detections) == (name == "coco")
+    assert isinstance(source, Segmentations) == (name == "ade20k")
+
+
+def test_the_fingerprint_changes_with_the_labels(copy: Callable[[str], Path]) -> None:
+    folder = copy("ade20k")
+    before = opened("ade20k", folder, "train").fingerprint()
+    edit(
+        folder / "ADEChallengeData2016" / "sceneCategories.txt",
+        "00000003 cylinder",
+        "00000003 cube",
+    )
+    assert opened("ade20k", folder, "train").fingerprint() != before
+
+
+def test_parts_that_name_different_classes_are_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("inat")
+    for split in ("train", "val"):
+        (folder / f"{split}.json").unlink()
+    open_both(f"inat:{folder}")
+    shutil.rmtree(sorted((folder / "val").iterdir())[3])
+    with pytest.raises(InputError, match=r"different classes .class.: 10 to train with, 9 to test"):
+        open_both(f"inat:{folder}")
 
 
 def test_an_unknown_format_lists_the_known_and_names_the_near_one() -> None:
     with pytest.raises(InputError, match=r"did you mean 'fashion-mnist'\?$"):
         open_any("fashion_mnist:/some/where", split="train")
-    with pytest.raises(InputError, match=r"unknown format 'xyz'; known: fashion-mnist$"):
+    with pytest.raises(InputError, match=r"unknown format 'xyz'; known: ade20k, .*, stl10$"):
         open_any("xyz:/a", split="train")
 
 
@@ -159,10 +118,10 @@ def test_a_folder_with_a_colon_opens_and_a_missing_one_is_a_missing_folder(
 
 
 def test_the_home_folder_is_understood_behind_a_name_too(
-    fashion: Path, monkeypatch: pytest.MonkeyPatch
+    mini: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(fashion.parent))
-    assert len(open_any("fashion-mnist:~/fashion", split="train")) == 12
+    monkeypatch.setenv("HOME", str(mini("fashion-mnist").parent))
+    assert len(open_any("fashion-mnist:~/fashion-mnist", split="train")) == 30
 
 
 @pytest.mark.parametrize(("size", "held_out"), [(100, 500), (5000, 1000), (60_000, 2000)])

@@ -96,7 +96,7 @@ def make_job(
 ) -> Job:
     console = Console(file=io.StringIO())
     device = torch.device("cpu")
-    return Job(backbone, train, test, folder, device, ranks or Ranks(60), console)
+    return Job(backbone, train, test, folder, device, ranks or Ranks(60), console, "result")
 
 
 def majority(train: Cards, test: Cards) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
 from dseqjepa.tasks.results import (
@@ -96,3 +98,15 @@ def test_the_environment_says_which_code_it_was() -> None:
     found = environment()
     assert {"python", "torch", "numpy"} <= found["versions"].keys()
     assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) >= 40
+
+
+def test_many_metrics_stand_below_each_other() -> None:
+    metrics = {f"ap_{number}": Metric(10.0 * number, 1.0, 99.0) for number in range(1, 6)}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(
+        show([row("mine", "detection", metrics), row("theirs", "detection", metrics)], "")
+    )
+    lines = console.export_text().splitlines()
+    assert any("mine" in line and "theirs" in line for line in lines)
+    (line,) = [line for line in lines if "detection ap 3" in line]
+    assert line.count("30.0 (1.0 - 99.0)") == 2

@@ -1,0 +1,97 @@
+"""ADE20K: scenes of which every pixel is labelled.
+
+Suffixes: N images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
+
+from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines
+from dseqjepa.data.images import existing_folder, is_image, visible_files
+from dseqjepa.data.source import BadImage, Split
+from dseqjepa.errors import InputError
+
+CLASSES = 150
+
+
+class ADE20K(ListedFiles):
+    """The scene parsing benchmark of ADE20K (Zhou et al., 2017), from `ADEChallengeData2016` or the
+    folder above it: 20,210 images to train with, 2,000 of the validation split ("val").
+
+    `label_map` gives the class of every pixel, 1 to 150, 0 for none; `objectInfo150.txt` has their
+    names. `labels["class"]` is the kind of scene, where `sceneCategories.txt` is there.
+
+    Raises:
+        InputError: a file is missing, or images, label maps and scenes do not fit together.
+    """
+
+    origin: ClassVar[str] = (
+        "data.csail.mit.edu/places/ADEchallenge has it (ADEChallengeData2016.zip)"
+    )
+
+    def __init__(self, path: Path, split: Split) -> None:
+        root = inner(path, "ADEChallengeData2016", "annotations")
+        part = "validation" if split == "val" else "training"
+        folder = existing_folder(root / "images" / part)
+        self._maps = root / "annotations" / part
+        paths = sorted(filter(is_image, visible_files(folder)))
+        check_there(self._maps, [str(_map_of(path)) for path in paths], folder)
+        self.categories = _names(root / "objectInfo150.txt")
+        labels: dict[str, np.ndarray] = {}
+        classes: dict[str, tuple[str, ...]] = {}
+        scenes = root / "sceneCategories.txt"
+        if scenes.exists():
+            lines = list(read_lines(scenes, "IMAGE SCENE"))
+            scene_of = {line.fields[0]: line.fields[1] for line in lines}
+            kinds = tuple(sorted(set(scene_of.values())))
+            number = {kind: label for label, kind in enumerate(kinds)}
+            unknown = next((path for path in paths if Path(path).stem not in scene_of), None)
+            if unknown is not None:
+                raise InputError(f"{scenes} has no line for {folder / unknown}")
+            labels["class"] = np.array(
+                [number[scene_of[Path(path).stem]] for path in paths], dtype=np.int64
+            )
+            classes["class"] = kinds
+        super().__init__(folder, paths, labels, classes)
+
+    def label_map(self, index: int) -> Int64[Tensor, "H W"]:
+        path = self._maps / _map_of(str(self.path(index).relative_to(self.root)))
+        try:
+            with Image.open(path) as picture, Image.open(self.path(index)) as image:
+                if picture.size != image.size:
+                    raise ValueError(f"it is {picture.size}, its image {image.size}")
+                label_HW = np.array(picture)
+        except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
+            raise BadImage(f"the label map {path}: {error}") from error
+        if label_HW.ndim != 2 or label_HW.max() > len(self.categories):
+            raise BadImage(
+                f"the label map {path}: expected one number a pixel, 0 to {len(self.categories)}"
+            )
+        return torch.from_numpy(label_HW.astype(np.int64))
+
+
+def _map_of(path: str) -> Path:
+    return Path(path).with_suffix(".png")
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    """The classes' names in the order of their numbers; numbers where there are no names."""
+    if not path.exists():
+        return tuple(str(number) for number in range(1, CLASSES + 1))
+    names: list[str] = []
+    for line in read_lines(path, "TABLE"):
+        fields = [field.strip() for field in line.fields[0].split("\t")]
+        if fields[0] == "Idx":
+            continue
+        if fields[0] != str(len(names) + 1):
+            raise InputError(f"{line.where}: expected class {len(names) + 1}, found {fields[0]!r}")
+        names.append(fields[-1])
+    return tuple(names)

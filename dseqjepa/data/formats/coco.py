@@ -1,0 +1,232 @@
+"""COCO 2017: photographs with the boxes and outlines of their objects.
+
+Suffixes: N images, A annotations, K annotations of one image, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from dseqjepa.data.formats.files import ListedFiles, check_there, inner
+from dseqjepa.data.formats.jsonscan import Element, scan, taken
+from dseqjepa.data.source import Instances, Split
+from dseqjepa.errors import InputError
+
+
+class Coco(ListedFiles):
+    """COCO 2017 (Lin et al., 2014): `annotations/instances_{train,val}2017.json` and the folders
+    `train2017` and `val2017`; any data set that has this form.
+
+    Images stand in the order of their ids, the categories' labels (1 to 80) in that of theirs. To
+    pre-train on: all 118,287 training images. "train" are those with an object that is no crowd,
+    "val" all 5,000. There are no `labels`; `instances` gives the objects of an image.
+
+    Boxes are COCO's own, even where they are empty. Of the outlines only their places in the file
+    are kept in memory; they are read and drawn when asked for.
+
+    Raises:
+        InputError: a file is missing or damaged, or its parts do not agree.
+    """
+
+    origin: ClassVar[str] = "cocodataset.org has it (2017 train and val images, annotations)"
+
+    def __init__(self, path: Path, split: Split) -> None:
+        root = inner(path, "coco", "annotations")
+        part = "val2017" if split == "val" else "train2017"
+        file = root / "annotations" / f"instances_{part}.json"
+        self.annotations = file
+        read = _Columns(file)
+        for element in scan(file, "images", "annotations", "categories"):
+            read.add(element)
+        self.category_ids = tuple(sorted(read.categories))
+        self.categories = tuple(read.categories[id] for id in self.category_ids)
+
+        id_N = np.array(sorted(read.images), dtype=np.int64)
+        place_A = _places(np.array(read.image, np.int64), id_N, file, "image")
+        label_A = 1 + _places(
+            np.array(read.category, np.int64), np.array(self.category_ids), file, "category"
+        )
+        crowd_A = np.array(read.crowd, dtype=bool)
+        box_A4 = np.array(read.box, dtype=np.float64).reshape(-1, 4)
+        size_A2 = np.array(read.rle_size, dtype=np.int64).reshape(-1, 2)
+        size_N2 = np.array([read.images[id][1:] for id in id_N.tolist()], dtype=np.int64)
+        wrong_A = (size_A2[:, 0] >= 0) & (size_A2 != size_N2.reshape(-1, 2)[place_A]).any(1)
+        wrong_A |= ~np.isfinite(box_A4).all(1)
+        if wrong_A.any():
+            first = int(np.flatnonzero(wrong_A)[0])
+            raise InputError(
+                f"{file}: annotation {read.ids[first]} has a box or a mask that does not fit "
+                f"image {read.image[first]}"
+            )
+
+        kept_N = np.arange(len(id_N))
+        if split == "train":
+            kept_N = np.unique(place_A[~crowd_A])
+        # Annotations by image, each image's in the file's order.
+        order_A = place_A.argsort(kind="stable")
+        self._first_N = np.searchsorted(place_A[order_A], kept_N, "left")
+        self._last_N = np.searchsorted(place_A[order_A], kept_N, "right")
+        self._id_N, self._size_N2 = id_N[kept_N], size_N2[kept_N]
+        self._label_A, self._crowd_A = label_A[order_A], crowd_A[order_A]
+        self._box_A4 = box_A4[order_A]
+        self._area_A = np.array(read.area, dtype=np.float64)[order_A]
+        self._number_A = np.array(read.ids, dtype=np.int64)[order_A]
+        self._span_A2 = np.array(read.span, dtype=np.int64).reshape(-1, 2)[order_A]
+
+        paths = [read.images[id][0] for id in self._id_N.tolist()]
+        check_there(root / part, paths, file)
+        super().__init__(root / part, paths)
+
+    def instances(self, index: int) -> Instances:
+        """The objects of an image; their masks need the extra `detection`."""
+        index = range(len(self))[index]
+        height, width = map(int, self._size_N2[index])
+        its = slice(int(self._first_N[index]), int(self._last_N[index]))
+        mask_of = mask_tools()
+        masks_KHW = torch.zeros((its.stop - its.start, height, width), dtype=torch.bool)
+        with open(self.annotations, "rb") as file:
+            for place, (start, end) in enumerate(self._span_A2[its].tolist()):
+                file.seek(start)
+                annotation = self._again(file.read(end - start), its.start + place)
+                masks_KHW[place] = _draw(mask_of, annotation["segmentation"], height, width)
+        box_K4 = self._box_A4[its].copy()
+        box_K4[:, 2:] += box_K4[:, :2]
+        return Instances(
+            boxes_K4=torch.from_numpy(box_K4).float(),
+            label_K=torch.from_numpy(self._label_A[its].copy()),
+            masks_KHW=masks_KHW,
+            crowd_K=torch.from_numpy(self._crowd_A[its].copy()),
+            area_K=torch.from_numpy(self._area_A[its]).float(),
+            image_id=int(self._id_N[index]),
+        )
+
+    def _again(self, text: bytes, place: int) -> dict[str, Any]:
+        """An annotation that has been read before."""
+        try:
+            annotation = json.loads(text)
+        except ValueError:
+            annotation = None
+        if not isinstance(annotation, dict) or annotation.get("id") != self._number_A[place]:
+            raise InputError(f"{self.annotations} is not the file any more that was opened")
+        return annotation
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(super().fingerprint().encode())
+        for column in (self._id_N, self._label_A, self._crowd_A, self._box_A4, self._area_A):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+
+class _Columns:
+    """What is kept of the annotations: plain numbers, not a million objects."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.images: dict[int, tuple[str, int, int]] = {}
+        self.categories: dict[int, str] = {}
+        self.ids, self.image, self.category = array("q"), array("q"), array("q")
+        self.crowd, self.area, self.box = array("b"), array("d"), array("d")
+        self.span, self.rle_size = array("q"), array("q")
+
+    def add(self, element: Element) -> None:
+        if element.member == "images":
+            id, name, height, width = taken(
+                self.file, element, id=int, file_name=str, height=int, width=int
+            )
+            if id in self.images:
+                raise InputError(f"{self.file}: image {id} is there twice")
+            self.images[id] = name, height, width
+        elif element.member == "categories":
+            id, name = taken(self.file, element, id=int, name=str)
+            self.categories[id] = name
+        else:
+            id, image, category, box, area = taken(
+                self.file,
+                element,
+                id=int,
+                image_id=int,
+                category_id=int,
+                bbox=list,
+                area=int | float,
+            )
+            try:
+                x, y, width, height = map(float, box)
+                size = _checked(element.value.get("segmentation"))
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"{self.file}: annotation {id} is damaged ({error}); expected a bbox of four "
+                    f"numbers, and polygons or run lengths as its segmentation"
+                ) from error
+            self.ids.append(id)
+            self.image.append(image)
+            self.category.append(category)
+            self.crowd.append(bool(element.value.get("iscrowd")))
+            self.area.append(area)
+            self.box.extend((x, y, width, height))
+            self.rle_size.extend(size)
+            self.span.extend((element.start, element.end))
+
+
+def _checked(outline: Any) -> tuple[int, int]:
+    """Height and width that run lengths are for, -1 for polygons; `ValueError` if it is neither."""
+    if isinstance(outline, dict):
+        height, width = map(int, outline.get("size", ()))
+        counts = outline.get("counts")
+        if isinstance(counts, list) and sum(counts) != height * width:
+            raise ValueError(f"{sum(counts)} pixels in its run lengths of {height} x {width}")
+        if not isinstance(counts, str | list):
+            raise ValueError("run lengths without counts")
+        return height, width
+    if not isinstance(outline, list) or not outline:
+        raise ValueError("no segmentation")
+    for polygon in outline:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon without three points")
+    return -1, -1
+
+
+def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.ndarray:
+    """Where each id stands among the known ones, which are sorted."""
+    place_A = np.searchsorted(known_N, id_A)
+    found_A = np.append(known_N, 0)[place_A] == id_A if len(known_N) else np.zeros(len(id_A), bool)
+    found_A &= place_A < len(known_N)
+    if not found_A.all():
+        stray = id_A[np.flatnonzero(~found_A)[0]]
+        raise InputError(f"{file}: an annotation is of {what} {stray}, which is not listed")
+    return place_A
+
+
+def mask_tools() -> ModuleType:
+    """`encode`, `decode` and what else COCO's libraries do with masks; `InputError` without one."""
+    try:
+        from faster_coco_eval import mask
+    except ImportError:
+        try:
+            from pycocotools import mask
+        except ImportError:
+            raise InputError(
+                "COCO's masks are drawn by faster-coco-eval or pycocotools: "
+                "pip install 'dseqjepa[detection]'"
+            ) from None
+    return mask
+
+
+def _draw(mask_of: ModuleType, outline: Any, height: int, width: int) -> Bool[Tensor, "H W"]:
+    """Polygons, or run lengths in either of their forms, as pixels."""
+    if isinstance(outline, list):
+        code = mask_of.merge(mask_of.frPyObjects(outline, height, width))
+    elif isinstance(outline["counts"], list):
+        code = mask_of.frPyObjects(outline, height, width)
+    else:
+        code = outline
+    return torch.from_numpy(mask_of.decode(code)).bool()

@@ -1,0 +1,144 @@
+"""What the formats share: finding files, reading tables, one clear error for what is wrong.
+
+Suffixes: N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dseqjepa.data.images import ImageFiles, existing_folder, printable
+from dseqjepa.errors import InputError
+
+
+class ListedFiles(ImageFiles):
+    """Image files whose labels come from elsewhere than their paths: they count for the hash."""
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(super().fingerprint().encode())
+        for task, label_N in self.labels.items():
+            digest.update(task.encode() + label_N.tobytes())
+        return digest.hexdigest()
+
+
+class Line(NamedTuple):
+    """The fields of a line, and how a message names it."""
+
+    where: str
+    fields: list[str]
+
+    def integer(self, field: int) -> int:
+        text = self.fields[field]
+        if not text.isdecimal():
+            raise InputError(f"{self.where}: expected a number, found {text!r}")
+        return int(text)
+
+
+def inner(path: Path, folder: str, marker: str) -> Path:
+    """`path`, or the `folder` in it that the archive unpacks to: the one that holds `marker`."""
+    root = existing_folder(path)
+    for candidate in (root, root / folder):
+        if (candidate / marker).exists():
+            return candidate
+    raise InputError(f"expected {marker} in {root} or in {root / folder}")
+
+
+def first_of(*paths: Path) -> Path:
+    """The first path that exists."""
+    for path in paths:
+        if path.exists():
+            return path
+    raise InputError(f"expected {' or '.join(map(str, paths))}, found no such file")
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"expected {path}, found no such file") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_lines(path: Path, form: str) -> Iterator[Line]:
+    """The lines of a text file that are not empty, in the fields that `form` names.
+
+    The last field takes what is left of its line, spaces included.
+    """
+    try:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, found byte {error.start}") from error
+    count = len(form.split())
+    for number, line in enumerate(text.splitlines(), start=1):
+        fields = line.split(None, count - 1)
+        if not fields:
+            continue
+        where = f"{path} line {number}"
+        if len(fields) != count:
+            raise InputError(f"{where}: expected {form!r}, found {line[:80]!r}")
+        yield Line(where, [field.strip() for field in fields])
+
+
+def read_mat(path: Path, variable: str) -> np.ndarray:
+    """One variable of a MATLAB file, with at least one dimension."""
+    import scipy.io
+
+    if not path.is_file():
+        raise InputError(f"expected {path}, found no such file")
+    try:
+        content: dict[str, Any] = scipy.io.loadmat(str(path), squeeze_me=True)
+    except Exception as error:  # on broken bytes it raises whatever its parser ran into
+        raise InputError(
+            f"cannot read {path}: {error}; expected a MATLAB file of version 5"
+        ) from error
+    if variable not in content:
+        found = ", ".join(name for name in content if not name.startswith("__"))
+        raise InputError(f"{path}: expected the variable {variable!r}, found {found or 'none'}")
+    return np.atleast_1d(content[variable])
+
+
+def mat_fields(path: Path, table: np.ndarray, *names: str) -> list[list[Any]]:
+    """The columns `names` of a MATLAB table."""
+    if table.dtype.names is None or not set(names) <= set(table.dtype.names):
+        raise InputError(
+            f"{path}: expected a table with the columns {', '.join(names)}, "
+            f"found {', '.join(table.dtype.names or ()) or 'no table'}"
+        )
+    return [table[name].tolist() for name in names]
+
+
+def check_there(root: Path, paths: Sequence[str], named_by: Path) -> None:
+    """Raise `InputError` unless all `paths` below `root` are there; every folder is read once."""
+    if not paths:
+        raise InputError(f"{named_by}: expected at least one image, found none")
+    there: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in there:
+            found = root / folder
+            there[folder] = set(os.listdir(found)) if found.is_dir() else set()
+        if name not in there[folder]:
+            missing.append(path)
+    if missing:
+        raise InputError(
+            f"{named_by} names {printable(missing[0])}, which is not in {root} "
+            f"({len(missing)} of {len(paths)} images are missing)"
+        )
+
+
+def check_labels(label_N: np.ndarray, classes: int, first: int, named_by: Path) -> None:
+    """Raise `InputError` unless all labels are `first` to `first + classes - 1`."""
+    wrong_M = np.flatnonzero((label_N < first) | (label_N >= first + classes))
+    if len(wrong_M):
+        raise InputError(
+            f"{named_by}: expected labels {first} to {first + classes - 1}, "
+            f"found {label_N[wrong_M[0]]} at image {wrong_M[0] + 1}"
+        )

@@ -1,0 +1,84 @@
+"""Oxford-IIIT Pets: 37 breeds of cats and dogs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines
+from dseqjepa.data.source import Split
+from dseqjepa.errors import InputError
+
+SPECIES = ("cat", "dog")
+
+
+class Pets(ListedFiles):
+    """Oxford-IIIT Pets (Parkhi et al., 2012): `images` and `annotations`, in `oxford-iiit-pet` or
+    the folder above it.
+
+    3,680 images to train with (`trainval.txt`), 3,669 to test ("val": `test.txt`). Tasks: "class",
+    the breed; "species", cat or dog.
+
+    Raises:
+        InputError: a file is missing, says two things of one breed, or names images that are not
+            there.
+    """
+
+    origin: ClassVar[str] = "www.robots.ox.ac.uk/~vgg/data/pets has it"
+
+    def __init__(self, path: Path, split: Split) -> None:
+        folder = inner(path, "oxford-iiit-pet", "annotations")
+        known = folder / "annotations" / "trainval.txt"
+        file = folder / "annotations" / "test.txt" if split == "val" else known
+        first: dict[str, _Row] = {}  # of each breed
+        for row in _rows(known):
+            first.setdefault(row.breed, row)
+        breeds = sorted(first, key=lambda breed: first[breed].label)
+        if [first[breed].label for breed in breeds] != list(range(1, len(first) + 1)):
+            raise InputError(
+                f"{known}: expected a class for each of {len(first)} breeds, 1 to {len(first)}, "
+                f"found {[first[breed].label for breed in breeds]}"
+            )
+        rows = _rows(file)
+        for row in rows:
+            if row.breed not in first:
+                raise InputError(f"{row.where}: the breed {row.breed} is not in {known}")
+            if row.label != first[row.breed].label:
+                raise InputError(
+                    f"{row.where}: {row.breed} is class {row.label} here and "
+                    f"class {first[row.breed].label} at {first[row.breed].where}"
+                )
+        check_there(folder / "images", [row.path for row in rows], file)
+        super().__init__(
+            folder / "images",
+            [row.path for row in rows],
+            {
+                "class": np.array([row.label - 1 for row in rows], np.int64),
+                "species": np.array([row.species - 1 for row in rows], np.int64),
+            },
+            {
+                "class": tuple(breed.replace("_", " ") for breed in breeds),
+                "species": SPECIES,
+            },
+        )
+
+
+class _Row(NamedTuple):
+    where: str
+    path: str
+    breed: str
+    label: int
+    species: int
+
+
+def _rows(path: Path) -> list[_Row]:
+    rows = []
+    for line in read_lines(path, "IMAGE CLASS SPECIES BREED"):
+        name = line.fields[0]
+        label, species = line.integer(1), line.integer(2)
+        if species not in (1, 2):
+            raise InputError(f"{line.where}: expected 1 (cat) or 2 (dog), found {species}")
+        rows.append(_Row(line.where, f"{name}.jpg", name.rpartition("_")[0], label, species))
+    return rows

@@ -1,0 +1,88 @@
+"""`dseqjepa scenes export`: the embedded scenes written in a benchmark's own format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dseqjepa.data.formats.arrays import CIFAR_SIDE
+from dseqjepa.data.formats.stl10 import SIDE as STL10_SIDE
+from dseqjepa.data.miniatures.annotated import write_ade20k, write_clevr, write_coco
+from dseqjepa.data.miniatures.arrays import (
+    write_cifar10,
+    write_cifar100,
+    write_fashion_mnist,
+    write_stl10,
+)
+from dseqjepa.data.miniatures.part import Part
+from dseqjepa.data.miniatures.trees import (
+    write_cars,
+    write_cub,
+    write_flowers102,
+    write_imagenet,
+    write_inat,
+    write_pets,
+)
+from dseqjepa.data.scenes import SHAPES
+from dseqjepa.errors import InputError, did_you_mean
+
+
+class Writer(NamedTuple):
+    """How a miniature is written. `side`: the format's own size; `cycle`, `least`: see `Part`."""
+
+    write: Callable[[Path, Part, Part], None]
+    side: int | None = None
+    cycle: str = "class"
+    least: int = 1
+
+
+WRITERS = {
+    "ade20k": Writer(write_ade20k),
+    "cars": Writer(write_cars),
+    "cifar10": Writer(write_cifar10, side=CIFAR_SIDE),
+    "cifar100": Writer(write_cifar100, side=CIFAR_SIDE),
+    "clevr": Writer(write_clevr, cycle="distance", least=3),
+    "coco": Writer(write_coco),
+    "cub": Writer(write_cub),
+    "fashion-mnist": Writer(write_fashion_mnist, side=32),  # scenes are not smaller
+    "flowers102": Writer(write_flowers102),
+    "imagenet": Writer(write_imagenet),
+    "inat": Writer(write_inat),
+    "pets": Writer(write_pets),
+    "stl10": Writer(write_stl10, side=STL10_SIDE),
+}
+
+
+def export(
+    name: str, folder: Path, *, size: int | None = None, count: int, val_count: int, seed: int
+) -> None:
+    """Write `count` scenes to train with and `val_count` to test as the format `name`.
+
+    Args:
+        name: a key of `WRITERS`.
+        folder: a new or an empty one.
+        size: pixels of a side, 64 if not given; CIFAR, Fashion-MNIST and STL-10 have their own.
+        count, val_count: at least as many as there are classes, so that each part has them all.
+        seed: of the scenes.
+
+    Raises:
+        InputError: before anything is written.
+    """
+    if name not in WRITERS:
+        raise InputError(f"unknown format {name!r}{did_you_mean(name, WRITERS)}")
+    writer = WRITERS[name]
+    if size is not None and writer.side is not None:
+        raise InputError(f"{name} has images of a size of its own: leave out size={size}")
+    for key, number in (("count", count), ("val_count", val_count)):
+        if number < len(SHAPES):
+            raise InputError(f"{key}: expected {len(SHAPES)} or more, found {number}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"expected a new or an empty folder, found {folder}")
+    side = writer.side or size or 64
+    train = Part("train", count, side, seed, cycle=writer.cycle, least=writer.least)
+    val = Part("val", val_count, side, seed, cycle=writer.cycle, least=writer.least)
+    for part in (train, val):
+        next(part.scenes())  # a size that scenes cannot have is told before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    writer.write(folder, train, val)
