@@ -277,6 +277,13 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "evaluate knn run data=gone": "no such folder: gone",
         "evaluate knn run data=": "data= is empty",
         "evaluate knn run task=colour": "expected labels for task 'colour', the data has: class",
+        "scenes": "Missing command",
+        "scenes export coco": "Missing argument 'DIR'",
+        "scenes export coca new": "unknown format 'coca'; did you mean 'coco'?",
+        "scenes export coco new count=5": "count must be greater than or equal to 10, found 5",
+        "scenes export coco new size=20": "expected scenes of 32 to 512 pixels, found 20",
+        "scenes export coco new colour=1": "unknown key 'colour'; did you mean 'count'?",
+        "scenes export coco full": "expected a new or an empty folder, found full",
         "report": "Missing argument 'RUN...'",
         "report run": "Missing option '--out'",
         "report nothing --out a.html": "no such run: nothing",
@@ -388,7 +395,7 @@ def test_presets_are_listed_and_described(
 
 
 def test_the_help_names_every_task() -> None:
-    assert TASK_HELP == ", ".join(TASKS)
+    assert ", ".join(TASKS) == TASK_HELP
 
 
 def test_questions_are_answered_without_torch(here: Path) -> None:
