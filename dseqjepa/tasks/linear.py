@@ -250,7 +250,7 @@ class Training:
         for name, parameter in self.probe.named_parameters():
             self.optimizer.state[parameter]["momentum_buffer"] = momenta[f"momentum.{name}"]
         self.epoch, self.losses, self.bad = said["epoch"], said["losses"], said["bad"]
-        self.job.console.print(f"going on after epoch {self.epoch} ({self.state})")
+        self.job.console.print(f"going on after epoch {self.epoch} ({self.state})", soft_wrap=True)
 
 
 # The sweep over features that were encoded once

@@ -152,7 +152,7 @@ def stored(
     mine = missing[ranks.rank :: ranks.world]
     if missing:
         images = sum(len(store.chunks[number]) for number in missing)
-        console.print(f"encoding {images} of {len(source)} images into {folder}")
+        console.print(f"encoding {images} of {len(source)} images into {folder}", soft_wrap=True)
     encodings = encode(
         backbone,
         source,
