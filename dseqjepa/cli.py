@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 
+from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
 from dseqjepa.errors import InputError, RunError, did_you_mean
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Show the resolved config and do nothing.")
 ]
 
+TASK_HELP = "knn, linear, lowshot, clevr, finetune, detection, segmentation"
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 
@@ -72,7 +74,7 @@ def pretrain(
     """Pre-train an encoder: dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine"""
     from dseqjepa.presets import load_config
 
-    run, overrides = _split(settings or [], RUN_KEYS)
+    run, overrides = split_settings(settings or [], RUN_KEYS)
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
@@ -92,22 +94,16 @@ def pretrain(
     source = runtime.ranks.together(lambda: open_training_source(config))
 
     def knn_probe(encoder: Any) -> float:
-        return probe(
-            encoder,
-            source,
-            "class",
-            config.data.image_size,
-            images=config.probe.images,
-            seed=config.runtime.seed,
-            device=encoder.pos_embed.device,
-        )
+        images, seed, device = config.probe.images, config.runtime.seed, encoder.pos_embed.device
+        size = config.data.image_size
+        return probe(encoder, source, "class", size, images, seed, device=device)
 
     try:
         train(
             config,
             Path(run["out"]).expanduser(),
-            resume=_resume(run),
-            overwrite=_flag(run, "overwrite"),
+            resume=resume_of(run),
+            overwrite=flag(run, "overwrite"),
             init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
@@ -136,7 +132,7 @@ def verify_resume(
     """
     from dseqjepa.presets import load_config
 
-    own, overrides = _split(settings or [], ("steps",))
+    own, overrides = split_settings(settings or [], ("steps",))
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
@@ -170,7 +166,7 @@ def preflight(
     """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures"""
     from dseqjepa.presets import load_config
 
-    run, overrides = _split(settings or [], ("init_from",))
+    run, overrides = split_settings(settings or [], ("init_from",))
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
@@ -183,7 +179,7 @@ def preflight(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="knn, finetune, detection, ...")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help=TASK_HELP)],
     backbone: Annotated[
         str,
         typer.Argument(
@@ -202,7 +198,7 @@ def evaluate(
 
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
-    own, overrides = _split(settings or [], ("data", "out", "resume", "overwrite"))
+    own, overrides = split_settings(settings or [], ("data", "out", "resume", "overwrite"))
     config = TASKS[task].from_settings(overrides)
     if print_config:
         values = config.model_dump(mode="json")
@@ -212,7 +208,7 @@ def evaluate(
     from dseqjepa.train.runtime import Stopped
 
     out = Path(own["out"]).expanduser() if "out" in own else None
-    resume, overwrite = _flag(own, "resume"), _flag(own, "overwrite")
+    resume, overwrite = flag(own, "resume"), flag(own, "overwrite")
     try:
         run_task(
             task,
@@ -273,7 +269,7 @@ def import_(
     Only tensors are read, nothing in the file is run. The result can be evaluated and shown, and
     init_from starts a run from it. heads=N and image_size=[H,W] say what shapes do not.
     """
-    run, overrides = _split(settings or [], ("out", "overwrite"))
+    run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
     from dseqjepa.train.foreign import ImportConfig, import_encoder
@@ -282,7 +278,7 @@ def import_(
         file.expanduser(),
         Path(run["out"]).expanduser(),
         ImportConfig.from_settings(overrides),
-        overwrite=_flag(run, "overwrite"),
+        overwrite=flag(run, "overwrite"),
     )
     model, (height, width) = config.model, config.data.image_size
     print(
@@ -335,7 +331,7 @@ def show(
         out=out.expanduser(),
         only=tuple(PICTURES) if only == "all" else tuple(dict.fromkeys(only.split(","))),
         beside=beside.expanduser() if beside is not None else None,
-        patch=_row_and_column(patch) if patch is not None else None,
+        patch=row_and_column(patch) if patch is not None else None,
         clusters=clusters,
         checkpoints=checkpoints,
         data=data,
@@ -421,41 +417,3 @@ def presets(
         print(preset(name).to_yaml(), end="")
     else:
         print(describe(name))
-
-
-def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """A command's own `key=value` settings, and those that belong to the config."""
-    mine: dict[str, str] = {}
-    others = []
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"expected key=value, found {setting!r}")
-        if key in own:
-            if not value:
-                raise InputError(f"{key}= is empty: give a value")
-            if key in mine:
-                raise InputError(f"{key} is given twice: {mine[key]!r} and {value!r}")
-            mine[key] = value
-        else:
-            others.append(f"data.source={value}" if key == "data" else setting)
-    return mine, others
-
-
-def _resume(run: dict[str, str]) -> bool | int:
-    value = run.get("resume", "")
-    return int(value) if value.isdecimal() else _flag(run, "resume")
-
-
-def _row_and_column(text: str) -> tuple[int, int]:
-    row, comma, column = text.partition(",")
-    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
-        raise InputError(f"expected --patch ROW,COL, such as 3,4, found {text!r}")
-    return int(row), int(column)
-
-
-def _flag(run: dict[str, str], key: str) -> bool:
-    value = run.get(key, "false").lower()
-    if value not in ("true", "false"):
-        raise InputError(f"{key} must be true or false, found {run[key]!r}")
-    return value == "true"

@@ -185,8 +185,94 @@ class KnnConfig(FrozenConfig):
     temperatures: tuple[Positive, ...] = (0.02, 0.04, 0.07, 0.1, 0.2)
 
 
+class SweepConfig(Section):
+    """Heads on frozen features, trained at once; a hold-out of the training images chooses one."""
+
+    features: tuple[str, ...] = ("last", "last2", "last4", "cls", "cls4", "cls+last4")
+    """Layers and pooling, each as one name; `blocks`: the mean patch of every block. Those that
+    need a [CLS] are left out where there is none."""
+    lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    epochs: Literal["auto"] | Count = "auto"
+    """`auto`: as many as show 400,000 images, from 10 to 300."""
+    batch_size: Count = 256
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    def epochs_of(self, images: int) -> int:
+        """For so many training images."""
+        if self.epochs != "auto":
+            return self.epochs
+        return min(max(round(400_000 / images), 10), 300)
+
+
+class LinearConfig(FrozenConfig):
+    """`dseqjepa evaluate linear`: METHOD's protocol, which encodes other crops in every epoch."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"protocol": "sweep"}
+
+    protocol: Literal["paper", "sweep"] = "paper"
+    """`sweep`: on features of the centre crops, encoded once."""
+    features: str = "last4"
+    """What `paper` reads."""
+    epochs: Count = 28
+    lr: Positive = 0.01
+    milestones: tuple[int, ...] = (8, 16, 24)
+    """Epochs after which the learning rate is a tenth."""
+    weight_decay: float = Field(5e-4, ge=0)
+    momentum: Fraction = 0.9
+    batch_size: Count = 32
+    """On each rank."""
+    crop_scale: Range = (0.08, 1.0)
+    flip: bool = False
+    sweep: SweepConfig = SweepConfig()
+
+
+class LowshotSweepConfig(SweepConfig):
+    """Fewer images bear stronger decay, and a larger part of them to judge by."""
+
+    features: tuple[str, ...] = ("last4",)
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3, 1e-2, 0.1)
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class LowshotConfig(FrozenConfig):
+    """`dseqjepa evaluate lowshot`: a linear classifier from few labels, as often as drawn."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"draws": 3}
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of each class whose labels are known, at least one image."""
+    names: str = "none"
+    """A file with the names of the labelled images, one a line, such as SimCLR's 1percent.txt."""
+    draws: Count = 5
+    """Samples of labelled images, by seeds `seed`, `seed` + 1, ... A list of names is one."""
+    sweep: LowshotSweepConfig = LowshotSweepConfig()
+
+
+class ClevrConfig(FrozenConfig):
+    """`dseqjepa evaluate clevr`: objects counted, and the nearest one's distance."""
+
+    quick: ClassVar[Mapping[str, Any]] = {}
+
+    task: str = "count+distance"
+    """Which labels, joined by +."""
+    features: str = "auto"
+    """`auto`: the final [CLS], or the mean patch where there is none."""
+    train_count: Count = 800
+    val_count: Count = 200
+    names: str = "none"
+    """A file with the names of the training and then the validation images, one a line."""
+    epochs: Count = 100
+    batch_size: Count = 256
+    lr: Positive = 1e-3
+    weight_decay: float = Field(0.05, ge=0)
+
+
 TASKS: dict[str, type[TaskConfig]] = {
     "knn": KnnConfig,
+    "linear": LinearConfig,
+    "lowshot": LowshotConfig,
+    "clevr": ClevrConfig,
     "finetune": FinetuneConfig,
     "detection": DetectionConfig,
     "segmentation": SegmentationConfig,

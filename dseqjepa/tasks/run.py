@@ -192,6 +192,9 @@ def describe(
 
 TITLES = {
     "knn": "kNN accuracy",
+    "linear": "linear accuracy",
+    "lowshot": "low-shot accuracy",
+    "clevr": "Clevr accuracy",
     "finetune": "fine-tuned",
     "detection": "Mask R-CNN",
     "segmentation": "UPerNet",
