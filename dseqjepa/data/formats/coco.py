@@ -92,19 +92,17 @@ class Coco(ListedFiles):
         index = range(len(self))[index]
         height, width = map(int, self._size_N2[index])
         its = slice(int(self._first_N[index]), int(self._last_N[index]))
-        mask_of = mask_tools()
-        masks_KHW = torch.zeros((its.stop - its.start, height, width), dtype=torch.bool)
+        outlines = []
         with open(self.annotations, "rb") as file:
-            for place, (start, end) in enumerate(self._span_A2[its].tolist()):
+            for place, (start, end) in enumerate(self._span_A2[its].tolist(), start=its.start):
                 file.seek(start)
-                annotation = self._again(file.read(end - start), its.start + place)
-                masks_KHW[place] = _draw(mask_of, annotation["segmentation"], height, width)
+                outlines.append(self._again(file.read(end - start), place)["segmentation"])
         box_K4 = self._box_A4[its].copy()
         box_K4[:, 2:] += box_K4[:, :2]
         return Instances(
             boxes_K4=torch.from_numpy(box_K4).float(),
             label_K=torch.from_numpy(self._label_A[its].copy()),
-            masks_KHW=masks_KHW,
+            masks_KHW=_draw(outlines, height, width),
             crowd_K=torch.from_numpy(self._crowd_A[its].copy()),
             area_K=torch.from_numpy(self._area_A[its]).float(),
             image_id=int(self._id_N[index]),
@@ -209,10 +207,10 @@ def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.
 def mask_tools() -> ModuleType:
     """`encode`, `decode` and what else COCO's libraries do with masks; `InputError` without one."""
     try:
-        from faster_coco_eval import mask
+        from pycocotools import mask  # decodes masks faster than the other
     except ImportError:
         try:
-            from pycocotools import mask
+            from faster_coco_eval import mask
         except ImportError:
             raise InputError(
                 "COCO's masks are drawn by faster-coco-eval or pycocotools: "
@@ -221,12 +219,19 @@ def mask_tools() -> ModuleType:
     return mask
 
 
-def _draw(mask_of: ModuleType, outline: Any, height: int, width: int) -> Bool[Tensor, "H W"]:
+def _draw(outlines: list[Any], height: int, width: int) -> Bool[Tensor, "K H W"]:
     """Polygons, or run lengths in either of their forms, as pixels."""
-    if isinstance(outline, list):
-        code = mask_of.merge(mask_of.frPyObjects(outline, height, width))
-    elif isinstance(outline["counts"], list):
-        code = mask_of.frPyObjects(outline, height, width)
-    else:
-        code = outline
-    return torch.from_numpy(mask_of.decode(code)).bool()
+    mask_of = mask_tools()
+    codes = []
+    for outline in outlines:
+        if isinstance(outline, list):
+            codes.append(mask_of.merge(mask_of.frPyObjects(outline, height, width)))
+        elif isinstance(outline["counts"], list):
+            codes.append(mask_of.frPyObjects(outline, height, width))
+        else:
+            codes.append(outline)
+    if not codes:
+        return torch.zeros((0, height, width), dtype=torch.bool)
+    # They come column by column, an object after the other.
+    masks_KWH = torch.from_numpy(mask_of.decode(codes).T)
+    return masks_KWH.permute(0, 2, 1).contiguous().bool()

@@ -167,9 +167,9 @@ def test_pre_training_needs_no_mask_tools(mini: Folder, monkeypatch: pytest.Monk
     source = coco(mini("coco"), "pretrain")
     assert source.image(0).shape == (3, 64, 64)
     both = source.instances(0)
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    assert torch.equal(source.instances(0).masks_KHW, both.masks_KHW)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert torch.equal(source.instances(0).masks_KHW, both.masks_KHW)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(InputError, match=r"pip install 'dseqjepa\[detection\]'"):
         source.instances(0)
 
