@@ -220,7 +220,7 @@ def _mask_tools() -> ModuleType:
 
 def _draw(outlines: list[Any], height: int, width: int) -> Bool[Tensor, "K H W"]:
     """Polygons, or run lengths in either of their forms, as pixels."""
-    mask_of = _mask_tools()
+    mask_of = mask_tools()
     codes = []
     for outline in outlines:
         if isinstance(outline, list):
