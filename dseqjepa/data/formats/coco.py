@@ -204,7 +204,8 @@ def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.
     return place_A
 
 
-def _mask_tools() -> ModuleType:
+def mask_tools() -> ModuleType:
+    """`encode`, `decode` and what else COCO's libraries do with masks; `InputError` without one."""
     try:
         from pycocotools import mask  # decodes masks faster than the other
     except ImportError:
