@@ -142,6 +142,28 @@ def test_the_hold_out_chooses_and_all_images_train() -> None:
     assert torch.equal(chosen.heads.weights["all"][0], again.weights["all"][0])
 
 
+def test_a_feature_that_only_fits_what_it_has_seen_is_not_chosen() -> None:
+    """Wide noise is learnt by heart: it is right on all that it was fitted on."""
+    feature_MD, label_M = make_data(120)
+    noise_MD = torch.randn(120, 300, generator=torch.Generator().manual_seed(1))
+    rows = Rows([noise_MD, feature_MD], torch.arange(120))
+    parts = {"noise": [slice(0, 300)], "real": [slice(300, 306)]}
+    settings = [Setting("noise", 0.1, 0.0), Setting("real", 0.1, 0.0)]
+    chosen = choose_head(
+        rows, parts, label_M, settings,
+        classes=CLASSES, epochs=30, batch_size=32, holdout=0.25, seed=0, device=CPU,
+    )  # fmt: skip
+    assert chosen.setting.feature == "real"
+    fit_M, held_M = split_by_class(label_M, 0.25, seed=0)
+    part = Standardized.by(rows.only(fit_M), parts)
+    heads = fit_heads(part, label_M[fit_M], settings, **how(epochs=30))
+    pred_M2 = heads.predict(part, CPU)
+    assert bool((pred_M2[:, 0] == label_M[fit_M]).all())
+    right_H = heads.predict(part.of(rows.only(held_M)), CPU) == label_M[held_M, None]
+    wanted = (100 * right_H.double().mean(dim=0)).tolist()
+    assert [entry["holdout_accuracy"] for entry in chosen.grid] == pytest.approx(wanted)
+
+
 def test_standardised_features_are_those_of_batch_norm() -> None:
     feature_MD, _ = make_data()
     data = Standardized.by(as_rows(feature_MD), columns(6))
