@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
 
+from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
 from dseqjepa.errors import InputError, RunError, did_you_mean
 
 app = typer.Typer(
@@ -31,6 +33,7 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Show the resolved config and do nothing.")
 ]
 
+TASK_HELP = "knn, linear, lowshot, clevr, finetune, detection, segmentation"
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 
@@ -71,7 +74,7 @@ def pretrain(
     """Pre-train an encoder: dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine"""
     from dseqjepa.presets import load_config
 
-    run, overrides = _split(settings or [], RUN_KEYS)
+    run, overrides = split_settings(settings or [], RUN_KEYS)
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
@@ -91,22 +94,16 @@ def pretrain(
     source = runtime.ranks.together(lambda: open_training_source(config))
 
     def knn_probe(encoder: Any) -> float:
-        return probe(
-            encoder,
-            source,
-            "class",
-            config.data.image_size,
-            images=config.probe.images,
-            seed=config.runtime.seed,
-            device=encoder.pos_embed.device,
-        )
+        images, seed, device = config.probe.images, config.runtime.seed, encoder.pos_embed.device
+        size = config.data.image_size
+        return probe(encoder, source, "class", size, images, seed, device=device)
 
     try:
         train(
             config,
             Path(run["out"]).expanduser(),
-            resume=_resume(run),
-            overwrite=_flag(run, "overwrite"),
+            resume=resume_of(run),
+            overwrite=flag(run, "overwrite"),
             init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
@@ -135,7 +132,7 @@ def verify_resume(
     """
     from dseqjepa.presets import load_config
 
-    own, overrides = _split(settings or [], ("steps",))
+    own, overrides = split_settings(settings or [], ("steps",))
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
@@ -169,7 +166,7 @@ def preflight(
     """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures"""
     from dseqjepa.presets import load_config
 
-    run, overrides = _split(settings or [], ("init_from",))
+    run, overrides = split_settings(settings or [], ("init_from",))
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
@@ -182,29 +179,84 @@ def preflight(
 
 @app.command()
 def evaluate(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="knn")],
-    run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help=TASK_HELP)],
+    backbone: Annotated[
+        str,
+        typer.Argument(
+            metavar="BACKBONE",
+            help="A run, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels.",
+        ),
+    ],
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Evaluate a trained encoder: dseqjepa evaluate knn runs/mine data=my_pictures"""
-    if task != "knn":
-        raise InputError(f"unknown task {task!r}{did_you_mean(task, ['knn'])}")
-    from dseqjepa.tasks.config import KnnConfig
+    """Evaluate an encoder: dseqjepa evaluate knn runs/mine data=my_pictures
 
-    own, overrides = _split(settings or [], ("data", "out"))
-    config = KnnConfig.from_settings(overrides)
+    preset=quick is the small version of a protocol; out=FILE.json says where the result goes.
+    """
+    from dseqjepa.tasks.config import TASKS
+
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r}{did_you_mean(task, TASKS)}")
+    own, overrides = split_settings(settings or [], ("data", "out", "resume", "overwrite"))
+    config = TASKS[task].from_settings(overrides)
     if print_config:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        values = config.model_dump(mode="json")
+        print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000), end="")
         return
-    from dseqjepa.tasks.report import evaluate_run
+    from dseqjepa.tasks.run import run_task
+    from dseqjepa.train.runtime import Stopped
 
-    evaluate_run(
-        Path(run).expanduser(),
-        config,
-        data=own.get("data"),
-        out=Path(own["out"]).expanduser() if "out" in own else None,
-    )
+    out = Path(own["out"]).expanduser() if "out" in own else None
+    resume, overwrite = flag(own, "resume"), flag(own, "overwrite")
+    try:
+        run_task(
+            task,
+            backbone,
+            config,
+            data=own.get("data"),
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            draw=_picture_of(task),
+        )
+    except Stopped:
+        sys.exit(143)
+
+
+def _picture_of(task: str) -> Any:
+    """What draws a result; None where there is nothing to draw, or nothing to draw with."""
+    if task not in ("detection", "segmentation"):
+        return None
+    try:
+        from dseqjepa.viz.truth import draw_result
+    except InputError as error:
+        print(f"without a picture: {error}")
+        return None
+    return partial(draw_result, task)
+
+
+@app.command()
+def results(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Runs, or folders that hold results.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write .md, .csv or .json.")
+    ] = None,
+) -> None:
+    """Put the results of evaluations side by side: dseqjepa results runs --out table.md
+
+    One column a protocol, data included; runs that differ in nothing but their seed are one line,
+    with mean and 95 % interval.
+    """
+    from dseqjepa.tasks.table import collect, write_table
+
+    table = collect([folder.expanduser() for folder in folders])
+    print(table.markdown(), end="")
+    if out is not None:
+        write_table(table, out.expanduser())
+        print(f"written: {out}")
 
 
 @app.command("import")
@@ -217,7 +269,7 @@ def import_(
     Only tensors are read, nothing in the file is run. The result can be evaluated and shown, and
     init_from starts a run from it. heads=N and image_size=[H,W] say what shapes do not.
     """
-    run, overrides = _split(settings or [], ("out", "overwrite"))
+    run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
     from dseqjepa.train.foreign import ImportConfig, import_encoder
@@ -226,7 +278,7 @@ def import_(
         file.expanduser(),
         Path(run["out"]).expanduser(),
         ImportConfig.from_settings(overrides),
-        overwrite=_flag(run, "overwrite"),
+        overwrite=flag(run, "overwrite"),
     )
     model, (height, width) = config.model, config.data.image_size
     print(
@@ -279,7 +331,7 @@ def show(
         out=out.expanduser(),
         only=tuple(PICTURES) if only == "all" else tuple(dict.fromkeys(only.split(","))),
         beside=beside.expanduser() if beside is not None else None,
-        patch=_row_and_column(patch) if patch is not None else None,
+        patch=row_and_column(patch) if patch is not None else None,
         clusters=clusters,
         checkpoints=checkpoints,
         data=data,
@@ -365,41 +417,3 @@ def presets(
         print(preset(name).to_yaml(), end="")
     else:
         print(describe(name))
-
-
-def _split(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """A command's own `key=value` settings, and those that belong to the config."""
-    mine: dict[str, str] = {}
-    others = []
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise InputError(f"expected key=value, found {setting!r}")
-        if key in own:
-            if not value:
-                raise InputError(f"{key}= is empty: give a value")
-            if key in mine:
-                raise InputError(f"{key} is given twice: {mine[key]!r} and {value!r}")
-            mine[key] = value
-        else:
-            others.append(f"data.source={value}" if key == "data" else setting)
-    return mine, others
-
-
-def _resume(run: dict[str, str]) -> bool | int:
-    value = run.get("resume", "")
-    return int(value) if value.isdecimal() else _flag(run, "resume")
-
-
-def _row_and_column(text: str) -> tuple[int, int]:
-    row, comma, column = text.partition(",")
-    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
-        raise InputError(f"expected --patch ROW,COL, such as 3,4, found {text!r}")
-    return int(row), int(column)
-
-
-def _flag(run: dict[str, str], key: str) -> bool:
-    value = run.get(key, "false").lower()
-    if value not in ("true", "false"):
-        raise InputError(f"{key} must be true or false, found {run[key]!r}")
-    return value == "true"

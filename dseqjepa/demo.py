@@ -13,8 +13,9 @@ from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
 from dseqjepa.report.page import missing_packages, write_report
+from dseqjepa.tasks.backbone import RAW_PIXELS, Pixels, own_backbone
 from dseqjepa.tasks.knn import compare
-from dseqjepa.tasks.report import show_table, write_json
+from dseqjepa.tasks.results import show, write_json
 from dseqjepa.train.checkpoint import load_encoder, untrained_encoder
 from dseqjepa.train.pretrain import pretrain
 from dseqjepa.viz.regions import regions_picture
@@ -46,9 +47,13 @@ def run_demo(config: Config, out: Path) -> None:
     pretrain(config, run, overwrite=True, source=train, console=console)
 
     trained = load_encoder(run)
-    encoders = {"raw pixels": None, "untrained encoder": untrained_encoder(config)}
-    rows = compare({**encoders, "trained encoder": trained}, train, test, TASKS, size)
-    show_table(rows, TASKS, console)
+    backbones = {
+        RAW_PIXELS: Pixels(size),
+        "untrained encoder": own_backbone(untrained_encoder(config), config),
+        "trained encoder": own_backbone(load_encoder(run), config),
+    }
+    rows = compare(backbones, train, test, TASKS)
+    console.print(show(rows, "kNN accuracy, % (95 % interval over test images)"))
     write_json(run / "evaluations" / "knn.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     SCENE = 8
     SPLIT = 9
     AUDIT = 10
+    STEP = 13
+    BOOTSTRAP = 14
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "keyed": set(),
     "ranks": {"errors"},
+    "arguments": {"errors"},
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "presets": {"errors", "settings", "config"},
@@ -32,19 +33,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
     "train": MODEL | {"methods", "data"},
-    "tasks": EVALUATION,
+    "tasks": EVALUATION
+    | {
+        "presets",
+        "train.foreign",
+        "train.runtime",
+        "train.optimizer",
+        "train.schedules",
+        "train.clock",
+        "train.log",
+    },
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "preflight": EVALUATION | {"train", "viz"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
-    | {"presets", "methods", "train", "tasks", "viz", "report", "demo", "preflight"},
+    | {"arguments", "presets", "methods", "train", "tasks", "viz", "report", "demo", "preflight"},
     "__main__": {"cli"},
     "__init__": EVALUATION | {"methods", "presets"},
 }
 """Part of the package -> the parts, or single modules, that it may stand on beside itself."""
 
-AT_IMPORT = {"cli": {"errors"}, "__init__": set()}
+AT_IMPORT = {"cli": {"arguments", "errors"}, "__init__": set()}
 """What these load at once; the rest waits until it is needed, so that --help stays quick."""
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dseqjepa.cli import main
+from dseqjepa.cli import TASK_HELP, main
 from dseqjepa.presets import load_config
-from dseqjepa.tasks.config import KnnConfig
+from dseqjepa.tasks.config import TASKS, KnnConfig
 from dseqjepa.train.loop import Stopped, Trainer
 from tests.tiny import TINY
 
@@ -394,10 +394,14 @@ def test_presets_are_listed_and_described(
     assert "dseqjepa pretrain dseq_vitb16_in1k" in capsys.readouterr().out
 
 
+def test_the_help_names_every_task() -> None:
+    assert ", ".join(TASKS) == TASK_HELP
+
+
 def test_questions_are_answered_without_torch(here: Path) -> None:
     script = """
 import sys
-from dseqjepa.cli import main
+from dseqjepa.cli import TASK_HELP, main
 for typed in ([], ["--help"], ["pretrain", "--help"], ["presets"], ["presets", "vitb16_in1k"],
               ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
               ["evaluate", "knn", "run", "--print-config"],

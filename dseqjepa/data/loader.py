@@ -114,7 +114,7 @@ class Loader:
                 num_workers=workers,
                 persistent_workers=True,
                 pin_memory=self._pin,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 # Its own, because each iteration draws a number: the global one must not notice.
                 generator=torch.Generator(),
             )
@@ -190,7 +190,7 @@ class Loader:
         return uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).numpy()
 
 
-def _start_worker(_number: int) -> None:
+def start_worker(_number: int) -> None:
     """A worker is forked from a process that may answer signals in its own way; with that answer it
     would outlive the SIGTERM by which its parent ends it, and the parent would wait. Ctrl-C reaches
     both: the parent answers it."""

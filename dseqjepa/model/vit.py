@@ -42,20 +42,25 @@ class Features:
     norm, the last one being `patches_BND`."""
 
 
-def normalize(images_BCHW: Images) -> Float[Tensor, "B 3 height width"]:
-    """uint8 images to ImageNet-normalised float32; float images are taken as normalised."""
+def normalize(
+    images_BCHW: Images,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "B 3 height width"]:
+    """uint8 images to float32, normalised (ImageNet's way); float images are taken as such."""
     if images_BCHW.dtype != torch.uint8:
         return images_BCHW
-    scale_C11, shift_C11 = _scale_and_shift(images_BCHW.device)
+    scale_C11, shift_C11 = _scale_and_shift(images_BCHW.device, mean, std)
     return images_BCHW.float().mul_(scale_C11).add_(shift_C11)
 
 
 @cache
-def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(
+    device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
     """Kept on each device: sending them there in every step would have the host wait for it."""
     mean_C11, std_C11 = (
-        torch.tensor(values, device=device)[:, None, None]
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
+        torch.tensor(values, device=device)[:, None, None] for values in (mean, std)
     )
     return 1 / (255 * std_C11), -mean_C11 / std_C11
 

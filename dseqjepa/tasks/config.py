@@ -1,22 +1,280 @@
-"""What can be set of an evaluation; read before torch is loaded."""
+"""What can be set of an evaluation; read before torch is loaded.
+
+`TASKS` is the table of evaluations. The module of a task has its name, and a function
+`evaluate(job, config) -> Result`.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dseqjepa.config import Section
+from dseqjepa.config import Fraction, Range, Section, Size
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
 
 
-class KnnConfig(Section):
-    """`dseqjepa evaluate knn`: METHOD's protocol is the default."""
+class TaskConfig(Section):
+    """What every evaluation has. The full protocol is the default."""
+
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """What `preset=quick` sets, beside what is given."""
+
+    preset: Literal["full", "quick"] = "full"
+    """`quick`: the honest small version; the result says so."""
+    weights: Literal["target", "context"] = "target"
+    pretrained: bool = False
+    """Of `timm:NAME`: fetch its weights. Otherwise they are random."""
+    image_size: Literal["auto"] | Size = "auto"
+    """Height and width in pixels; `auto`: those of the pre-training."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of everything that the evaluation draws, and of a backbone's random weights."""
+    size: Literal["auto"] | Count = "auto"
+    """Number of training images of `scenes`; `auto`: as the run had."""
+    data_seed: int = Field(0, ge=0, lt=2**31)
+    """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
+    workers: int = Field(0, ge=0)
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quick(cls, values: Any) -> Any:
+        is_quick = isinstance(values, Mapping) and values.get("preset") == "quick"
+        return {**cls.quick, **values} if is_quick else values
+
+
+class TrainedConfig(TaskConfig):
+    """What evaluations have that train the whole backbone, with AdamW."""
+
+    batch_size: int = Field(16, ge=2)
+    lr: Positive = 1e-4
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The factor of the learning rate from each block to the one below."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the last block; it rises linearly from 0 at the first."""
+    clip: Literal["none"] | Positive = "none"
+    """The largest norm of the gradient."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Every setting that makes another protocol."""
+        return self.model_dump(mode="json", exclude=set(TaskConfig.model_fields))
+
+
+class FinetuneConfig(TrainedConfig):
+    """`dseqjepa evaluate finetune`: MAE's recipe (He et al., 2022, table 9) is the default.
+
+    `auto` is that of ViT-B up to 12 blocks, of ViT-L up to 24, of ViT-H beyond.
+    """
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "epochs": 10, "warmup_epochs": 1, "batch_size": 64, "lr": 5e-4, "mixup": 0.0,
+        "cutmix": 0.0, "rand_augment": 0, "erase": 0.0, "crop_scale": [0.5, 1.0],
+    }  # fmt: skip
+
+    task: str = "class"
+    """Which labels of the data."""
+    epochs: Literal["auto"] | Count = "auto"
+    """`auto`: 100, 50 and 50."""
+    warmup_epochs: float = Field(5, ge=0)
+    batch_size: int = Field(1024, ge=2)
+    lr: Literal["auto"] | Positive = "auto"  # type: ignore[assignment]
+    """`auto`: 5e-4, 1e-3 and 1e-3 for 256 images, in proportion to `batch_size`."""
+    final_lr: float = Field(1e-6, ge=0)
+    layer_decay: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"  # type: ignore[assignment]
+    """`auto`: 0.65, 0.75 and 0.75."""
+    drop_path: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"  # type: ignore[assignment]
+    """`auto`: 0.1, 0.2 and 0.3."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """What is classified: the mean over the patches, or [CLS]."""
+    mixup: float = Field(0.8, ge=0)
+    """Alpha of its beta distribution; 0 for none. Of mixup and CutMix one a batch, at random."""
+    cutmix: float = Field(1.0, ge=0)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    rand_augment: int = Field(9, ge=0, le=10)
+    """Magnitude of two random operations, of 10; 0 for none."""
+    erase: Fraction = 0.25
+    """The share of images of which a random rectangle is replaced by noise."""
+    crop_scale: Range = (0.08, 1.0)
+    flip: bool = True
+
+
+class DetectionConfig(TrainedConfig):
+    """`dseqjepa evaluate detection`: METHOD's protocol is the default."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "epochs": 10, "batch_size": 4, "lr": 1e-3, "longest_side": 96, "width": 64,
+        "head_width": 256, "mask_width": 64, "proposals": 64, "clip": 1.0,
+    }  # fmt: skip
+
+    epochs: Count = 25
+    warmup_epochs: float = Field(1, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    longest_side: Count = 1024
+    """Pixels to which images are brought; then they are padded to multiples of 32."""
+    window: Count = 14
+    """Side, in patches, of the windows of the blocks that are not read."""
+    detections: Count = 100
+    """The most objects of an image."""
+    score_threshold: Fraction = 0.05
+    """Below it an object is not reported."""
+    width: Count = 256
+    """Channels of the feature pyramid."""
+    head_width: Count = 1024
+    mask_width: Count = 256
+    proposals: Count = 512
+    """Regions of an image that the heads are trained on."""
+
+
+class SegmentationConfig(TrainedConfig):
+    """`dseqjepa evaluate segmentation`: METHOD's protocol is the default."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "steps": 400, "warmup_steps": 20, "batch_size": 8, "lr": 1e-3, "crop": 64, "stride": 42,
+        "scale": [256, 64], "width": 64, "auxiliary_width": 32,
+    }  # fmt: skip
+
+    steps: Count = 160_000
+    warmup_steps: int = Field(1500, ge=0)
+    crop: Count = 512
+    """Side of the training crops, and of the windows in which test images are seen."""
+    stride: Count = 341
+    """From window to window."""
+    scale: tuple[Count, Count] = (2048, 512)
+    """The longer and the shorter side into which images are fitted."""
+    factors: Range = (0.5, 2.0)
+    """The smallest and the largest further scaling of a training image."""
+    width: Count = 512
+    """Channels of UPerNet."""
+    auxiliary_width: Count = 256
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> Self:
+        if self.stride > self.crop:
+            raise ValueError(f"stride ({self.stride}) must not be more than crop ({self.crop})")
+        if not 0 < self.factors[0] <= self.factors[1]:
+            raise ValueError(f"factors must satisfy 0 < low <= high, found {self.factors}")
+        return self
+
+
+class FrozenConfig(TaskConfig):
+    """What evaluations of frozen features have."""
 
     task: str = "class"
     """Which labels of the data: `class`, and what else it brings (`scenes`: `count`, ...)."""
-    features: Literal["last", "last4"] = "last"
-    """Mean patch feature of the last block, or those of the last four, concatenated."""
-    weights: Literal["target", "context"] = "target"
-    k: int = Field(20, ge=1)
-    temperature: float = Field(0.07, gt=0)
-    workers: int = Field(0, ge=0)
+    encode_batch: Count = 256
+    """Images that the encoder sees at a time."""
+    cache: str = "auto"
+    """Where the features are kept: a folder; `auto`: beside the result; `none`: in memory."""
+
+
+class KnnConfig(FrozenConfig):
+    """`dseqjepa evaluate knn`: METHOD's protocol is the default."""
+
+    features: str = "last"
+    """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
+    k: Count = 20
+    temperature: Positive = 0.07
+    sweep: bool = False
+    """Also try `ks` and `temperatures`, on the training images alone (leave-one-out)."""
+    ks: tuple[Count, ...] = (5, 10, 20, 50, 100, 200)
+    temperatures: tuple[Positive, ...] = (0.02, 0.04, 0.07, 0.1, 0.2)
+
+
+class SweepConfig(Section):
+    """Heads on frozen features, trained at once; a hold-out of the training images chooses one."""
+
+    features: tuple[str, ...] = ("last", "last2", "last4", "cls", "cls4", "cls+last4")
+    """Layers and pooling, each as one name; `blocks`: the mean patch of every block. Those that
+    need a [CLS] are left out where there is none."""
+    lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    epochs: Literal["auto"] | Count = "auto"
+    """`auto`: as many as show 400,000 images, from 10 to 300."""
+    batch_size: Count = 256
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    def epochs_of(self, images: int) -> int:
+        """For so many training images."""
+        if self.epochs != "auto":
+            return self.epochs
+        return min(max(round(400_000 / images), 10), 300)
+
+
+class LinearConfig(FrozenConfig):
+    """`dseqjepa evaluate linear`: METHOD's protocol, which encodes other crops in every epoch."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"protocol": "sweep"}
+
+    protocol: Literal["paper", "sweep"] = "paper"
+    """`sweep`: on features of the centre crops, encoded once."""
+    features: str = "last4"
+    """What `paper` reads."""
+    epochs: Count = 28
+    lr: Positive = 0.01
+    milestones: tuple[int, ...] = (8, 16, 24)
+    """Epochs after which the learning rate is a tenth."""
+    weight_decay: float = Field(5e-4, ge=0)
+    momentum: Fraction = 0.9
+    batch_size: Count = 32
+    """On each rank."""
+    crop_scale: Range = (0.08, 1.0)
+    flip: bool = False
+    sweep: SweepConfig = SweepConfig()
+
+
+class LowshotSweepConfig(SweepConfig):
+    """Fewer images bear stronger decay, and a larger part of them to judge by."""
+
+    features: tuple[str, ...] = ("last4",)
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3, 1e-2, 0.1)
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class LowshotConfig(FrozenConfig):
+    """`dseqjepa evaluate lowshot`: a linear classifier from few labels, as often as drawn."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"draws": 3}
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of each class whose labels are known, at least one image."""
+    names: str = "none"
+    """A file with the names of the labelled images, one a line, such as SimCLR's 1percent.txt."""
+    draws: Count = 5
+    """Samples of labelled images, by seeds `seed`, `seed` + 1, ... A list of names is one."""
+    sweep: LowshotSweepConfig = LowshotSweepConfig()
+
+
+class ClevrConfig(FrozenConfig):
+    """`dseqjepa evaluate clevr`: objects counted, and the nearest one's distance."""
+
+    quick: ClassVar[Mapping[str, Any]] = {}
+
+    task: str = "count+distance"
+    """Which labels, joined by +."""
+    features: str = "auto"
+    """`auto`: the final [CLS], or the mean patch where there is none."""
+    train_count: Count = 800
+    val_count: Count = 200
+    names: str = "none"
+    """A file with the names of the training and then the validation images, one a line."""
+    epochs: Count = 100
+    batch_size: Count = 256
+    lr: Positive = 1e-3
+    weight_decay: float = Field(0.05, ge=0)
+
+
+TASKS: dict[str, type[TaskConfig]] = {
+    "knn": KnnConfig,
+    "linear": LinearConfig,
+    "lowshot": LowshotConfig,
+    "clevr": ClevrConfig,
+    "finetune": FinetuneConfig,
+    "detection": DetectionConfig,
+    "segmentation": SegmentationConfig,
+}
+"""Every evaluation by name."""

@@ -1,128 +1,135 @@
 """Weighted nearest-neighbour classification of frozen features (Wu et al., 2018, section 3.4).
 
-Suffixes: M training images, N test images, R test images of one chunk, K neighbours, C classes,
-D width of a feature.
+Suffixes: M training images, N test images, R test images of one chunk, S training images of one
+block, K neighbours, C classes, D width of a feature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
-from scipy.stats import binom
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dseqjepa.data.images import Subset
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.tasks.features import Encoder, Extracted, extract, pixels
+from dseqjepa.tasks.backbone import RAW_PIXELS, Backbone, Pixels, own_backbone
+from dseqjepa.tasks.config import KnnConfig
+from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pieces_of
+from dseqjepa.tasks.results import Metric, Result, accuracy_metric, row
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.store import features_of, reading
+from dseqjepa.train.checkpoint import untrained_encoder
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 CHUNK = 2**24  # similarities held at a time: 64 MiB
-Result = dict[str, int | float]
+SWEEP_IMAGES = 10_000
+"""Training images whose neighbours choose `k` and the temperature of a sweep."""
+
+
+class Neighbours(NamedTuple):
+    """The nearest training images of each test image, the nearest first."""
+
+    similarity_NK: Float[Tensor, "N K"]
+    label_NK: Int64[Tensor, "N K"]
+
+    def vote(self, classes: int, k: int, temperature: float) -> Int64[Tensor, " N"]:
+        """The class with the largest vote; of equal votes, the smaller class."""
+        top_NK, label_NK = self.similarity_NK[:, :k], self.label_NK[:, :k]
+        weight_NK = ((top_NK - top_NK[:, :1]) / temperature).exp()
+        vote_NC = weight_NK.new_zeros(len(top_NK), classes)
+        return vote_NC.scatter_add_(1, label_NK, weight_NK).argmax(dim=1)
+
+
+def neighbours(
+    train: Rows | Float[Tensor, "M D"],
+    label_M: Int64[Tensor, " M"],
+    test: Rows | Float[Tensor, "N D"],
+    *,
+    k: int,
+    self_N: Int64[Tensor, " N"] | None = None,
+    device: torch.device | str = "cpu",
+) -> Neighbours:
+    """The `k` training features of largest cosine similarity to each test feature; all, if fewer.
+
+    Block by block, so that neither the features nor their similarities need fit into memory.
+    `self_N` leaves one out: the training feature that each test feature itself is.
+
+    Raises:
+        InputError: nothing to compare with, features that are not finite, or `k` out of range.
+    """
+    train, test = as_rows(train), as_rows(test)
+    available = len(train) - (self_N is not None)
+    if available < 1:
+        needed = len(train) + 1 - available
+        raise InputError(f"kNN needs at least {needed} labelled images, found {len(train)}")
+    if k < 1:
+        raise InputError(f"expected k >= 1, found {k}")
+    k = min(k, available)
+    # One column more than asked for, where the image itself may be among its neighbours.
+    similarity_NK = torch.full((len(test), k), -torch.inf, device=device)
+    index_NK = torch.zeros(len(test), k, dtype=torch.int64, device=device)
+    for first, train_SD in train.blocks():
+        train_SD = _unit("training", train_SD.to(device))
+        for start, test_RD in test.blocks(max(1, CHUNK // len(train_SD))):
+            here = slice(start, start + len(test_RD))
+            similarity_RS = _unit("test", test_RD.to(device)) @ train_SD.T
+            if self_N is not None:
+                own_R = self_N[here].to(device) - first
+                inside_R = (own_R >= 0) & (own_R < len(train_SD))
+                place_R = torch.arange(len(test_RD), device=device)[inside_R]
+                similarity_RS[place_R, own_R[inside_R]] = -torch.inf
+            top_RK, place_RK = similarity_RS.topk(min(k, len(train_SD)), dim=1)
+            both = torch.cat([similarity_NK[here], top_RK], dim=1)
+            index = torch.cat([index_NK[here], place_RK + first], dim=1)
+            similarity_NK[here], chosen_RK = both.topk(k, dim=1)
+            index_NK[here] = index.gather(1, chosen_RK)
+    return Neighbours(similarity_NK, label_M.to(device)[index_NK])
+
+
+def _unit(name: str, features_RD: Tensor) -> Tensor:
+    wrong = int((~features_RD.isfinite()).any(dim=1).sum())
+    if wrong:
+        raise InputError(
+            f"{wrong} of {len(features_RD)} {name} features are not finite: "
+            f"the encoder has diverged, take an earlier checkpoint"
+        )
+    return F.normalize(features_RD.float(), dim=1)
 
 
 def knn_predict(
-    train_MD: Float[Tensor, "M D"],
+    train: Rows | Float[Tensor, "M D"],
     label_M: Int64[Tensor, " M"],
-    test_ND: Float[Tensor, "N D"],
+    test: Rows | Float[Tensor, "N D"],
     *,
     classes: int,
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
     exclude_self: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Int64[Tensor, " N"]:
     """The class of each test feature, voted for by its `k` nearest training features.
 
     A neighbour's vote weighs exp(cosine similarity / temperature). Equal votes: the smaller class.
     With fewer than `k` training features, all vote. `exclude_self` leaves one out: the test
     features are then the training features, and none votes for itself. Everything is computed on
-    the tensors' device, in chunks, so that memory does not grow with N.
+    `device`, in blocks.
 
     Raises:
         InputError: nothing to compare with, features that are not finite, or `k` or `temperature`
             out of range.
     """
-    available = len(train_MD) - exclude_self
-    if available < 1:
-        raise InputError(
-            f"kNN needs at least {1 + exclude_self} labelled images, found {len(train_MD)}"
-        )
-    if k < 1 or temperature <= 0:
-        raise InputError(f"expected k >= 1 and temperature > 0, found {k} and {temperature}")
-    for name, features in (("training", train_MD), ("test", test_ND)):
-        wrong = int((~features.isfinite()).any(dim=1).sum())
-        if wrong:
-            raise InputError(
-                f"{wrong} of {len(features)} {name} features are not finite: "
-                f"the encoder has diverged, take an earlier checkpoint"
-            )
-    train_MD = F.normalize(train_MD.float(), dim=1)
-    pred_N = label_M.new_empty(len(test_ND))
-    rows = max(1, CHUNK // len(train_MD))
-    for start in range(0, len(test_ND), rows):
-        test_RD = F.normalize(test_ND[start : start + rows].float(), dim=1)
-        similarity_RM = test_RD @ train_MD.T
-        if exclude_self:
-            similarity_RM.diagonal(offset=start).fill_(-torch.inf)
-        top_RK, index_RK = similarity_RM.topk(min(k, available), dim=1)
-        weight_RK = ((top_RK - top_RK[:, :1]) / temperature).exp()
-        vote_RC = weight_RK.new_zeros(len(test_RD), classes)
-        vote_RC.scatter_add_(1, label_M[index_RK], weight_RK)
-        pred_N[start : start + rows] = vote_RC.argmax(dim=1)  # the first of equal votes
-    return pred_N
-
-
-def accuracy_interval(correct_N: Bool[Tensor, " N"]) -> tuple[float, float]:
-    """95% bootstrap interval, in per cent, of an accuracy over its test images.
-
-    The number of correct images in a resample is binomial, so the percentiles that resampling
-    would approach are read off its distribution.
-    """
-    low, high = binom.ppf([0.025, 0.975], len(correct_N), correct_N.double().mean().item())
-    return 100 * float(low) / len(correct_N), 100 * float(high) / len(correct_N)
-
-
-def evaluate_knn(
-    train_MD: Float[Tensor, "M D"],
-    label_M: Int64[Tensor, " M"],
-    test_ND: Float[Tensor, "N D"],
-    label_N: Int64[Tensor, " N"],
-    *,
-    classes: int,
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    device: torch.device | str = "cpu",
-) -> Result:
-    """Accuracy of `knn_predict` on test features, in per cent.
-
-    Returns `accuracy`, `accuracy_low` and `accuracy_high` (`accuracy_interval`), `n_train`,
-    `n_test`, `k` (neighbours that voted) and `temperature`. Errors are those of `knn_predict`.
-    """
-    pred_N = knn_predict(
-        train_MD.to(device),
-        label_M.to(device),
-        test_ND.to(device),
-        classes=classes,
-        k=k,
-        temperature=temperature,
-    )
-    correct_N = pred_N.cpu() == label_N
-    low, high = accuracy_interval(correct_N)
-    return {
-        "accuracy": 100 * correct_N.double().mean().item(),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "n_train": len(label_M),
-        "n_test": len(label_N),
-        "k": min(k, len(label_M)),
-        "temperature": temperature,
-    }
+    if temperature <= 0:
+        raise InputError(f"expected temperature > 0, found {temperature}")
+    self_N = torch.arange(len(test)) if exclude_self else None
+    found = neighbours(train, label_M, test, k=k, self_N=self_N, device=device)
+    return found.vote(classes, k, temperature).cpu()
 
 
 def probe(
@@ -144,71 +151,176 @@ def probe(
         InputError: the source has no labels for `task`, or those of `knn_predict`.
     """
     classes = len(class_names(source, task))
-    keys_M = sample_keys(seed, 0, torch.arange(len(source)))
-    order_M = uniforms(keys_M, Stream.SPLIT, 1)[:, 0].argsort(stable=True)
-    sample = Subset(source, order_M[:images].sort().values.numpy())
+    sample = Subset(source, draw(len(source), images, seed).numpy())
     drawn = extract(encoder, sample, image_size, device=device)
-    feature_MD, label_M = drawn.features["last"].to(device), drawn.labels[task].to(device)
-    pred_M = knn_predict(feature_MD, label_M, feature_MD, classes=classes, exclude_self=True)
+    rows, label_M = drawn.rows(["mean1"]), drawn.labels[task]
+    pred_M = knn_predict(rows, label_M, rows, classes=classes, exclude_self=True, device=device)
     return 100 * (pred_M == label_M).double().mean().item()
 
 
+def draw(count: int, wanted: int, seed: int) -> Int64[Tensor, " R"]:
+    """At most `wanted` of `count` places, in order, always the same for a seed."""
+    keys_M = sample_keys(seed, 0, torch.arange(count))
+    order_M = uniforms(keys_M, Stream.SPLIT, 1)[:, 0].argsort(stable=True)
+    return order_M[:wanted].sort().values
+
+
 def compare(
-    encoders: Mapping[str, Encoder | None],
+    backbones: Mapping[str, Backbone],
     train_source: Source,
     test_source: Source,
     tasks: Sequence[str],
-    image_size: tuple[int, int],
     *,
-    features: Literal["last", "last4"] = "last",
+    features: str = "last",
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-    workers: int = 0,
     device: torch.device | str = "cpu",
-) -> list[dict[str, str | int | float]]:
+    **how: Any,
+) -> list[dict[str, Any]]:
     """kNN accuracy of several encoders on several tasks, one row for each pair of them.
 
-    A row is plain JSON: `encoder`, `features`, `task`, what `evaluate_knn` returns, and `n_bad`,
-    the images that could not be decoded. Every image is encoded once an encoder.
+    A row is plain JSON: `encoder`, `features`, `task`, `accuracy` with its interval, `n_train`,
+    `n_test`, `k` (neighbours that voted), `temperature`, and `n_bad`, the images that could not be
+    decoded. Every image is encoded once an encoder.
 
     Args:
-        encoders: by the name that the rows give them; None stands for the raw pixels.
-        features: "last" or "last4" (see `extract`).
+        backbones: by the name that the rows give them, all for one image size.
+        features: as in `pieces_of`; of raw pixels always the pixels.
+        how: what `extract` takes beside.
 
     Raises:
         InputError: a source has no labels for a task, the two sources number its classes
             differently, or those of `extract` and `knn_predict`.
     """
     for task in tasks:
-        if class_names(train_source, task) != class_names(test_source, task):
-            raise InputError(
-                f"training and test images have different classes for {task!r}: "
-                f"give both the same class folders"
-            )
-
-    def read(encoder: Encoder | None, source: Source) -> Extracted:
-        if encoder is None:
-            return pixels(source, image_size, workers=workers)
-        return extract(encoder, source, image_size, workers=workers, device=device)
-
-    rows: list[dict[str, str | int | float]] = []
-    for name, encoder in encoders.items():
-        kind = "pixels" if encoder is None else features
-        train, test = read(encoder, train_source), read(encoder, test_source)
+        same_classes(train_source, test_source, task)
+    rows = []
+    for name, backbone in backbones.items():
+        pieces = _pieces(backbone, features)
+        train, test = (
+            extract(backbone, part, backbone.image_size, pieces, device=device, **how)
+            for part in (train_source, test_source)
+        )
         for task in tasks:
-            result = evaluate_knn(
-                train.features[kind],
-                train.labels[task],
-                test.features[kind],
-                test.labels[task],
-                classes=len(class_names(train_source, task)),
-                k=k,
-                temperature=temperature,
-                device=device,
+            classes = len(class_names(train_source, task))
+            found = neighbours(
+                train.rows(pieces), train.labels[task], test.rows(pieces), k=k, device=device
             )
-            bad = len(train.bad) + len(test.bad)
-            rows.append({"encoder": name, "features": kind, "task": task, **result, "n_bad": bad})
+            metric = _accuracy(found, test.labels[task], classes, k, temperature)
+            kind = "pixels" if isinstance(backbone, Pixels) else features
+            rows.append(_row(name, kind, task, {"accuracy": metric}, train, test, k, temperature))
     return rows
+
+
+def _row(
+    name: str,
+    features: str,
+    task: str,
+    metrics: Mapping[str, Metric],
+    train: Extracted,
+    test: Extracted,
+    k: int,
+    temperature: float,
+) -> dict[str, Any]:
+    return row(
+        name,
+        task,
+        metrics,
+        features=features,
+        n_train=len(train.index_M),
+        n_test=len(test.index_M),
+        k=min(k, len(train.index_M)),
+        temperature=temperature,
+        n_bad=len(train.bad) + len(test.bad),
+    )
+
+
+def _accuracy(
+    found: Neighbours, label_N: Tensor, classes: int, k: int, temperature: float
+) -> Metric:
+    return accuracy_metric(found.vote(classes, k, temperature).cpu() == label_N)
+
+
+def _pieces(backbone: Backbone, features: str) -> tuple[str, ...]:
+    if isinstance(backbone, Pixels):
+        return ("mean1",)
+    return pieces_of(features, backbone.depth, backbone.has_cls)
+
+
+def evaluate(job: Job, config: KnnConfig) -> Result:
+    """kNN accuracy of a backbone; of a run's, beside its untrained self and the raw pixels.
+
+    With `sweep`, also that of the k and temperature that are best for training images among the
+    other training images. Errors are those of `compare`.
+    """
+    backbone, task = job.backbone, config.task
+    same_classes(job.train, job.test, task)
+    classes = len(class_names(job.train, task))
+    pieces = _pieces(backbone, config.features)
+    others: dict[str, Backbone] = {}
+    if backbone.run is not None and backbone.config is not None:
+        untrained = own_backbone(untrained_encoder(backbone.config), backbone.config)
+        untrained.image_size = backbone.image_size
+        others = {RAW_PIXELS: Pixels(backbone.image_size), "untrained": untrained.to(job.device)}
+    k, temperature = config.k, config.temperature
+    settings: dict[str, Any] = {"k": k, "temperature": temperature}
+    rows = compare(
+        others,
+        job.train,
+        job.test,
+        [task],
+        features=config.features,
+        **reading(job, config),
+        **settings,
+    )
+    train = features_of(job, config, "train", job.train, pieces)
+    test = features_of(job, config, "test", job.test, pieces)
+    label_M, label_N = train.labels[task], test.labels[task]
+    most = max((k, *config.ks)) if config.sweep else k
+    found = neighbours(train.rows(pieces), label_M, test.rows(pieces), k=most, device=job.device)
+    metrics = {"accuracy": _accuracy(found, label_N, classes, k, temperature)}
+    details: dict[str, Any] = {"k": min(k, len(label_M))}
+    if config.sweep:
+        grid = sweep(train.rows(pieces), label_M, classes, config, job.device)
+        best = max(grid, key=lambda entry: entry["train_accuracy"])  # the first of equals
+        details |= {"sweep": grid, "chosen": best}
+        metrics["swept"] = _accuracy(found, label_N, classes, best["k"], best["temperature"])
+    return Result(
+        metrics=metrics,
+        protocol={"features": config.features, **settings, "transform": "centre crop"},
+        labels=task,
+        layers=config.features,
+        pooling="[CLS]" if config.features.startswith("cls") else "mean over patches",
+        n_train=len(label_M),
+        n_test=len(label_N),
+        n_bad=len(train.bad) + len(test.bad),
+        details=details,
+        others=rows,
+    )
+
+
+def sweep(
+    train: Rows,
+    label_M: Int64[Tensor, " M"],
+    classes: int,
+    config: KnnConfig,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Accuracy of at most `SWEEP_IMAGES` training images, each among all others, for every k and
+    temperature. No test image is looked at."""
+    query_N = draw(len(train), SWEEP_IMAGES, config.seed)
+    found = neighbours(
+        train, label_M, train.only(query_N), k=max(config.ks), self_N=query_N, device=device
+    )
+    return [
+        {
+            "k": k,
+            "temperature": temperature,
+            "train_accuracy": _accuracy(found, label_M[query_N], classes, k, temperature).value,
+        }
+        for k in config.ks
+        for temperature in config.temperatures
+    ]
 
 
 def class_names(source: Source, task: str) -> tuple[str, ...]:
@@ -217,3 +329,12 @@ def class_names(source: Source, task: str) -> tuple[str, ...]:
         known = ", ".join(source.labels) or "none"
         raise InputError(f"expected labels for task {task!r}, the data has: {known}")
     return source.classes[task]
+
+
+def same_classes(train: Source, test: Source, task: str) -> None:
+    """`InputError` where a class has not the same number on both sides."""
+    if class_names(train, task) != class_names(test, task):
+        raise InputError(
+            f"training and test images have different classes for {task!r}: "
+            f"give both the same class folders"
+        )

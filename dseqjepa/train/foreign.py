@@ -1,8 +1,8 @@
 """Encoders that other projects trained, brought into a checkpoint of our own.
 
 A foreign file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
-containers and runs nothing, and only when a person names it; training and evaluation never read
-one. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
+containers and runs nothing, and only when a person names it: to import it, or to evaluate it as
+it is. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
 as DSeq-JEPA's release has it, and the state dict of any plain ViT with timm's names.
 """
 
@@ -30,7 +30,7 @@ from dseqjepa.config import (
     validate,
 )
 from dseqjepa.errors import InputError
-from dseqjepa.model.vit import build_encoder
+from dseqjepa.model.vit import VisionTransformer, build_encoder
 from dseqjepa.train.checkpoint import load_into, save_checkpoint
 from dseqjepa.train.folder import claimed
 
@@ -58,18 +58,36 @@ def import_encoder(
     Raises `InputError`, before anything is written, where the file is not what is understood: every
     missing, unknown and misshaped key is named.
     """
-    found = {name: _plain(file, state) for name, state in _encoders(file).items()}
-    config = _describe(file, found["target"], settings)
-    encoders = {}
-    for name, state in found.items():
-        encoder = build_encoder(config)
-        load_into(encoder, _with_class_position(state), f"the {name} encoder of {file}")
-        encoders[name] = encoder.state_dict()
+    encoders, config = _built(file, settings, tuple(ENCODERS))
+    states = {name: encoder.state_dict() for name, encoder in encoders.items()}
     with claimed(out, overwrite, kept=None):
         (out / "config.yaml").write_text(config.to_yaml())
         state_of_run = {"config": config.model_dump(mode="json"), "imported_from": str(file)}
-        save_checkpoint(out / "checkpoints", 0, encoders, state_of_run, keep=1)
+        save_checkpoint(out / "checkpoints", 0, states, state_of_run, keep=1)
     return config
+
+
+def read_encoder(
+    file: Path, settings: ImportConfig, weights: str = "target"
+) -> tuple[VisionTransformer, Config]:
+    """The `target` or `context` encoder of a foreign file, in eval mode, and the config that
+    describes it: what `import_encoder` writes, without writing it. Errors are the same."""
+    encoders, config = _built(file, settings, (weights,))
+    return encoders[weights].eval(), config
+
+
+def _built(
+    file: Path, settings: ImportConfig, names: tuple[str, ...]
+) -> tuple[dict[str, VisionTransformer], Config]:
+    """The encoders of these names."""
+    states = {name: state for name, state in _encoders(file).items() if name in names}
+    found = {name: _plain(file, state) for name, state in states.items()}
+    config = _describe(file, next(iter(found.values())), settings)
+    encoders = {}
+    for name, state in found.items():
+        encoders[name] = build_encoder(config)
+        load_into(encoders[name], _with_class_position(state), f"the {name} encoder of {file}")
+    return encoders, config
 
 
 def read_foreign(file: Path) -> Any:

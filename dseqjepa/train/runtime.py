@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dseqjepa.config import Config
+from dseqjepa.config import Config, RuntimeConfig
 from dseqjepa.errors import InputError
 from dseqjepa.ranks import Ranks
 
@@ -87,9 +87,20 @@ class Runtime:
 
 
 def connect(config: Config) -> Runtime:
+    """`join`, for a training. `InputError` where its batch does not divide over the ranks."""
+    world = place().world
+    if config.data.batch_size % (config.optim.accumulate * world):
+        raise InputError(
+            f"data.batch_size ({config.data.batch_size}) must be a multiple of optim.accumulate x "
+            f"ranks ({config.optim.accumulate} x {world})"
+        )
+    return join(config.runtime)
+
+
+def join(runtime: RuntimeConfig) -> Runtime:
     """Join the other ranks, where there are some. `InputError` where the devices do not fit."""
-    runtime, here = config.runtime, place()
-    _check(config, here)
+    here = place()
+    _check(runtime, here)
     # The first line that a run prints says where its weights come from.
     for name in ("lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -116,8 +127,7 @@ def connect(config: Config) -> Runtime:
     return Runtime(fabric, Ranks(runtime.timeout_s))
 
 
-def _check(config: Config, here: Place) -> None:
-    runtime = config.runtime
+def _check(runtime: RuntimeConfig, here: Place) -> None:
     present: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
@@ -138,12 +148,6 @@ def _check(config: Config, here: Place) -> None:
             f"runtime.devices={runtime.devices}, but {here.on_node} processes were started on this "
             "node: leave it out, or start as many (the command does so by itself, torchrun with "
             "--nproc-per-node)"
-        )
-    parts = config.optim.accumulate * here.world
-    if config.data.batch_size % parts:
-        raise InputError(
-            f"data.batch_size ({config.data.batch_size}) must be a multiple of optim.accumulate x "
-            f"ranks ({config.optim.accumulate} x {here.world})"
         )
 
 

@@ -286,7 +286,7 @@ def _neighbours(session: _Session) -> list[Job]:
         encoder = encoder_of(checkpoint, "target").to(session.device)
         query = moment(encoder, images_BCHW, label, "").features_BND.mean(axis=1)
         data = session.extracted(checkpoint)
-        near = nearest(torch.from_numpy(query), data.features["last"], count)
+        near = nearest(torch.from_numpy(query), data.feature("mean1"), count)
         near = type(near)(data.index_M[near.index_BK], near.cosine_BK)  # places in the data
         found[f"{label}, step {checkpoint.step}"] = near
         wanted |= set(near.index_BK.flatten().tolist())
@@ -316,7 +316,7 @@ def _scatter(session: _Session) -> list[Job]:
     if len(session.past) > 1:
         chosen.insert(0, (chosen[0][0], session.past[0]))
     clouds = [
-        Cloud(f"{label}, step {item.step}", session.extracted(item).features["last"].numpy())
+        Cloud(f"{label}, step {item.step}", session.extracted(item).feature("mean1").numpy())
         for label, item in chosen
     ]
     index_M = session.extracted(session.main).index_M.numpy()

@@ -51,10 +51,12 @@ def heat_of(values: NDArray[np.floating], limits: tuple[float, float]) -> NDArra
     return np.stack([np.interp(scaled, step, HEAT[:, c]) for c in range(3)], axis=-1)
 
 
-def class_tile(photo: Image.Image, class_hw: NDArray[np.integer]) -> Image.Image:
+def class_tile(
+    photo: Image.Image, class_hw: NDArray[np.integer], colours: NDArray[np.integer] = PALETTE
+) -> Image.Image:
     """Classes of patches, 0, 1, ..., in the palette's colours over the grey picture, bordered."""
     class_HW = enlarge(class_hw, photo)
-    pixels_HW3 = _over_grey(photo, PALETTE[class_HW % len(PALETTE)], REGION_OPACITY)
+    pixels_HW3 = _over_grey(photo, colours[class_HW % len(colours)], REGION_OPACITY)
     pixels_HW3[_near_another(class_HW, _border(photo))] = BORDER
     return Image.fromarray(pixels_HW3)
 

@@ -14,7 +14,9 @@ from dseqjepa.data.source import BadImage
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer, normalize
-from dseqjepa.tasks.features import extract, pixels
+from dseqjepa.tasks import features
+from dseqjepa.tasks.backbone import OwnBackbone
+from dseqjepa.tasks.features import LAST4, Rows, extract, pieces_of
 
 SIZE = (16, 24)
 
@@ -55,21 +57,60 @@ def make_encoder(depth: int = 5, class_token: bool = True) -> VisionTransformer:
 @pytest.mark.parametrize("class_token", [True, False])
 def test_features_are_means_over_the_patches_of_each_image_alone(class_token: bool) -> None:
     encoder, source = make_encoder(class_token=class_token), Noise(7)
-    found = extract(encoder, source, SIZE, batch_size=3)
+    found = extract(encoder, source, SIZE, LAST4, batch_size=3)
     assert found.index_M.tolist() == list(range(7))
-    assert found.features["last"].shape == (7, 16)
-    assert found.features["last4"].shape == (7, 64)
+    assert found.feature("mean1").shape == (7, 16)
+    assert found.feature(*LAST4).shape == (7, 64)
     for index in range(7):
         with torch.no_grad():
             encoded = encoder(EvalTransform(SIZE)(source.image(index))[None])
         last_D = encoded.patches_BND[0].mean(dim=0)
         last4_D = torch.cat([layer_BND[0].mean(dim=0) for layer_BND in encoded.layers[-4:]])
-        torch.testing.assert_close(found.features["last"][index], last_D)
-        torch.testing.assert_close(found.features["last4"][index], last4_D)
+        torch.testing.assert_close(found.feature("mean1")[index], last_D)
+        torch.testing.assert_close(found.feature(*LAST4)[index], last4_D)
 
 
-def test_a_shallow_encoder_gives_the_blocks_it_has() -> None:
-    assert extract(make_encoder(depth=2), Noise(1), SIZE).features["last4"].shape == (1, 32)
+@pytest.mark.parametrize(
+    ("feature", "pieces"),
+    [
+        ("last", "mean1"),
+        ("last4", "mean4 mean3 mean2 mean1"),
+        ("last9", "mean5 mean4 mean3 mean2 mean1"),
+        ("cls", "cls1"),
+        ("cls2+last", "cls2 cls1 mean1"),
+        ("block0+block4", "mean5 mean1"),
+        ("blockcls3", "cls2"),
+    ],
+)
+def test_a_feature_is_named_by_its_pieces(feature: str, pieces: str) -> None:
+    assert pieces_of(feature, depth=5, has_cls=True) == tuple(pieces.split())
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ("lasts", "unknown feature 'lasts': expected last, last4"),
+        ("last0", "unknown feature 'last0'"),
+        ("cls", r"feature cls: this encoder has no \[CLS\]"),
+        ("last+block5", "feature block5: the encoder has blocks 0 to 4"),
+    ],
+)
+def test_a_feature_that_is_not_there_is_one_line(feature: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pieces_of(feature, depth=5, has_cls=False)
+
+
+def test_every_block_can_be_read_with_its_class_token() -> None:
+    encoder, source = make_encoder(), Noise(2)
+    images_BCHW = torch.stack([EvalTransform(SIZE)(source.image(index)) for index in range(2)])
+    with torch.no_grad():
+        x_TD, sequences = encoder.embed(images_BCHW)
+        first_BLD = encoder.norm(encoder.run(x_TD, sequences, stop=1)).unflatten(0, (2, -1))
+    found = extract(
+        OwnBackbone(encoder, SIZE), source, SIZE, pieces_of("blockcls0+block0", 5, True)
+    )
+    torch.testing.assert_close(found.feature("cls5"), first_BLD[:, 0])
+    torch.testing.assert_close(found.feature("mean5"), first_BLD[:, 1:].mean(dim=1))
 
 
 @pytest.mark.parametrize("bad", [(2,), (0, 5), (6,), (3, 4, 5)])
@@ -82,42 +123,57 @@ def test_a_bad_image_takes_its_label_with_it(bad: tuple[int, ...], batch_size: i
     assert found.index_M.tolist() == kept
     assert found.labels["class"].tolist() == [3 * index for index in kept]
     assert found.bad == tuple((f"noise {index}", "made so") for index in bad)
-    for name, feature_MD in found.features.items():
-        torch.testing.assert_close(feature_MD, whole.features[name][kept])
+    torch.testing.assert_close(found.feature("mean1"), whole.feature("mean1")[kept])
 
 
 def test_no_readable_image_is_an_error_that_names_the_first() -> None:
     with pytest.raises(InputError, match="none of 2 is readable, the first is noise 0: made so"):
         extract(make_encoder(), Noise(2, bad=(0, 1)), SIZE)
     with pytest.raises(InputError, match="none of 0"):
-        pixels(Noise(0), SIZE)
+        extract(make_encoder(), Noise(0), SIZE)
 
 
 def test_any_callable_with_patches_and_layers_is_an_encoder() -> None:
     def mean_colour(images_BCHW: Tensor) -> SimpleNamespace:
-        patches_BND = images_BCHW.flatten(2).mT.bfloat16()
+        patches_BND = normalize(images_BCHW).flatten(2).mT.bfloat16()
         return SimpleNamespace(patches_BND=patches_BND, layers=[patches_BND, 2 * patches_BND])
 
     source = Noise(2)
-    found = extract(mean_colour, source, SIZE).features
+    found = extract(mean_colour, source, SIZE, ["mean1", "mean2"])
     images_BCHW = torch.stack([EvalTransform(SIZE)(source.image(index)) for index in range(2)])
     wanted_BD = normalize(images_BCHW).mean(dim=(2, 3))
-    assert found["last"].dtype == torch.float32
-    torch.testing.assert_close(found["last"], wanted_BD, atol=1e-2, rtol=1e-2)
+    assert found.feature("mean1").dtype == torch.float32
     torch.testing.assert_close(
-        found["last4"], torch.cat([wanted_BD, 2 * wanted_BD], 1), atol=2e-2, rtol=1e-2
+        found.feature("mean2", "mean1"),
+        torch.cat([wanted_BD, 2 * wanted_BD], 1),
+        atol=2e-2,
+        rtol=1e-2,
     )
 
 
-def test_pixels_are_the_normalised_image() -> None:
-    found = pixels(Noise(3, bad=(1,)), SIZE)
-    assert found.index_M.tolist() == [0, 2]
-    image_1CHW = EvalTransform(SIZE)(Noise(3).image(2))[None]
-    torch.testing.assert_close(found.features["pixels"][1], normalize(image_1CHW).flatten())
+def test_rows_are_what_they_would_be_in_memory() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(50, width, generator=generator) for width in (3, 5)]
+    index_M = torch.arange(0, 50, 2)
+    rows, whole_MD = Rows(parts, index_M), torch.cat(parts, dim=1)[index_M]
+    assert (len(rows), rows.width) == (25, 8)
+    assert torch.equal(rows[3:9], whole_MD[3:9])
+    assert torch.equal(rows[torch.tensor([7, 1])], whole_MD[[7, 1]])
+    assert torch.equal(rows.only(torch.tensor([5, 2, 9]))[1:], whole_MD[[2, 9]])
+    assert [start for start, _ in rows.blocks(10)] == [0, 10, 20]
+    assert torch.equal(torch.cat([part for _, part in rows.blocks(10)]), whole_MD)
+
+
+def test_moments_are_exact_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "ROWS_AT_ONCE", 7)
+    values_MD = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 1000
+    mean_D, std_D = Rows([values_MD], torch.arange(40)).moments()
+    torch.testing.assert_close(mean_D, values_MD.double().mean(dim=0))
+    torch.testing.assert_close(std_D, values_MD.double().std(dim=0, unbiased=False))
 
 
 def test_a_probe_can_train_on_the_features() -> None:
-    feature_MD = extract(make_encoder(), Noise(3), SIZE).features["last"]
+    feature_MD = extract(make_encoder(), Noise(3), SIZE).feature("mean1")
     linear = torch.nn.Linear(16, 1)
     linear(feature_MD).sum().backward()
     assert not feature_MD.requires_grad
@@ -126,9 +182,10 @@ def test_a_probe_can_train_on_the_features() -> None:
 
 def test_worker_processes_change_nothing() -> None:
     alone, helped = (
-        extract(make_encoder(), Noise(5, bad=(1,)), SIZE, batch_size=2, workers=n) for n in (0, 1)
+        extract(make_encoder(), Noise(5, bad=(1,)), SIZE, LAST4, batch_size=2, workers=n)
+        for n in (0, 1)
     )
-    assert torch.equal(alone.features["last4"], helped.features["last4"])
+    assert torch.equal(alone.feature(*LAST4), helped.feature(*LAST4))
     assert torch.equal(alone.index_M, helped.index_M)
     assert alone.bad == helped.bad
 

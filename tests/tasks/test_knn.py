@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.tasks import knn
-from dseqjepa.tasks.knn import accuracy_interval, compare, evaluate_knn, knn_predict, probe
+from dseqjepa.tasks import features, knn
+from dseqjepa.tasks.backbone import Backbone, Encoded, OwnBackbone, Pixels
+from dseqjepa.tasks.config import KnnConfig
+from dseqjepa.tasks.knn import compare, knn_predict, neighbours, probe, sweep
 
 SIZE = (8, 8)
 
@@ -110,6 +113,7 @@ def test_votes_are_those_counted_by_hand(
     monkeypatch: pytest.MonkeyPatch, exclude_self: bool, k: int, temperature: float, chunk: int
 ) -> None:
     monkeypatch.setattr(knn, "CHUNK", chunk)
+    monkeypatch.setattr(features, "ROWS_AT_ONCE", 10 if chunk == 100 else 8192)
     train_MD, label_M, test_ND = make_features(train=47, test=31, classes=4)
     if exclude_self:
         test_ND = train_MD
@@ -132,6 +136,42 @@ def test_votes_are_those_counted_by_hand(
         exclude_self=exclude_self,
     )
     assert found_N.tolist() == wanted_N.tolist()
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (50, 0.5)])
+def test_votes_are_those_of_scikit_learn(k: int, temperature: float) -> None:
+    """The same neighbours, and the same class for every image."""
+    train_MD, label_M, test_ND = make_features(train=700, test=400, classes=7, width=24)
+    theirs = KNeighborsClassifier(
+        k, weights=lambda distance: np.exp((1 - distance) / temperature), metric="cosine"
+    ).fit(train_MD.double().numpy(), label_M.numpy())
+    found = neighbours(train_MD, label_M, test_ND, k=k)
+    distance_NK, index_NK = theirs.kneighbors(test_ND.double().numpy())
+    assert found.label_NK.tolist() == label_M.numpy()[index_NK].tolist()
+    np.testing.assert_allclose(1 - found.similarity_NK.numpy(), distance_NK, atol=1e-6)
+    wanted_N = theirs.predict(test_ND.double().numpy())
+    assert found.vote(7, k, temperature).tolist() == wanted_N.tolist()
+
+
+def test_a_sweep_is_every_pair_of_values_tried_leave_one_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train_MD, label_M, _ = make_features(train=60, test=1, classes=3)
+    config = KnnConfig(ks=(1, 4), temperatures=(0.05, 0.5))
+    grid = sweep(features.as_rows(train_MD), label_M, 3, config, torch.device("cpu"))
+    assert [(entry["k"], entry["temperature"]) for entry in grid] == [
+        (1, 0.05), (1, 0.5), (4, 0.05), (4, 0.5),
+    ]  # fmt: skip
+    for entry in grid:
+        pred_M = knn_predict(
+            train_MD, label_M, train_MD, classes=3, k=entry["k"],
+            temperature=entry["temperature"], exclude_self=True,
+        )  # fmt: skip
+        wanted = 100 * (pred_M == label_M).double().mean().item()
+        assert entry["train_accuracy"] == pytest.approx(wanted)
+    monkeypatch.setattr(knn, "SWEEP_IMAGES", 10)  # fewer are asked, all may answer
+    few = sweep(features.as_rows(train_MD), label_M, 3, config, torch.device("cpu"))
+    assert all(entry["train_accuracy"] % 10 == pytest.approx(0) for entry in few)
 
 
 def test_lengths_of_features_do_not_matter() -> None:
@@ -170,31 +210,8 @@ def test_bad_input_is_named() -> None:
         knn_predict(one_MD, label_M, one_MD, classes=1, exclude_self=True)
     with pytest.raises(InputError, match="1 of 1 test features are not finite"):
         knn_predict(one_MD, label_M, one_MD / 0, classes=1)
-    with pytest.raises(InputError, match="found 0 and"):
+    with pytest.raises(InputError, match="k >= 1, found 0"):
         knn_predict(one_MD, label_M, one_MD, classes=1, k=0)
-
-
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (700, 1000), (1, 3)])
-def test_the_interval_is_the_one_that_resampling_approaches(right: int, count: int) -> None:
-    correct_N = torch.arange(count) < right
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(count, (4_000, count), generator=generator)
-    resampled = 100 * correct_N[drawn].double().mean(dim=1)
-    wanted = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert accuracy_interval(correct_N) == pytest.approx(wanted, abs=0.21)
-
-
-def test_evaluation_gives_named_numbers() -> None:
-    train_MD, label_M, _ = make_features(train=30, test=1, classes=3)
-    label_N = label_M.clone()
-    label_N[:3] = (label_N[:3] + 1) % 3
-    result = evaluate_knn(train_MD, label_M, train_MD, label_N, classes=3, k=1)
-    assert result["accuracy"] == pytest.approx(90)
-    assert 0 <= result["accuracy_low"] < 90 < result["accuracy_high"] <= 100
-    assert (result["n_train"], result["n_test"]) == (30, 30)
-    assert (result["k"], result["temperature"]) == (1, 0.07)
-    many = evaluate_knn(train_MD, label_M, train_MD, label_N, classes=3, k=99)
-    assert many["k"] == 30
 
 
 def test_probe_draws_a_fixed_sample_by_its_seed() -> None:
@@ -219,8 +236,8 @@ def test_probe_finds_what_is_there_and_nothing_else() -> None:
 
 def test_comparison_has_a_row_for_each_encoder_and_task() -> None:
     train, test = Colours(60, seed=1, bad=(7,)), Colours(40, seed=2, bad=(1, 2))
-    encoders = {"raw pixels": None, "untrained": make_encoder()}
-    rows = compare(encoders, train, test, ["class", "side"], SIZE, features="last4")
+    backbones = {"raw pixels": Pixels(SIZE), "untrained": OwnBackbone(make_encoder(), SIZE)}
+    rows = compare(backbones, train, test, ["class", "side"], features="last4")
     assert [(row["encoder"], row["features"], row["task"]) for row in rows] == [
         ("raw pixels", "pixels", "class"),
         ("raw pixels", "pixels", "side"),
@@ -234,14 +251,16 @@ def test_comparison_has_a_row_for_each_encoder_and_task() -> None:
 
 
 def test_comparison_encodes_every_image_once_an_encoder() -> None:
-    encoder, seen = make_encoder(), 0
+    seen = 0
 
-    def counting(images_BCHW: Tensor) -> object:
-        nonlocal seen
-        seen += len(images_BCHW)
-        return encoder(images_BCHW)
+    class Counting(OwnBackbone):
+        def forward(self, images_BCHW: Tensor, last: int = 4) -> Encoded:
+            nonlocal seen
+            seen += len(images_BCHW)
+            return super().forward(images_BCHW, last)
 
-    compare({"it": counting}, Colours(11), Colours(7), ["class", "side"], SIZE)  # type: ignore[dict-item]
+    counting: dict[str, Backbone] = {"it": Counting(make_encoder(), SIZE)}
+    compare(counting, Colours(11), Colours(7), ["class", "side"])
     assert seen == 18
 
 
@@ -249,4 +268,4 @@ def test_comparison_wants_the_same_classes_on_both_sides() -> None:
     other = Colours(5)
     other.classes = {**other.classes, "class": ("blue", "red")}
     with pytest.raises(InputError, match="different classes for 'class'"):
-        compare({"raw pixels": None}, Colours(5), other, ["side", "class"], SIZE)
+        compare({"raw pixels": Pixels(SIZE)}, Colours(5), other, ["side", "class"])

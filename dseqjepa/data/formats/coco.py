@@ -208,7 +208,8 @@ def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.
     return place_A
 
 
-def _mask_tools() -> ModuleType:
+def mask_tools() -> ModuleType:
+    """`encode`, `decode` and what else COCO's libraries do with masks; `InputError` without one."""
     try:
         from pycocotools import mask  # decodes masks faster than the other
     except ImportError:
@@ -224,7 +225,7 @@ def _mask_tools() -> ModuleType:
 
 def _draw(outlines: list[Any], height: int, width: int) -> Bool[Tensor, "K H W"]:
     """Polygons, or run lengths in either of their forms, as pixels."""
-    mask_of = _mask_tools()
+    mask_of = mask_tools()
     codes = []
     for outline in outlines:
         if isinstance(outline, list):

@@ -1,0 +1,46 @@
+"""The words of a command line: a command's own settings, and those that belong to a config."""
+
+from __future__ import annotations
+
+from dseqjepa.errors import InputError
+
+
+def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """A command's own `key=value` settings, and those that belong to the config."""
+    mine: dict[str, str] = {}
+    others = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"expected key=value, found {setting!r}")
+        if key in own:
+            if not value:
+                raise InputError(f"{key}= is empty: give a value")
+            if key in mine:
+                raise InputError(f"{key} is given twice: {mine[key]!r} and {value!r}")
+            mine[key] = value
+        else:
+            others.append(f"data.source={value}" if key == "data" else setting)
+    return mine, others
+
+
+def resume_of(run: dict[str, str]) -> bool | int:
+    """Whether to go on, or from which step."""
+    value = run.get("resume", "")
+    return int(value) if value.isdecimal() else flag(run, "resume")
+
+
+def row_and_column(text: str) -> tuple[int, int]:
+    """`3,4`, both from 0."""
+    row, comma, column = text.partition(",")
+    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
+        raise InputError(f"expected --patch ROW,COL, such as 3,4, found {text!r}")
+    return int(row), int(column)
+
+
+def flag(run: dict[str, str], key: str) -> bool:
+    """A command's own setting that is true or false; false if it is not given."""
+    value = run.get(key, "false").lower()
+    if value not in ("true", "false"):
+        raise InputError(f"{key} must be true or false, found {run[key]!r}")
+    return value == "true"

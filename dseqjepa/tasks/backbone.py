@@ -1,0 +1,383 @@
+"""Any encoder behind one door: its frozen features, and its parts for what trains it.
+
+A `Backbone` is called on images and returns what every frozen evaluation reads: [CLS], the patches
+and the last four blocks, after the final norm. What fine-tunes an encoder, or reads its blocks one
+by one, takes it apart instead: `embed`, then each of `blocks`, then `norm`. Both are one
+computation. `open_backbone` makes one of a run, a checkpoint, a foreign file, a timm model, a
+preset's random weights, or of the pixels themselves.
+
+Suffixes: B images, N patches, L tokens (prefix and patches), D width, C colours, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dseqjepa.config import Config
+from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.model.sequences import Sequences
+from dseqjepa.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalize
+from dseqjepa.presets import load_config
+from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
+from dseqjepa.train.foreign import ImportConfig, read_encoder
+
+LAYERS = 4
+"""The last blocks whose patches a frozen evaluation reads (METHOD section 5)."""
+PIXELS_SIZE = (32, 32)
+RAW_PIXELS = "raw pixels"
+SPECS = "a run's folder, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels"
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What an encoder says of a batch. `model.vit.Features` has the same three."""
+
+    cls_BD: Tensor | None
+    """[CLS] after the final norm; None where there is none."""
+    patches_BND: Tensor
+    """Patches of the last block after the final norm."""
+    layers: tuple[Tensor, ...]
+    """Patches of the last four blocks (B, N, D), or of as many as were asked for, each after the
+    final norm, the last one being `patches_BND`; fewer where there are fewer."""
+    cls_layers: tuple[Tensor, ...] = ()
+    """[CLS] of the same blocks (B, D), after the final norm; empty where there is none."""
+
+
+class Backbone(nn.Module):
+    """An encoder, wherever its weights come from. In eval mode when `open_backbone` returns it.
+
+    Its parameters are those of `stem` (patches, prefix tokens, positions), `blocks` and `norm`.
+    Images are uint8 and normalised once, by this backbone's own mean and deviation; float images
+    are taken as normalised.
+    """
+
+    name: str
+    """For tables: the method and step of a run, the name of a file or of a model."""
+    weights: str
+    """"target", "context", "pretrained", "random", or "none" for pixels."""
+    source: str
+    """The checkpoint's path, or what was asked for."""
+    config: Config | None
+    """How it was pre-trained, where that is known."""
+    run: Path | None
+    """The run's folder, where it is of a run."""
+    seed: int | None
+    """Of the pre-training, or of random weights."""
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        *,
+        width: int,
+        patch_size: int,
+        image_size: tuple[int, int],
+        prefix: int,
+        has_cls: bool,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.width = width
+        self.depth = len(blocks)
+        self.patch_size = patch_size
+        self.image_size = image_size
+        self.prefix = prefix
+        """Number of tokens before the patches; the first is [CLS] where `has_cls`."""
+        self.has_cls = has_cls
+        self.mean, self.std = mean, std
+        self.name = self.weights = self.source = ""
+        self.config = self.run = self.seed = None
+
+    def normalized(self, images_BCHW: Tensor) -> Tensor:
+        return normalize(images_BCHW, self.mean, self.std)
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens (B, L, D) before the first block, prefix first, and the rows and columns of
+        patches. Positions are interpolated to that grid."""
+        raise NotImplementedError
+
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        """Features of the `last` blocks."""
+        x_BLD, _ = self.embed(images_BCHW)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD)
+            if index >= self.depth - last:
+                layers.append(self.norm(x_BLD))
+        heads = tuple(layer_BLD[:, 0] for layer_BLD in layers) if self.has_cls else ()
+        return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
+
+    def digest(self) -> str:
+        """A hash of every weight: two backbones of one digest give the same features."""
+        found = hashlib.sha256(f"{type(self).__name__} {self.mean} {self.std}".encode())
+        for name, value in self.state_dict().items():
+            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            bytes_U = value.detach().cpu().reshape(-1).view(torch.uint8)
+            found.update(bytes_U.numpy().data)
+        return found.hexdigest()
+
+
+class OwnBackbone(Backbone):
+    """Our `VisionTransformer`, which it takes apart: `encoder` is not to be used any more."""
+
+    stem: VisionTransformer
+
+    def __init__(self, encoder: VisionTransformer, image_size: tuple[int, int]) -> None:
+        blocks = [WholeImages(block) for block in encoder.blocks]
+        norm = encoder.norm
+        super().__init__(
+            encoder,
+            blocks,
+            norm,
+            width=encoder.width,
+            patch_size=encoder.patch_size,
+            image_size=image_size,
+            prefix=encoder.prefix,
+            has_cls=bool(encoder.prefix),
+        )
+        # They stand once among the parameters, under `blocks` and `norm`.
+        encoder.blocks = nn.ModuleList()
+        del encoder.norm
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
+        x_TD, _ = self.stem.embed(self.normalized(images_BCHW))
+        return x_TD.unflatten(0, (len(images_BCHW), -1)), self.stem.grid_of(images_BCHW)
+
+
+class WholeImages(nn.Module):
+    """A block of ours on sequences of one length: (B, L, D) to (B, L, D)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        B, L, _ = x_BLD.shape
+        sequences = Sequences.equal(B, L, device=x_BLD.device)
+        return self.block(x_BLD.flatten(0, 1), sequences).view(x_BLD.shape)
+
+
+class TimmBackbone(Backbone):
+    """timm's `VisionTransformer`, through its own modules; it is taken apart as well."""
+
+    def __init__(self, model: Any, image_size: tuple[int, int], data: dict[str, Any]) -> None:
+        super().__init__(
+            model,
+            list(model.blocks),
+            model.norm,
+            width=model.embed_dim,
+            patch_size=model.patch_embed.patch_size[0],
+            image_size=image_size,
+            prefix=model.num_prefix_tokens,
+            has_cls=model.cls_token is not None,
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+        )
+        model.blocks, model.norm = nn.Sequential(), nn.Identity()
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
+        stem: Any = self.stem
+        height, width = images_BCHW.shape[-2:]
+        x = stem._pos_embed(stem.patch_embed(self.normalized(images_BCHW)))
+        return stem.norm_pre(stem.patch_drop(x)), stem.patch_embed.dynamic_feat_size(
+            (height, width)
+        )
+
+
+class FrozenTimm(Backbone):
+    """Any other timm model, a CNN too: it can be read, but has no blocks to take apart.
+
+    Places of its last feature map are the patches; its `depth` counts the last stages or blocks
+    whose maps have the shape of the last.
+    """
+
+    def __init__(self, model: Any, image_size: tuple[int, int], data: dict[str, Any]) -> None:
+        super().__init__(
+            model,
+            [],
+            nn.Identity(),
+            width=model.num_features,
+            patch_size=model.feature_info[-1]["reduction"],
+            image_size=image_size,
+            prefix=getattr(model, "num_prefix_tokens", 0),
+            has_cls=getattr(model, "cls_token", None) is not None,
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+        )
+        shapes = [(stage["num_chs"], stage["reduction"]) for stage in model.feature_info]
+        self.depth = len(list(takewhile(lambda shape: shape == shapes[-1], reversed(shapes))))
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
+        raise InputError(untrainable(self.name))
+
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        stem: Any = self.stem
+        more = {"return_prefix_tokens": True} if self.prefix else {}
+        maps = stem.forward_intermediates(
+            self.normalized(images_BCHW),
+            indices=min(last, self.depth),
+            norm=True,
+            intermediates_only=True,
+            **more,
+        )
+        heads = tuple(prefix[:, 0] for _, prefix in maps) if self.has_cls else ()
+        layers = [x[0] if self.prefix else x for x in maps]
+        return _encoded(heads, tuple(layer.flatten(2).transpose(1, 2) for layer in layers))
+
+
+class Pixels(Backbone):
+    """The normalised pixels as one patch: what an encoder has to beat."""
+
+    def __init__(self, image_size: tuple[int, int]) -> None:
+        height, width = image_size
+        super().__init__(
+            nn.Identity(),
+            [],
+            nn.Identity(),
+            width=3 * height * width,
+            patch_size=1,
+            image_size=image_size,
+            prefix=0,
+            has_cls=False,
+        )
+        self.depth = 1
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
+        raise InputError(untrainable(self.name))
+
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        return _encoded((), (self.normalized(images_BCHW).flatten(1)[:, None],))
+
+
+def _encoded(heads: tuple[Tensor, ...], patches: tuple[Tensor, ...]) -> Encoded:
+    return Encoded(heads[-1] if heads else None, patches[-1], patches, heads)
+
+
+def untrainable(name: str) -> str:
+    return (
+        f"{name} has no transformer blocks to train: fine-tuning, detection and segmentation take "
+        "a plain ViT; knn, linear, lowshot and clevr take this one frozen"
+    )
+
+
+def open_backbone(
+    spec: str,
+    *,
+    weights: str = "target",
+    pretrained: bool = False,
+    image_size: tuple[int, int] | None = None,
+    seed: int = 0,
+    trainable: bool = False,
+) -> Backbone:
+    """The backbone that a person names, in eval mode on the CPU.
+
+    Args:
+        spec: a run's folder or checkpoint; a foreign weights file, which is read in memory; a timm
+            model as `timm:NAME`; the untrained encoder of `random:PRESET`; or `pixels`.
+        weights: which encoder of a JEPA, `target` or `context`.
+        pretrained: of `timm:NAME`, whether to fetch its weights; otherwise they are random.
+        image_size: height and width in pixels of the images to come; that of the pre-training, if
+            not given, and 32 x 32 for `pixels`.
+        seed: of random weights.
+        trainable: whether `embed` and `blocks` are needed.
+
+    Raises:
+        InputError: there is no such backbone, it is damaged, the size does not suit its patches,
+            or it cannot be trained where that is needed.
+    """
+    kind, colon, name = spec.partition(":")
+    if pretrained and kind != "timm":
+        raise InputError(f"pretrained=true belongs to timm:NAME, found {spec}")
+    backbone: Backbone
+    if spec == "pixels":
+        backbone = Pixels(image_size or PIXELS_SIZE)
+        _label(backbone, RAW_PIXELS, "none", spec)
+    elif colon and kind == "timm":
+        backbone = _timm(name, pretrained, image_size, seed)
+        _label(backbone, spec, "pretrained" if pretrained else "random", spec)
+    elif colon and kind == "random":
+        config = load_config(name, [f"runtime.seed={seed}"])
+        backbone = own_backbone(untrained_encoder(config), config, image_size)
+        _label(backbone, f"untrained {name}", "random", spec)
+    elif Path(spec).expanduser().is_file():
+        file = Path(spec).expanduser()
+        encoder, config = read_encoder(file, ImportConfig(), weights)
+        backbone = own_backbone(encoder, config, image_size)
+        _label(backbone, file.name, weights, str(file))
+        backbone.config = None  # made up from shapes, it says nothing of the pre-training
+    elif Path(spec).expanduser().exists():
+        checkpoint = open_checkpoint(Path(spec).expanduser())
+        config = checkpoint.config
+        backbone = own_backbone(encoder_of(checkpoint, weights), config, image_size)
+        label = f"{config.method.name}, step {checkpoint.step}"
+        _label(backbone, label, weights, str(checkpoint.path))
+        backbone.run, backbone.seed = checkpoint.run, config.runtime.seed
+    else:
+        raise InputError(f"{spec} does not exist: expected {SPECS}")
+    if backbone.weights == "random":
+        backbone.seed = seed
+    if any(side % backbone.patch_size for side in backbone.image_size) and backbone.blocks:
+        height, width = backbone.image_size
+        raise InputError(
+            f"image_size {height} x {width} is not a multiple of the patch size "
+            f"{backbone.patch_size} of {backbone.name}"
+        )
+    if trainable and not backbone.blocks:
+        raise InputError(untrainable(backbone.name))
+    return backbone.eval().requires_grad_(True)
+
+
+def own_backbone(
+    encoder: VisionTransformer, config: Config, image_size: tuple[int, int] | None = None
+) -> OwnBackbone:
+    """An encoder of ours, which is taken apart, with the config of its run."""
+    backbone = OwnBackbone(encoder, image_size or config.data.image_size)
+    backbone.config = config
+    return backbone
+
+
+def _label(backbone: Backbone, name: str, weights: str, source: str) -> None:
+    backbone.name, backbone.weights, backbone.source = name, weights, source
+
+
+def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed: int) -> Backbone:
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ModuleNotFoundError:
+        raise InputError(
+            "timm: models need the extra `eval`: pip install 'dseqjepa[eval]'"
+        ) from None
+    is_hub = ":" in name  # hf-hub:..., local-dir:...: timm's own way to say where a model lies
+    if not is_hub and not timm.is_model(name):
+        near = did_you_mean(name.split(".")[0], timm.list_models())
+        raise InputError(f"timm has no model {name!r}{near}")
+    plain = not is_hub and timm.models.is_model_in_modules(name, ("vision_transformer", "deit"))
+    dynamic: dict[str, Any] = {"dynamic_img_size": True} if plain else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **dynamic)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"timm cannot make {name}: {error}") from error
+    data = resolve_model_data_config(model)
+    size = image_size or tuple(data["input_size"][1:])
+    if plain and isinstance(model, timm.models.VisionTransformer):
+        return TimmBackbone(model, size, data)
+    if not hasattr(model, "forward_intermediates"):
+        raise InputError(f"timm's {name} does not give its feature maps: choose another model")
+    return FrozenTimm(model, size, data)

@@ -1,0 +1,152 @@
+"""Clevr/Count and Clevr/Dist: how many objects, and how near the nearest (METHOD section 5).
+
+VTAB-1k's split: 800 training and 200 validation images of CLEVR's training split, tested on all of
+its validation split. VTAB's own thousand follow an order that the raw files do not give: they come
+from a list where there is one, else from a seeded sample.
+
+Suffixes: M training images, N test images, B images of a batch, D width of a feature, C classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from dseqjepa.data.images import Subset
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.tasks.config import ClevrConfig
+from dseqjepa.tasks.features import Rows, pieces_of
+from dseqjepa.tasks.knn import class_names, same_classes
+from dseqjepa.tasks.linear import INIT_STD, pooling_of
+from dseqjepa.tasks.results import Metric, Result, accuracy_metric
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.sample import drawn, listed
+from dseqjepa.tasks.store import features_of
+from dseqjepa.train.schedules import cosine
+
+
+def evaluate(job: Job, config: ClevrConfig) -> Result:
+    """Accuracy of a linear classifier for each kind of label, named by it.
+
+    Raises:
+        InputError: the data has no such labels, the list does not fit, or those of `extract`.
+    """
+    tasks = config.task.split("+")
+    for task in tasks:
+        same_classes(job.train, job.test, task)
+    backbone = job.backbone
+    features = config.features
+    if features == "auto":
+        features = "cls" if backbone.has_cls else "last"
+    pieces = pieces_of(features, backbone.depth, backbone.has_cls)
+    sample_M, n_train, split = _split(job, config)
+    train = features_of(job, config, "train", Subset(job.train, sample_M.numpy()), pieces)
+    test = features_of(job, config, "test", job.test, pieces)
+    fit_M, held_M = (
+        (train.index_M < n_train).nonzero()[:, 0],
+        (train.index_M >= n_train).nonzero()[:, 0],
+    )
+    rows = train.rows(pieces)
+    metrics: dict[str, Metric] = {}
+    held: dict[str, float] = {}
+    for task in tasks:
+        label_M = train.labels[task]
+        head = fit(
+            rows.only(fit_M)[:],
+            label_M[fit_M],
+            classes=len(class_names(job.train, task)),
+            config=config,
+            device=job.device,
+        )
+        metrics[task] = accuracy_metric(correct(head, test.rows(pieces), test.labels[task]))
+        if len(held_M):
+            metric = accuracy_metric(correct(head, rows.only(held_M), label_M[held_M]))
+            held[task] = metric.value
+    return Result(
+        metrics=metrics,
+        protocol={
+            "split": split,
+            "features": config.features,
+            "transform": "resize 256/224, centre crop",
+            "optimizer": f"AdamW, lr {config.lr}, wd {config.weight_decay}, cosine",
+            "epochs": config.epochs,
+            "batch": config.batch_size,
+        },
+        labels=config.task,
+        layers=features,
+        pooling=pooling_of(pieces),
+        n_train=len(fit_M),
+        n_test=len(test.index_M),
+        n_bad=len(train.bad) + len(test.bad),
+        seeds=(config.seed,),
+        details={"split": split, "validation_accuracy": held, "n_val": len(held_M)},
+    )
+
+
+def _split(job: Job, config: ClevrConfig) -> tuple[Tensor, int, str]:
+    """Places in the training split, training before validation; how many train; in words."""
+    wanted = config.train_count + config.val_count
+    if config.names != "none":
+        file = Path(config.names).expanduser()
+        sample_M = listed(job.train, file)[:wanted]
+        how = f"list {file.name}"
+    else:
+        sample_M = drawn(len(job.train), wanted, config.seed)
+        how = f"seeded sample {config.seed}"
+    n_train = config.train_count
+    if len(sample_M) < wanted:  # in the same proportion, of what there is
+        n_train = max(1, round(len(sample_M) * config.train_count / wanted))
+        how += f", {len(sample_M)} images instead of {wanted}"
+    return sample_M, n_train, f"{how}: {n_train} train, {len(sample_M) - n_train} val"
+
+
+def fit(
+    feature_MD: Float[Tensor, "M D"],
+    label_M: Int64[Tensor, " M"],
+    *,
+    classes: int,
+    config: ClevrConfig,
+    device: torch.device,
+) -> nn.Linear:
+    """A linear layer by AdamW, whose learning rate falls to 0 by a half cosine."""
+    if not bool(feature_MD.isfinite().all()):
+        raise InputError("training features are not finite: take an earlier checkpoint")
+    head = nn.Linear(feature_MD.shape[1], classes)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        head.weight.normal_(std=INIT_STD, generator=generator)
+        head.bias.zero_()
+    head.to(device)
+    feature_MD, label_M = feature_MD.to(device), label_M.to(device)
+    how: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    optimizer = torch.optim.AdamW(head.parameters(), **how)
+    count, step = len(label_M), 0
+    steps = config.epochs * -(-count // config.batch_size)
+    for epoch in range(config.epochs):
+        keys_M = sample_keys(config.seed, epoch, torch.arange(count))
+        order_M = uniforms(keys_M, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).to(device)
+        for index_B in order_M.split(config.batch_size):
+            optimizer.param_groups[0]["lr"] = cosine(config.lr, 0.0, step / steps)
+            loss = F.cross_entropy(head(feature_MD[index_B]), label_M[index_B])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    return head
+
+
+@torch.inference_mode()
+def correct(head: nn.Linear, rows: Rows, label_N: Int64[Tensor, " N"]) -> Tensor:
+    """For each image, whether its class is found."""
+    found = [
+        head(rows_BD.to(head.weight.device)).argmax(dim=1).cpu()
+        == label_N[start : start + len(rows_BD)]
+        for start, rows_BD in rows.blocks()
+    ]
+    return torch.cat(found)

@@ -1,0 +1,3 @@
+"""Detection and instance segmentation with Mask R-CNN, measured as COCO does."""
+
+from dseqjepa.tasks.detection.task import evaluate as evaluate

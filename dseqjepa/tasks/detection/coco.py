@@ -1,0 +1,178 @@
+"""Average precision as COCO defines it, by faster-coco-eval, or by pycocotools in its place.
+
+Suffixes: R resamples, N images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, hash_int64
+
+RESAMPLES = 200
+NAMES = ("", "_50", "_75", "_small", "_medium", "_large")
+"""What the first six of COCO's numbers are: the mean over IoU thresholds 0.5 to 0.95, those at two
+of them, and the mean for objects below 32 x 32, below 96 x 96, and larger."""
+Kind = Literal["bbox", "segm"]
+
+
+@dataclass(frozen=True, eq=False)
+class Precision:
+    """Average precisions by the endings in `NAMES`, as shares of 1. One of which there are no
+    objects is left out."""
+
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    """95 % bootstrap intervals over the images."""
+    by_category: Mapping[str, float | None]
+    evaluator: str
+
+
+def average_precision(
+    annotations: Path,
+    results: Sequence[Mapping[str, Any]],
+    image_ids: Sequence[int],
+    kind: Kind,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Precision:
+    """AP of boxes or masks over some images of an annotation file.
+
+    The intervals draw images with replacement, with what was matched in each, and accumulate
+    again.
+
+    Args:
+        results: as `as_results` returns them; 100 of an image and category count, the best.
+        image_ids: the images that were looked at; nothing else counts.
+
+    Raises:
+        InputError: neither of the two libraries is installed.
+    """
+    evaluator = _Evaluator(annotations, results, image_ids, kind)
+    values = evaluator.accumulated()
+    by_category = evaluator.by_category()
+    images = len(image_ids)
+    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
+    drawn_RN = torch.randint(images, (resamples, images), generator=generator).numpy()
+    again = [evaluator.accumulated(drawn_N) for drawn_N in drawn_RN]
+    intervals = {}
+    for name in values:
+        found = [part[name] for part in again if name in part]
+        low, high = np.quantile(found, [0.025, 0.975])
+        intervals[name] = (float(low), float(high))
+    return Precision(values, intervals, by_category, evaluator.library)
+
+
+class _Evaluator:
+    """COCO's evaluation of one kind, matched once, and accumulated over any choice of images."""
+
+    def __init__(
+        self,
+        annotations: Path,
+        results: Sequence[Mapping[str, Any]],
+        image_ids: Sequence[int],
+        kind: Kind,
+    ) -> None:
+        self.library, api = _library()
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = api.COCO(str(annotations))
+            # A result's area is that of its mask only where it has no box.
+            unused = "segmentation" if kind == "bbox" else "bbox"
+            rows = [{k: v for k, v in row.items() if k != unused} for row in results]
+            found = truth.loadRes(rows) if rows else _nothing(api, truth)
+            self.coco = api.evaluator(truth, found, kind)
+            self.coco.params.imgIds = sorted(image_ids)
+            self.coco.evaluate()
+        self.images = len(image_ids)
+        self.matches = list(getattr(self.coco, api.matches))
+        self._matches_name = api.matches
+        self.categories = {number: truth.cats[number]["name"] for number in self.coco.params.catIds}
+
+    def accumulated(self, drawn_N: np.ndarray | None = None) -> dict[str, float]:
+        """The numbers over all images, or over those drawn, some of them more than once."""
+        coco = self.coco
+        if drawn_N is not None:
+            # Matches lie by category and area, and in these by image.
+            blocks = range(0, len(self.matches), self.images)
+            drawn = drawn_N.tolist()
+            chosen = [self.matches[first + at] for first in blocks for at in drawn]
+            setattr(coco, self._matches_name, chosen)
+            coco.params.imgIds = coco._paramsEval.imgIds = list(range(len(drawn)))
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.accumulate()
+        precision = coco.eval["precision"]  # threshold, recall, category, area, most
+        thresholds = coco.params.iouThrs
+        half, three_quarters = (int(np.abs(thresholds - at).argmin()) for at in (0.5, 0.75))
+        parts = [
+            precision[:, :, :, 0, -1],
+            precision[half, :, :, 0, -1],
+            precision[three_quarters, :, :, 0, -1],
+            *(precision[:, :, :, area, -1] for area in (1, 2, 3)),
+        ]
+        return {
+            name: float(part[part > -1].mean())
+            for name, part in zip(NAMES, parts, strict=True)
+            if (part > -1).any()
+        }
+
+    def by_category(self) -> dict[str, float | None]:
+        """AP of each category; None where there are no objects of it."""
+        precision = self.coco.eval["precision"][:, :, :, 0, -1]
+        found: dict[str, float | None] = {}
+        for place, name in enumerate(self.categories.values()):
+            part = precision[:, :, place]
+            found[name] = float(part[part > -1].mean()) if (part > -1).any() else None
+        return found
+
+
+@dataclass(frozen=True)
+class _Api:
+    COCO: Any
+    evaluator: Any
+    matches: str
+    """The attribute in which the evaluator keeps what it matched."""
+
+
+def _library() -> tuple[str, _Api]:
+    try:
+        import faster_coco_eval
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        def fast(truth: Any, found: Any, kind: Kind) -> Any:
+            return COCOeval_faster(truth, found, kind, separate_eval=True)
+
+        name = f"faster-coco-eval {faster_coco_eval.__version__}"
+        return name, _Api(COCO, fast, "_evalImgs_cpp")
+    except ImportError:  # no wheel for this machine
+        pass
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise InputError(
+            "detection needs faster-coco-eval (pip install 'dseqjepa[detection]'), or pycocotools "
+            "where that has no wheel"
+        ) from None
+    return "pycocotools", _Api(COCO, COCOeval, "evalImgs")
+
+
+def _nothing(api: _Api, truth: Any) -> Any:
+    """Results without a single object, which `loadRes` does not take."""
+    found = api.COCO()
+    found.dataset = {
+        "images": truth.dataset["images"],
+        "categories": truth.dataset["categories"],
+        "annotations": [],
+    }
+    found.createIndex()
+    return found

@@ -1,0 +1,132 @@
+"""torchvision's Mask R-CNN on a plain ViT.
+
+Maps of four blocks in four sizes go through a feature pyramid (Lin et al., 2017); the blocks
+between attend in windows, as in ViTDet (Li et al., 2022). Images are normalised by the backbone,
+and by nothing else.
+
+Suffixes: B images, C colours, D channels, H and W pixels, K objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.dense import WINDOW, DropPath, Rescale, maps_of
+
+ANCHOR = 8
+"""An anchor's side, in steps of its map: 32 pixels where the finest has steps of 4."""
+
+
+class Pyramid(nn.Module):
+    """Normalised images to the five maps that torchvision's detectors read, by their names."""
+
+    def __init__(self, backbone: Backbone, width: int, window: int, drop_path: float) -> None:
+        super().__init__()
+        self.out_channels = width
+        self.backbone = backbone
+        self.window = window
+        self.drop_path = DropPath(backbone, drop_path)
+        self.rescale = Rescale(backbone.width, _layer_norm)
+        self.fpn = FeaturePyramidNetwork(
+            [backbone.width] * 4, width, LastLevelMaxPool(), norm_layer=_layer_norm
+        )
+
+    def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        maps = maps_of(self.backbone, images_BCHW, self.drop_path, self.window)
+        levels = self.rescale(maps)
+        return self.fpn({str(number): level for number, level in enumerate(levels)})
+
+
+class Detector(nn.Module):
+    """Images of any size, uint8, to objects with boxes and masks.
+
+    Args:
+        classes: of objects; label 0 is none of them.
+        width: channels of the pyramid.
+        head_width: of the two layers that classify boxes.
+        mask_width: channels of the layers that draw masks.
+        longest_side: to which images are brought, in pixels.
+        window: side in patches of the windows of the blocks that are not read.
+        drop_path: of the last block.
+        detections: the most objects of an image.
+        proposals: regions of an image that the heads are trained on.
+        score_threshold: below it an object is not reported.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,
+        *,
+        width: int = 256,
+        head_width: int = 1024,
+        mask_width: int = 256,
+        longest_side: int = 1024,
+        window: int = WINDOW,
+        drop_path: float = 0.1,
+        detections: int = 100,
+        proposals: int = 512,
+        score_threshold: float = 0.05,
+    ) -> None:
+        super().__init__()
+        pyramid = Pyramid(backbone, width, window, drop_path)
+        steps = [backbone.patch_size * factor / 4 for factor in (1, 2, 4, 8, 16)]
+        self.rcnn = MaskRCNN(
+            pyramid,
+            box_head=TwoMLPHead(width * 7**2, head_width),
+            box_predictor=FastRCNNPredictor(head_width, classes + 1),
+            mask_head=MaskRCNNHeads(width, (mask_width,) * 4, 1),
+            mask_predictor=MaskRCNNPredictor(mask_width, mask_width, classes + 1),
+            min_size=longest_side,  # the shorter side can only come that far if both are equal
+            max_size=longest_side,
+            # What comes in is normalised: (x - 0) / 1.
+            image_mean=[0.0] * 3,
+            image_std=[1.0] * 3,
+            size_divisible=divisor(backbone.patch_size),
+            rpn_anchor_generator=AnchorGenerator(
+                tuple((round(ANCHOR * step),) for step in steps), ((0.5, 1.0, 2.0),) * len(steps)
+            ),
+            box_batch_size_per_image=proposals,
+            box_detections_per_img=detections,
+            box_score_thresh=score_threshold,
+        )
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.rcnn.backbone.backbone
+
+    def losses(
+        self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The five losses of Mask R-CNN. A target has `boxes` (K, 4), `labels` (K) and `masks`
+        (K, H, W) in the image's own pixels; K may be 0."""
+        return self.rcnn(self._normalized(images), [dict(target) for target in targets])
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Of each image `boxes`, `labels`, `scores` and `masks` (K, 1, H, W), probabilities, in the
+        image's own pixels, best first."""
+        return self.rcnn(self._normalized(images))
+
+    def _normalized(self, images: Sequence[Tensor]) -> list[Tensor]:
+        return [self.backbone.normalized(image_CHW[None])[0] for image_CHW in images]
+
+
+def divisor(patch_size: int) -> int:
+    """What the sides of padded images are multiples of: 32 where that makes whole patches of the
+    coarsest map too, else two patches."""
+    return 32 if 32 % (2 * patch_size) == 0 else 2 * patch_size
+
+
+def _layer_norm(channels: int) -> nn.Module:
+    """Over the channels of each place, which suits small batches."""
+    return LayerNorm2d(channels, eps=1e-6)

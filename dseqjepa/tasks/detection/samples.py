@@ -1,0 +1,86 @@
+"""What Mask R-CNN learns from, and what it found in the form of COCO's results.
+
+Suffixes: C colours, H and W pixels, K objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dseqjepa.data.formats.coco import mask_tools
+from dseqjepa.data.source import Detections, Instances
+from dseqjepa.keyed import Stream, uniforms
+
+SURE = 0.5
+"""The probability from which on a pixel belongs to a mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """An image and its objects, as torchvision's detectors take them."""
+
+    image_CHW: Tensor
+    target: Mapping[str, Tensor]
+
+
+def read_sample(source: Detections, index: int, key: int) -> Sample:
+    """An image, mirrored for half of the keys, with the objects that can be learnt: neither crowds
+    nor boxes without extent."""
+    image_CHW, found = source.image(index), source.instances(index)
+    boxes_K4, masks_KHW = found.boxes_K4, found.masks_KHW
+    keep_K = ~found.crowd_K & (boxes_K4[:, 2:] > boxes_K4[:, :2]).all(1)
+    boxes_K4, masks_KHW = boxes_K4[keep_K], masks_KHW[keep_K]
+    if uniforms(torch.tensor([key]), Stream.AUGMENT, 1).item() < 0.5:
+        image_CHW, masks_KHW = image_CHW.flip(-1), masks_KHW.flip(-1)
+        x0, y0, x1, y1 = boxes_K4.unbind(1)
+        width = image_CHW.shape[-1]
+        boxes_K4 = torch.stack([width - x1, y0, width - x0, y1], dim=1)
+    target = {
+        "boxes": boxes_K4,
+        "labels": found.label_K[keep_K],
+        "masks": masks_KHW.to(torch.uint8),
+    }
+    return Sample(image_CHW.contiguous(), target)
+
+
+def as_instances(output: Mapping[str, Tensor], image_id: int) -> tuple[Instances, Tensor]:
+    """What the detector found in an image, on the CPU, and the scores."""
+    masks_KHW = (output["masks"][:, 0] >= SURE).cpu()
+    boxes_K4 = output["boxes"].float().cpu()
+    return (
+        Instances(
+            boxes_K4=boxes_K4,
+            label_K=output["labels"].cpu(),
+            masks_KHW=masks_KHW,
+            crowd_K=torch.zeros(len(boxes_K4), dtype=torch.bool),
+            area_K=masks_KHW.flatten(1).sum(1).float(),
+            image_id=image_id,
+        ),
+        output["scores"].float().cpu(),
+    )
+
+
+def as_results(
+    found: Instances, score_K: Tensor, category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Objects as COCO's results: box (x, y, width, height), mask as RLE, score."""
+    encode = mask_tools().encode
+    results = []
+    for k, (x0, y0, x1, y1) in enumerate(found.boxes_K4.tolist()):
+        mask_HW = np.asfortranarray(found.masks_KHW[k].numpy().astype(np.uint8))
+        results.append(
+            {
+                "image_id": found.image_id,
+                "category_id": category_ids[int(found.label_K[k]) - 1],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": float(score_K[k]),
+                "segmentation": encode(mask_HW),
+            }
+        )
+    return results

@@ -1,0 +1,168 @@
+"""`dseqjepa evaluate detection`: Mask R-CNN on a backbone, trained and measured as COCO does.
+
+Suffixes: K objects.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dseqjepa.data.formats.coco import mask_tools
+from dseqjepa.data.source import Detections, Instances
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.tasks.config import DetectionConfig
+from dseqjepa.tasks.dense import blocks_to_read
+from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision
+from dseqjepa.tasks.detection.model import Detector, divisor
+from dseqjepa.tasks.detection.samples import Sample, as_instances, as_results, read_sample
+from dseqjepa.tasks.reading import in_order, seeded
+from dseqjepa.tasks.results import Metric, Result
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.training import Recipe, fit, place_of
+
+PICTURES = 8
+
+
+def evaluate(job: Job, config: DetectionConfig) -> Result:
+    """AP of boxes and masks on the test images, in per cent.
+
+    Raises:
+        InputError: the data has no objects, an extra is missing, or an earlier training is in the
+            way.
+        RunError: training fails, or no test image can be read.
+    """
+    train, test = job.train, job.test
+    if not (isinstance(train, Detections) and isinstance(test, Detections)):
+        raise InputError(
+            "detection needs boxes and masks: data=coco:PATH, or "
+            "`dseqjepa scenes export coco DIR` for a small one"
+        )
+    if train.category_ids != test.category_ids:
+        raise InputError("training and test images have different categories")
+    mask_tools()  # so that what is missing is said before hours of training
+    per_epoch = len(train) / config.batch_size
+    recipe = Recipe(
+        steps=math.ceil(config.epochs * per_epoch),
+        batch_size=config.batch_size,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=round(config.warmup_epochs * per_epoch),
+        schedule="cosine",
+        layer_decay=config.layer_decay,
+        clip=None if config.clip == "none" else config.clip,
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+    )
+    place = place_of(job, config)
+    start = place.start()
+    with seeded(config.seed):
+        model = Detector(
+            job.backbone,
+            len(train.categories),
+            width=config.width,
+            head_width=config.head_width,
+            mask_width=config.mask_width,
+            longest_side=config.longest_side,
+            window=config.window,
+            drop_path=config.drop_path,
+            detections=config.detections,
+            proposals=config.proposals,
+            score_threshold=config.score_threshold,
+        ).to(job.device)
+
+    def losses(samples: list[Sample]) -> dict[str, Tensor]:
+        images = [sample.image_CHW.to(job.device) for sample in samples]
+        targets = [
+            {key: value.to(job.device) for key, value in sample.target.items()}
+            for sample in samples
+        ]
+        return model.losses(images, targets)
+
+    def read(index: int, key: int) -> Sample:
+        return read_sample(train, index, key)
+
+    bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
+
+    results: list[dict[str, Any]] = []
+    image_ids: list[int] = []
+    examples: list[tuple[Any, ...]] = []
+    model.eval()
+    for index, (image_CHW, truth) in in_order(
+        test, lambda i: (test.image(i), test.instances(i)), config.workers, bad, job.console
+    ):
+        found, score_K = predict(model, image_CHW, truth.image_id, config, job.device)
+        results += as_results(found, score_K, test.category_ids)
+        image_ids.append(truth.image_id)
+        if len(examples) < PICTURES:
+            examples.append((test.name(index), image_CHW, truth, found, score_K))
+    if not image_ids:
+        raise RunError(f"none of the {len(test)} test images can be read")
+    metrics, by_category, evaluator = {}, {}, ""
+    kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
+    for name, kind in kinds.items():
+        scores = average_precision(
+            test.annotations,
+            results,
+            image_ids,
+            kind,
+            seed=config.seed,
+        )
+        for ending, value in scores.values.items():
+            low, high = scores.intervals[ending]
+            metrics[name + ending] = Metric(100 * value, 100 * low, 100 * high)
+        by_category[name] = {
+            category: None if value is None else 100 * value
+            for category, value in scores.by_category.items()
+        }
+        evaluator = scores.evaluator
+    return Result(
+        metrics=metrics,
+        protocol=protocol(config, job),
+        labels="objects",
+        layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
+        pooling="none",
+        n_train=len(train),
+        n_test=len(image_ids),
+        n_bad=len(bad),
+        interval=f"bootstrap over test images, {RESAMPLES} resamples",
+        seeds=(config.seed,),
+        details={
+            "by_category": by_category,
+            "evaluator": evaluator,
+            "detections": len(results),
+        },
+        examples={"examples": examples, "categories": test.categories},
+    )
+
+
+@torch.inference_mode()
+def predict(
+    model: Detector,
+    image_CHW: Tensor,
+    image_id: int,
+    config: DetectionConfig,
+    device: torch.device,
+) -> tuple[Instances, Tensor]:
+    """What is found in an image, and the scores. One image at a time, so that no other one decides
+    how it is padded."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        (output,) = model([image_CHW.to(device)])
+    return as_instances(output, image_id)
+
+
+def protocol(config: DetectionConfig, job: Job) -> dict[str, object]:
+    """All that must be equal for two results to be comparable, beside the data."""
+    return {
+        **config.recipe(),
+        "schedule": "linear warm-up, then cosine to 0",
+        "head": "torchvision's Mask R-CNN, FPN with layer norm, anchors of 8 steps",
+        "maps": "after the final norm, 4, 2, 1 and 1/2 times the patches' grid",
+        "augmentation": "flip",
+        "padding": f"multiples of {divisor(job.backbone.patch_size)}",
+        "crowds": "not learnt, ignored where found",
+        "metric": "COCO's AP, 100 detections",
+    }

@@ -1,0 +1,228 @@
+"""`dseqjepa evaluate finetune`: the whole backbone and a linear classifier, as in MAE.
+
+Suffixes: B images, C colours, D width, H and W pixels, K classes, N test images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from dseqjepa.data.patience import read_image
+from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import EvalTransform, TrainTransform
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.config import FinetuneConfig
+from dseqjepa.tasks.dense import DropPath
+from dseqjepa.tasks.knn import class_names
+from dseqjepa.tasks.reading import in_order, seeded
+from dseqjepa.tasks.results import Result, accuracy_metric
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.training import Recipe, fit, place_of
+
+BINS = 11
+"""Magnitudes 0 to 10 of RandAugment."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What depends on the size of the backbone (He et al., 2022, table 9)."""
+
+    epochs: int
+    lr: float
+    """For 256 images."""
+    layer_decay: float
+    drop_path: float
+
+    @staticmethod
+    def of(depth: int) -> Sizes:
+        if depth <= 12:
+            return Sizes(100, 5e-4, 0.65, 0.1)
+        return Sizes(50, 1e-3, 0.75, 0.2 if depth <= 24 else 0.3)
+
+
+class Classifier(nn.Module):
+    """A backbone with a linear layer on its pooled patches, or on [CLS].
+
+    The mean is taken before a layer norm of its own, as in MAE; [CLS] after the backbone's.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, pooling: str, drop_path: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = pooling
+        self.drop_path = DropPath(backbone, drop_path)
+        self.norm = nn.LayerNorm(backbone.width, eps=1e-6) if pooling == "mean" else backbone.norm
+        if pooling == "mean":
+            backbone.norm.requires_grad_(False)  # it is not used
+        self.head = nn.Linear(backbone.width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits (B, K) of images, uint8 or normalised."""
+        self.drop_path.draw(len(images_BCHW))
+        x_BLD, _ = self.backbone.embed(images_BCHW)
+        for block in self.backbone.blocks:
+            x_BLD = block(x_BLD)
+        if self.pooling == "mean":
+            return self.head(self.norm(x_BLD[:, self.backbone.prefix :].mean(1)))
+        return self.head(self.norm(x_BLD)[:, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    image_CHW: Tensor
+    label: int
+
+
+class Augment:
+    """A training image: crop, flip, two random operations. A pure function of its key."""
+
+    def __init__(self, config: FinetuneConfig, backbone: Backbone) -> None:
+        self.crop = TrainTransform(backbone.image_size, config.crop_scale, config.flip)
+        fill = [round(255 * value) for value in backbone.mean]
+        self.operations = v2.RandAugment(
+            num_ops=2,
+            magnitude=config.rand_augment,
+            num_magnitude_bins=BINS,
+            interpolation=InterpolationMode.BILINEAR,
+            fill=fill,
+        )
+        self.magnitude = config.rand_augment
+
+    def __call__(self, source: Source, task: str, index: int, key: int) -> Sample:
+        decoded = read_image(source, index, self.crop.reduction)
+        (cut,) = self.crop.cuts(torch.tensor([key]))
+        image_CHW = cut(decoded)
+        if self.magnitude:
+            with seeded(key):
+                image_CHW = self.operations(image_CHW)
+        return Sample(image_CHW, int(source.labels[task][index]))
+
+
+class MixedLoss:
+    """Cross-entropy with label smoothing of a batch that is erased in part and mixed."""
+
+    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device) -> None:
+        self.config, self.model, self.device = config, model, device
+        classes = model.head.out_features
+        self.erase = v2.RandomErasing(config.erase, value="random")
+        mixes: list[nn.Module] = []
+        if config.mixup:
+            mixes.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
+        if config.cutmix:
+            mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+        self.mix = v2.RandomChoice(mixes) if mixes else None
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+        images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(self.device)
+        target = torch.tensor([sample.label for sample in samples], device=self.device)
+        images_BCHW = self.model.backbone.normalized(images_BCHW)
+        images_BCHW = torch.stack([self.erase(image_CHW) for image_CHW in images_BCHW])
+        if self.mix is not None:
+            images_BCHW, target = self.mix(images_BCHW, target)
+        logits_BK = self.model(images_BCHW).float()
+        smoothing = self.config.label_smoothing
+        return {"loss": F.cross_entropy(logits_BK, target, label_smoothing=smoothing)}
+
+
+def evaluate(job: Job, config: FinetuneConfig) -> Result:
+    """Top-1 accuracy on the test images, in per cent.
+
+    Raises:
+        InputError: there are no labels for the task, [CLS] is asked of a backbone without it, or an
+            earlier training is in the way.
+        RunError: training fails, or no test image can be read.
+    """
+    backbone, train, test, task = job.backbone, job.train, job.test, config.task
+    classes = class_names(train, task)
+    if class_names(test, task) != classes:
+        raise InputError(f"training and test images have different classes for {task!r}")
+    if config.pooling == "cls" and not backbone.has_cls:
+        raise InputError(f"{backbone.name} has no [CLS]: use pooling=mean")
+    sizes = Sizes.of(backbone.depth)
+    epochs = sizes.epochs if config.epochs == "auto" else config.epochs
+    per_epoch = len(train) / config.batch_size
+    recipe = Recipe(
+        steps=math.ceil(epochs * per_epoch),
+        batch_size=config.batch_size,
+        lr=sizes.lr * config.batch_size / 256 if config.lr == "auto" else config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=round(config.warmup_epochs * per_epoch),
+        schedule="cosine",
+        final_lr=config.final_lr,
+        layer_decay=sizes.layer_decay if config.layer_decay == "auto" else config.layer_decay,
+        clip=None if config.clip == "none" else config.clip,
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+    )
+    place = place_of(job, config)
+    start = place.start()
+    drop_path = sizes.drop_path if config.drop_path == "auto" else config.drop_path
+    with seeded(config.seed):
+        model = Classifier(backbone, len(classes), config.pooling, drop_path).to(job.device)
+    augment = Augment(config, backbone)
+
+    def read_augmented(index: int, key: int) -> Sample:
+        return augment(train, task, index, key)
+
+    losses = MixedLoss(config, model, job.device)
+    bad = fit(model, backbone, recipe, train, read_augmented, losses, place, start)
+
+    transform = EvalTransform(backbone.image_size)
+
+    def read(index: int) -> Sample:
+        image_CHW = transform(read_image(test, index).image_CHW)
+        return Sample(image_CHW, int(test.labels[task][index]))
+
+    correct: list[bool] = []
+    model.eval()
+    batch: list[Sample] = []
+    for _, sample in in_order(test, read, config.workers, bad, job.console):
+        batch.append(sample)
+        if len(batch) == config.batch_size:
+            correct += _correct(model, batch, config, job.device)
+            batch = []
+    if batch:
+        correct += _correct(model, batch, config, job.device)
+    if not correct:
+        raise RunError(f"none of the {len(test)} test images can be read")
+    return Result(
+        metrics={"accuracy": accuracy_metric(torch.tensor(correct))},
+        protocol={
+            **config.recipe(),
+            "epochs": epochs,
+            "lr": recipe.lr,
+            "layer_decay": recipe.layer_decay,
+            "drop_path": drop_path,
+            "schedule": "linear warm-up, then cosine",
+            "augmentation": "crop, flip, torchvision's RandAugment (2 operations, magnitude of "
+            "10), erasing, mixup or CutMix",
+            "image_size": list(backbone.image_size),
+        },
+        labels=task,
+        layers="all",
+        pooling={"mean": "mean of the patches", "cls": "[CLS]"}[config.pooling],
+        n_train=len(train),
+        n_test=len(correct),
+        n_bad=len(bad),
+        seeds=(config.seed,),
+    )
+
+
+@torch.inference_mode()
+def _correct(
+    model: Classifier, batch: list[Sample], config: FinetuneConfig, device: torch.device
+) -> list[bool]:
+    images_BCHW = torch.stack([sample.image_CHW for sample in batch]).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits_BK = model(images_BCHW)
+    label_B = torch.tensor([sample.label for sample in batch])
+    return (logits_BK.argmax(1).cpu() == label_B).tolist()

@@ -1,0 +1,274 @@
+"""Linear classifiers on frozen features, many at once.
+
+All heads on one set of features are one matrix: one product gives the logits of every head, one
+more the gradients of all of them, and each head goes its own way by its own learning rate and
+weight decay. Features are standardised by the mean and deviation of the training images, which is
+what a BatchNorm without affine comes to.
+
+The minimum is that of multinomial logistic regression: mean cross-entropy plus weight_decay / 2 of
+the squared weights; biases do not decay.
+
+Suffixes: M training images, N images to classify, B images of a batch, D width of a feature,
+H heads, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.tasks.features import Rows
+from dseqjepa.train.schedules import cosine
+
+EPSILON = 1e-5
+"""Added to the variance, as BatchNorm does."""
+MOMENTUM = 0.9
+LOGITS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What distinguishes a head."""
+
+    feature: str
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True, eq=False)
+class Standardized:
+    """Features by name, side by side in `rows`, with zero mean and unit deviation.
+
+    `columns` says which columns of the rows a feature is, in order.
+    """
+
+    rows: Rows
+    columns: Mapping[str, Sequence[slice]]
+    mean_D: Float[Tensor, " D"]
+    scale_D: Float[Tensor, " D"]
+
+    @staticmethod
+    def by(rows: Rows, columns: Mapping[str, Sequence[slice]]) -> Standardized:
+        """By the moments of these rows. `InputError` where they are not finite."""
+        mean_D, std_D = rows.moments()
+        if not bool((mean_D + std_D).isfinite().all()):
+            raise InputError(
+                "training features are not finite: the encoder has diverged, take an earlier "
+                "checkpoint"
+            )
+        scale_D = 1 / (std_D.square() + EPSILON).sqrt()
+        return Standardized(rows, columns, mean_D.float(), scale_D.float())
+
+    def of(self, rows: Rows) -> Standardized:
+        """Other rows, by the moments of these."""
+        return Standardized(rows, self.columns, self.mean_D, self.scale_D)
+
+    def take(
+        self, which: slice | Tensor, features: Sequence[str], device: torch.device
+    ) -> dict[str, Float[Tensor, "B _"]]:
+        """Some rows of some features, on the device."""
+        rows_BD = (self.rows[which] - self.mean_D).mul_(self.scale_D).to(device)
+        return {
+            name: torch.cat([rows_BD[:, columns] for columns in self.columns[name]], dim=1)
+            for name in features
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Trained heads; `group` maps a feature to its settings, `weights` to (D, H, C) and (H, C)."""
+
+    group: Mapping[str, Sequence[Setting]]
+    weights: Mapping[str, tuple[Float[Tensor, "D H C"], Float[Tensor, "H C"]]]
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B H C"]:
+        """Of all heads, in the order of `settings`."""
+        return torch.cat([_logits(inputs[name], *self.weights[name]) for name in self.group], dim=1)
+
+    @property
+    def settings(self) -> list[Setting]:
+        return [setting for settings in self.group.values() for setting in settings]
+
+    def _spans(self, count: int) -> Iterator[tuple[int, int]]:
+        """Rows that are classified together."""
+        logits = sum(bias_HC.numel() for _, bias_HC in self.weights.values())
+        rows = max(1, LOGITS_AT_ONCE // logits)
+        return ((start, min(start + rows, count)) for start in range(0, count, rows))
+
+    def predict(self, data: Standardized, device: torch.device) -> Int64[Tensor, "N H"]:
+        """The class that each head gives each image."""
+        parts = []
+        for start, stop in self._spans(len(data.rows)):
+            inputs = data.take(slice(start, stop), list(self.group), device)
+            parts.append(self.logits(inputs).argmax(dim=2).cpu())
+        return torch.cat(parts)
+
+    def score(
+        self, data: Standardized, label_N: Int64[Tensor, " N"], device: torch.device
+    ) -> list[tuple[float, float]]:
+        """Accuracy in per cent and mean cross-entropy of each head; one that diverged has 0 and
+        infinity."""
+        right_H = torch.zeros(len(self.settings), dtype=torch.float64)
+        loss_H = right_H.clone()
+        for start, stop in self._spans(len(data.rows)):
+            inputs = data.take(slice(start, stop), list(self.group), device)
+            logits_BHC, label_B = self.logits(inputs), label_N[start:stop].to(device)
+            right_H += (logits_BHC.argmax(dim=2) == label_B[:, None]).sum(dim=0).cpu()
+            loss_BH = F.cross_entropy(
+                logits_BHC.flatten(0, 1),
+                label_B.repeat_interleave(logits_BHC.shape[1]),
+                reduction="none",
+            ).view(len(label_B), -1)
+            loss_H += loss_BH.double().sum(dim=0).cpu()
+        scores = []
+        for right, loss in zip(right_H.tolist(), loss_H.tolist(), strict=True):
+            finite = math.isfinite(loss)
+            scores.append(
+                (100 * right / len(label_N), loss / len(label_N)) if finite else (0.0, math.inf)
+            )
+        return scores
+
+
+def _logits(x_BD: Tensor, weight_DHC: Tensor, bias_HC: Tensor) -> Tensor:
+    return torch.addmm(bias_HC.flatten(), x_BD, weight_DHC.flatten(1)).view(-1, *bias_HC.shape)
+
+
+def fit_heads(
+    data: Standardized,
+    label_M: Int64[Tensor, " M"],
+    settings: Sequence[Setting],
+    *,
+    classes: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Heads:
+    """Train a head for each setting, all in one pass over the features.
+
+    SGD with Nesterov momentum 0.9 from zero weights; the learning rate falls to 0 by a half cosine.
+    Every head sees the same batches, whose order is a function of (seed, epoch).
+    """
+    group: dict[str, list[Setting]] = {}
+    for setting in settings:
+        group.setdefault(setting.feature, []).append(setting)
+    widths = {name: data.take(slice(0, 1), [name], device)[name].shape[1] for name in group}
+    states = {name: _State(widths[name], heads, classes, device) for name, heads in group.items()}
+    count = len(data.rows)
+    steps = epochs * -(-count // batch_size)
+    step = 0
+    for epoch in range(epochs):
+        keys_M = sample_keys(seed, epoch, torch.arange(count))
+        order_M = uniforms(keys_M, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True)
+        for start in range(0, count, batch_size):
+            index_B = order_M[start : start + batch_size].sort().values  # kinder to a disk
+            target_BC = F.one_hot(label_M[index_B], classes).to(device, torch.float32)
+            share = cosine(1.0, 0.0, step / steps)
+            for name, x_BD in data.take(index_B, list(group), device).items():
+                states[name].step(x_BD, target_BC, share)
+            step += 1
+    return Heads(group, {name: (s.weight_DHC, s.bias_HC) for name, s in states.items()})
+
+
+class _State:
+    """The heads on one feature, and their momenta."""
+
+    def __init__(
+        self, width: int, heads: Sequence[Setting], classes: int, device: torch.device
+    ) -> None:
+        shape = (len(heads), classes)
+        self.weight_DHC = torch.zeros(width, *shape, device=device)
+        self.bias_HC = torch.zeros(shape, device=device)
+        self.momenta = [torch.zeros_like(self.weight_DHC), torch.zeros_like(self.bias_HC)]
+        self.lr_H1 = torch.tensor([head.lr for head in heads], device=device)[:, None]
+        self.decay_H1 = torch.tensor([head.weight_decay for head in heads], device=device)[:, None]
+
+    def step(self, x_BD: Tensor, target_BC: Tensor, share: float) -> None:
+        """One step at `share` of the learning rates."""
+        logits_BHC = _logits(x_BD, self.weight_DHC, self.bias_HC)
+        # The gradient of the mean cross-entropy, in closed form.
+        error_BHC = logits_BHC.softmax(dim=2).sub_(target_BC[:, None]).div_(len(x_BD))
+        weight_DHC = (x_BD.T @ error_BHC.flatten(1)).view_as(self.weight_DHC)
+        weight_DHC += self.weight_DHC * self.decay_H1
+        for parameter, gradient, momentum in zip(
+            (self.weight_DHC, self.bias_HC),
+            (weight_DHC, error_BHC.sum(dim=0)),
+            self.momenta,
+            strict=True,
+        ):
+            momentum.mul_(MOMENTUM).add_(gradient)
+            parameter.sub_((gradient + MOMENTUM * momentum) * (share * self.lr_H1))
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The head that a hold-out chose, trained again on all training images."""
+
+    setting: Setting
+    heads: Heads
+    data: Standardized
+    grid: list[dict[str, float | str]]
+    """Every setting that was tried, with its accuracy and cross-entropy on the hold-out."""
+
+
+def choose_head(
+    rows: Rows,
+    columns: Mapping[str, Sequence[slice]],
+    label_M: Int64[Tensor, " M"],
+    settings: Sequence[Setting],
+    *,
+    classes: int,
+    epochs: int,
+    batch_size: int,
+    holdout: float,
+    seed: int,
+    device: torch.device,
+) -> Chosen:
+    """Try every setting on a part of the training images, judge on the rest, and train the best on
+    all of them. The best has the highest accuracy; of equals, the lowest cross-entropy.
+
+    Raises:
+        InputError: fewer than two training images, or features that are not finite.
+    """
+    fit_M, held_M = split_by_class(label_M, holdout, seed)
+    how = {"classes": classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    part = Standardized.by(rows.only(fit_M), columns)
+    tried = fit_heads(part, label_M[fit_M], settings, **how, device=device)
+    scores = tried.score(part.of(rows.only(held_M)), label_M[held_M], device)
+    ranked = sorted(zip(scores, tried.settings, strict=True), key=lambda p: (-p[0][0], p[0][1]))
+    best = ranked[0][1]
+    whole = Standardized.by(rows, columns)
+    heads = fit_heads(whole, label_M, [best], **how, device=device)
+    grid: list[dict[str, float | str]] = [
+        {**vars(setting), "holdout_accuracy": accuracy, "holdout_loss": min(loss, 1e9)}
+        for (accuracy, loss), setting in zip(scores, tried.settings, strict=True)
+    ]
+    return Chosen(best, heads, whole, grid)
+
+
+def split_by_class(
+    label_M: Int64[Tensor, " M"], share: float, seed: int
+) -> tuple[Int64[Tensor, " fit"], Int64[Tensor, " held"]]:
+    """Places to fit on and to hold out, in order: of each class the `share` of its images (rounded)
+    whose hash is smallest, and at least one image in all. A class keeps one image to fit on."""
+    count = len(label_M)
+    if count < 2:
+        raise InputError(f"a hold-out needs 2 images or more, found {count}")
+    keys_M = sample_keys(seed, 0, torch.arange(count))
+    draw_M = uniforms(keys_M, Stream.SPLIT, 1)[:, 0]
+    held_M = torch.zeros(count, dtype=torch.bool)
+    for label in label_M.unique().tolist():
+        places = (label_M == label).nonzero()[:, 0]
+        wanted = min(round(share * len(places)), len(places) - 1)
+        held_M[places[draw_M[places].argsort(stable=True)[:wanted]]] = True
+    if not bool(held_M.any()):
+        held_M[draw_M.argmin()] = True
+    return (~held_M).nonzero()[:, 0], held_M.nonzero()[:, 0]

@@ -1,0 +1,242 @@
+"""`dseqjepa evaluate`: open the backbone and the data, call the task, write what it found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dseqjepa.config import Config, RuntimeConfig
+from dseqjepa.data.labelled import open_splits, prepare
+from dseqjepa.data.source import Source
+from dseqjepa.errors import InputError
+from dseqjepa.ranks import Ranks
+from dseqjepa.tasks.backbone import Backbone, open_backbone
+from dseqjepa.tasks.config import FrozenConfig, TaskConfig
+from dseqjepa.tasks.results import (
+    FORMAT,
+    Result,
+    choose_path,
+    device_name,
+    digest,
+    environment,
+    row,
+    show,
+    write_json,
+)
+from dseqjepa.train.runtime import Stopped, join
+
+SCENES = 20_000
+Draw = Callable[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a task is given: the backbone, on its device, and the data."""
+
+    backbone: Backbone
+    train: Source
+    test: Source
+    folder: Path
+    """For what is kept beside the result: features, checkpoints of what is trained."""
+    device: torch.device
+    ranks: Ranks
+    console: Console
+    """Silent on all ranks but the first."""
+    name: str
+    """Of the result's file, without its ending."""
+    resume: bool = False
+    overwrite: bool = False
+
+
+def run_task(
+    task: str,
+    spec: str,
+    config: TaskConfig,
+    *,
+    data: str | None,
+    out: Path | None,
+    resume: bool = False,
+    overwrite: bool = False,
+    draw: Draw | None = None,
+) -> Path:
+    """Evaluate on all ranks, print a table, write JSON; the file that was written.
+
+    Args:
+        task: a name in `TASKS`, whose config this is.
+        spec: as `open_backbone` takes it.
+        data: as `open_source` takes it; what the run was trained on, if not given.
+        out: the file; `evaluations/TASK.json` beside the run's checkpoints, if not given.
+        resume, overwrite: of a task that trains, what to do with what an earlier call has left.
+        draw: makes a picture of what the task gives as examples, and writes it beside the file.
+
+    Raises:
+        InputError: before anything is written.
+    """
+    began = time.perf_counter()
+    runtime = join(RuntimeConfig(accelerator=config.accelerator))
+    device, ranks = runtime.fabric.device, runtime.ranks
+    console = Console(quiet=not ranks.first)
+    size = None if config.image_size == "auto" else config.image_size
+    module = import_module(f"dseqjepa.tasks.{task}")
+    if out is not None and out.is_dir():
+        raise InputError(f"out={out} is a folder: name a file, such as {out / f'{task}.json'}")
+    backbone = open_backbone(
+        spec,
+        weights=config.weights,
+        pretrained=config.pretrained,
+        image_size=size,
+        seed=config.seed,
+        trainable=not isinstance(config, FrozenConfig),
+    )
+    if out is None and backbone.run is None:
+        raise InputError(f"out=FILE.json is missing: {spec} has no run's folder to keep it in")
+    folder = out.parent if out is not None else Path(backbone.run or "") / "evaluations"
+    source = data
+    if source is None:
+        if backbone.config is None:
+            raise InputError(f"data=PATH is missing: {spec} does not say what it was trained on")
+        source = backbone.config.data.source
+    train, test = open_splits(
+        source,
+        size=_scenes(config, backbone.config),
+        image_size=backbone.image_size,
+        seed=config.data_seed,
+    )
+    for part in (train, test):
+        prepare(part)
+    name = task if out is None else out.stem
+    job = Job(
+        backbone.to(device), train, test, folder, device, ranks, console, name, resume, overwrite
+    )
+    who = identity(backbone)  # before it is trained
+    with ranks.failing_together(Stopped):
+        result: Result = module.evaluate(job, config)
+    values = describe(task, job, config, result, source, who)
+    values["wall_s"] = round(time.perf_counter() - began, 3)
+    path = out or choose_path(folder, task, values)
+    if ranks.first:
+        quick = ", preset=quick" if config.preset == "quick" else ""
+        title = f"{values['title']}{quick} (95 % interval: {result.interval})"
+        console.print(show(values["results"], title))
+        write_json(path, values)
+        print(f"written: {path}")
+        if draw is not None and result.examples:
+            draw(path.with_suffix(".png"), **result.examples)
+            print(f"written: {path.with_suffix('.png')}")
+    ranks.close()
+    return path
+
+
+def describe(
+    task: str,
+    job: Job,
+    config: TaskConfig,
+    result: Result,
+    source: str,
+    who: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that the JSON of a result holds, but the time; `who` is the `identity`."""
+    backbone = job.backbone
+    fingerprints = {"train": job.train.fingerprint(), "test": job.test.fingerprint()}
+    protocol = {
+        "task": task,
+        "labels": result.labels,
+        "preset": config.preset,
+        **result.protocol,
+        "precision": config.precision,
+        "data": fingerprints,
+    }
+    # Metrics may be named by their labels, as Clevr's are: once is enough.
+    is_plain = result.labels in ("class", "+".join(result.metrics))
+    name = task if is_plain else f"{task} {result.labels}"
+    own = row(
+        backbone.name,
+        result.labels if task == "knn" else name,
+        result.metrics,
+        layers=result.layers,
+        n_train=result.n_train,
+        n_test=result.n_test,
+        n_bad=result.n_bad,
+    )
+    return {
+        "format": FORMAT,
+        "task": task,
+        "title": f"{TITLES.get(task, task)}, {result.labels}, %",
+        "preset": config.preset,
+        "metrics": {key: metric._asdict() for key, metric in result.metrics.items()},
+        "interval": result.interval,
+        "n_train": result.n_train,
+        "n_test": result.n_test,
+        "n_bad": result.n_bad,
+        "seeds": list(result.seeds),
+        "backbone": {
+            **who,
+            "layers": result.layers,
+            "pooling": result.pooling,
+        },
+        "data": {"source": source, **fingerprints},
+        "protocol": protocol,
+        "config": config.model_dump(mode="json"),
+        "details": dict(result.details),
+        "results": [*result.others, own],
+        "device": device_name(job.device),
+        "ranks": job.ranks.world,
+        **environment(),
+    }
+
+
+TITLES = {
+    "knn": "kNN accuracy",
+    "linear": "linear accuracy",
+    "lowshot": "low-shot accuracy",
+    "clevr": "Clevr accuracy",
+    "finetune": "fine-tuned",
+    "detection": "Mask R-CNN",
+    "segmentation": "UPerNet",
+}
+
+
+def identity(backbone: Backbone) -> dict[str, Any]:
+    """Who was measured. Runs that differ in nothing but their seed have the same `group`."""
+    kind: dict[str, Any] = {"name": backbone.name, "weights": backbone.weights}
+    if backbone.seed is None:
+        kind["digest"] = backbone.digest()
+    elif backbone.config is not None:
+        kind["config"] = _without_seed(backbone.config)
+    height, width = backbone.image_size
+    return {
+        "name": backbone.name,
+        "weights": backbone.weights,
+        "source": backbone.source,
+        "digest": backbone.digest(),
+        "group": digest({**kind, "image_size": [height, width]})[:16],
+        "seed": backbone.seed,
+        "image_size": [height, width],
+        "patch_size": backbone.patch_size,
+        "width": backbone.width,
+        "depth": backbone.depth,
+    }
+
+
+def _without_seed(config: Config) -> Mapping[str, Any]:
+    """What of a pre-training decides its weights, but for the seed."""
+    values = config.model_dump(mode="json")
+    values["runtime"] = {"precision": values["runtime"]["precision"]}
+    for section in ("log", "checkpoint", "probe"):
+        del values[section]
+    for key in ("source", "workers", "cache"):  # the same data may lie elsewhere
+        del values["data"][key]
+    return values
+
+
+def _scenes(config: TaskConfig, trained: Config | None) -> int:
+    if config.size != "auto":
+        return config.size
+    return SCENES if trained is None else trained.data.size

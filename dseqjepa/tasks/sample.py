@@ -1,0 +1,84 @@
+"""Which training images an evaluation may use: those of a list, or a seeded sample.
+
+Suffixes: N images of the source, R images that were chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from dseqjepa.data.source import Source
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, sample_keys, uniforms
+
+Places = Int64[Tensor, " R"]
+
+
+def listed(source: Source, file: Path) -> Places:
+    """The places of the images whose names a file lists, one a line, in the file's order.
+
+    A line is the end of an image's path: a file's name, or more of its path where names repeat.
+
+    Raises:
+        InputError: the file cannot be read, or a line fits no image, or several.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"names={file} cannot be read: {error}") from None
+    by_name: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        by_name.setdefault(Path(source.name(index)).name, []).append(index)
+    places, unknown = [], []
+    for line in lines:
+        fitting = [
+            index
+            for index in by_name.get(Path(line).name, [])
+            if f"/{source.name(index)}".endswith(f"/{line.lstrip('/')}")
+        ]
+        if len(fitting) > 1:
+            raise InputError(
+                f"names={file}: {line} fits {len(fitting)} images, such as "
+                f"{source.name(fitting[0])} and {source.name(fitting[1])}: give more of the path"
+            )
+        if fitting:
+            places.append(fitting[0])
+        else:
+            unknown.append(line)
+    if unknown or not places:
+        which = (
+            f"{unknown[0]} and {len(unknown) - 1} more" if len(unknown) > 1 else "".join(unknown)
+        )
+        raise InputError(
+            f"names={file}: {len(unknown)} of {len(lines)} lines are no image of the training "
+            f"split{f': {which}' if which else ''}"
+        )
+    if len(set(places)) != len(places):
+        raise InputError(f"names={file} names an image twice")
+    return torch.tensor(places)
+
+
+def balanced(label_N: Int64[Tensor, " N"], fraction: float, seed: int) -> Places:
+    """The `fraction` of every class (rounded, at least one image), in order; a function of the
+    seed."""
+    draw_N = _draws(len(label_N), seed)
+    places = []
+    for label in label_N.unique().tolist():
+        of_class = (label_N == label).nonzero()[:, 0]
+        wanted = max(1, round(fraction * len(of_class)))
+        places.append(of_class[draw_N[of_class].argsort(stable=True)[:wanted]])
+    return torch.cat(places).sort().values
+
+
+def drawn(count: int, wanted: int, seed: int) -> Places:
+    """`wanted` of `count` places in random order, all if fewer; a function of the seed."""
+    return _draws(count, seed).argsort(stable=True)[:wanted]
+
+
+def _draws(count: int, seed: int) -> Tensor:
+    keys_N = sample_keys(seed, 0, torch.arange(count))
+    return uniforms(keys_N, Stream.SPLIT, 1)[:, 0]

@@ -1,0 +1,118 @@
+"""What a segmentation model is trained and tested on: images and label maps of one size.
+
+Training: a random scale, a crop that no class fills, a flip, photometric distortion, as in mmseg's
+pipeline for ADE20K. Suffixes: C colours, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from dseqjepa.data.source import BadImage, Segmentations
+from dseqjepa.tasks.reading import seeded
+
+CROP_TRIES = 10
+MOST_OF_ONE_CLASS = 0.75
+"""A crop of which one class takes more is drawn again, while there are tries left."""
+DISTORTION = v2.RandomPhotometricDistort(
+    brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
+    hue=(-0.05, 0.05), p=0.5,
+)  # fmt: skip
+"""Each of brightness, contrast, saturation and hue for half of the images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """An image with the class of every pixel, 0 where it is to be ignored."""
+
+    image_CHW: Tensor
+    label_HW: Tensor
+
+
+def read_labelled(source: Segmentations, index: int) -> Labelled:
+    """Raises `BadImage` where the two cannot be read or do not have one size."""
+    image_CHW, label_HW = source.image(index), source.label_map(index)
+    if image_CHW.shape[-2:] != label_HW.shape:
+        raise BadImage(
+            f"image of {tuple(image_CHW.shape[-2:])} and labels of {tuple(label_HW.shape)} pixels"
+        )
+    return Labelled(image_CHW, label_HW)
+
+
+def scaled_size(height: int, width: int, scale: tuple[int, int], factor: float) -> tuple[int, int]:
+    """The largest size of this aspect inside `factor` times `scale` (longer side, shorter side)."""
+    longer, shorter = max(height, width), min(height, width)
+    by = factor * min(max(scale) / longer, min(scale) / shorter)
+    return max(round(height * by), 1), max(round(width * by), 1)
+
+
+def resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.resize(image_CHW, list(size), InterpolationMode.BILINEAR, antialias=True)
+
+
+@dataclass(frozen=True)
+class TrainCrops:
+    """A sample's augmentation, a pure function of the two maps and a key.
+
+    Args:
+        size: side of the crops in pixels.
+        scale: (longer, shorter) side that an image is fitted into before it is scaled.
+        factors: the smallest and the largest further factor.
+        fill: colour (3 bytes) of what a crop has beyond the image.
+    """
+
+    size: int
+    scale: tuple[int, int]
+    factors: tuple[float, float]
+    fill: tuple[int, int, int]
+
+    def __call__(self, sample: Labelled, key: int) -> Labelled:
+        with seeded(key):
+            return self._drawn(sample)
+
+    def _drawn(self, sample: Labelled) -> Labelled:
+        low, high = self.factors
+        factor = low + (high - low) * torch.rand(()).item()
+        height, width = sample.label_HW.shape
+        size = scaled_size(height, width, self.scale, factor)
+        label_HW = F.resize(sample.label_HW[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+        top, left = self._place(label_HW)
+        label_HW = label_HW[top : top + self.size, left : left + self.size]
+        image_CHW = resize(sample.image_CHW, size)
+        image_CHW = image_CHW[:, top : top + self.size, left : left + self.size]
+        if torch.rand(()) < 0.5:
+            image_CHW, label_HW = image_CHW.flip(-1), label_HW.flip(-1)
+        image_CHW = DISTORTION(image_CHW)
+        return Labelled(*padded(image_CHW, label_HW, self.size, self.fill))
+
+    def _place(self, label_HW: Tensor) -> tuple[int, int]:
+        for _ in range(CROP_TRIES):
+            top, left = (
+                int(torch.rand(()).item() * (max(side - self.size, 0) + 1))
+                for side in label_HW.shape
+            )
+            crop_HW = label_HW[top : top + self.size, left : left + self.size]
+            count_K = crop_HW[crop_HW > 0].bincount()
+            if (count_K > 0).sum() > 1 and count_K.max() < MOST_OF_ONE_CLASS * count_K.sum():
+                break
+        return top, left
+
+
+def padded(
+    image_CHW: Tensor, label_HW: Tensor, size: int, fill: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Grown to at least `size` a side at the right and below, with a colour and label 0."""
+    height, width = label_HW.shape
+    if height >= size and width >= size:
+        return image_CHW.contiguous(), label_HW.contiguous()
+    high, wide = max(height, size), max(width, size)
+    image = image_CHW.new_tensor(fill)[:, None, None].expand(3, high, wide).clone()
+    image[:, :height, :width] = image_CHW
+    label = label_HW.new_zeros(high, wide)
+    label[:height, :width] = label_HW
+    return image, label

@@ -1,0 +1,88 @@
+"""mIoU by counts of pixels, and how sure it is.
+
+Suffixes: N images, K classes, H and W pixels, R resamples, J the three counts of a class (right,
+predicted, true).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dseqjepa.keyed import Stream, hash_int64
+
+RESAMPLES = 1000
+
+
+def confusion(
+    predicted_HW: Int64[Tensor, "H W"], label_HW: Int64[Tensor, "H W"], classes: int
+) -> Int64[Tensor, "K K"]:
+    """Pixels by true class (row) and predicted class (column), both 1 to K; where the label is 0
+    nothing counts."""
+    known = label_HW > 0
+    pair = (label_HW[known] - 1) * classes + predicted_HW[known] - 1
+    return pair.bincount(minlength=classes**2).view(classes, classes)
+
+
+def counts_of(confusion_KK: Int64[Tensor, "K K"]) -> Int64[Tensor, "J K"]:
+    """Of each class the pixels that are rightly predicted, predicted, and there: all that IoU
+    needs, and little enough to be kept for every image."""
+    return torch.stack([confusion_KK.diagonal(), confusion_KK.sum(0), confusion_KK.sum(1)])
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Of a test set, as shares of 1; (low, high) are 95 % bootstrap intervals over its images."""
+
+    miou: float
+    miou_interval: tuple[float, float]
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    iou_K: Float[Tensor, " K"]
+    """NaN for a class that does not occur."""
+
+
+def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMPLES) -> Scores:
+    """IoU of each class over all pixels of all images, and its mean over classes that occur: which
+    some image has, or a prediction claims, in a pixel that is not ignored.
+
+    The intervals resample images with replacement and add up their counts.
+    """
+    images = len(counts_NJK)
+    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
+    drawn_RN = torch.randint(images, (resamples, images), generator=generator)
+    weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
+    weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
+    # Whole numbers below 2**53 are exact in float64.
+    counts_RJK = (weight_RN @ counts_NJK.flatten(1).double()).unflatten(1, counts_NJK.shape[1:])
+    mious_R, accuracies_R = _means(counts_RJK)
+    whole_1JK = counts_NJK.sum(0, keepdim=True).double()
+    (miou,), (accuracy,) = (values.tolist() for values in _means(whole_1JK))
+    return Scores(
+        miou,
+        _interval(mious_R),
+        accuracy,
+        _interval(accuracies_R),
+        _ious(whole_1JK)[0],
+    )
+
+
+def _ious(counts_RJK: Tensor) -> Tensor:
+    right_RK, predicted_RK, true_RK = counts_RJK.unbind(1)
+    return right_RK / (predicted_RK + true_RK - right_RK)
+
+
+def _means(counts_RJK: Tensor) -> tuple[Tensor, Tensor]:
+    right_RK, _, true_RK = counts_RJK.unbind(1)
+    return _ious(counts_RJK).nanmean(1), right_RK.sum(1) / true_RK.sum(1)
+
+
+def _interval(values_R: Tensor) -> tuple[float, float]:
+    known_R = values_R[values_R.isfinite()]
+    if len(known_R) == 0:
+        return float("nan"), float("nan")
+    low, high = torch.quantile(known_R, torch.tensor([0.025, 0.975], dtype=known_R.dtype)).tolist()
+    return low, high

@@ -1,0 +1,165 @@
+"""`dseqjepa evaluate segmentation`: UPerNet on a backbone, trained and measured (METHOD section 5).
+
+Suffixes: C colours, K classes, N test images, J counts, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dseqjepa.data.source import Segmentations
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.tasks.config import SegmentationConfig
+from dseqjepa.tasks.dense import blocks_to_read
+from dseqjepa.tasks.reading import in_order, seeded
+from dseqjepa.tasks.results import Metric, Result
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.segmentation.crops import (
+    MOST_OF_ONE_CLASS,
+    Labelled,
+    TrainCrops,
+    read_labelled,
+    resize,
+    scaled_size,
+)
+from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter
+from dseqjepa.tasks.segmentation.scores import RESAMPLES, confusion, counts_of, score
+from dseqjepa.tasks.segmentation.windows import sliding_logits
+from dseqjepa.tasks.training import Recipe, fit, place_of
+
+PICTURES = 8
+
+
+def evaluate(job: Job, config: SegmentationConfig) -> Result:
+    """mIoU and pixel accuracy on the test images, in per cent.
+
+    Raises:
+        InputError: the data has no label maps, or an earlier training is in the way.
+        RunError: training fails, or no test image can be read.
+    """
+    train, test = job.train, job.test
+    if not (isinstance(train, Segmentations) and isinstance(test, Segmentations)):
+        raise InputError(
+            "segmentation needs the class of every pixel: data=ade20k:PATH, or "
+            "`dseqjepa scenes export ade20k DIR` for a small one"
+        )
+    if config.crop % (2 * job.backbone.patch_size):
+        raise InputError(
+            f"crop ({config.crop}) must be a multiple of two patches, "
+            f"{2 * job.backbone.patch_size} px"
+        )
+    recipe = Recipe(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        schedule="poly",
+        layer_decay=config.layer_decay,
+        clip=None if config.clip == "none" else config.clip,
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+    )
+    place = place_of(job, config)
+    start = place.start()
+    with seeded(config.seed):
+        model = Segmenter(
+            job.backbone,
+            len(train.categories),
+            width=config.width,
+            auxiliary_width=config.auxiliary_width,
+            drop_path=config.drop_path,
+        ).to(job.device)
+    red, green, blue = (round(255 * value) for value in job.backbone.mean)
+    crops = TrainCrops(config.crop, config.scale, config.factors, (red, green, blue))
+
+    def read(index: int, key: int) -> Labelled:
+        return crops(read_labelled(train, index), key)
+
+    def losses(samples: list[Labelled]) -> dict[str, Tensor]:
+        if len(samples) == 1:  # batch norm of a map of one pixel needs two
+            samples = samples * 2
+        images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(job.device)
+        label_BHW = torch.stack([sample.label_HW for sample in samples]).to(job.device)
+        return model.losses(images_BCHW, label_BHW)
+
+    bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
+
+    counts: list[Tensor] = []
+    examples: list[tuple[Any, ...]] = []
+    model.eval()
+    for index, sample in in_order(
+        test, lambda i: read_labelled(test, i), config.workers, bad, job.console
+    ):
+        predicted_HW = predict(model, sample.image_CHW, config, job.device)
+        counts.append(counts_of(confusion(predicted_HW, sample.label_HW, model.classes)))
+        if len(examples) < PICTURES:
+            examples.append((test.name(index), sample.image_CHW, sample.label_HW, predicted_HW))
+    if not counts:
+        raise RunError(f"none of the {len(test)} test images can be read")
+    found = score(torch.stack(counts), config.seed)
+    iou_K = found.iou_K.tolist()
+    return Result(
+        metrics={
+            "miou": _percent(found.miou, found.miou_interval),
+            "pixel_accuracy": _percent(found.accuracy, found.accuracy_interval),
+        },
+        protocol=protocol(config, job),
+        labels="pixels",
+        layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
+        pooling="none",
+        n_train=len(train),
+        n_test=len(counts),
+        n_bad=len(bad),
+        interval=f"bootstrap over test images, {RESAMPLES} resamples",
+        seeds=(config.seed,),
+        details={
+            "iou": {
+                name: None if iou != iou else 100 * iou
+                for name, iou in zip(train.categories, iou_K, strict=True)
+            },
+            "mean_over": "classes that occur in the labels or the predictions",
+            "classes_that_occur": sum(iou == iou for iou in iou_K),
+        },
+        examples={"examples": examples, "categories": train.categories},
+    )
+
+
+@torch.inference_mode()
+def predict(
+    model: Segmenter, image_CHW: Tensor, config: SegmentationConfig, device: torch.device
+) -> Tensor:
+    """The class 1 to K of every pixel of an image, at its own size, on the CPU."""
+    height, width = image_CHW.shape[-2:]
+    size = scaled_size(height, width, config.scale, 1.0)
+    resized_1CHW = resize(image_CHW, size)[None].to(device)
+    normal_CHW = model.backbone.normalized(resized_1CHW)[0]
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits_KHW = sliding_logits(model, normal_CHW, config.crop, config.stride)
+    logits_1KHW = F.interpolate(
+        logits_KHW[None], (height, width), mode="bilinear", align_corners=False
+    )
+    return logits_1KHW[0].argmax(0).cpu() + 1
+
+
+def protocol(config: SegmentationConfig, job: Job) -> dict[str, object]:
+    """All that must be equal for two results to be comparable, beside the data."""
+    return {
+        **config.recipe(),
+        "schedule": "linear warm-up, then poly 1.0",
+        "head": f"UPerNet, pools {POOLS}, dropout 0.1, FCN on the third map x {AUXILIARY_WEIGHT}",
+        "maps": "after the final norm, 4, 2, 1 and 1/2 times the patches' grid",
+        "augmentation": f"scale, crop (no class above {MOST_OF_ONE_CLASS}), flip, "
+        "photometric distortion",
+        "inference": "sliding window, mean of logits",
+        "metric": "mIoU over the classes that occur, label 0 ignored",
+    }
+
+
+def _percent(value: float, interval: tuple[float, float]) -> Metric:
+    low, high = interval
+    return Metric(100 * value, 100 * low, 100 * high)

@@ -1,0 +1,223 @@
+"""Features on disk: written chunk by chunk, mapped into memory, gone on with after a stop.
+
+A store is a folder: `manifest.json` says what the features are of, `mean1.f32` and its like hold
+one float32 row an image, and `done/mean1-00000003.json` says that a chunk is on the disk, with its
+hash and the images in it that could not be decoded. Only rows of chunks that are done are read.
+Ranks write disjoint chunks into the same files.
+
+Suffixes: N images of the source, D width of a piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dseqjepa.data.source import Source
+from dseqjepa.errors import InputError
+from dseqjepa.ranks import Ranks
+from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.config import FrozenConfig
+from dseqjepa.tasks.features import Encoding, Extracted, assembled, chunks_of, encode, extract
+from dseqjepa.tasks.results import digest, write_json
+from dseqjepa.tasks.run import Job
+
+FORMAT = 1
+TRANSFORM = "resize to 256/224 of the size, centre crop, bilinear"
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """The features of one source by one backbone, in `folder`."""
+
+    folder: Path
+    images: int
+    chunks: Sequence[range]
+
+    def rows(self, piece: str, width: int, *, create: bool = False) -> np.memmap:
+        """All rows of a piece, on disk."""
+        path, size = self.folder / f"{piece}.f32", self.images * width * 4
+        if create and not path.exists():
+            with path.open("wb") as file:
+                file.truncate(size)
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise InputError(f"{path} has {found} bytes, expected {size}: remove {self.folder}")
+        mode: Any = "r+" if create else "c"  # c: what reads it cannot change the file
+        return np.memmap(path, np.float32, mode, shape=(self.images, width))
+
+    def marker(self, piece: str, number: int) -> Path:
+        return self.folder / "done" / f"{piece}-{number:08d}.json"
+
+    def missing(self, pieces: Sequence[str]) -> list[int]:
+        """The chunks that lack one of the pieces."""
+        return [
+            number
+            for number in range(len(self.chunks))
+            if not all(self.marker(piece, number).is_file() for piece in pieces)
+        ]
+
+    def write(self, number: int, pieces: Sequence[str], encodings: Sequence[Encoding]) -> None:
+        """Have the disk hold a chunk, then say so."""
+        chunk = self.chunks[number]
+        kept = [index for encoding in encodings for index in encoding.kept]
+        bad = [item for encoding in encodings for item in encoding.bad]
+        for piece in pieces:
+            values = [encoding.pieces[piece] for encoding in encodings if encoding.kept]
+            done: dict[str, Any] = {"kept": kept, "bad": bad}
+            if values:
+                done["width"] = values[0].shape[1]
+                rows_ND = self.rows(piece, done["width"], create=True)
+                rows_ND[kept] = torch.cat(values).numpy()
+                rows_ND.flush()
+                done["sha256"] = _hash(rows_ND, chunk)
+            write_json(self.marker(piece, number), done)
+
+    def open(self, pieces: Sequence[str], source: Source) -> Extracted:
+        """Everything, mapped into memory. `InputError` where the disk no longer holds what was
+        written."""
+        mapped: dict[str, Tensor] = {}
+        dones: list[Any] = []
+        for piece in pieces:
+            dones = [self._read(piece, number) for number in range(len(self.chunks))]
+            width = next((done["width"] for done in dones if "width" in done), 0)
+            rows_ND = self.rows(piece, width) if width else np.empty((self.images, 0), np.float32)
+            for number, (chunk, done) in enumerate(zip(self.chunks, dones, strict=True)):
+                if "sha256" in done and _hash(rows_ND, chunk) != done["sha256"]:
+                    raise InputError(
+                        f"{self.folder}: {piece}.f32 is damaged in chunk {number}: remove "
+                        f"{self.marker(piece, number)}, and it will be made anew"
+                    )
+            mapped[piece] = torch.from_numpy(rows_ND)
+        kept = [index for done in dones for index in done["kept"]]
+        bad = tuple((name, reason) for done in dones for name, reason in done["bad"])
+        return assembled(source, mapped, kept, bad)
+
+    def _read(self, piece: str, number: int) -> Any:
+        path = self.marker(piece, number)
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}): remove it") from None
+
+
+def _hash(rows_ND: np.ndarray, chunk: range) -> str:
+    return hashlib.sha256(rows_ND[chunk.start : chunk.stop].data).hexdigest()
+
+
+def stored(
+    folder: Path,
+    backbone: Backbone,
+    source: Source,
+    pieces: Sequence[str],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    bf16: bool,
+    ranks: Ranks,
+    console: Console,
+) -> Extracted:
+    """Features of every image, from `folder` as far as they are there; the rest is made and kept.
+
+    Raises:
+        InputError: the folder holds features of something else, or is damaged; or no image can be
+            decoded.
+    """
+    chunks = chunks_of(len(source))
+    manifest = {
+        "format": FORMAT,
+        "backbone": backbone.digest(),
+        "data": source.fingerprint(),
+        "images": len(source),
+        "image_size": list(backbone.image_size),
+        "transform": TRANSFORM,
+        "precision": "bf16" if bf16 else "fp32",
+        "chunks": len(chunks),
+        "batch": batch_size,
+    }
+    ranks.together(lambda: _claim(folder, manifest) if ranks.first else None)
+    store = Store(folder, len(source), chunks)
+    missing = store.missing(pieces)
+    ranks.wait()  # all have looked before one of them writes
+    mine = missing[ranks.rank :: ranks.world]
+    if missing:
+        images = sum(len(store.chunks[number]) for number in missing)
+        console.print(f"encoding {images} of {len(source)} images into {folder}", soft_wrap=True)
+    encodings = encode(
+        backbone,
+        source,
+        backbone.image_size,
+        pieces,
+        [store.chunks[number] for number in mine],
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        bf16=bf16,
+    )
+    for number in mine:
+        whole: list[Encoding] = []
+        while not whole or whole[-1].stop < store.chunks[number].stop:
+            whole.append(next(encodings))
+        store.write(number, pieces, whole)
+    ranks.wait()
+    return store.open(pieces, source)
+
+
+def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Make the folder, or see that what it holds is of the same."""
+    path = folder / "manifest.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}): remove {folder}") from None
+        unlike = [key for key in manifest if found.get(key) != manifest[key]]
+        if unlike:
+            raise InputError(
+                f"{folder} holds features of another {', '.join(unlike)}: "
+                "name another cache=DIR, or remove it"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"cache={folder} holds other files: name another folder")
+    else:
+        write_json(path, manifest)
+
+
+def reading(job: Job, config: FrozenConfig) -> dict[str, Any]:
+    """How images are read and encoded, as `extract` takes it."""
+    return {
+        "batch_size": config.encode_batch,
+        "workers": config.workers,
+        "device": job.device,
+        "bf16": config.precision == "bf16",
+        "ranks": job.ranks,
+    }
+
+
+def features_of(
+    job: Job, config: FrozenConfig, part: str, source: Source, pieces: Sequence[str]
+) -> Extracted:
+    """The features of a source, `part` of the data, by the job's backbone: kept where the config
+    says. Raw pixels are as quickly read again."""
+    how = reading(job, config)
+    backbone = job.backbone
+    if config.cache == "none" or (config.cache == "auto" and backbone.weights == "none"):
+        return extract(backbone, source, backbone.image_size, pieces, **how)
+    if config.cache == "auto":
+        kind: dict[str, Any] = {"size": list(backbone.image_size), "precision": config.precision}
+        kind |= {"backbone": backbone.digest(), "batch": config.encode_batch}
+        name = digest({**kind, "data": source.fingerprint()})[:16]
+        folder = job.folder / "features" / name
+    else:
+        folder = Path(config.cache).expanduser() / part
+    return stored(folder, backbone, source, pieces, console=job.console, **how)

@@ -1,0 +1,230 @@
+"""`dseqjepa results`: the results of many evaluations side by side.
+
+A column is one metric under one protocol, data included: numbers that were not measured alike
+never share one. A line is one encoder; runs that differ in nothing but their seed are one line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dseqjepa.errors import InputError
+from dseqjepa.tasks.results import FORMAT, Metric, digest, mean_metric, text
+
+ENDINGS = (".md", ".csv", ".json")
+KEPT = {"features", "checkpoints"}
+"""Folders below which there are no results, but many files."""
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line's number in one column."""
+
+    metric: Metric
+    seeds: tuple[int | None, ...]
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        count = len(self.files)
+        return text(self.metric) + (f" n={count}" if count > 1 else "")
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    columns: tuple[str, ...]
+    protocols: tuple[Values, ...]
+    """Of each column."""
+    lines: Mapping[str, Mapping[int, Cell]]
+    """Encoder -> column's number -> what stands there."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
+
+    def markdown(self) -> str:
+        head = ["encoder", *self.columns]
+        rows = [[name, *self._texts(cells)] for name, cells in self.lines.items()]
+        body = [head, ["---"] + ["---:"] * len(self.columns), *rows]
+        table = "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in body)
+        many = any(len(c.files) > 1 for cells in self.lines.values() for c in cells.values())
+        how = "95 % interval in brackets: over test images or draws of one run"
+        how += ", by Student's t over the n runs where there are several.\n" if many else ".\n"
+        return table + "\n" + how + "".join(f"- {note}\n" for note in self.notes)
+
+    def _texts(self, cells: Mapping[int, Cell]) -> list[str]:
+        return [str(cells[n]) if n in cells else "" for n in range(len(self.columns))]
+
+    def csv(self) -> str:
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["encoder", "column", "value", "low", "high", "runs", "seeds", "protocol"])
+        for name, cells in self.lines.items():
+            for number, cell in sorted(cells.items()):
+                seeds = " ".join("" if seed is None else str(seed) for seed in cell.seeds)
+                key = digest(self.protocols[number])[:8]
+                writer.writerow(
+                    [name, self.columns[number], *cell.metric, len(cell.files), seeds, key]
+                )
+        return file.getvalue()
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "columns": [
+                {"name": name, "protocol": dict(protocol)}
+                for name, protocol in zip(self.columns, self.protocols, strict=True)
+            ],
+            "lines": [
+                {
+                    "encoder": name,
+                    "cells": [
+                        {
+                            "column": number,
+                            **cell.metric._asdict(),
+                            "seeds": list(cell.seeds),
+                            "files": list(cell.files),
+                        }
+                        for number, cell in sorted(cells.items())
+                    ],
+                }
+                for name, cells in self.lines.items()
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def collect(folders: Sequence[Path]) -> ResultTable:
+    """The results below these folders.
+
+    Of the same weights measured twice under one protocol the newer result counts. `InputError`
+    where a folder is not there, or there is no result at all.
+    """
+    found, notes = _read(folders)
+    if not found:
+        where = ", ".join(map(str, folders))
+        said = f" ({'; '.join(notes)})" if notes else ""
+        raise InputError(f"no results below {where}: `dseqjepa evaluate` writes them{said}")
+    keys: dict[tuple[str, str], Values] = {}
+    places: dict[tuple[str, tuple[str, str]], dict[str, tuple[Path, Values]]] = {}
+    names: dict[str, Values] = {}
+    for path, values in found:
+        backbone, protocol = values["backbone"], values["protocol"]
+        names.setdefault(backbone["group"], backbone)
+        for metric in values["metrics"]:
+            column = (digest(protocol), metric)
+            keys.setdefault(column, values)
+            weights = places.setdefault((backbone["group"], column), {})
+            if backbone["digest"] in weights:
+                older = weights[backbone["digest"]][0]
+                notes.append(f"{older} is left out: {path} measured the same again")
+            weights[backbone["digest"]] = (path, values)
+    columns = list(keys)
+    labels = _labels(names)
+    lines: dict[str, dict[int, Cell]] = {label: {} for label in labels.values()}
+    for (group, column), weights in places.items():
+        files = [path for path, _ in weights.values()]
+        metrics = [_metric(values, column[1]) for _, values in weights.values()]
+        one = metrics[0] if len(metrics) == 1 else mean_metric([m.value for m in metrics])
+        seeds = tuple(values["backbone"]["seed"] for _, values in weights.values())
+        cell = Cell(one, seeds, tuple(map(str, files)))
+        lines[labels[group]][columns.index(column)] = cell
+    return ResultTable(
+        _titles(keys), tuple(values["protocol"] for values in keys.values()), lines, tuple(notes)
+    )
+
+
+def write_table(table: ResultTable, out: Path) -> None:
+    """As the ending of the file says: .md, .csv or .json."""
+    if out.suffix not in ENDINGS:
+        raise InputError(f"--out {out} must end in {', '.join(ENDINGS)}")
+    whole = {
+        ".md": table.markdown,
+        ".csv": table.csv,
+        ".json": lambda: json.dumps(table.json(), indent=1) + "\n",
+    }[out.suffix]()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(whole)
+
+
+def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]]:
+    """Every result below the folders, the oldest first, and what could not be read."""
+    paths: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.exists():
+            raise InputError(f"no such folder: {folder}")
+        here = [folder] if folder.is_file() else sorted(folder.rglob("*.json"))
+        here = [p for p in here if not KEPT & set(p.relative_to(folder).parts)]
+        paths |= dict.fromkeys(here)
+    found, notes = [], []
+    for path in paths:
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            notes.append(f"{path} cannot be read ({type(error).__name__})")
+            continue
+        if not (isinstance(values, dict) and "protocol" in values and "metrics" in values):
+            continue  # a run has other files
+        if values.get("format") != FORMAT:
+            notes.append(f"{path} is of another version of dseqjepa")
+            continue
+        found.append((path, values))
+    return sorted(found, key=lambda item: item[0].stat().st_mtime), notes
+
+
+def _metric(values: Values, name: str) -> Metric:
+    return Metric(**values["metrics"][name])
+
+
+def _labels(names: Mapping[str, Values]) -> dict[str, str]:
+    """What a line is called: the name of its encoder, and where two have one, what tells them
+    apart."""
+    labels = {}
+    for group, backbone in names.items():
+        twins = [b for b in names.values() if b["name"] == backbone["name"]]
+        label = str(backbone["name"])
+        for key in ("weights", "image_size"):
+            if len({str(twin[key]) for twin in twins}) > 1:
+                label += f", {key} {backbone[key]}"
+        twins = [twin for twin in twins if _kin(twin) == _kin(backbone)]
+        labels[group] = label if len(twins) == 1 else f"{label} [{group[:6]}]"
+    return labels
+
+
+def _kin(backbone: Values) -> tuple[str, ...]:
+    return tuple(str(backbone[key]) for key in ("name", "weights", "image_size"))
+
+
+def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
+    """What a column is called: task, labels, data and metric; where two have one name, the values
+    in which their protocols differ."""
+    plain = []
+    for (_, metric), values in keys.items():
+        source = str(values["data"]["source"])
+        name = source.partition(":")[0] if ":" in source else Path(source).name
+        quick = " (quick)" if values["preset"] == "quick" else ""
+        labels = values["protocol"]["labels"]
+        parts = [values["task"], name]
+        if labels != "+".join(values["metrics"]):
+            parts.insert(1, labels)
+        if metric != "accuracy":
+            parts.append(metric)
+        plain.append(" ".join(dict.fromkeys(parts)) + quick)
+    titles = []
+    for title, values in zip(plain, keys.values(), strict=True):
+        twins = [v["protocol"] for t, v in zip(plain, keys.values(), strict=True) if t == title]
+        mine = values["protocol"]
+        unlike = [key for key in mine if any(twin.get(key) != mine[key] for twin in twins)]
+        said = [
+            f"{key}={digest(mine[key])[:6] if isinstance(mine[key], dict) else mine[key]}"
+            for key in unlike
+        ]
+        titles.append(f"{title}, {', '.join(said)}" if said else title)
+    return tuple(titles)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -1,0 +1,317 @@
+"""The loop of every evaluation that trains: fine-tuning, detection, segmentation.
+
+Everything random is a function of where it happens: a sample's augmentation of (seed, epoch,
+index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step). So a
+checkpoint holds weights, the optimizer's state and the step, and a run that was stopped goes on as
+if it had not been, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from dseqjepa.data.source import Source
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.keyed import Stream, hash_int64
+from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.config import TrainedConfig
+from dseqjepa.tasks.reading import Samples, read_ahead
+from dseqjepa.tasks.run import Job
+from dseqjepa.train.checkpoint import Checkpoint, load_into, open_checkpoint, save_checkpoint
+from dseqjepa.train.clock import duration
+from dseqjepa.train.log import Journal
+from dseqjepa.train.optimizer import load_optimizer_state, optimizer_state
+from dseqjepa.train.runtime import Stopped, StopRequest
+from dseqjepa.train.schedules import cosine, linear
+
+Sample = TypeVar("Sample")
+Losses = dict[str, Tensor]
+"""Loss terms by name; their sum is what is minimised."""
+
+TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
+"""Parameters with more than one dimension that do not decay, as in MAE and BEiT."""
+SAVE_EVERY_S = 600.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, all in steps. AdamW; the learning rate rises linearly for
+    `warmup_steps`, then falls to `final_lr` by a half cosine, or linearly (`poly`, power 1)."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup_steps: int
+    schedule: Literal["cosine", "poly"]
+    final_lr: float = 0.0
+    layer_decay: float = 1.0
+    """The factor of the learning rate from each block to the one below."""
+    clip: float | None = None
+    """The largest norm of the gradient."""
+    seed: int = 0
+    bf16: bool = False
+    """Autocast to bfloat16."""
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, ... steps - 1, before the layers' factors."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        fall = {"cosine": cosine, "poly": linear}[self.schedule]
+        return fall(self.lr, self.final_lr, share)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a training runs; nothing here changes its result on a CPU."""
+
+    folder: Path
+    """Of its checkpoints, metrics.jsonl and log.txt."""
+    identity: Mapping[str, Any]
+    """All that a checkpoint must have been trained with to be gone on from; plain JSON."""
+    resume: bool = False
+    overwrite: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int = 0
+    console: Console = field(default_factory=Console)
+    stop_after: int | None = None
+    """Stop with a checkpoint after this step, as SIGTERM would have it."""
+
+    def start(self) -> Checkpoint | None:
+        """The checkpoint to go on from. `InputError` where the folder is in use, or holds the
+        training of something else."""
+        if not (self.folder / "checkpoints" / "last").exists():
+            return None
+        if self.overwrite:
+            return None
+        if not self.resume:
+            raise InputError(
+                f"{self.folder} holds an earlier training: resume=true goes on with it, "
+                "overwrite=true starts anew, out=FILE keeps both"
+            )
+        found = open_checkpoint(self.folder)
+        theirs = found.state.get("identity", {})
+        mine = json.loads(json.dumps(self.identity))
+        unlike = [key for key in mine if theirs.get(key) != mine[key]]
+        if unlike:
+            raise InputError(
+                f"{self.folder} was trained with another {', '.join(unlike)}: "
+                "overwrite=true starts anew, out=FILE keeps both"
+            )
+        return found
+
+
+def place_of(job: Job, config: TrainedConfig) -> Place:
+    """Where a task trains: a folder beside its result, NAME-training.
+
+    Raises:
+        InputError: several processes evaluate together, which training does not.
+    """
+    if job.ranks.world > 1:
+        raise InputError("this evaluation trains on one device: start one process")
+    settings = config.model_dump(mode="json", exclude={"workers", "accelerator"})
+    return Place(
+        folder=job.folder / f"{job.name}-training",
+        identity={
+            "config": settings,
+            "backbone": job.backbone.digest(),
+            "data": [job.train.fingerprint(), job.test.fingerprint()],
+        },
+        resume=job.resume,
+        overwrite=job.overwrite,
+        device=job.device,
+        workers=config.workers,
+        console=job.console,
+    )
+
+
+def parameter_groups(model: nn.Module, backbone: Backbone, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups for AdamW with `scale` and `weight_decay`, by depth and kind of each parameter.
+
+    Layer-wise decay as in BEiT and MAE: what comes before the first block has the scale
+    `layer_decay` ** (depth + 1), block i (from 0) `layer_decay` ** (depth - i), the final norm and
+    everything new 1. Norms, biases, prefix tokens and positions do not decay.
+    """
+    layer_of = {id(p): 0 for p in backbone.parameters()}
+    for number, block in enumerate(backbone.blocks, start=1):
+        layer_of |= {id(p): number for p in block.parameters()}
+    top = backbone.depth + 1
+    layer_of |= {id(p): top for p in backbone.norm.parameters()}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of.get(id(parameter), top)
+        decays = parameter.ndim > 1 and name.rpartition(".")[2] not in TOKENS
+        group = groups.setdefault(
+            (layer, decays),
+            {
+                "params": [],
+                "scale": recipe.layer_decay ** (top - layer),
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def fit(
+    model: nn.Module,
+    backbone: Backbone,
+    recipe: Recipe,
+    source: Source,
+    read: Callable[[int, int], Sample],
+    losses: Callable[[list[Sample]], Losses],
+    place: Place,
+    start: Checkpoint | None,
+) -> dict[str, str]:
+    """Train a model; where `start` is given, go on from it. Leaves the model in training mode.
+
+    Args:
+        backbone: the part of the model that `parameter_groups` takes by layers.
+        read: the sample at a place of the source for a key, the only randomness it may use.
+        losses: the loss terms of a step's samples.
+        start: what `place.start()` returned.
+
+    Returns:
+        The images that could not be decoded, and why.
+
+    Raises:
+        Stopped: SIGTERM came, a checkpoint is on the disk.
+        RunError: the loss is not finite, or no image of a step can be decoded.
+    """
+    samples = Samples(
+        len(source),
+        read,
+        source.name,
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    groups = parameter_groups(model, backbone, recipe)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
+    step, bad = 0, dict[str, str]()
+    if start is None:  # what is there was to be overwritten
+        shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
+    else:
+        load_into(model, start.tensors("model"), f"{start.path}/model.safetensors")
+        load_optimizer_state(optimizer, model, start.tensors("optimizer"))
+        step, bad = start.step, dict(start.state["bad"])
+    journal = Journal(place.folder, place.console)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    journal.rewind(step, {})
+    journal.say(
+        f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)}, "
+        + (f"from step {step}" if step else "from the start")
+    )
+
+    def save() -> None:
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": optimizer_state(optimizer, model),
+        }
+        state = {"identity": dict(place.identity), "steps": recipe.steps, "bad": bad}
+        save_checkpoint(place.folder / "checkpoints", step, tensors, state, keep=1)
+
+    model.train()
+    clock = _Pace(step)
+    every = min(100, max(1, recipe.steps // 50))
+    journal.start_progress(step, recipe.steps)
+    devices = [place.device] if place.device.type == "cuda" else []
+    try:
+        with StopRequest() as stop, torch.random.fork_rng(devices=devices):
+            ahead = range(step, recipe.steps)
+            for drawn, unread in read_ahead(samples, ahead, place.workers):
+                bad |= unread
+                if not drawn:
+                    name, reason = next(iter(unread.items()))
+                    raise RunError(f"no image of step {step} can be decoded: {name}: {reason}")
+                terms, norm = _step(model, optimizer, recipe, step, drawn, losses, place.device)
+                step += 1
+                last = step == recipe.steps
+                stopping = not last and (stop.requested or step == place.stop_after)
+                saving = last or stopping or clock.is_time_to_save()
+                if saving or step % every == 0 or step == 1:
+                    _report(journal, recipe, step, terms, norm, clock)
+                if saving:
+                    save()
+                journal.advance(step)
+                if stopping:
+                    journal.say(f"stopped at step {step}; resume=true goes on")
+                    raise Stopped
+    finally:
+        journal.stop_progress()
+    return bad
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    step: int,
+    drawn: list[Sample],
+    losses: Callable[[list[Sample]], Losses],
+    device: torch.device,
+) -> tuple[Losses, Tensor | None]:
+    torch.manual_seed(int(hash_int64(recipe.seed, int(Stream.STEP), step)))
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr_at(step) * group["scale"]
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+        terms = losses(drawn)
+    optimizer.zero_grad(set_to_none=True)
+    torch.stack([*terms.values()]).sum().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) if recipe.clip else None
+    optimizer.step()
+    return {name: value.detach() for name, value in terms.items()}, norm
+
+
+def _report(
+    journal: Journal,
+    recipe: Recipe,
+    step: int,
+    terms: Losses,
+    norm: Tensor | None,
+    clock: _Pace,
+) -> None:
+    """One line for people and one for programs. `RunError` where the loss is not finite, before
+    such weights are written."""
+    values = {name: float(value) for name, value in terms.items()}
+    loss = sum(values.values())
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is not finite at step {step}: lower lr")
+    lr = recipe.lr_at(step - 1)
+    norms = {} if norm is None else {"gradient_norm": float(norm)}
+    journal.metrics({"step": step, "loss": loss, "lr": lr, **values, **norms})
+    text = f"loss {loss:.4f}  lr {lr:.2g}"
+    left = duration(clock.left(step, recipe.steps))
+    journal.say(f"step {step}/{recipe.steps}  {text}  left {left}")
+
+
+class _Pace:
+    """When to save, and how long it will take."""
+
+    def __init__(self, step: int) -> None:
+        self.first = step
+        self.began = self.saved = time.monotonic()
+
+    def is_time_to_save(self) -> bool:
+        now = time.monotonic()
+        if now - self.saved < SAVE_EVERY_S:
+            return False
+        self.saved = now
+        return True
+
+    def left(self, step: int, steps: int) -> float:
+        return (time.monotonic() - self.began) / (step - self.first) * (steps - step)

@@ -1,0 +1,273 @@
+"""Ground truth beside prediction: the classes of pixels, and objects with their boxes and masks.
+
+Classes have the palette's colours, those that take most of the truth first; where there are more
+classes than colours, the rest is grey.
+
+Suffixes: C colours, H and W pixels, K objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dseqjepa.data.source import Instances
+from dseqjepa.viz.canvas import (
+    GAP,
+    SMALL,
+    TILE_PIXELS,
+    Axes,
+    Figure,
+    Page,
+    Rectangle,
+    Table,
+    bare,
+    colour,
+    inches_of,
+    save,
+    shortened,
+    text_width,
+    tile_table,
+)
+from dseqjepa.viz.style import INK, MUTED, PALETTE, VEIL
+from dseqjepa.viz.tiles import class_tile, photo_of
+
+GROUPS = 2
+"""Images side by side."""
+HEADINGS = ("image", "ground truth", "prediction")
+SWATCH = 0.13
+SURE = 0.5
+"""The score from which on an object is drawn."""
+MOST = 20
+"""The most objects of an image that are drawn."""
+OTHER = np.array([(125, 125, 125)])
+
+
+class Labelled(NamedTuple):
+    """An image with a class for every pixel, 1 to the number of categories; 0 is ignored."""
+
+    name: str
+    image_CHW: Tensor
+    truth_HW: Tensor
+    predicted_HW: Tensor
+
+
+class Found(NamedTuple):
+    """An image with its objects, and those that were found, best first."""
+
+    name: str
+    image_CHW: Tensor
+    truth: Instances
+    predicted: Instances
+    score_K: Tensor
+
+
+def segmentation_sheet(
+    examples: Sequence[tuple[str, Tensor, Tensor, Tensor]], categories: Sequence[str]
+) -> Figure:
+    """Image, true and predicted class of every pixel, two images a row.
+
+    Args:
+        examples: the fields of `Labelled`.
+        categories: the names of classes 1, 2, ...
+    """
+    shown = [Labelled(*example) for example in examples]
+    pixels = [np.bincount(item.truth_HW.flatten().numpy(), minlength=1) for item in shown]
+    place = _places(pixels, len(categories))
+    colours = np.concatenate([[VEIL], PALETTE, OTHER])
+    rows = []
+    for item in shown:
+        photo = photo_of(item.image_CHW, TILE_PIXELS)
+        maps = [place[label_HW.numpy()] for label_HW in (item.truth_HW, item.predicted_HW)]
+        maps[1] = np.where(maps[0] == 0, 0, maps[1])  # what is ignored is not judged either
+        rows.append([_square(photo), *(_square(class_tile(photo, m, colours)) for m in maps)])
+    table = _table(
+        rows,
+        "Segmentation: what is there, and what was predicted",
+        "The class of every pixel over the grey picture, white lines between classes. Pale: not "
+        "labelled, not judged.",
+        place,
+        categories,
+    )
+    return table.figure
+
+
+def detection_sheet(
+    examples: Sequence[tuple[str, Tensor, Instances, Instances, Tensor]],
+    categories: Sequence[str],
+) -> Figure:
+    """Image, true objects and those found with a score from `SURE` on, two images a row.
+
+    Args:
+        examples: the fields of `Found`.
+        categories: the names of labels 1, 2, ...
+    """
+    shown = [Found(*example) for example in examples]
+    labels = [np.bincount(item.truth.label_K.numpy(), minlength=1) for item in shown]
+    place = _places(labels, len(categories))
+    photos = [_square(photo_of(item.image_CHW, TILE_PIXELS)) for item in shown]
+    table = _table(
+        [[photo] * 3 for photo in photos],
+        "Detection: what is there, and what was found",
+        f"Masks and boxes in their class's colour, dashed for a crowd; found: at most {MOST} "
+        f"objects an image, with a score of at least {SURE:g}, which stands below.",
+        place,
+        categories,
+        under=0.04 + 2 * inches_of(SMALL),
+    )
+    for item, axes in zip(shown, table.axes, strict=True):
+        best_K = (item.score_K >= SURE).nonzero()[:MOST, 0]
+        _draw_objects(axes[1], item.truth, range(len(item.truth.label_K)), place)
+        _draw_objects(axes[2], item.predicted, best_K.tolist(), place)
+        names = [categories[label - 1] for label in item.truth.label_K.tolist()]
+        said = [
+            f"{categories[int(item.predicted.label_K[k]) - 1]} {item.score_K[k]:.2f}"
+            for k in best_K.tolist()
+        ]
+        for place_axes, text in ((axes[1], names), (axes[2], said)):
+            place_axes.set_xlabel(
+                _in_two_lines(text, table.tile),
+                fontsize=SMALL,
+                color=colour(MUTED),
+                labelpad=3,
+                parse_math=False,
+            )
+    return table.figure
+
+
+def _places(counts: Sequence[NDArray[np.integer]], classes: int) -> NDArray[np.int64]:
+    """Of each label the place of its colour: 0 for none, 1, 2, ... by how much of it is shown, the
+    last for all that have no colour of their own."""
+    total = np.zeros(classes + 1, np.int64)
+    for count in counts:
+        total[: len(count)] += count
+    order = 1 + np.argsort(-total[1:], kind="stable")
+    place = np.full(classes + 1, len(PALETTE) + 1)
+    place[0] = 0
+    place[order[: len(PALETTE)]] = 1 + np.arange(min(len(PALETTE), classes))
+    return place
+
+
+def _table(
+    rows: Sequence[Sequence[Image.Image]],
+    title: str,
+    caption: str,
+    place: NDArray[np.int64],
+    categories: Sequence[str],
+    under: float = 0.0,
+) -> Table:
+    coloured = [int(np.flatnonzero(place == n)[0]) for n in range(1, len(PALETTE) + 1)
+                if (place == n).any()]  # fmt: skip
+    names = [categories[label - 1] for label in coloured]
+    colours = [*PALETTE[: len(coloured)]]
+    if len(categories) > len(coloured):
+        names.append("any other")
+        colours.append(OTHER[0])
+    table = tile_table(
+        rows,
+        HEADINGS,
+        (1, 1),
+        title=title,
+        caption=caption,
+        groups=GROUPS,
+        under=under,
+        room=0.2 + 2 * inches_of(SMALL),
+    )
+    _legend(table.page, table.below + 0.14, names, colours, _width(table, len(rows)))
+    return table
+
+
+def _width(table: Table, rows: int) -> float:
+    across = 3 * min(GROUPS, rows)
+    return max(across * table.tile + (across - 1) * GAP, 5.0)
+
+
+def _legend(
+    page: Page,
+    y: float,
+    names: Sequence[str],
+    colours: Sequence[NDArray[np.integer]],
+    width: float,
+) -> None:
+    """Swatches with names, in as many lines as they need."""
+    x = 0.0
+    for name, rgb in zip(names, colours, strict=True):
+        name = shortened(name, 1.6, SMALL)
+        wide = SWATCH + 0.05 + text_width(name, SMALL)
+        if x and x + wide > width:
+            x, y = 0.0, y + inches_of(SMALL)
+        key = page.axes(x, y + 0.02, SWATCH, SWATCH)
+        bare(key)
+        key.set_facecolor(colour(rgb))
+        page.text(x + SWATCH + 0.05, y, name, SMALL)
+        x += wide + 0.18
+
+
+def _draw_objects(
+    axes: Axes, objects: Instances, chosen: Sequence[int], place: NDArray[np.int64]
+) -> None:
+    """On an axes that counts the square tile as 1 x 1."""
+    height, width = objects.masks_KHW.shape[1:]
+    side = max(height, width)
+    left, top = (side - width) / 2, (side - height) / 2
+    colours = np.concatenate([PALETTE, OTHER])
+    for k in chosen:
+        rgb = colours[place[int(objects.label_K[k])] - 1]
+        mask_HW = objects.masks_KHW[k].numpy()
+        paint = np.zeros((height, width, 4))
+        paint[mask_HW] = (*(rgb / 255), 0.55)
+        extent = (left / side, (left + width) / side, (top + height) / side, top / side)
+        axes.imshow(paint, extent=extent, aspect="auto", interpolation="nearest")
+        x0, y0, x1, y1 = objects.boxes_K4[k].tolist()
+        for line, thick in ((np.array(INK), 2.2), (rgb, 1.2)):  # seen on any picture
+            axes.add_patch(
+                Rectangle(
+                    ((left + x0) / side, (top + y0) / side),
+                    (x1 - x0) / side,
+                    (y1 - y0) / side,
+                    fill=False,
+                    edgecolor=colour(line),
+                    linewidth=thick,
+                    linestyle="--" if objects.crowd_K[k] else "-",
+                )
+            )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(1, 0)
+
+
+def _in_two_lines(words: Sequence[str], width: float) -> str:
+    """Words with commas, in two lines at most; what has no room is counted."""
+    lines: list[str] = [""]
+    for number, word in enumerate(words):
+        longer = f"{lines[-1]}, {word}" if lines[-1] else word
+        room = width if len(lines) == 1 else width - 0.4
+        if text_width(longer, SMALL) <= room:
+            lines[-1] = longer
+        elif len(lines) == 1 and lines[0]:
+            lines.append(word)
+        else:
+            lines[-1] += f" +{len(words) - number}"
+            break
+    return "\n".join(lines) if words else "nothing"
+
+
+def _square(tile: Image.Image) -> Image.Image:
+    """The tile in the middle of a pale square, so that all tiles of a sheet are equally large."""
+    square = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), VEIL)
+    square.paste(tile, ((TILE_PIXELS - tile.width) // 2, (TILE_PIXELS - tile.height) // 2))
+    return square
+
+
+def draw_result(task: str, path: Path, **examples: Any) -> None:
+    """Write the picture of a result: `examples` are the arguments of the task's sheet."""
+    sheets: dict[str, Callable[..., Figure]] = {
+        "detection": detection_sheet,
+        "segmentation": segmentation_sheet,
+    }
+    save(sheets[task](**examples), path)

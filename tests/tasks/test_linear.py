@@ -1,0 +1,182 @@
+"""The paper's protocol is computed as stated, goes on after a stop, and is one on several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dseqjepa.data.loader import Loader
+from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.errors import InputError
+from dseqjepa.tasks import linear
+from dseqjepa.tasks.config import LinearConfig, SweepConfig
+from dseqjepa.tasks.linear import Training, all_pieces, evaluate, features_for
+from dseqjepa.tasks.results import Result
+from tests.children import run_ranks
+from tests.tasks.fakes import CLASSES, SIZE, Cards, Seer, make_job
+from tests.train.tiny_ranks import join_ranks
+
+SMALL = ("epochs=4", "milestones=[2, 3]", "batch_size=16", "cache=none", "lr=0.05")
+LAST4 = ("mean4", "mean3", "mean2", "mean1")
+
+
+def config_of(*settings: str) -> LinearConfig:
+    return LinearConfig.from_settings([*SMALL, *settings])
+
+
+def run(folder: Path, *settings: str, train: Cards | None = None, **more: Any) -> Result:
+    job = make_job(Seer("noise"), train or Cards(70), Cards(40, seed=1), folder, **more)
+    return evaluate(job, config_of(*settings))
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = LinearConfig()
+    assert (config.protocol, config.features) == ("paper", "last4")
+    assert (config.epochs, config.milestones, config.lr) == (28, (8, 16, 24), 0.01)
+    assert (config.weight_decay, config.momentum, config.batch_size) == (5e-4, 0.9, 32)
+    assert LinearConfig.from_settings(["preset=quick"]).protocol == "sweep"
+    assert LinearConfig.from_settings(["preset=quick", "protocol=paper"]).protocol == "paper"
+
+
+def test_the_training_is_batch_norm_a_linear_layer_and_torchs_sgd(tmp_path: Path) -> None:
+    """Written out once more, step by step."""
+    source, seer, config = Cards(70), Seer("noise"), config_of()
+    training = Training(make_job(seer, source, source, tmp_path), config, LAST4, CLASSES, {})
+    norm, head = nn.BatchNorm1d(32, affine=False), nn.Linear(32, CLASSES)
+    with torch.no_grad():
+        for mine, theirs in zip(head.parameters(), training.probe.parameters(), strict=True):
+            mine.copy_(theirs)
+    training.run()
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    loader = Loader(source, TrainTransform(SIZE, (0.08, 1.0)), batch_size=16, seed=0, workers=0)
+    for epoch, lr in enumerate((0.05, 0.05, 0.005, 0.0005)):
+        optimizer.param_groups[0]["lr"] = lr
+        for batch in loader.batches(epoch):
+            with torch.no_grad():
+                layers = seer(batch.images_BCHW).layers
+            feature_BD = torch.cat([layer_BND.mean(dim=1) for layer_BND in layers], dim=1)
+            loss = F.cross_entropy(head(norm(feature_BD)), batch.labels["class"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(training.probe.linear.weight, head.weight)
+    torch.testing.assert_close(training.probe.norm.running_var, norm.running_var)
+
+
+def test_every_epoch_encodes_other_crops(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Watching(Seer):
+        def forward(self, images_BCHW: Tensor, last: int = 4) -> Any:
+            seen.append(images_BCHW)
+            return super().forward(images_BCHW, last)
+
+    class Stripes(Cards):
+        def image(self, index: int) -> Tensor:
+            generator = torch.Generator().manual_seed(index)
+            return torch.randint(256, (3, 16, 16), generator=generator, dtype=torch.uint8)
+
+    job = make_job(Watching("noise"), Stripes(16), Stripes(4), tmp_path)
+    evaluate(job, config_of())
+    epochs = [images for images in seen if len(images) == 16]
+    assert len(epochs) == 4
+    assert len({images.sum().item() for images in epochs}) == 4
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_training_that_was_killed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Cards(70, bad=(5,))
+    whole = run(tmp_path / "whole", train=train)
+    epoch = Training._epoch
+
+    def mortal(self: Training, loader: Loader) -> float:
+        if self.epoch == 3:
+            raise Killed
+        return epoch(self, loader)
+
+    monkeypatch.setattr(Training, "_epoch", mortal)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", train=train)
+    (state,) = (tmp_path / "cut").glob("linear-*.safetensors")
+    done = []
+
+    def counted(self: Training, loader: Loader) -> float:
+        done.append(self.epoch)
+        return epoch(self, loader)
+
+    monkeypatch.setattr(Training, "_epoch", counted)
+    other = run(tmp_path / "cut", "weight_decay=0.1", train=train)  # of another protocol: anew
+    assert done == [0, 1, 2, 3]
+    assert other.details != whole.details
+    cut = run(tmp_path / "cut", train=train)
+    assert done[4:] == [3]
+    assert (cut.metrics, cut.details, cut.n_bad) == (whole.metrics, whole.details, 1)
+    assert not state.exists()
+    state.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"is damaged .* remove it"):
+        run(tmp_path / "cut", train=train)
+
+
+def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="10 training images are fewer than a batch of 16"):
+        run(tmp_path, train=Cards(10))
+
+
+def train_on_ranks(out: Path) -> None:
+    """In a child."""
+    ranks = join_ranks()
+    job = make_job(Seer("noise"), Cards(70), Cards(40, seed=1), out, ranks)
+    training = Training(job, config_of("batch_size=8"), LAST4, CLASSES, {})
+    training.run()
+    result = evaluate(job, config_of("batch_size=8"))
+    torch.save(
+        (training.probe.state_dict(), result.metrics, result.n_test), out / f"{ranks.rank}.pt"
+    )
+    ranks.close()
+
+
+def test_two_ranks_have_one_probe_and_count_every_test_image_once(tmp_path: Path) -> None:
+    run_ranks(2, train_on_ranks, tmp_path, log=tmp_path / "log")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
+    assert first[1:] == second[1:]
+    assert first[2] == 40
+
+
+def test_a_sweep_tries_what_the_backbone_has() -> None:
+    sweep = SweepConfig()
+    assert features_for(sweep, Seer("noise")) == ["last", "last2", "last4"]
+    assert "cls+last4" in features_for(sweep, Seer("noise", has_cls=True))
+    every = SweepConfig(features=("blocks", "last"))
+    found = features_for(every, Seer("noise"))
+    assert found == ["block0", "block1", "block2", "block3"]  # `last` is block3
+    assert all_pieces(found, Seer("noise")) == LAST4
+    with pytest.raises(InputError, match=r"all read a \[CLS\], which noise has not"):
+        features_for(SweepConfig(features=("cls",)), Seer("noise"))
+
+
+def test_a_sweep_looks_at_no_test_image_before_it_has_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other test images, the same choice; and the choice has its grid in the result."""
+    found = []
+    for seed in (1, 2):
+        job = make_job(Seer("noise"), Cards(70), Cards(40, seed=seed), tmp_path)
+        config = config_of("protocol=sweep", "sweep.epochs=3", "sweep.lrs=[0.01, 0.1]")
+        found.append(evaluate(job, config))
+    assert found[0].details == found[1].details
+    assert len(found[0].details["sweep"]) == 3 * 2 * 2
+    assert found[0].details["chosen"]["feature"] == found[0].layers
+    assert linear.pooling_of(("cls1", "mean1")) == "[CLS] and mean over patches"

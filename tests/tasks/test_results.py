@@ -1,0 +1,112 @@
+"""Intervals are those they claim to be; a result does not replace what it is no newer form of."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+
+from dseqjepa.tasks.results import (
+    Metric,
+    accuracy_metric,
+    choose_path,
+    environment,
+    mean_metric,
+    row,
+    show,
+    text,
+    write_json,
+)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (700, 1000), (1, 3)])
+def test_the_interval_is_the_one_that_resampling_approaches(right: int, count: int) -> None:
+    correct_N = torch.arange(count) < right
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(count, (4_000, count), generator=generator)
+    resampled = 100 * correct_N[drawn].double().mean(dim=1)
+    wanted = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    metric = accuracy_metric(correct_N)
+    assert metric.value == pytest.approx(100 * right / count)
+    assert metric[1:] == pytest.approx(wanted, abs=0.21)
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    values = [71.5, 73.0, 72.1, 74.4]
+    metric = mean_metric(values)
+    wanted = stats.t.interval(
+        0.95, 3, loc=statistics.mean(values), scale=statistics.stdev(values) / 2
+    )
+    assert metric.value == pytest.approx(statistics.mean(values))
+    assert metric[1:] == pytest.approx(wanted)
+    assert mean_metric([5.0]) == Metric(5.0)
+
+
+def result(k: int = 20, weights: str = "target", step: int = 1) -> dict[str, Any]:
+    backbone = {"weights": weights, "image_size": [32, 32], "name": f"step {step}"}
+    return {"protocol": {"task": "knn", "k": k}, "backbone": backbone}
+
+
+def test_a_result_does_not_replace_one_of_another_protocol(tmp_path: Path) -> None:
+    first = choose_path(tmp_path, "knn", result())
+    assert first == tmp_path / "knn.json"
+    write_json(first, result())
+    assert choose_path(tmp_path, "knn", result(step=2)) == first
+    others = {choose_path(tmp_path, "knn", other) for other in (result(5), result(20, "context"))}
+    assert len(others) == 2
+    assert first not in others
+    assert choose_path(tmp_path, "knn", result(5)) in others
+    first.write_text("{")
+    assert choose_path(tmp_path, "knn", result(5)) == first
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "knn.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_table_has_a_line_an_encoder_and_a_column_a_metric() -> None:
+    rows = [
+        row("raw pixels", "class", {"accuracy": Metric(50.0, 40.0, 60.0)}),
+        row("mine", "class", {"accuracy": Metric(70.0, 65.0, 75.0), "swept": Metric(71.0)}),
+    ]
+    table = show(rows, "kNN")
+    assert [str(column.header) for column in table.columns] == [
+        "features of",
+        "class",
+        "class swept",
+    ]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells == [
+        ["raw pixels", "mine"],
+        ["50.0 (40.0 - 60.0)", "70.0 (65.0 - 75.0)"],
+        ["", text(Metric(71.0))],
+    ]
+
+
+def test_the_environment_says_which_code_it_was() -> None:
+    found = environment()
+    assert {"python", "torch", "numpy"} <= found["versions"].keys()
+    assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) >= 40
+
+
+def test_many_metrics_stand_below_each_other() -> None:
+    metrics = {f"ap_{number}": Metric(10.0 * number, 1.0, 99.0) for number in range(1, 6)}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(
+        show([row("mine", "detection", metrics), row("theirs", "detection", metrics)], "")
+    )
+    lines = console.export_text().splitlines()
+    assert any("mine" in line and "theirs" in line for line in lines)
+    (line,) = [line for line in lines if "detection ap 3" in line]
+    assert line.count("30.0 (1.0 - 99.0)") == 2

@@ -1,0 +1,123 @@
+"""Like beside like: one column a protocol, one line a recipe, mean and interval over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dseqjepa.errors import InputError
+from dseqjepa.tasks.results import Metric, mean_metric, write_json
+from dseqjepa.tasks.table import collect, write_table
+
+
+def put(
+    path: Path, value: float, *, seed: int = 0, group: str = "g", age: int = 0, **changes: Any
+) -> None:
+    protocol = {"task": "knn", "labels": "class", "k": 20, "data": {"train": "a", "test": "b"}}
+    protocol |= changes.pop("protocol", {})
+    backbone = {"name": f"method {group}", "weights": "target", "image_size": [32, 32]}
+    backbone |= {"digest": f"{group}{seed}", "group": group, "seed": seed}
+    backbone |= changes.pop("backbone", {})
+    values = {
+        "format": 1,
+        "task": "knn",
+        "preset": "full",
+        "protocol": protocol,
+        "backbone": backbone,
+        "data": {"source": "/somewhere/pictures"},
+        "metrics": {"accuracy": {"value": value, "low": value - 1, "high": value + 1}},
+        **changes,
+    }
+    write_json(path, values)
+    os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def test_seeds_of_one_recipe_are_one_line_with_their_interval(tmp_path: Path) -> None:
+    for seed, value in enumerate((70.0, 71.0, 73.0)):
+        put(tmp_path / f"run{seed}" / "evaluations" / "knn.json", value, seed=seed)
+    put(tmp_path / "other" / "knn.json", 60.0, group="h")
+    table = collect([tmp_path])
+    assert table.columns == ("knn class pictures",)
+    assert set(table.lines) == {"method g", "method h"}
+    cell = table.lines["method g"][0]
+    assert cell.metric == mean_metric([70.0, 71.0, 73.0])
+    assert cell.seeds == (0, 1, 2)
+    assert str(cell).endswith("n=3")
+    assert table.lines["method h"][0].metric == Metric(60.0, 59.0, 61.0)
+
+
+@pytest.mark.parametrize(
+    "protocol", [{"k": 5}, {"data": {"train": "other", "test": "b"}}, {"preset": "quick"}]
+)
+def test_unlike_protocols_never_share_a_column(tmp_path: Path, protocol: dict[str, Any]) -> None:
+    put(tmp_path / "a.json", 70.0)
+    put(tmp_path / "b.json", 90.0, seed=1, protocol=protocol)
+    table = collect([tmp_path])
+    assert len(set(table.columns)) == 2
+    assert all(next(iter(protocol)) in title for title in table.columns[1:])
+    assert [cell.metric.value for cell in table.lines["method g"].values()] == [70.0, 90.0]
+
+
+def test_a_quick_result_says_so(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.0, preset="quick", protocol={"preset": "quick"})
+    assert collect([tmp_path]).columns == ("knn class pictures (quick)",)
+
+
+def test_the_same_weights_count_once(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.0, age=9)
+    put(tmp_path / "b.json", 71.0, age=1)
+    put(tmp_path / "c.json", 72.0, seed=1, age=5)
+    table = collect([tmp_path])
+    assert table.lines["method g"][0].metric == mean_metric([72.0, 71.0])
+    assert any("a.json is left out" in note for note in table.notes)
+
+
+def test_encoders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.0)
+    put(tmp_path / "b.json", 71.0, group="h", backbone={"name": "method g", "weights": "context"})
+    put(tmp_path / "c.json", 72.0, group="i", backbone={"name": "method g"})
+    assert list(collect([tmp_path]).lines) == [
+        "method g, weights target [g]",
+        "method g, weights context",
+        "method g, weights target [i]",
+    ]
+
+
+def test_what_is_no_result_is_passed_over_or_named(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.0)
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "broken.json").write_text("{")
+    put(tmp_path / "newer.json", 99.0, format=2)
+    table = collect([tmp_path, tmp_path / "a.json"])
+    assert table.lines["method g"][0].metric.value == 70.0
+    assert sorted(note.split("/")[-1].split()[0] for note in table.notes) == [
+        "broken.json", "newer.json",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no such folder"):
+        collect([tmp_path / "gone"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no results below"):
+        collect([tmp_path / "empty"])
+
+
+def test_every_way_of_writing_holds_the_same_numbers(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.25)
+    put(tmp_path / "b.json", 71.0, seed=1)
+    table = collect([tmp_path])
+    cell = table.lines["method g"][0]
+    for ending in ("md", "csv", "json"):
+        write_table(table, tmp_path / "out" / f"table.{ending}")
+    assert f"| method g | {cell} |" in (tmp_path / "out" / "table.md").read_text()
+    (line,) = csv.DictReader(io.StringIO((tmp_path / "out" / "table.csv").read_text()))
+    assert [float(line[key]) for key in ("value", "low", "high")] == list(cell.metric)
+    written = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert written["lines"][0]["cells"][0]["value"] == cell.metric.value
+    assert written["columns"][0]["protocol"]["k"] == 20
+    with pytest.raises(InputError, match=r"must end in \.md, \.csv, \.json"):
+        write_table(table, tmp_path / "table.txt")

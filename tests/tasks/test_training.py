@@ -1,0 +1,211 @@
+"""A training that was stopped goes on as if it had not been, and each part learns at its rate."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.source import BadImage
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.tasks.backbone import Backbone, open_backbone
+from dseqjepa.tasks.dense import DropPath
+from dseqjepa.tasks.reading import Samples, in_order, seeded
+from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
+from dseqjepa.train.runtime import Stopped
+from tests.tasks.dense_data import tiny_backbone
+
+RECIPE = Recipe(
+    steps=6, batch_size=4, lr=1e-3, weight_decay=0.1, warmup_steps=2, schedule="cosine", clip=1.0
+)
+QUIET = Console(file=io.StringIO())
+
+
+class Model(nn.Module):
+    """With all that draws at random and all that remembers beside its weights."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.drop_path = DropPath(backbone, 0.3)
+        self.norm = nn.BatchNorm1d(backbone.width)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(backbone.width, 1)
+
+    def losses(self, samples: list[Tensor]) -> dict[str, Tensor]:
+        images_BCHW = torch.stack(samples)
+        self.drop_path.draw(len(images_BCHW))
+        pooled_BD = self.backbone(images_BCHW).patches_BND.mean(1)
+        logit_B = self.head(self.dropout(self.norm(pooled_BD)))[:, 0]
+        return {"loss_mean": (logit_B - images_BCHW.float().mean((1, 2, 3)) / 255).square().mean()}
+
+
+class Ten(Scenes):
+    """Ten places; what lies there the readers below say."""
+
+    def __init__(self) -> None:
+        super().__init__(10, size=32, seed=0, split="train")
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def read(index: int, key: int) -> Tensor:
+    with seeded(key):
+        noise = torch.randint(0, 200, (3, 32, 32))
+    return (noise + index).to(torch.uint8)
+
+
+def trained(
+    folder: Path, recipe: Recipe = RECIPE, reader: Any = read, **settings: Any
+) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Model(tiny_backbone())
+    place = Place(folder, {"config": {"pair": (1, 2)}}, console=QUIET, **settings)
+    fit(model, model.backbone, recipe, Ten(), reader, model.losses, place, place.start())
+    return model.state_dict()
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        trained(tmp_path / "cut", stop_after=3)
+    torch.manual_seed(99)  # whatever was drawn in between
+    assert_equal(trained(tmp_path / "cut", resume=True), whole)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    assert lines[0] == lines[1]
+    other = trained(tmp_path / "other", Recipe(**{**RECIPE.__dict__, "seed": 1}))
+    assert not torch.equal(other["head.weight"], whole["head.weight"])
+
+
+def test_processes_that_read_ahead_change_nothing(tmp_path: Path) -> None:
+    assert_equal(trained(tmp_path / "two", workers=2), trained(tmp_path / "none"))
+
+
+def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
+    def reader(index: int, key: int) -> Tensor:
+        if (tmp_path / "asked").exists():
+            return read(index, key)
+        (tmp_path / "asked").touch()
+        signal.raise_signal(signal.SIGTERM)
+        return read(index, key)
+
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", reader=reader)
+    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-00000001"
+    assert "stopped at step 1; resume=true" in (tmp_path / "run" / "log.txt").read_text()
+    assert_equal(trained(tmp_path / "run", resume=True), trained(tmp_path / "whole"))
+
+
+def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> None:
+    first = trained(tmp_path)
+    with pytest.raises(InputError, match="resume=true goes on with it, overwrite=true"):
+        trained(tmp_path)
+    assert_equal(trained(tmp_path, resume=True), first)  # finished: nothing is left to do
+    with pytest.raises(InputError, match="another config: overwrite=true"):
+        Place(tmp_path, {"config": {"pair": (1, 3)}}, resume=True, console=QUIET).start()
+    assert_equal(trained(tmp_path, overwrite=True), first)
+
+
+def test_every_sample_once_an_epoch_and_each_in_its_own_way() -> None:
+    seen: list[tuple[int, int]] = []
+    samples = Samples(
+        10, lambda index, key: seen.append((index, key)), str, steps=5, batch_size=4, seed=0
+    )
+    for step in range(5):
+        assert len(samples[step][0]) == 4
+    first, second = [i for i, _ in seen[:10]], [i for i, _ in seen[10:]]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert len({key for _, key in seen}) == 20
+
+
+def test_bad_images_are_left_out_and_named(tmp_path: Path) -> None:
+    def reader(index: int, key: int) -> Tensor:
+        if index in (2, 7):
+            raise BadImage("torn")
+        return read(index, key)
+
+    torch.manual_seed(0)
+    model = Model(tiny_backbone())
+    place = Place(tmp_path, {}, console=QUIET)
+    bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, None)
+    assert bad == {"2": "torn", "7": "torn"}
+
+    def broken(index: int, key: int) -> Tensor:
+        raise BadImage("torn")
+
+    with pytest.raises(RunError, match=r"no image of step 0 can be decoded: .*: torn"):
+        trained(tmp_path / "none", reader=broken)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_test_set_is_read_once_in_its_order(workers: int) -> None:
+    def reader(index: int) -> int:
+        if index == 4:
+            raise BadImage("torn")
+        return 10 * index
+
+    bad = {"before": "torn too"}
+    found = list(in_order(Ten(), reader, workers, bad, QUIET))
+    assert found == [(i, 10 * i) for i in range(10) if i != 4]
+    assert bad == {"before": "torn too", "4": "torn"}
+
+
+def test_a_loss_that_is_not_finite_ends_it_before_anything_is_saved(tmp_path: Path) -> None:
+    recipe = Recipe(**{**RECIPE.__dict__, "lr": 1e30, "clip": None})
+    with pytest.raises(RunError, match="not finite at step"):
+        trained(tmp_path, recipe)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_schedules_rise_and_fall_as_they_say() -> None:
+    poly = Recipe(10, 1, 2.0, 0.0, 2, "poly")
+    assert [poly.lr_at(step) for step in range(10)] == pytest.approx(
+        [1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25]
+    )
+    cosine = Recipe(10, 1, 2.0, 0.0, 2, "cosine", final_lr=0.5)
+    assert cosine.lr_at(2) == 2.0
+    assert cosine.lr_at(6) == pytest.approx(1.25)
+    assert cosine.lr_at(10) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("spec", ["own", "timm:test_vit"])
+def test_lower_layers_learn_slower_and_vectors_do_not_decay(spec: str) -> None:
+    backbone = tiny_backbone() if spec == "own" else open_backbone(spec, trainable=True)
+    model = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(backbone.width, 3)})
+    recipe = Recipe(1, 1, 1.0, 0.05, 0, "cosine", layer_decay=0.5)
+    found = {
+        id(p): (group["scale"], group["weight_decay"])
+        for group in parameter_groups(model, backbone, recipe)
+        for p in group["params"]
+    }
+    trained_parameters = [p for p in model.parameters() if p.requires_grad]
+    assert found.keys() == {id(p) for p in trained_parameters}
+    depth = backbone.depth
+    for name, parameter in model.named_parameters():
+        scale, decay = found[id(parameter)]
+        number = depth + 1
+        if name.startswith("backbone.stem"):
+            number = 0
+        elif name.startswith("backbone.blocks."):
+            number = 1 + int(name.split(".")[2])
+        assert scale == 0.5 ** (depth + 1 - number), name
+        decays = parameter.ndim > 1 and "token" not in name and "pos_embed" not in name
+        assert decay == (0.05 if decays else 0.0), name
