@@ -395,7 +395,7 @@ def test_presets_are_listed_and_described(
 
 
 def test_the_help_names_every_task() -> None:
-    assert TASK_HELP == ", ".join(TASKS)
+    assert ", ".join(TASKS) == TASK_HELP
 
 
 def test_questions_are_answered_without_torch(here: Path) -> None:
