@@ -188,8 +188,8 @@ def _checked(outline: Any) -> tuple[int, int]:
     if not isinstance(outline, list) or not outline:
         raise ValueError("no segmentation")
     for polygon in outline:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon without three points")
+        if not isinstance(polygon, list) or len(polygon) % 2:
+            raise ValueError("a polygon that is no list of points")
     return -1, -1
 
 
@@ -225,7 +225,9 @@ def _draw(outlines: list[Any], height: int, width: int) -> Bool[Tensor, "K H W"]
     codes = []
     for outline in outlines:
         if isinstance(outline, list):
-            codes.append(mask_of.merge(mask_of.frPyObjects(outline, height, width)))
+            # Two points have no area; the libraries would take them for a box.
+            areas = [polygon for polygon in outline if len(polygon) >= 6] or [[0] * 6]
+            codes.append(mask_of.merge(mask_of.frPyObjects(areas, height, width)))
         elif isinstance(outline["counts"], list):
             codes.append(mask_of.frPyObjects(outline, height, width))
         else:

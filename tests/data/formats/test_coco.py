@@ -107,6 +107,27 @@ def test_compressed_run_lengths_and_several_polygons_are_drawn(copy: Folder) -> 
     np.testing.assert_array_equal(after.masks_KHW[1], mask_of.decode(code))
 
 
+@pytest.mark.parametrize("library", ["pycocotools", "faster_coco_eval"])
+def test_polygons_of_two_points_have_no_area(
+    copy: Folder, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    other = {"pycocotools": "faster_coco_eval", "faster_coco_eval": "pycocotools"}[library]
+    monkeypatch.setitem(sys.modules, other, None)
+    folder = copy("coco")
+    square, line = [10, 10, 14, 10, 14, 14, 10, 14], [20, 20, 5, 6]
+
+    def alter(content: dict[str, Any]) -> None:
+        for annotation, outline in zip(
+            content["annotations"], ([square, line], [line]), strict=False
+        ):
+            annotation.update(segmentation=outline, image_id=content["images"][0]["id"])
+
+    change(folder, alter)
+    masks_KHW = coco(folder, "train").instances(0).masks_KHW
+    assert masks_KHW[0].sum() == masks_KHW[0, 10:14, 10:14].sum() == 16
+    assert masks_KHW[1].sum() == 0
+
+
 def test_images_without_objects_are_kept_but_not_to_train_on(copy: Folder) -> None:
     folder = copy("coco")
     before = coco(folder, "train")
@@ -198,8 +219,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "words": (first(bbox=["a", 1, 2, 3]), "annotation 9000 is damaged .*a bbox of four"),
     "not a number": (first(bbox=[float("nan"), 1, 2, 3]), "annotation 9000 has a box or a mask"),
     "no outline": (first(segmentation=[]), "annotation 9000 is damaged .no segmentation"),
-    "a short polygon": (first(segmentation=[[1, 2, 3, 4]]), "9000 is .*without three points"),
-    "half a point": (first(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "9000 is .*without three points"),
+    "half a point": (first(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "9000 is .*no list of points"),
+    "numbers alone": (first(segmentation=[1, 2, 3, 4, 5, 6]), "9000 is .*no list of points"),
     "short run lengths": (
         first(segmentation={"size": [64, 64], "counts": [3, 4]}),
         "annotation 9000 is damaged .7 pixels in its run lengths of 64 x 64",

@@ -144,6 +144,8 @@ def test_labels_that_do_not_fit_the_flat_images_are_named(copy: Folder) -> None:
     refused("imagenet", folder, "val", "has 12 lines for the 13 images of .*val")
     truth.write_text("\n".join(["99", *lines[1:]]))
     refused("imagenet", folder, "val", r"ground_truth.txt line 1: class 99 is not in meta.mat")
+    truth.write_text("\n".join(["11", *lines[1:]]))  # a wider term, not a class
+    refused("imagenet", folder, "val", r"ground_truth.txt line 1: class 11 is not in meta.mat")
     truth.write_text("\n".join(["one", *lines[1:]]))
     refused("imagenet", folder, "val", r"ground_truth.txt line 1: expected a number, found 'one'")
     truth.write_text("\n".join(lines))
@@ -154,6 +156,16 @@ def test_labels_that_do_not_fit_the_flat_images_are_named(copy: Folder) -> None:
     refused("imagenet", folder, "val", f"expected .*{TRUTH}, found no such file")
     (folder / KIT / "meta.mat").write_bytes(b"broken")
     refused("imagenet", folder, "train", "cannot read .*meta.mat")
+
+
+def test_a_flat_image_has_the_label_of_its_number(copy: Folder) -> None:
+    folder = copy("imagenet")
+    flatten(folder)
+    val = folder / "val"
+    (val / "ILSVRC2012_val_00000002.JPEG").rename(val / "ILSVRC2012_val_00000012.JPG")
+    labels = opened("imagenet", folder, "val").labels["class"].tolist()
+    truth = part("imagenet", "val").labels["class"].tolist()
+    assert labels == [truth[0], *truth[2:12], truth[11], truth[12]]
 
 
 def test_the_kit_may_lie_in_several_places(copy: Folder) -> None:
