@@ -27,6 +27,8 @@ from dseqjepa.errors import InputError
 from dseqjepa.ranks import Ranks
 
 LAST4 = ("mean4", "mean3", "mean2", "mean1")
+LAYERS_AT_LEAST = 4
+"""Any encoder gives so many of its last blocks, if it has them; a `Backbone` more, when asked."""
 CHUNK_IMAGES = 4096
 """Images whose features are written, or sent to the other ranks, together."""
 ROWS_AT_ONCE = 8192
@@ -46,7 +48,7 @@ class Encoded(Protocol):
     def layers(self) -> Sequence[Tensor]: ...
 
 
-Encoder = Callable[[Tensor], Encoded]
+Encoder = Callable[..., Encoded]
 """Takes uint8 images (B, 3, H, W) and normalises them itself."""
 
 
@@ -80,12 +82,22 @@ def pieces_of(feature: str, depth: int, has_cls: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(pieces))
 
 
-def pool(encoded: Any, pieces: Sequence[str]) -> dict[str, Float[Tensor, "B _"]]:
-    """The pieces of encoded images, float32."""
+def pooled(
+    encoder: Encoder,
+    images_BCHW: UInt8[Tensor, "B 3 H W"],
+    pieces: Sequence[str],
+    bf16: bool = False,
+) -> dict[str, Float[Tensor, "B _"]]:
+    """The pieces of a batch of images, float32; `bf16`: encoded under autocast. No gradient."""
+    deepest = max(split_piece(piece)[1] for piece in pieces)
+    more = {"last": deepest} if deepest > LAYERS_AT_LEAST else {}
+    kind = images_BCHW.device.type
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+        encoded: Any = encoder(images_BCHW, **more)
     found = {}
     for piece in pieces:
-        kind, number = split_piece(piece)
-        if kind == "mean":
+        pooling, number = split_piece(piece)
+        if pooling == "mean":
             found[piece] = encoded.layers[-number].float().mean(dim=1)
         else:
             found[piece] = encoded.cls_layers[-number].float()
@@ -263,26 +275,15 @@ def encode(
 ) -> Iterator[Encoding]:
     """The images of these chunks, batch by batch in order. No batch reaches over the end of a
     chunk, so which chunks are left to do does not change the features of any."""
-    deepest = max(split_piece(piece)[1] for piece in pieces)
     batches = _Batches(source, image_size, batch_size, chunks)
     # A generator of its own, because iterating draws a number from the global one otherwise.
     loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=torch.Generator())
-    kind = torch.device(device).type
     for batch in loader:
-        pooled: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if batch.kept:
-            images_BCHW = batch.images_BCHW.to(device)
-            with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
-                is_deep = deepest > LAYERS_AT_LEAST
-                encoded = encoder(images_BCHW, last=deepest) if is_deep else encoder(images_BCHW)  # type: ignore[call-arg]
-                pooled = pool(encoded, pieces)
-        # Ordinary tensors, not inference tensors: a probe may train on them.
-        plain = {piece: value_BD.cpu().clone() for piece, value_BD in pooled.items()}
-        yield Encoding(batch.first, batch.stop, batch.kept, plain, batch.bad)
-
-
-LAYERS_AT_LEAST = 4
-"""Any encoder gives so many of its last blocks, if it has them; a `Backbone` more, when asked."""
+            found = pooled(encoder, batch.images_BCHW.to(device), pieces, bf16)
+        on_cpu = {piece: value_BD.cpu() for piece, value_BD in found.items()}
+        yield Encoding(batch.first, batch.stop, batch.kept, on_cpu, batch.bad)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pieces_of
 from dseqjepa.tasks.results import Metric, Result, accuracy_metric, row
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.store import features_of
+from dseqjepa.tasks.store import features_of, reading
 from dseqjepa.train.checkpoint import untrained_encoder
 
 NEIGHBOURS = 20
@@ -174,8 +174,8 @@ def compare(
     features: str = "last",
     k: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
-    workers: int = 0,
     device: torch.device | str = "cpu",
+    **how: Any,
 ) -> list[dict[str, Any]]:
     """kNN accuracy of several encoders on several tasks, one row for each pair of them.
 
@@ -186,6 +186,7 @@ def compare(
     Args:
         backbones: by the name that the rows give them, all for one image size.
         features: as in `pieces_of`; of raw pixels always the pixels.
+        how: what `extract` takes beside.
 
     Raises:
         InputError: a source has no labels for a task, the two sources number its classes
@@ -197,7 +198,7 @@ def compare(
     for name, backbone in backbones.items():
         pieces = _pieces(backbone, features)
         train, test = (
-            extract(backbone, part, backbone.image_size, pieces, workers=workers, device=device)
+            extract(backbone, part, backbone.image_size, pieces, device=device, **how)
             for part in (train_source, test_source)
         )
         for task in tasks:
@@ -269,8 +270,7 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
         job.test,
         [task],
         features=config.features,
-        workers=config.workers,
-        device=job.device,
+        **reading(job, config),
         **settings,
     )
     train = features_of(job, config, "train", job.train, pieces)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
-from dseqjepa.tasks.features import Extracted, pieces_of, pool
+from dseqjepa.tasks.features import Extracted, pieces_of, pooled
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.results import Result, accuracy_metric, digest
@@ -125,8 +125,7 @@ class Training:
         self.job, self.config, self.pieces = job, config, pieces
         backbone: Backbone = job.backbone
         self.transform = TrainTransform(backbone.image_size, config.crop_scale, config.flip)
-        first = next(iter(pool(backbone(self._blank()), pieces).values()))
-        width = first.shape[1] * len(pieces)
+        width = self._encode(self._blank()).shape[1]
         self.probe = Probe(width, classes, config.seed).to(job.device)
         self.optimizer = torch.optim.SGD(
             self.probe.parameters(),
@@ -182,7 +181,6 @@ class Training:
                 )
         finally:
             loader.close()
-        self._average_statistics()
 
     def _epoch(self, loader: Loader) -> float:
         """The mean loss of this epoch, over all ranks."""
@@ -204,6 +202,7 @@ class Training:
                     job.ranks.total(parameter.grad.div_(job.ranks.world))
             self.optimizer.step()
             total += torch.tensor([loss.item() * len(label_B), len(label_B)])
+        self._average_statistics()
         for bad in job.ranks.share(self.bad):
             self.bad |= bad
         job.ranks.came_on()
@@ -214,14 +213,12 @@ class Training:
         return mean
 
     def _encode(self, images_BCHW: Tensor) -> Tensor:
-        bf16 = self.config.precision == "bf16"
-        kind = self.job.device.type
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
-            pooled = pool(self.job.backbone(images_BCHW), self.pieces)
-        return torch.cat([pooled[piece] for piece in self.pieces], dim=1)
+        is_bf16 = self.config.precision == "bf16"
+        found = pooled(self.job.backbone, images_BCHW, self.pieces, is_bf16)
+        return torch.cat([found[piece] for piece in self.pieces], dim=1)
 
     def _average_statistics(self) -> None:
-        """Each rank's BatchNorm has seen its own share: all use the mean."""
+        """Each rank's BatchNorm has seen its own share: all go on from the mean."""
         for value in (self.probe.norm.running_mean, self.probe.norm.running_var):
             assert value is not None
             self.job.ranks.total(value.div_(self.job.ranks.world))
@@ -233,11 +230,14 @@ class Training:
         said = {"epoch": self.epoch, "losses": self.losses, "bad": self.bad}
         unfinished = self.state.with_name(f".tmp-{self.state.name}")
         self.state.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"said": json.dumps(said)})
+        try:
+            save_file(tensors, unfinished, {"said": json.dumps(said)})
+        except SafetensorError as error:
+            raise RunError(f"cannot write {self.state}: {error}") from error
         unfinished.replace(self.state)
 
     def _load(self) -> None:
-        if not self.state.is_file():
+        if self.job.overwrite or not self.state.is_file():
             return
         try:
             with safe_open(self.state, "pt", device=str(self.job.device)) as file:
@@ -250,7 +250,7 @@ class Training:
         for name, parameter in self.probe.named_parameters():
             self.optimizer.state[parameter]["momentum_buffer"] = momenta[f"momentum.{name}"]
         self.epoch, self.losses, self.bad = said["epoch"], said["losses"], said["bad"]
-        self.job.console.print(f"going on after epoch {self.epoch} ({self.state})")
+        self.job.console.print(f"going on after epoch {self.epoch} ({self.state})", soft_wrap=True)
 
 
 # The sweep over features that were encoded once

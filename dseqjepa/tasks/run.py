@@ -153,7 +153,9 @@ def describe(
         "precision": config.precision,
         "data": fingerprints,
     }
-    name = task if result.labels == "class" else f"{task} {result.labels}"
+    # Metrics may be named by their labels, as Clevr's are: once is enough.
+    is_plain = result.labels in ("class", "+".join(result.metrics))
+    name = task if is_plain else f"{task} {result.labels}"
     own = row(
         backbone.name,
         result.labels if task == "knn" else name,

@@ -152,7 +152,7 @@ def stored(
     mine = missing[ranks.rank :: ranks.world]
     if missing:
         images = sum(len(store.chunks[number]) for number in missing)
-        console.print(f"encoding {images} of {len(source)} images into {folder}")
+        console.print(f"encoding {images} of {len(source)} images into {folder}", soft_wrap=True)
     encodings = encode(
         backbone,
         source,
@@ -193,18 +193,23 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
         write_json(path, manifest)
 
 
-def features_of(
-    job: Job, config: FrozenConfig, part: str, source: Source, pieces: Sequence[str]
-) -> Extracted:
-    """The features of a source, `part` of the data, by the job's backbone: kept where the config
-    says. Raw pixels are as quickly read again."""
-    how: dict[str, Any] = {
+def reading(job: Job, config: FrozenConfig) -> dict[str, Any]:
+    """How images are read and encoded, as `extract` takes it."""
+    return {
         "batch_size": config.encode_batch,
         "workers": config.workers,
         "device": job.device,
         "bf16": config.precision == "bf16",
         "ranks": job.ranks,
     }
+
+
+def features_of(
+    job: Job, config: FrozenConfig, part: str, source: Source, pieces: Sequence[str]
+) -> Extracted:
+    """The features of a source, `part` of the data, by the job's backbone: kept where the config
+    says. Raw pixels are as quickly read again."""
+    how = reading(job, config)
     backbone = job.backbone
     if config.cache == "none" or (config.cache == "auto" and backbone.weights == "none"):
         return extract(backbone, source, backbone.image_size, pieces, **how)

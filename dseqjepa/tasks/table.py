@@ -18,6 +18,8 @@ from dseqjepa.errors import InputError
 from dseqjepa.tasks.results import FORMAT, Metric, digest, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
+KEPT = {"features", "checkpoints"}
+"""Folders below which there are no results, but many files."""
 Values = Mapping[str, Any]
 
 
@@ -155,6 +157,7 @@ def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]
         if not folder.exists():
             raise InputError(f"no such folder: {folder}")
         here = [folder] if folder.is_file() else sorted(folder.rglob("*.json"))
+        here = [p for p in here if not KEPT & set(p.relative_to(folder).parts)]
         paths |= dict.fromkeys(here)
     found, notes = [], []
     for path in paths:
@@ -203,7 +206,10 @@ def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
         source = str(values["data"]["source"])
         name = source.partition(":")[0] if ":" in source else Path(source).name
         quick = " (quick)" if values["preset"] == "quick" else ""
-        parts = [values["task"], values["protocol"]["labels"], name]
+        labels = values["protocol"]["labels"]
+        parts = [values["task"], name]
+        if labels != "+".join(values["metrics"]):
+            parts.insert(1, labels)
         if metric != "accuracy":
             parts.append(metric)
         plain.append(" ".join(dict.fromkeys(parts)) + quick)

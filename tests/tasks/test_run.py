@@ -1,0 +1,178 @@
+"""From a command to a file that says what was measured, how, on what, and by which code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dseqjepa.cli import main
+from dseqjepa.methods import build_method
+from dseqjepa.tasks.config import TASKS
+from dseqjepa.tasks.run import run_task
+from dseqjepa.train.checkpoint import save_checkpoint
+from tests.children import run_ranks
+from tests.tiny import tiny_config
+
+FROZEN = ("knn", "linear", "lowshot", "clevr")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs that differ in their seed, and pictures of two classes."""
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        config = tiny_config("dseq_vitt8_64", f"runtime.seed={seed}", "data.source=pictures")
+        method = build_method(config)
+        encoders = {"target": method.target.state_dict(), "context": method.encoder.state_dict()}
+        state = {"config": config.model_dump(mode="json")}
+        save_checkpoint(tmp_path / f"runs/{seed}/checkpoints", 5, encoders, state, keep=1)
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 10)):
+        for label in ("a", "b"):
+            folder = tmp_path / "pictures" / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 128, (36, 40, 3)) + 100 * (label == "b")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "pictures" / "train" / "a" / "5.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def evaluate(task: str, *typed: str) -> int:
+    sys.argv = ["dseqjepa", "evaluate", task, *typed]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("knn", ["sweep=true"]),
+        ("linear", ["epochs=2", "batch_size=8"]),
+        ("linear", ["preset=quick", "sweep.epochs=3"]),
+        ("lowshot", ["preset=quick", "fraction=0.2", "sweep.epochs=3"]),
+        ("clevr", ["task=class", "epochs=2"]),
+    ],
+)
+def test_a_result_says_all_that_is_needed_to_trust_it(
+    here: Path, task: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(task, "runs/0", *settings) == 0
+    printed = capsys.readouterr().out
+    assert f"written: {here}/runs/0/evaluations/{task}.json" in printed
+    found = json.loads((here / f"runs/0/evaluations/{task}.json").read_text())
+    assert found["task"] == found["protocol"]["task"] == task
+    quick = "preset=quick" in settings
+    assert found["preset"] == found["protocol"]["preset"] == ("quick" if quick else "full")
+    assert ("preset=quick" in printed) == quick
+    for metric in found["metrics"].values():
+        assert 0 <= metric["value"] <= 100
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    assert (found["n_train"], found["n_test"]) == ({"lowshot": 10, "clevr": 38}.get(task, 47), 20)
+    assert found["n_bad"] == 1
+    backbone = found["backbone"]
+    assert (backbone["name"], backbone["weights"], backbone["seed"]) == (
+        "dseq, step 5",
+        "target",
+        0,
+    )
+    assert backbone["layers"]
+    assert backbone["pooling"]
+    assert len(backbone["digest"]) == 64
+    assert found["data"]["source"] == "pictures"
+    assert found["protocol"]["data"] == {k: found["data"][k] for k in ("train", "test")}
+    assert found["config"] == TASKS[task].from_settings(settings).model_dump(mode="json")
+    assert found["versions"]["torch"]
+    assert found["wall_s"] > 0
+    assert found["results"][-1]["encoder"] == "dseq, step 5"
+    assert evaluate(task, "runs/0", *settings) == 0  # from the kept features
+    again = json.loads((here / f"runs/0/evaluations/{task}.json").read_text())
+    assert {**again, "wall_s": 0} == {**found, "wall_s": 0}
+
+
+def test_runs_of_two_seeds_are_one_line_of_the_table(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        assert evaluate("knn", f"runs/{seed}") == 0
+        assert evaluate("knn", f"runs/{seed}", "k=5") == 0
+    assert len(list((here / "runs/0/evaluations").glob("knn*.json"))) == 2
+    capsys.readouterr()
+    sys.argv = ["dseqjepa", "results", "runs", "--out", "table.json"]
+    main()
+    printed = capsys.readouterr().out
+    assert "| dseq, step 5 |" in printed
+    assert printed.count("n=2") == 2
+    table = json.loads((here / "table.json").read_text())
+    assert [column["protocol"]["k"] for column in table["columns"]] in ([20, 5], [5, 20])
+    assert [cell["seeds"] for cell in table["lines"][0]["cells"]] == [[0, 1], [0, 1]]
+
+
+def test_other_weights_and_backbones(here: Path) -> None:
+    assert evaluate("knn", "runs/0", "weights=context") == 0
+    assert evaluate("knn", "runs/0", "image_size=[16, 24]") == 0
+    assert evaluate("knn", "random:vitt_demo", "data=pictures", "out=r.json", "seed=3") == 0
+    assert evaluate("linear", "pixels", "data=pictures", "out=p.json", "preset=quick",
+                    "image_size=8", "sweep.epochs=2") == 0  # fmt: skip
+    context = json.loads((here / "runs/0/evaluations/knn.json").read_text())
+    assert context["backbone"]["weights"] == "context"
+    random, pixels = (json.loads((here / name).read_text()) for name in ("r.json", "p.json"))
+    assert (random["backbone"]["name"], random["backbone"]["seed"]) == ("untrained vitt_demo", 3)
+    assert (pixels["backbone"]["name"], pixels["backbone"]["width"]) == ("raw pixels", 192)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (
+            ["knn", "pixels", "data=pictures"],
+            "out=FILE.json is missing: pixels has no run's folder",
+        ),
+        (["knn", "pixels", "out=a.json"], "data=PATH is missing: pixels does not say"),
+        (["knn", "runs/0", "out=runs"], "out=runs is a folder: name a file"),
+        (["finetune", "pixels", "data=pictures", "out=a.json"], "no transformer blocks to train"),
+        (["linear", "runs/0", "batch_size=64"], "48 training images are fewer than a batch of 64"),
+        (["linear", "runs/0", "sweep.lr=1"], "unknown key 'sweep.lr'"),
+        (["linear", "runs/0", "preset=fast"], "preset must be 'full' or 'quick', found 'fast'"),
+        (["lowshot", "runs/0", "names=gone.txt"], "names=gone.txt cannot be read"),
+        (["clevr", "runs/0"], "expected labels for task 'count', the data has: class"),
+        (["knn", "runs/0", "features=last+"], "unknown feature ''"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line_and_nothing_is_written(
+    here: Path, typed: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(here.rglob("*.json"))
+    assert evaluate(*typed) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert sorted(here.rglob("*.json")) == before
+
+
+def evaluate_on_ranks(folder: Path, task: str, settings: list[str]) -> None:
+    """In a child, as torchrun would."""
+    import os
+
+    os.chdir(folder)
+    config = TASKS[task].from_settings(["accelerator=cpu", *settings])
+    run_task(task, "runs/0", config, data=None, out=folder / "two.json")
+
+
+@pytest.mark.parametrize("task", ["knn", "lowshot"])
+def test_two_ranks_find_what_one_finds(here: Path, task: str) -> None:
+    settings = ["fraction=0.2", "sweep.epochs=3"] if task == "lowshot" else ["sweep=true"]
+    assert evaluate(task, "runs/0", "accelerator=cpu", "out=one.json", "cache=none", *settings) == 0
+    run_ranks(2, evaluate_on_ranks, here, task, settings, log=here / "log")
+    one, two = (json.loads((here / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["ranks"] == 2
+    different: dict[str, Any] = {"wall_s": 0, "ranks": 0, "config": {}, "versions": {}}
+    assert {**two, **different} == {**one, **different}
