@@ -23,6 +23,12 @@ SHRINK = [
     "optim.warmup_epochs=0", "data.workers=0",
 ]  # fmt: skip
 """What makes a printed training command a matter of seconds; the command itself stays."""
+SHRINK_TASK = {
+    "finetune": ["epochs=1"],
+    "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
+    "segmentation": ["steps=2", "width=8"],
+}
+"""The same for the evaluations that train."""
 
 
 def blocks(language: str) -> list[tuple[Path, str]]:
@@ -105,6 +111,11 @@ def test_every_printed_command_works(folder: Path):
             own = {word.partition("=")[0] for word in words[3:]}
             shrink = [s for s in SHRINK if s.partition("=")[0] not in own or "epochs" in s]
             run([*python, *words[1:], *shrink], folder)
+        elif words[:2] == ["dseqjepa", "evaluate"]:
+            run([*python, *words[1:], *SHRINK_TASK.get(words[2], ())], folder)
+        elif words[:3] == ["dseqjepa", "scenes", "export"]:
+            own = [word for word in words if not word.startswith(("count=", "val_count="))]
+            run([*python, *own[1:], "count=60", "val_count=20"], folder)
         elif words[:2] == ["dseqjepa", "verify-resume"]:
             run([*python, *words[1:], *SHRINK, "steps=2"], folder)
         elif words[0] == "dseqjepa":

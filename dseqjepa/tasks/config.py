@@ -107,7 +107,7 @@ class DetectionConfig(TrainedConfig):
     """`dseqjepa evaluate detection`: METHOD's protocol is the default."""
 
     quick: ClassVar[Mapping[str, Any]] = {
-        "epochs": 10, "batch_size": 4, "lr": 1e-3, "longest_side": 96, "width": 64,
+        "epochs": 5, "batch_size": 4, "lr": 1e-3, "longest_side": 64, "width": 64,
         "head_width": 256, "mask_width": 64, "proposals": 64, "clip": 1.0,
     }  # fmt: skip
 
@@ -134,7 +134,8 @@ class SegmentationConfig(TrainedConfig):
     """`dseqjepa evaluate segmentation`: METHOD's protocol is the default."""
 
     quick: ClassVar[Mapping[str, Any]] = {
-        "steps": 400, "warmup_steps": 20, "batch_size": 8, "lr": 1e-3, "crop": 64, "stride": 42,
+        "steps": 2000, "warmup_steps": 50, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01,
+        "drop_path": 0.0, "crop": 64, "stride": 42,
         "scale": [256, 64], "width": 64, "auxiliary_width": 32,
     }  # fmt: skip
 
