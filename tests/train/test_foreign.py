@@ -288,7 +288,8 @@ def test_the_command_imports_and_refuses(
         "import jepa.pth.tar out=x heads=0": "heads must be",
         "import jepa.pth.tar out=jepa.pth.tar": "is a file: give a folder",
         "import evil.pth out=x": "nothing in it was run",
-        "evaluate knn jepa.pth.tar": "`dseqjepa import` brings in a file of another project",
+        "evaluate knn jepa.pth.tar data=scenes": "out=FILE.json is missing",
+        "evaluate knn evil.pth data=scenes out=r.json": "nothing in it was run",
         "pretrain vitt8_64 data=scenes out=x init_from=evil.pth": "`dseqjepa import` brings in",
     }.items():
         assert run(monkeypatch, *typed.split()) == 2
