@@ -17,6 +17,7 @@ import yaml
 
 from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
 from dseqjepa.errors import InputError, RunError, did_you_mean
+from dseqjepa.kernels import keep_few
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +40,7 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
+    keep_few()
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:

@@ -22,6 +22,7 @@ MODEL = BASE | {"config", "plans", "model"}
 EVALUATION = MODEL | {"data", "train.checkpoint"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "kernels": set(),
     "keyed": set(),
     "ranks": {"errors"},
     "arguments": {"errors"},
@@ -48,13 +49,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preflight": EVALUATION | {"train", "viz"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
-    | {"arguments", "presets", "methods", "train", "tasks", "viz", "report", "demo", "preflight"},
+    | {"arguments", "kernels", "presets", "methods", "train", "tasks", "viz", "report", "demo"}
+    | {"preflight"},
     "__main__": {"cli"},
     "__init__": EVALUATION | {"methods", "presets"},
 }
 """Part of the package -> the parts, or single modules, that it may stand on beside itself."""
 
-AT_IMPORT = {"cli": {"arguments", "errors"}, "__init__": set()}
+AT_IMPORT = {"cli": {"arguments", "errors", "kernels"}, "__init__": set()}
 """What these load at once; the rest waits until it is needed, so that --help stays quick."""
 
 
