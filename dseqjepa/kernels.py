@@ -2,7 +2,8 @@
 
 torch and oneDNN each keep the last 1,024, about a megabyte each. Packed batches have another number
 of tokens in every step, and kernels for numbers that do not come again are all that fills them: a
-small ViT in bfloat16 grew by 860 MB in 120 steps, and by 50 with these. A step needs about a hundred.
+small ViT in bfloat16 grew by 860 MB in 120 steps, and by 50 with these limits. A step needs about a
+hundred.
 """
 
 from __future__ import annotations
