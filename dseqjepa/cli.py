@@ -30,9 +30,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="data=PATH out=DIR section.key=value ..."),
 ]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Show the resolved config and do nothing.")
-]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the config, do nothing.")]
 
 TASK_HELP = "knn, linear, lowshot, clevr, finetune, detection, segmentation"
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
