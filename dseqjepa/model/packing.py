@@ -14,7 +14,7 @@ reaches an earlier patch through it.
 Behind the tokens come a few idle ones, in a sequence of their own, which nobody reads: see `_idle`.
 
 Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens, U predictor tokens,
-V predicted tokens; T, U and query_V with the idle ones.
+V predicted tokens; T and U with the idle ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import NEVER, Plan, true_places
 
 IDLE_SHARE = 32
-"""Idle tokens are fewer than one in so many, and on average half of that."""
+"""Idle tokens are at most one for so many, and about a third of that on average."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Queries:
     """Index of the context token, -1 for a mask token."""
     patch_U: Int64[Tensor, " U"]
     query_V: Int64[Tensor, " V"]
-    """Indices of the mask tokens among the U, then some of idle tokens."""
+    """Indices of the mask tokens among the U, then the first token a few times over: what is
+    predicted there nobody reads."""
     sequences: Sequences
     row_V: Int64[Tensor, " predicted"]
     """The step of each predicted token, an index into the plan."""

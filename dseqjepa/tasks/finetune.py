@@ -150,18 +150,14 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     sizes = Sizes.of(backbone.depth)
     epochs = sizes.epochs if config.epochs == "auto" else config.epochs
     per_epoch = len(train) / config.batch_size
-    recipe = Recipe(
+    recipe = Recipe.of(
+        config,
         steps=math.ceil(epochs * per_epoch),
-        batch_size=config.batch_size,
         lr=sizes.lr * config.batch_size / 256 if config.lr == "auto" else config.lr,
-        weight_decay=config.weight_decay,
         warmup_steps=round(config.warmup_epochs * per_epoch),
         schedule="cosine",
         final_lr=config.final_lr,
         layer_decay=sizes.layer_decay if config.layer_decay == "auto" else config.layer_decay,
-        clip=None if config.clip == "none" else config.clip,
-        seed=config.seed,
-        bf16=config.precision == "bf16",
     )
     place = place_of(job, config)
     start = place.start()

@@ -64,6 +64,20 @@ class Recipe:
     bf16: bool = False
     """Autocast to bfloat16."""
 
+    @classmethod
+    def of(cls, config: TrainedConfig, **own: Any) -> Recipe:
+        """What the settings of all trained tasks say alike, and what is `own` to one."""
+        alike = {
+            "batch_size": config.batch_size,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "layer_decay": config.layer_decay,
+            "clip": None if config.clip == "none" else config.clip,
+            "seed": config.seed,
+            "bf16": config.precision == "bf16",
+        }
+        return cls(**(alike | own))
+
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ... steps - 1, before the layers' factors."""
         if step < self.warmup_steps:

@@ -45,17 +45,11 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         raise InputError("training and test images have different categories")
     mask_tools()  # so that what is missing is said before hours of training
     per_epoch = len(train) / config.batch_size
-    recipe = Recipe(
+    recipe = Recipe.of(
+        config,
         steps=math.ceil(config.epochs * per_epoch),
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
         warmup_steps=round(config.warmup_epochs * per_epoch),
         schedule="cosine",
-        layer_decay=config.layer_decay,
-        clip=None if config.clip == "none" else config.clip,
-        seed=config.seed,
-        bf16=config.precision == "bf16",
     )
     place = place_of(job, config)
     start = place.start()

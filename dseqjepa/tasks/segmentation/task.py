@@ -52,17 +52,8 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             f"crop ({config.crop}) must be a multiple of two patches, "
             f"{2 * job.backbone.patch_size} px"
         )
-    recipe = Recipe(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        schedule="poly",
-        layer_decay=config.layer_decay,
-        clip=None if config.clip == "none" else config.clip,
-        seed=config.seed,
-        bf16=config.precision == "bf16",
+    recipe = Recipe.of(
+        config, steps=config.steps, warmup_steps=config.warmup_steps, schedule="poly"
     )
     place = place_of(job, config)
     start = place.start()
