@@ -177,6 +177,7 @@ class Ranks:
         keeps the store, and stays until they have read why."""
         on_device = dist.get_backend() != "gloo"  # there what is under way would be waited for
         dist.destroy_process_group(self._channel if on_device else None)
+        del self._channel  # its connections close when nothing refers to it
         if self.first:
             self._pulse.stay_until_read(self.world)
 

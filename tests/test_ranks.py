@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods.losses import Vicreg
 from dseqjepa.presets import load_config
 from dseqjepa.ranks import Ranks, gather_rows, mean_row, world_size
@@ -99,7 +101,28 @@ def check_regularizer(_: Path) -> None:
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-@pytest.mark.parametrize("check", [check_rows, check_decisions, check_regularizer])
+def check_reason(_: Path) -> None:
+    """Ranks that come to the next exchange late still read why the first one has ended."""
+    ranks = connected()
+
+    class Agreed(Exception):
+        pass
+
+    def train() -> None:
+        with ranks.failing_together(Agreed):
+            if ranks.first:
+                raise ValueError("a bug on this rank")
+            time.sleep(2.0)
+            ranks.wait()
+
+    with pytest.raises((ValueError, RunError)) as caught:
+        train()
+    expected = "a bug on this rank" if ranks.first else "rank 0 failed: a bug on this rank"
+    assert str(caught.value).startswith(expected), caught.value
+    os._exit(0)  # at once, as a rank that fails ends
+
+
+@pytest.mark.parametrize("check", [check_rows, check_decisions, check_regularizer, check_reason])
 def test_ranks_exchange(tmp_path: Path, check: object) -> None:
     run_ranks(WORLD, check, tmp_path, log=tmp_path / "log")  # type: ignore[arg-type]
 
