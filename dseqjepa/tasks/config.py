@@ -51,6 +51,9 @@ class TrainedConfig(TaskConfig):
     """What evaluations have that train the whole backbone, with AdamW."""
 
     batch_size: int = Field(16, ge=2)
+    """Of all ranks together."""
+    accumulate: Count = 1
+    """Parts into which a rank divides its share of the batch, so that it fits into memory."""
     lr: Positive = 1e-4
     weight_decay: float = Field(0.05, ge=0)
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -62,7 +65,8 @@ class TrainedConfig(TaskConfig):
 
     def recipe(self) -> dict[str, Any]:
         """Every setting that makes another protocol."""
-        return self.model_dump(mode="json", exclude=set(TaskConfig.model_fields))
+        others = {*TaskConfig.model_fields, "accumulate"}
+        return self.model_dump(mode="json", exclude=others)
 
 
 class FinetuneConfig(TrainedConfig):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,12 @@ from torchvision.transforms import InterpolationMode, v2
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import EvalTransform, TrainTransform
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FinetuneConfig
 from dseqjepa.tasks.dense import DropPath
 from dseqjepa.tasks.knn import class_names
-from dseqjepa.tasks.reading import in_order, seeded
+from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Result, accuracy_metric
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.training import Recipe, fit, place_of
@@ -178,18 +179,15 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         image_CHW = transform(read_image(test, index).image_CHW)
         return Sample(image_CHW, int(test.labels[task][index]))
 
-    correct: list[bool] = []
+    found: list[tuple[int, bool]] = []
     model.eval()
-    batch: list[Sample] = []
-    for _, sample in in_order(test, read, config.workers, bad, job.console):
-        batch.append(sample)
-        if len(batch) == config.batch_size:
-            correct += _correct(model, batch, config, job.device)
-            batch = []
-    if batch:
-        correct += _correct(model, batch, config, job.device)
-    if not correct:
-        raise RunError(f"none of the {len(test)} test images can be read")
+    at_once = config.batch_size // (config.accumulate * job.ranks.world)
+    samples = in_order(test, read, config.workers, bad, job.console, job.ranks)
+    while batch := list(islice(samples, at_once)):
+        index_B = [index for index, _ in batch]
+        right_B = _correct(model, [sample for _, sample in batch], config, job.device)
+        found += zip(index_B, right_B, strict=True)
+    correct = joined(found, test, bad, job.ranks)
     return Result(
         metrics={"accuracy": accuracy_metric(torch.tensor(correct))},
         protocol={

@@ -5,7 +5,7 @@ Suffixes: N images of the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -18,9 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 from dseqjepa.data.loader import start_worker
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import BadImage, Source
+from dseqjepa.errors import RunError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.ranks import Ranks
 
 Sample = TypeVar("Sample")
+T = TypeVar("T")
+
+SUBSTITUTES = 8
+"""Images tried in the place of one that cannot be decoded: if none of so many can, it is the data
+that is broken."""
 
 
 @contextmanager
@@ -35,12 +42,15 @@ def seeded(key: int) -> Iterator[None]:
 
 
 class Samples(Dataset[tuple[list[Sample], dict[str, str]]], Generic[Sample]):
-    """The samples of each step: one epoch's order after the other, none left out or repeated.
+    """The samples of each part of a step: one epoch's order after the other, none left out or
+    repeated. One that cannot be decoded is replaced by those that follow it, in another way.
 
     Args:
         count: images of the source.
         read: the sample at a place of the source for a key, the only randomness it may use.
         name: what the image at a place is called.
+        parts: how many there are, counted over all steps.
+        size: samples of a part.
     """
 
     def __init__(
@@ -49,28 +59,33 @@ class Samples(Dataset[tuple[list[Sample], dict[str, str]]], Generic[Sample]):
         read: Callable[[int, int], Sample],
         name: Callable[[int], str],
         *,
-        steps: int,
-        batch_size: int,
+        parts: int,
+        size: int,
         seed: int,
     ) -> None:
         self.count, self.read, self.name = count, read, name
-        self.steps, self.batch_size, self.seed = steps, batch_size, seed
+        self.parts, self.size, self.seed = parts, size, seed
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
-        return self.steps
+        return self.parts
 
-    def __getitem__(self, step: int) -> tuple[list[Sample], dict[str, str]]:
+    def __getitem__(self, part: int) -> tuple[list[Sample], dict[str, str]]:
+        """The samples, fewer only where no substitute was found, and why any were bad."""
         samples: list[Sample] = []
         bad: dict[str, str] = {}
-        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+        for place in range(part * self.size, (part + 1) * self.size):
             epoch, at = divmod(place, self.count)
-            index = int(self._order_of(epoch)[at])
-            key = int(sample_keys(self.seed, epoch, torch.tensor([index])))
-            try:
-                samples.append(patiently(lambda i=index, k=key: self.read(i, k)))  # type: ignore[misc]
-            except BadImage as reason:
-                bad[self.name(index)] = str(reason)
+            for further in range(1 + SUBSTITUTES):
+                index = int(self._order_of(epoch)[(at + further) % self.count])
+                who = torch.tensor([index + further * self.count])
+                key = int(sample_keys(self.seed, epoch, who))
+                try:
+                    samples.append(patiently(lambda i=index, k=key: self.read(i, k)))  # type: ignore[misc]
+                except BadImage as reason:
+                    bad[self.name(index)] = str(reason)
+                else:
+                    break
         return samples, bad
 
     def _order_of(self, epoch: int) -> Tensor:
@@ -101,25 +116,45 @@ def in_order(
     workers: int,
     bad: dict[str, str],
     console: Console,
+    ranks: Ranks,
 ) -> Iterator[tuple[int, Sample]]:
-    """Every sample of a test set, once, with its place; those that cannot be decoded are added to
-    `bad` and left out. On a terminal a bar says how far it has come."""
-    dataset, places = _InOrder(len(source), read), range(len(source))
+    """This rank's share of a test set, each sample once, with its place; those that cannot be
+    decoded are added to `bad` and left out. On a terminal a bar says how far it has come."""
+    dataset = _InOrder(len(source), read)
+    places = range(ranks.rank, len(source), ranks.world)
     samples = track(
         read_ahead(dataset, places, workers),
         "testing",
-        len(source),
+        len(places),
         console=console,
         disable=not console.is_terminal,
     )
-    for index, (sample, reason) in enumerate(samples):
+    for index, (sample, reason) in zip(places, samples, strict=True):
+        ranks.came_on()
         if sample is None:
             bad[source.name(index)] = reason
         else:
             yield index, sample
 
 
-def read_ahead(dataset: Any, places: range, workers: int) -> Iterator[Any]:
+def joined(
+    found: list[tuple[int, T]], source: Source, bad: dict[str, str], ranks: Ranks
+) -> list[T]:
+    """What the ranks found at the places of a test set, in its order; `bad` gets what all met.
+
+    Raises:
+        RunError: nothing was found anywhere.
+    """
+    shares = ranks.share((found, bad))
+    for _, theirs in shares:
+        bad |= theirs
+    both = sorted((pair for share, _ in shares for pair in share), key=lambda pair: pair[0])
+    if not both:
+        raise RunError(f"none of the {len(source)} test images can be read")
+    return [value for _, value in both]
+
+
+def read_ahead(dataset: Any, places: Sequence[int], workers: int) -> Iterator[Any]:
     """The entries of a data set, in order, read by so many processes, or by this one."""
     if workers == 0:
         yield from (dataset[at] for at in places)

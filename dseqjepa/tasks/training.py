@@ -1,9 +1,12 @@
 """The loop of every evaluation that trains: fine-tuning, detection, segmentation.
 
+A step's batch is computed in parts: each of several ranks has its own, or several one after the
+other (`accumulate`). Two ranks with a part each do what one does with two.
+
 Everything random is a function of where it happens: a sample's augmentation of (seed, epoch,
-index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step). So a
-checkpoint holds weights, the optimizer's state and the step, and a run that was stopped goes on as
-if it had not been, bit for bit on a CPU.
+index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step, part). So
+a checkpoint holds weights, the optimizer's state and the step, and a run that was stopped goes on
+as if it had not been, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,9 +27,10 @@ from torch import Tensor, nn
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.keyed import Stream, hash_int64
+from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import TrainedConfig
-from dseqjepa.tasks.reading import Samples, read_ahead
+from dseqjepa.tasks.reading import SUBSTITUTES, Samples, read_ahead
 from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import Checkpoint, load_into, open_checkpoint, save_checkpoint
 from dseqjepa.train.clock import duration
@@ -89,7 +93,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a training runs; nothing here changes its result on a CPU."""
+    """Where and how a training runs. On a CPU only the number of parts of a step changes its
+    result, and that only in what is drawn, or normalised, within a part."""
 
     folder: Path
     """Of its checkpoints, metrics.jsonl and log.txt."""
@@ -98,6 +103,9 @@ class Place:
     resume: bool = False
     overwrite: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    ranks: Ranks = field(default_factory=lambda: Ranks(60.0))
+    accumulate: int = 1
+    """Parts that a rank computes one after the other."""
     workers: int = 0
     console: Console = field(default_factory=Console)
     stop_after: int | None = None
@@ -131,11 +139,14 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
     """Where a task trains: a folder beside its result, NAME-training.
 
     Raises:
-        InputError: several processes evaluate together, which training does not.
+        InputError: a step's batch cannot be divided into parts of one size.
     """
-    if job.ranks.world > 1:
-        raise InputError("this evaluation trains on one device: start one process")
-    settings = config.model_dump(mode="json", exclude={"workers", "accelerator"})
+    if config.batch_size % (config.accumulate * job.ranks.world):
+        raise InputError(
+            f"batch_size ({config.batch_size}) must be a multiple of accumulate x ranks "
+            f"({config.accumulate} x {job.ranks.world})"
+        )
+    settings = config.model_dump(mode="json", exclude={"workers", "accelerator", "accumulate"})
     return Place(
         folder=job.folder / f"{job.name}-training",
         identity={
@@ -146,6 +157,8 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
         resume=job.resume,
         overwrite=job.overwrite,
         device=job.device,
+        ranks=job.ranks,
+        accumulate=config.accumulate,
         workers=config.workers,
         console=job.console,
     )
@@ -194,9 +207,10 @@ def fit(
     """Train a model; where `start` is given, go on from it. Leaves the model in training mode.
 
     Args:
+        model: the same on all ranks.
         backbone: the part of the model that `parameter_groups` takes by layers.
         read: the sample at a place of the source for a key, the only randomness it may use.
-        losses: the loss terms of a step's samples.
+        losses: the loss terms of a part's samples, as means over them.
         start: what `place.start()` returned.
 
     Returns:
@@ -204,26 +218,29 @@ def fit(
 
     Raises:
         Stopped: SIGTERM came, a checkpoint is on the disk.
-        RunError: the loss is not finite, or no image of a step can be decoded.
+        RunError: the loss is not finite, or images cannot be decoded and those after them neither.
     """
+    ranks, accumulate = place.ranks, place.accumulate
+    parts = ranks.world * accumulate
     samples = Samples(
         len(source),
         read,
         source.name,
-        steps=recipe.steps,
-        batch_size=recipe.batch_size,
+        parts=recipe.steps * parts,
+        size=recipe.batch_size // parts,
         seed=recipe.seed,
     )
     groups = parameter_groups(model, backbone, recipe)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
     step, bad = 0, dict[str, str]()
-    if start is None:  # what is there was to be overwritten
-        shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
+    if start is None:
+        if ranks.first:  # what is there was to be overwritten
+            shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
     else:
         load_into(model, start.tensors("model"), f"{start.path}/model.safetensors")
         load_optimizer_state(optimizer, model, start.tensors("optimizer"))
         step, bad = start.step, dict(start.state["bad"])
-    journal = Journal(place.folder, place.console)
+    journal = Journal(place.folder, place.console, quiet=not ranks.first)
     place.folder.mkdir(parents=True, exist_ok=True)
     journal.rewind(step, {})
     journal.say(
@@ -232,12 +249,30 @@ def fit(
     )
 
     def save() -> None:
+        for theirs in ranks.share(bad):
+            bad.update(theirs)
         tensors = {
             "model": model.state_dict(),
             "optimizer": optimizer_state(optimizer, model),
         }
         state = {"identity": dict(place.identity), "steps": recipe.steps, "bad": bad}
-        save_checkpoint(place.folder / "checkpoints", step, tensors, state, keep=1)
+        if ranks.first:
+            save_checkpoint(place.folder / "checkpoints", step, tensors, state, keep=1)
+        ranks.wait()
+
+    def parts_of_step() -> Iterator[tuple[int, list[Sample]]]:
+        """This rank's parts of the next step, each with its number."""
+        for number in range(ranks.rank * accumulate, (ranks.rank + 1) * accumulate):
+            drawn, unread = next(ahead)
+            ranks.came_on()
+            bad.update(unread)
+            if len(drawn) < samples.size:
+                name, reason = next(iter(unread.items()))
+                raise RunError(
+                    f"at step {step} {SUBSTITUTES + 1} images one after the other cannot be "
+                    f"decoded, such as {name}: {reason}"
+                )
+            yield number, drawn
 
     model.train()
     clock = _Pace(step)
@@ -245,20 +280,26 @@ def fit(
     journal.start_progress(step, recipe.steps)
     devices = [place.device] if place.device.type == "cuda" else []
     try:
-        with StopRequest() as stop, torch.random.fork_rng(devices=devices):
-            ahead = range(step, recipe.steps)
-            for drawn, unread in read_ahead(samples, ahead, place.workers):
-                bad |= unread
-                if not drawn:
-                    name, reason = next(iter(unread.items()))
-                    raise RunError(f"no image of step {step} can be decoded: {name}: {reason}")
-                terms, norm = _step(model, optimizer, recipe, step, drawn, losses, place.device)
+        one_for = 1.0 if ranks.world > 1 else 0.0
+        with StopRequest(one_for) as stop, torch.random.fork_rng(devices=devices):
+            own = [
+                at * parts + ranks.rank * accumulate + k
+                for at in range(step, recipe.steps)
+                for k in range(accumulate)
+            ]
+            ahead = read_ahead(samples, own, place.workers)
+            while step < recipe.steps:
+                terms, norm = _step(model, optimizer, recipe, step, parts_of_step(), losses, place)
                 step += 1
                 last = step == recipe.steps
-                stopping = not last and (stop.requested or step == place.stop_after)
-                saving = last or stopping or clock.is_time_to_save()
+                stopping, saving = ranks.agree(
+                    not last and (stop.requested or step == place.stop_after),
+                    last or (ranks.first and clock.is_time_to_save()),
+                )
+                saving = saving or stopping
                 if saving or step % every == 0 or step == 1:
-                    _report(journal, recipe, step, terms, norm, clock)
+                    together = {name: ranks.total(value) for name, value in terms.items()}
+                    _report(journal, recipe, step, together, norm, clock)
                 if saving:
                     save()
                 journal.advance(step)
@@ -275,20 +316,38 @@ def _step(
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     step: int,
-    drawn: list[Sample],
+    parts: Iterable[tuple[int, list[Sample]]],
     losses: Callable[[list[Sample]], Losses],
-    device: torch.device,
+    place: Place,
 ) -> tuple[Losses, Tensor | None]:
-    torch.manual_seed(int(hash_int64(recipe.seed, int(Stream.STEP), step)))
+    """One step; this rank's share of the loss terms, and the norm of the whole gradient."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr_at(step) * group["scale"]
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-        terms = losses(drawn)
     optimizer.zero_grad(set_to_none=True)
-    torch.stack([*terms.values()]).sum().backward()
+    share = 1 / (place.ranks.world * place.accumulate)
+    sums: Losses = {}
+    for number, drawn in parts:
+        torch.manual_seed(int(hash_int64(recipe.seed, int(Stream.STEP), step, number)))
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.bf16):
+            terms = losses(drawn)
+        (share * torch.stack([*terms.values()]).sum()).backward()
+        for name, value in terms.items():
+            sums[name] = share * value.detach() + sums.get(name, torch.zeros_like(value))
+    if place.ranks.world > 1:
+        for group in optimizer.param_groups:
+            _sum_gradients(group["params"], place.ranks)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) if recipe.clip else None
     optimizer.step()
-    return {name: value.detach() for name, value in terms.items()}, norm
+    return sums, norm
+
+
+def _sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    """Over the ranks. A rank may have none of a parameter: its images had no object, say."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = ranks.total(torch.cat([gradient.flatten() for gradient in gradients]))
+    sums = total.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, sums, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def _report(

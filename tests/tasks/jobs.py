@@ -15,7 +15,14 @@ from dseqjepa.tasks.run import Job
 from tests.tasks.dense_data import tiny_backbone
 
 
-def job_of(folder: Path, train: Source, test: Source, name: str = "result", **settings: Any) -> Job:
+def job_of(
+    folder: Path,
+    train: Source,
+    test: Source,
+    name: str = "result",
+    ranks: Ranks | None = None,
+    **settings: Any,
+) -> Job:
     """A fresh backbone, the same every time."""
     return Job(
         backbone=tiny_backbone("model.depth=4"),
@@ -23,7 +30,7 @@ def job_of(folder: Path, train: Source, test: Source, name: str = "result", **se
         test=test,
         folder=folder,
         device=torch.device("cpu"),
-        ranks=Ranks(60),
+        ranks=ranks or Ranks(60),
         console=Console(file=io.StringIO()),
         name=name,
         **settings,

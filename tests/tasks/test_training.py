@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.dense import DropPath
 from dseqjepa.tasks.reading import Samples, in_order, seeded
 from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
 from dseqjepa.train.runtime import Stopped
+from tests.children import run_ranks
 from tests.tasks.dense_data import tiny_backbone
 
 RECIPE = Recipe(
@@ -98,6 +101,72 @@ def test_processes_that_read_ahead_change_nothing(tmp_path: Path) -> None:
     assert_equal(trained(tmp_path / "two", workers=2), trained(tmp_path / "none"))
 
 
+def train_on_ranks(folder: Path, **settings: Any) -> None:
+    """In a child, as torchrun would. Whichever rank meets the torn image, both know of it."""
+    from dseqjepa.config import RuntimeConfig
+    from dseqjepa.train.runtime import join
+
+    ranks = join(RuntimeConfig(accelerator="cpu")).ranks
+
+    def reader(index: int, key: int) -> Tensor:
+        if index == 3:
+            raise BadImage("torn")
+        return read(index, key)
+
+    torch.manual_seed(0)
+    model = Independent(tiny_backbone())
+    place = Place(folder, {}, console=QUIET, ranks=ranks, **settings)
+    bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, place.start())
+    assert bad == {"3": "torn"}
+    save_file(model.state_dict(), folder / f"{ranks.rank}.safetensors")
+
+
+class Independent(Model):
+    """No image changes what another one gives."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self.norm = nn.LayerNorm(backbone.width)  # type: ignore[assignment]
+
+
+def test_two_ranks_do_what_one_does_in_two_parts(tmp_path: Path) -> None:
+    train_on_ranks(tmp_path / "one", accumulate=2)
+    whole = load_file(tmp_path / "one" / "0.safetensors")
+    run_ranks(2, train_on_ranks, tmp_path / "two", log=tmp_path / "log")
+    found = [load_file(tmp_path / "two" / f"{rank}.safetensors") for rank in (0, 1)]
+    assert_equal(*found)
+    for key in whole:
+        torch.testing.assert_close(found[0][key], whole[key], rtol=1e-4, atol=1e-6)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(lines[0]) == len(lines[1]) == RECIPE.steps
+    assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(*lines, strict=True))
+    torch.manual_seed(0)
+    before = Independent(tiny_backbone()).state_dict()
+    assert not torch.equal(before["head.weight"], whole["head.weight"])
+
+
+def stop_on_ranks(folder: Path) -> None:
+    with pytest.raises(Stopped):
+        train_on_ranks(folder, stop_after=3)
+
+
+def go_on_on_ranks(folder: Path) -> None:
+    train_on_ranks(folder, resume=True)
+
+
+def test_a_stopped_training_goes_on_on_ranks(tmp_path: Path) -> None:
+    run_ranks(2, train_on_ranks, tmp_path / "whole", log=tmp_path / "log")
+    run_ranks(2, stop_on_ranks, tmp_path / "cut", log=tmp_path / "log")
+    run_ranks(2, go_on_on_ranks, tmp_path / "cut", log=tmp_path / "log")
+    whole, cut = (load_file(tmp_path / name / "0.safetensors") for name in ("whole", "cut"))
+    assert_equal(cut, whole)
+    said = (tmp_path / "cut" / "log.txt").read_text()
+    assert said.count("stopped at step 3") == said.count("from step 3") == 1
+
+
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
     def reader(index: int, key: int) -> Tensor:
         if (tmp_path / "asked").exists():
@@ -126,20 +195,23 @@ def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> N
 def test_every_sample_once_an_epoch_and_each_in_its_own_way() -> None:
     seen: list[tuple[int, int]] = []
     samples = Samples(
-        10, lambda index, key: seen.append((index, key)), str, steps=5, batch_size=4, seed=0
+        10, lambda index, key: seen.append((index, key)), str, parts=5, size=4, seed=0
     )
-    for step in range(5):
-        assert len(samples[step][0]) == 4
+    for part in range(5):
+        assert len(samples[part][0]) == 4
     first, second = [i for i, _ in seen[:10]], [i for i, _ in seen[10:]]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert len({key for _, key in seen}) == 20
 
 
-def test_bad_images_are_left_out_and_named(tmp_path: Path) -> None:
+def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
     def reader(index: int, key: int) -> Tensor:
         if index in (2, 7):
             raise BadImage("torn")
+        seen.append((index, key))
         return read(index, key)
 
     torch.manual_seed(0)
@@ -147,11 +219,12 @@ def test_bad_images_are_left_out_and_named(tmp_path: Path) -> None:
     place = Place(tmp_path, {}, console=QUIET)
     bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, None)
     assert bad == {"2": "torn", "7": "torn"}
+    assert len(seen) == len(set(seen)) == RECIPE.steps * RECIPE.batch_size
 
     def broken(index: int, key: int) -> Tensor:
         raise BadImage("torn")
 
-    with pytest.raises(RunError, match=r"no image of step 0 can be decoded: .*: torn"):
+    with pytest.raises(RunError, match=r"at step 0 9 images .* cannot be decoded, such as .: torn"):
         trained(tmp_path / "none", reader=broken)
 
 
@@ -163,7 +236,7 @@ def test_a_test_set_is_read_once_in_its_order(workers: int) -> None:
         return 10 * index
 
     bad = {"before": "torn too"}
-    found = list(in_order(Ten(), reader, workers, bad, QUIET))
+    found = list(in_order(Ten(), reader, workers, bad, QUIET, Ranks(60)))
     assert found == [(i, 10 * i) for i in range(10) if i != 4]
     assert bad == {"before": "torn too", "4": "torn"}
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dseqjepa.data.formats.coco import mask_tools
 from dseqjepa.data.source import Detections, Instances
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import DetectionConfig
 from dseqjepa.tasks.dense import blocks_to_read
 from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision
 from dseqjepa.tasks.detection.model import Detector, divisor
 from dseqjepa.tasks.detection.samples import Sample, as_instances, as_results, read_sample
-from dseqjepa.tasks.reading import in_order, seeded
+from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.training import Recipe, fit, place_of
@@ -81,20 +81,25 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
 
     bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
 
-    results: list[dict[str, Any]] = []
-    image_ids: list[int] = []
+    predictions: list[tuple[int, tuple[int, list[dict[str, Any]]]]] = []
     examples: list[tuple[Any, ...]] = []
     model.eval()
     for index, (image_CHW, truth) in in_order(
-        test, lambda i: (test.image(i), test.instances(i)), config.workers, bad, job.console
+        test,
+        lambda i: (test.image(i), test.instances(i)),
+        config.workers,
+        bad,
+        job.console,
+        job.ranks,
     ):
         found, score_K = predict(model, image_CHW, truth.image_id, config, job.device)
-        results += as_results(found, score_K, test.category_ids)
-        image_ids.append(truth.image_id)
+        results_of_image = as_results(found, score_K, test.category_ids)
+        predictions.append((index, (truth.image_id, results_of_image)))
         if len(examples) < PICTURES:
             examples.append((test.name(index), image_CHW, truth, found, score_K))
-    if not image_ids:
-        raise RunError(f"none of the {len(test)} test images can be read")
+    both = joined(predictions, test, bad, job.ranks)
+    image_ids = [image_id for image_id, _ in both]
+    results = [result for _, of_image in both for result in of_image]
     metrics, by_category, evaluator = {}, {}, ""
     kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
     for name, kind in kinds.items():

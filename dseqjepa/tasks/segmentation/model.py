@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.dense import DropPath, Rescale, maps_of
+from dseqjepa.tasks.segmentation.norm import BatchNorm2d
 
 POOLS = (1, 2, 3, 6)
 AUXILIARY_MAP = 2
@@ -29,7 +30,7 @@ class ConvModule(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.batch_norm = nn.BatchNorm2d(outputs)
+        self.batch_norm = BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.batch_norm(self.conv(x)))
@@ -106,7 +107,7 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.classes = classes
         self.drop_path = DropPath(backbone, drop_path)
-        self.rescale = Rescale(backbone.width, nn.BatchNorm2d)
+        self.rescale = Rescale(backbone.width, BatchNorm2d)
         self.head = UPerHead([backbone.width] * 4, classes, width)
         self.auxiliary = FCNHead(backbone.width, classes, auxiliary_width)
         for module in (self.rescale, self.head, self.auxiliary):

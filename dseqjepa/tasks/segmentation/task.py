@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dseqjepa.data.source import Segmentations
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.dense import blocks_to_read
-from dseqjepa.tasks.reading import in_order, seeded
+from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.segmentation.crops import (
@@ -52,6 +52,11 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             f"crop ({config.crop}) must be a multiple of two patches, "
             f"{2 * job.backbone.patch_size} px"
         )
+    if config.batch_size == config.accumulate:
+        raise InputError(
+            f"accumulate={config.accumulate} leaves one image at a time, batch norm needs two: "
+            f"accumulate at most {config.batch_size // 2}"
+        )
     recipe = Recipe.of(
         config, steps=config.steps, warmup_steps=config.warmup_steps, schedule="poly"
     )
@@ -72,27 +77,25 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         return crops(read_labelled(train, index), key)
 
     def losses(samples: list[Labelled]) -> dict[str, Tensor]:
-        if len(samples) == 1:  # batch norm of a map of one pixel needs two
-            samples = samples * 2
         images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(job.device)
         label_BHW = torch.stack([sample.label_HW for sample in samples]).to(job.device)
         return model.losses(images_BCHW, label_BHW)
 
     bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
 
-    counts: list[Tensor] = []
+    counts: list[tuple[int, Tensor]] = []
     examples: list[tuple[Any, ...]] = []
     model.eval()
     for index, sample in in_order(
-        test, lambda i: read_labelled(test, i), config.workers, bad, job.console
+        test, lambda i: read_labelled(test, i), config.workers, bad, job.console, job.ranks
     ):
         predicted_HW = predict(model, sample.image_CHW, config, job.device)
-        counts.append(counts_of(confusion(predicted_HW, sample.label_HW, model.classes)))
+        found_J = counts_of(confusion(predicted_HW, sample.label_HW, model.classes))
+        counts.append((index, found_J))
         if len(examples) < PICTURES:
             examples.append((test.name(index), sample.image_CHW, sample.label_HW, predicted_HW))
-    if not counts:
-        raise RunError(f"none of the {len(test)} test images can be read")
-    found = score(torch.stack(counts), config.seed)
+    counts_NJ = torch.stack(joined(counts, test, bad, job.ranks))
+    found = score(counts_NJ, config.seed)
     iou_K = found.iou_K.tolist()
     return Result(
         metrics={
@@ -104,7 +107,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
         n_train=len(train),
-        n_test=len(counts),
+        n_test=len(counts_NJ),
         n_bad=len(bad),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
@@ -147,6 +150,7 @@ def protocol(config: SegmentationConfig, job: Job) -> dict[str, object]:
         "augmentation": f"scale, crop (no class above {MOST_OF_ONE_CLASS}), flip, "
         "photometric distortion",
         "inference": "sliding window, mean of logits",
+        "batch_norm": f"over {config.batch_size // config.accumulate} images",
         "metric": "mIoU over the classes that occur, label 0 ignored",
     }
 
