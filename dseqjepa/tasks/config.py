@@ -31,7 +31,9 @@ class TaskConfig(Section):
     image_size: Literal["auto"] | Size = "auto"
     """Height and width in pixels; `auto`: those of the pre-training."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of everything that the evaluation draws, and of a backbone's random weights."""
+    """Of everything that the evaluation draws."""
+    init_seed: int = Field(0, ge=0, lt=2**31)
+    """Of the weights of a backbone that has not been trained."""
     size: Literal["auto"] | Count = "auto"
     """Number of training images of `scenes`; `auto`: as the run had."""
     data_seed: int = Field(0, ge=0, lt=2**31)

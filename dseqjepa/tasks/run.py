@@ -92,7 +92,7 @@ def run_task(
         weights=config.weights,
         pretrained=config.pretrained,
         image_size=size,
-        seed=config.seed,
+        seed=config.init_seed,
         trainable=not isinstance(config, FrozenConfig),
     )
     if out is None and backbone.run is None:

@@ -117,10 +117,27 @@ def test_runs_of_two_seeds_are_one_line_of_the_table(
     assert [cell["seeds"] for cell in table["lines"][0]["cells"]] == [[0, 1], [0, 1]]
 
 
+def test_untrained_encoders_are_measured_on_the_same_samples(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        out = f"out=r/{seed}.json"
+        typed = ["lowshot", "random:vitt_demo", "data=pictures", f"init_seed={seed}", out]
+        assert evaluate(*typed, "fraction=0.2", "draws=2", "sweep.epochs=2") == 0
+    capsys.readouterr()
+    sys.argv = ["dseqjepa", "results", "r"]
+    main()
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| untrained")]
+    assert line.count("|") == 3
+    assert "n=2" in line
+    first, second = (json.loads((here / f"r/{seed}.json").read_text()) for seed in (0, 1))
+    assert first["backbone"]["digest"] != second["backbone"]["digest"]
+
+
 def test_other_weights_and_backbones(here: Path) -> None:
     assert evaluate("knn", "runs/0", "weights=context") == 0
     assert evaluate("knn", "runs/0", "image_size=[16, 24]") == 0
-    assert evaluate("knn", "random:vitt_demo", "data=pictures", "out=r.json", "seed=3") == 0
+    assert evaluate("knn", "random:vitt_demo", "data=pictures", "out=r.json", "init_seed=3") == 0
     assert evaluate("linear", "pixels", "data=pictures", "out=p.json", "preset=quick",
                     "image_size=8", "sweep.epochs=2") == 0  # fmt: skip
     context = json.loads((here / "runs/0/evaluations/knn.json").read_text())
