@@ -26,7 +26,7 @@ from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.linear import INIT_STD, pooling_of
 from dseqjepa.tasks.results import Metric, Result, accuracy_metric
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.sample import drawn, listed
+from dseqjepa.tasks.sample import drawn, list_name, listed
 from dseqjepa.tasks.store import features_of
 from dseqjepa.train.schedules import cosine
 
@@ -95,7 +95,7 @@ def _split(job: Job, config: ClevrConfig) -> tuple[Tensor, int, str]:
     if config.names != "none":
         file = Path(config.names).expanduser()
         sample_M = listed(job.train, file)[:wanted]
-        how = f"list {file.name}"
+        how = list_name(file, sample_M)
     else:
         sample_M = drawn(len(job.train), wanted, config.seed)
         how = f"seeded sample {config.seed}"

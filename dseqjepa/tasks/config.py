@@ -67,7 +67,7 @@ class TrainedConfig(TaskConfig):
 
     def recipe(self) -> dict[str, Any]:
         """Every setting that makes another protocol."""
-        others = {*TaskConfig.model_fields, "accumulate"}
+        others = {*TaskConfig.model_fields, "accumulate", "task"}
         return self.model_dump(mode="json", exclude=others)
 
 

@@ -29,8 +29,9 @@ from dseqjepa.ranks import Ranks
 LAST4 = ("mean4", "mean3", "mean2", "mean1")
 LAYERS_AT_LEAST = 4
 """Any encoder gives so many of its last blocks, if it has them; a `Backbone` more, when asked."""
-CHUNK_IMAGES = 4096
-"""Images whose features are written, or sent to the other ranks, together."""
+CHUNK_IMAGES = 512
+"""Images whose features one rank computes, and writes or sends, together. Small, so that ranks wait
+little for each other."""
 ROWS_AT_ONCE = 8192
 FEATURE = re.compile(r"(last|cls)([1-9]\d*)?|(block|blockcls)(\d+)")
 

@@ -59,8 +59,8 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.pooling = pooling
         self.drop_path = DropPath(backbone, drop_path)
-        self.norm = nn.LayerNorm(backbone.width, eps=1e-6) if pooling == "mean" else backbone.norm
         if pooling == "mean":
+            self.norm = nn.LayerNorm(backbone.width, eps=1e-6)
             backbone.norm.requires_grad_(False)  # it is not used
         self.head = nn.Linear(backbone.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -74,7 +74,7 @@ class Classifier(nn.Module):
             x_BLD = block(x_BLD)
         if self.pooling == "mean":
             return self.head(self.norm(x_BLD[:, self.backbone.prefix :].mean(1)))
-        return self.head(self.norm(x_BLD)[:, 0])
+        return self.head(self.backbone.norm(x_BLD)[:, 0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +161,12 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         layer_decay=sizes.layer_decay if config.layer_decay == "auto" else config.layer_decay,
     )
     place = place_of(job, config)
+    at_once = config.batch_size // (config.accumulate * job.ranks.world)
+    if at_once < 2 and (config.mixup or config.cutmix):
+        raise InputError(
+            "mixup and cutmix need two images at a time on every rank: lower accumulate, or set "
+            "mixup=0 cutmix=0"
+        )
     start = place.start()
     drop_path = sizes.drop_path if config.drop_path == "auto" else config.drop_path
     with seeded(config.seed):
@@ -172,6 +178,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
 
     losses = MixedLoss(config, model, job.device)
     bad = fit(model, backbone, recipe, train, read_augmented, losses, place, start)
+    n_train = len(train) - len(bad)
 
     transform = EvalTransform(backbone.image_size)
 
@@ -181,7 +188,6 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
 
     found: list[tuple[int, bool]] = []
     model.eval()
-    at_once = config.batch_size // (config.accumulate * job.ranks.world)
     samples = in_order(test, read, config.workers, bad, job.console, job.ranks)
     while batch := list(islice(samples, at_once)):
         index_B = [index for index, _ in batch]
@@ -204,10 +210,11 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         labels=task,
         layers="all",
         pooling={"mean": "mean of the patches", "cls": "[CLS]"}[config.pooling],
-        n_train=len(train),
+        n_train=n_train,
         n_test=len(correct),
         n_bad=len(bad),
         seeds=(config.seed,),
+        details={"bad_images": bad},
     )
 
 

@@ -280,14 +280,16 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
     found = neighbours(train.rows(pieces), label_M, test.rows(pieces), k=most, device=job.device)
     metrics = {"accuracy": _accuracy(found, label_N, classes, k, temperature)}
     details: dict[str, Any] = {"k": min(k, len(label_M))}
+    swept: dict[str, Any] = {}
     if config.sweep:
+        swept = {"sweep": [config.ks, config.temperatures, config.seed]}
         grid = sweep(train.rows(pieces), label_M, classes, config, job.device)
         best = max(grid, key=lambda entry: entry["train_accuracy"])  # the first of equals
         details |= {"sweep": grid, "chosen": best}
         metrics["swept"] = _accuracy(found, label_N, classes, best["k"], best["temperature"])
     return Result(
         metrics=metrics,
-        protocol={"features": config.features, **settings, "transform": "centre crop"},
+        protocol={"features": config.features, **settings, "transform": "centre crop"} | swept,
         labels=task,
         layers=config.features,
         pooling="[CLS]" if config.features.startswith("cls") else "mean over patches",

@@ -22,7 +22,7 @@ from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.linear import all_pieces, choose, features_for, pooling_of
 from dseqjepa.tasks.results import Result, accuracy_metric, mean_metric
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.sample import balanced, listed
+from dseqjepa.tasks.sample import balanced, list_name, listed
 from dseqjepa.tasks.store import features_of
 
 
@@ -102,7 +102,8 @@ def _samples(job: Job, config: LowshotConfig) -> tuple[dict[int, Tensor], str]:
     """Places in the training split by seed, and in words which they are."""
     if config.names != "none":
         file = Path(config.names).expanduser()
-        return {config.seed: listed(job.train, file)}, f"list {file.name}"
+        places = listed(job.train, file)
+        return {config.seed: places}, list_name(file, places)
     label_N = torch.from_numpy(job.train.labels[config.task])
     seeds = range(config.seed, config.seed + config.draws)
     how = f"class-balanced sample of {100 * config.fraction:g} %, seeds from {config.seed}"

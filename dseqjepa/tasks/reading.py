@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import get_all_start_methods
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -164,6 +165,8 @@ def read_ahead(dataset: Any, places: Sequence[int], workers: int) -> Iterator[An
         batch_size=None,
         sampler=places,
         num_workers=workers,
+        # What reads is often local to a function, which only a fork takes along.
+        multiprocessing_context="fork" if "fork" in get_all_start_methods() else None,
         collate_fn=_as_is,
         worker_init_fn=start_worker,
         generator=torch.Generator(),

@@ -103,7 +103,7 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def choose_path(folder: Path, task: str, values: Mapping[str, Any]) -> Path:
     """`folder`/TASK.json; another name where that holds what this result does not replace: one of
-    another protocol, other weights of the run, or another image size."""
+    another protocol, other weights, or another image size."""
     path = folder / f"{task}.json"
     if path.is_file():
         try:
@@ -118,7 +118,10 @@ def choose_path(folder: Path, task: str, values: Mapping[str, Any]) -> Path:
 def _kind(values: Mapping[str, Any]) -> str:
     backbone = values["backbone"]
     return digest(
-        {"protocol": values["protocol"], **{k: backbone[k] for k in ("weights", "image_size")}}
+        {
+            "protocol": values["protocol"],
+            **{key: backbone[key] for key in ("weights", "digest", "image_size")},
+        }
     )
 
 

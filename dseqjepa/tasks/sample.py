@@ -5,6 +5,7 @@ Suffixes: N images of the source, R images that were chosen.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -60,6 +61,11 @@ def listed(source: Source, file: Path) -> Places:
     if len(set(places)) != len(places):
         raise InputError(f"names={file} names an image twice")
     return torch.tensor(places)
+
+
+def list_name(file: Path, places: Places) -> str:
+    """How a result names a list: two of the same name may hold other images."""
+    return f"list {file.name} ({hashlib.sha256(places.numpy().tobytes()).hexdigest()[:8]})"
 
 
 def balanced(label_N: Int64[Tensor, " N"], fraction: float, seed: int) -> Places:

@@ -47,7 +47,7 @@ class Store:
         """All rows of a piece, on disk."""
         path, size = self.folder / f"{piece}.f32", self.images * width * 4
         if create and not path.exists():
-            with path.open("wb") as file:
+            with path.open("ab") as file:  # several ranks may do this at once
                 file.truncate(size)
         found = path.stat().st_size if path.exists() else 0
         if found != size:

@@ -114,9 +114,9 @@ class Place:
     def start(self) -> Checkpoint | None:
         """The checkpoint to go on from. `InputError` where the folder is in use, or holds the
         training of something else."""
-        if not (self.folder / "checkpoints" / "last").exists():
-            return None
-        if self.overwrite:
+        # `last` is written after the folder that it names.
+        found_any = any((self.folder / "checkpoints").glob("step-*/state.json"))
+        if self.overwrite or not found_any:
             return None
         if not self.resume:
             raise InputError(
@@ -231,18 +231,21 @@ def fit(
         seed=recipe.seed,
     )
     groups = parameter_groups(model, backbone, recipe)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=(0.9, 0.999), fused=place.device.type == "cuda"
+    )
     step, bad = 0, dict[str, str]()
     if start is None:
-        if ranks.first:  # what is there was to be overwritten
+        if ranks.first and place.overwrite:
             shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
     else:
         load_into(model, start.tensors("model"), f"{start.path}/model.safetensors")
         load_optimizer_state(optimizer, model, start.tensors("optimizer"))
         step, bad = start.step, dict(start.state["bad"])
+    told = set(bad)
     journal = Journal(place.folder, place.console, quiet=not ranks.first)
     place.folder.mkdir(parents=True, exist_ok=True)
-    journal.rewind(step, {})
+    journal.rewind(step, bad)
     journal.say(
         f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)}, "
         + (f"from step {step}" if step else "from the start")
@@ -250,6 +253,10 @@ def fit(
 
     def save() -> None:
         for theirs in ranks.share(bad):
+            for name, reason in theirs.items():
+                if name not in told:
+                    journal.bad_file(name, reason)
+                    told.add(name)
             bad.update(theirs)
         tensors = {
             "model": model.state_dict(),
@@ -293,7 +300,7 @@ def fit(
                 step += 1
                 last = step == recipe.steps
                 stopping, saving = ranks.agree(
-                    not last and (stop.requested or step == place.stop_after),
+                    stop.requested or step == place.stop_after,
                     last or (ranks.first and clock.is_time_to_save()),
                 )
                 saving = saving or stopping

@@ -45,7 +45,7 @@ def test_a_list_gives_training_and_then_validation_images(tmp_path: Path) -> Non
     file.write_text("".join(f"{index}.png\n" for index in range(30, 90)))
     result = run(train, tmp_path, f"names={file}", "train_count=40", "val_count=10")
     assert sorted(set(train.read)) == list(range(30, 80))
-    assert result.protocol["split"] == "list vtab.txt: 40 train, 10 val"
+    assert result.protocol["split"] == "list vtab.txt (c9954c69): 40 train, 10 val"
 
 
 def test_the_pooling_is_cls_where_there_is_one_and_said(tmp_path: Path) -> None:

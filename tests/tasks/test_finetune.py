@@ -75,6 +75,18 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_what_is_trained_can_be_kept(tmp_path: Path, pooling: str) -> None:
+    evaluate(job_of(tmp_path, TRAIN, TEST), config(f"pooling={pooling}"))
+    assert (tmp_path / "result-training" / "checkpoints" / "last" / "model.safetensors").exists()
+
+
+def test_parts_of_one_image_are_not_mixed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="mixup and cutmix need two images at a time"):
+        evaluate(job_of(tmp_path, TRAIN, TEST), full("batch_size=8", "accumulate=8"))
+    assert not any(tmp_path.iterdir())
+
+
 def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
     few = Subset(TRAIN, torch.arange(12).numpy())
     settings = config("epochs=120", "lr=0.003", "crop_scale=[1,1]", "flip=false", "layer_decay=1",

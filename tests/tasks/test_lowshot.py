@@ -46,7 +46,7 @@ def test_a_list_says_which_images(tmp_path: Path) -> None:
     result = run(train, tmp_path, f"names={file}")
     assert set(train.read) == set(chosen)
     assert (result.n_train, result.n_bad, result.seeds) == (41, 1, ())
-    assert result.details["labelled"] == "list 1percent.txt"
+    assert result.details["labelled"] == "list 1percent.txt (46d8796c)"
     assert result.interval == "bootstrap over test images"
 
 

@@ -49,7 +49,7 @@ class Everything(SceneObjects):
         self.labels, self.classes = dict(self.scenes.labels), dict(self.scenes.classes)
 
     def name(self, index: int) -> str:
-        return f"{self.annotations} {index}"
+        return f"{self.annotations.parent.name} {index}"
 
     def image(self, index: int) -> Tensor:
         if index == 3:

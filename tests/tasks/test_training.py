@@ -192,6 +192,16 @@ def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> N
     assert_equal(trained(tmp_path, overwrite=True), first)
 
 
+def test_a_checkpoint_is_gone_on_from_even_where_nothing_points_to_it(tmp_path: Path) -> None:
+    """As a kill just after its folder was renamed leaves it."""
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        trained(tmp_path / "cut", stop_after=3)
+    (tmp_path / "cut" / "checkpoints" / "last").unlink()
+    assert_equal(trained(tmp_path / "cut", resume=True), whole)
+    assert "from step 3" in (tmp_path / "cut" / "log.txt").read_text()
+
+
 def test_every_sample_once_an_epoch_and_each_in_its_own_way() -> None:
     seen: list[tuple[int, int]] = []
     samples = Samples(
@@ -220,6 +230,8 @@ def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
     bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, None)
     assert bad == {"2": "torn", "7": "torn"}
     assert len(seen) == len(set(seen)) == RECIPE.steps * RECIPE.batch_size
+    lines = (tmp_path / "bad_files.jsonl").read_text().splitlines()
+    assert {json.loads(line)["path"] for line in lines} == {"2", "7"}
 
     def broken(index: int, key: int) -> Tensor:
         raise BadImage("torn")

@@ -5,6 +5,7 @@ Suffixes: N images, H and W pixels.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import ClassVar
 
@@ -62,8 +63,18 @@ class ADE20K(ListedFiles):
             classes["class"] = kinds
         super().__init__(folder, paths, labels, classes)
 
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(super().fingerprint().encode())
+        digest.update("\n".join(self.categories).encode())
+        for index in range(len(self)):
+            digest.update(str(self._map(index).stat().st_size).encode() + b" ")
+        return digest.hexdigest()
+
+    def _map(self, index: int) -> Path:
+        return self._maps / _map_of(str(self.path(index).relative_to(self.root)))
+
     def label_map(self, index: int) -> Int64[Tensor, "H W"]:
-        path = self._maps / _map_of(str(self.path(index).relative_to(self.root)))
+        path = self._map(index)
         try:
             with Image.open(path) as picture, Image.open(self.path(index)) as image:
                 if picture.size != image.size:

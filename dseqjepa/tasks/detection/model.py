@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -45,6 +46,14 @@ class Pyramid(nn.Module):
         maps = maps_of(self.backbone, images_BCHW, self.drop_path, self.window)
         levels = self.rescale(maps)
         return self.fpn({str(number): level for number, level in enumerate(levels)})
+
+
+class FullPrecisionCoder(BoxCoder):
+    """Boxes from what a head says of them, in float32. torchvision's coder would round the boxes
+    to the head's precision: in bfloat16 to multiples of 4 pixels beyond 512."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        return super().decode_single(rel_codes.float(), boxes.float())
 
 
 class Detector(nn.Module):
@@ -100,6 +109,9 @@ class Detector(nn.Module):
             box_detections_per_img=detections,
             box_score_thresh=score_threshold,
         )
+
+        for part in (self.rcnn.rpn, self.rcnn.roi_heads):
+            part.box_coder = FullPrecisionCoder(part.box_coder.weights)
 
     @property
     def backbone(self) -> Backbone:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dseqjepa.data.formats.coco import mask_tools
-from dseqjepa.data.source import Detections, Instances
+from dseqjepa.data.source import BadImage, Detections, Instances
 from dseqjepa.keyed import Stream, uniforms
 
 SURE = 0.5
@@ -29,10 +29,20 @@ class Sample:
     target: Mapping[str, Tensor]
 
 
+def read_labelled(source: Detections, index: int) -> tuple[Tensor, Instances]:
+    """An image and its objects. `BadImage` where the objects are those of another size: data that
+    was scaled without its annotations."""
+    image_CHW, found = source.image(index), source.instances(index)
+    size, labelled = tuple(image_CHW.shape[-2:]), tuple(found.masks_KHW.shape[-2:])
+    if size != labelled:
+        raise BadImage(f"the image is {size} pixels high and wide, its annotation says {labelled}")
+    return image_CHW, found
+
+
 def read_sample(source: Detections, index: int, key: int) -> Sample:
     """An image, mirrored for half of the keys, with the objects that can be learnt: neither crowds
     nor boxes without extent."""
-    image_CHW, found = source.image(index), source.instances(index)
+    image_CHW, found = read_labelled(source, index)
     boxes_K4, masks_KHW = found.boxes_K4, found.masks_KHW
     keep_K = ~found.crowd_K & (boxes_K4[:, 2:] > boxes_K4[:, :2]).all(1)
     boxes_K4, masks_KHW = boxes_K4[keep_K], masks_KHW[keep_K]

@@ -18,7 +18,13 @@ from dseqjepa.tasks.config import DetectionConfig
 from dseqjepa.tasks.dense import blocks_to_read
 from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision
 from dseqjepa.tasks.detection.model import Detector, divisor
-from dseqjepa.tasks.detection.samples import Sample, as_instances, as_results, read_sample
+from dseqjepa.tasks.detection.samples import (
+    Sample,
+    as_instances,
+    as_results,
+    read_labelled,
+    read_sample,
+)
 from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
@@ -80,13 +86,14 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         return read_sample(train, index, key)
 
     bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
+    n_train = len(train) - len(bad)
 
     predictions: list[tuple[int, tuple[int, list[dict[str, Any]]]]] = []
     examples: list[tuple[Any, ...]] = []
     model.eval()
     for index, (image_CHW, truth) in in_order(
         test,
-        lambda i: (test.image(i), test.instances(i)),
+        lambda i: read_labelled(test, i),
         config.workers,
         bad,
         job.console,
@@ -124,7 +131,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         labels="objects",
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
-        n_train=len(train),
+        n_train=n_train,
         n_test=len(image_ids),
         n_bad=len(bad),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
@@ -133,6 +140,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
             "by_category": by_category,
             "evaluator": evaluator,
             "detections": len(results),
+            "bad_images": bad,
         },
         examples={"examples": examples, "categories": test.categories},
     )

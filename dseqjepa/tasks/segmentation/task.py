@@ -82,6 +82,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         return model.losses(images_BCHW, label_BHW)
 
     bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
+    n_train = len(train) - len(bad)
 
     counts: list[tuple[int, Tensor]] = []
     examples: list[tuple[Any, ...]] = []
@@ -106,7 +107,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         labels="pixels",
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
-        n_train=len(train),
+        n_train=n_train,
         n_test=len(counts_NJ),
         n_bad=len(bad),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
@@ -118,6 +119,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             },
             "mean_over": "classes that occur in the labels or the predictions",
             "classes_that_occur": sum(iou == iou for iou in iou_K),
+            "bad_images": bad,
         },
         examples={"examples": examples, "categories": train.categories},
     )

@@ -190,3 +190,14 @@ def test_norms_and_biases_do_not_decay() -> None:
             assert decays[id(own["weight"])] == 0.1
         if "bias" in own:
             assert decays[id(own["bias"])] == 0.0
+
+
+def test_boxes_keep_their_precision_under_autocast() -> None:
+    """Far from the corner of a large image bfloat16 has steps of 4 pixels."""
+    model = Detector(tiny_backbone(), classes=2, width=16, head_width=16, mask_width=8)
+    boxes_K4 = torch.tensor([[701.25, 903.5, 731.75, 950.125]])
+    for part in (model.rcnn.rpn, model.rcnn.roi_heads):
+        unmoved = torch.zeros(1, 4, dtype=torch.bfloat16)
+        found = part.box_coder.decode(unmoved, [boxes_K4])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.view(1, 4), boxes_K4)

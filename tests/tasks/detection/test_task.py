@@ -65,6 +65,21 @@ def test_the_same_seed_gives_the_same_numbers_to_the_last_digit(
     assert seen[0][2] != seen[2][2]
 
 
+def test_images_of_another_size_than_their_annotations_are_bad(
+    tmp_path: Path, train: SceneObjects, test: SceneObjects
+) -> None:
+    class Shrunk(SceneObjects):
+        def image(self, index: int) -> Tensor:
+            whole_CHW = super().image(index)
+            return whole_CHW[:, ::2, ::2] if index in (1, 2) else whole_CHW
+
+    shrunk = Shrunk(tmp_path / "shrunk.json", 5, size=64, split="val")
+    found = evaluate(job_of(tmp_path, train, shrunk), config())
+    assert (found.n_test, found.n_bad) == (3, 2)
+    said = list(found.details["bad_images"].values())
+    assert said == ["the image is (32, 32) pixels high and wide, its annotation says (64, 64)"] * 2
+
+
 def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
     tmp_path: Path, train: SceneObjects, test: SceneObjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
