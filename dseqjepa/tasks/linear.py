@@ -96,7 +96,6 @@ def by_paper(job: Job, config: LinearConfig) -> Result:
         for start, rows_BD in rows.blocks():
             pred_B = probe(rows_BD.to(job.device)).argmax(dim=1).cpu()
             correct.append(pred_B == label_N[start : start + len(pred_B)])
-    training.state.unlink(missing_ok=True)
     return Result(
         metrics={"accuracy": accuracy_metric(torch.cat(correct))},
         protocol=protocol,
@@ -108,6 +107,7 @@ def by_paper(job: Job, config: LinearConfig) -> Result:
         n_bad=len(training.bad) + len(test.bad),
         seeds=(config.seed,),
         details={"epoch_loss": training.losses},
+        unfinished=training.state,
     )
 
 

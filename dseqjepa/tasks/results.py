@@ -64,6 +64,8 @@ class Result:
     others: Sequence[Mapping[str, Any]] = ()
     examples: Mapping[str, Any] = field(default_factory=dict)
     """What a picture of the result is drawn of."""
+    unfinished: Path | None = None
+    """A file that the evaluation would go on from: of no more use when the result is written."""
 
 
 def row(encoder: str, task: str, metrics: Mapping[str, Metric], **details: Any) -> dict[str, Any]:

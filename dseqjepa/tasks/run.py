@@ -127,6 +127,8 @@ def run_task(
         console.print(show(values["results"], title))
         write_json(path, values)
         print(f"written: {path}")
+        if result.unfinished is not None:
+            result.unfinished.unlink(missing_ok=True)
         if draw is not None and result.examples:
             draw(path.with_suffix(".png"), **result.examples)
             print(f"written: {path.with_suffix('.png')}")

@@ -50,17 +50,21 @@ def test_the_interval_over_seeds_is_students() -> None:
 
 
 def result(k: int = 20, weights: str = "target", step: int = 1) -> dict[str, Any]:
-    backbone = {"weights": weights, "image_size": [32, 32], "name": f"step {step}"}
+    digest = f"weights of step {step}"
+    backbone = {"weights": weights, "digest": digest, "image_size": [32, 32], "name": str(step)}
     return {"protocol": {"task": "knn", "k": k}, "backbone": backbone}
 
 
-def test_a_result_does_not_replace_one_of_another_protocol(tmp_path: Path) -> None:
+def test_a_result_does_not_replace_one_of_another_protocol_or_of_other_weights(
+    tmp_path: Path,
+) -> None:
     first = choose_path(tmp_path, "knn", result())
     assert first == tmp_path / "knn.json"
     write_json(first, result())
-    assert choose_path(tmp_path, "knn", result(step=2)) == first
-    others = {choose_path(tmp_path, "knn", other) for other in (result(5), result(20, "context"))}
-    assert len(others) == 2
+    assert choose_path(tmp_path, "knn", result()) == first
+    unlike = (result(5), result(20, "context"), result(step=2))
+    others = {choose_path(tmp_path, "knn", other) for other in unlike}
+    assert len(others) == 3
     assert first not in others
     assert choose_path(tmp_path, "knn", result(5)) in others
     first.write_text("{")

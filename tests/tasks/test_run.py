@@ -93,6 +93,7 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     assert found["config"] == TASKS[task].from_settings(settings).model_dump(mode="json")
     assert found["versions"]["torch"]
     assert found["wall_s"] > 0
+    assert not list((here / "runs/0/evaluations").glob("*.safetensors"))  # what was gone on from
     assert found["results"][-1]["encoder"] == "dseq, step 5"
     assert evaluate(task, "runs/0", *settings) == 0  # from the kept features
     again = json.loads((here / f"runs/0/evaluations/{task}.json").read_text())
