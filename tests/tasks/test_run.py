@@ -185,10 +185,18 @@ def evaluate_on_ranks(folder: Path, task: str, settings: list[str]) -> None:
     run_task(task, "runs/0", config, data=None, out=folder / "two.json")
 
 
-@pytest.mark.parametrize("task", ["knn", "lowshot"])
-def test_two_ranks_find_what_one_finds(here: Path, task: str) -> None:
-    settings = ["fraction=0.2", "sweep.epochs=3"] if task == "lowshot" else ["sweep=true"]
-    assert evaluate(task, "runs/0", "accelerator=cpu", "out=one.json", "cache=none", *settings) == 0
+@pytest.mark.parametrize(
+    ("task", "settings", "alone"),
+    [
+        ("knn", ["sweep=true"], ["cache=none"]),
+        ("lowshot", ["fraction=0.2", "sweep.epochs=3"], ["cache=none"]),
+        ("finetune", ["preset=quick", "epochs=1", "batch_size=8"], ["accumulate=2"]),
+    ],
+)
+def test_two_ranks_find_what_one_finds(
+    here: Path, task: str, settings: list[str], alone: list[str]
+) -> None:
+    assert evaluate(task, "runs/0", "accelerator=cpu", "out=one.json", *alone, *settings) == 0
     run_ranks(2, evaluate_on_ranks, here, task, settings, log=here / "log")
     one, two = (json.loads((here / name).read_text()) for name in ("one.json", "two.json"))
     assert two["ranks"] == 2
