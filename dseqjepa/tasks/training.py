@@ -247,7 +247,8 @@ def fit(
     place.folder.mkdir(parents=True, exist_ok=True)
     journal.rewind(step, bad)
     journal.say(
-        f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)}, "
+        f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)} on "
+        f"{ranks.world} x {place.device.type}{f' in {parts} parts' if parts > 1 else ''}, "
         + (f"from step {step}" if step else "from the start")
     )
 
