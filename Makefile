@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all the set-up on a fresh machine.
 # SETTINGS passes section.key=value on to the demo, FAULTS parts of names to `make faults` (none: all
-# of them, half an hour); VENV names another environment.
+# of them, an hour and a half); VENV names another environment.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

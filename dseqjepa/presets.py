@@ -37,7 +37,7 @@ from dseqjepa.settings import apply_override, read_yaml
 def vitb16_in1k() -> Config:
     """ViT-B/16, ImageNet-1k at 224 px, 600 epochs of batch 2048: the paper's main recipe.
 
-    `dseqjepa pretrain dseq_vitb16_in1k data=/data/imagenet/train out=runs/vitb16`.
+    `dseqjepa pretrain dseq_vitb16_in1k data=imagenet:/data/imagenet out=runs/vitb16`.
     A cluster job. Published: 73.5 % linear (DSeq-JEPA), 72.4 % (I-JEPA); not reproduced here.
     """
     return Config(
@@ -50,7 +50,7 @@ def vitb16_in1k() -> Config:
 def vitt16_in1k() -> Config:
     """ViT-Ti/16, ImageNet-1k at 224 px: the main recipe on the smallest encoder.
 
-    `dseqjepa pretrain dseq_vitt16_in1k data=/data/imagenet/train out=runs/vitt16`.
+    `dseqjepa pretrain dseq_vitt16_in1k data=imagenet:/data/imagenet out=runs/vitt16`.
     No published score.
     """
     return vitb16_in1k().with_(
@@ -61,7 +61,7 @@ def vitt16_in1k() -> Config:
 def vits16_in1k() -> Config:
     """ViT-S/16, ImageNet-1k at 224 px: the main recipe on a small encoder.
 
-    `dseqjepa pretrain dseq_vits16_in1k data=/data/imagenet/train out=runs/vits16`.
+    `dseqjepa pretrain dseq_vits16_in1k data=imagenet:/data/imagenet out=runs/vits16`.
     No published score.
     """
     return vitb16_in1k().with_(
@@ -72,7 +72,7 @@ def vits16_in1k() -> Config:
 def vitl16_in1k() -> Config:
     """ViT-L/16, ImageNet-1k at 224 px, 600 epochs, predictor of depth 12.
 
-    `dseqjepa pretrain dseq_vitl16_in1k data=/data/imagenet/train out=runs/vitl16`.
+    `dseqjepa pretrain dseq_vitl16_in1k data=imagenet:/data/imagenet out=runs/vitl16`.
     A cluster job; published in the paper's tables, not reproduced here.
     """
     return vitb16_in1k().with_(
@@ -83,7 +83,7 @@ def vitl16_in1k() -> Config:
 def vith14_in1k() -> Config:
     """ViT-H/14, ImageNet-1k at 224 px, 300 epochs, predictor of depth 12.
 
-    `dseqjepa pretrain dseq_vith14_in1k data=/data/imagenet/train out=runs/vith14`.
+    `dseqjepa pretrain dseq_vith14_in1k data=imagenet:/data/imagenet out=runs/vith14`.
     A cluster job; not reproduced here.
     """
     return vitl16_in1k().with_(
@@ -94,7 +94,7 @@ def vith14_in1k() -> Config:
 def vith16_448_in1k() -> Config:
     """ViT-H/16, ImageNet-1k at 448 px, 300 epochs, predictor of depth 12.
 
-    `dseqjepa pretrain dseq_vith16_448_in1k data=/data/imagenet/train out=runs/vith16_448`.
+    `dseqjepa pretrain dseq_vith16_448_in1k data=imagenet:/data/imagenet out=runs/vith16_448`.
     A cluster job. Published: 82.4 % linear (DSeq-JEPA), +1.3 over I-JEPA; not reproduced here.
     """
     return vith14_in1k().with_(model={"patch_size": 16}, data={"image_size": (448, 448)})
@@ -164,7 +164,7 @@ def vitt_demo() -> Config:
 def dseq_vitb16_release() -> Config:
     """The main recipe with the authors' readings where they are a choice.
 
-    `dseqjepa pretrain dseq_vitb16_release data=/data/imagenet/train out=runs/release`.
+    `dseqjepa pretrain dseq_vitb16_release data=imagenet:/data/imagenet out=runs/release`.
     Contexts late by one region, queries without a mask token, the raw [CLS] parameter as query and
     one curriculum draw for a batch (docs/differences.md, rows 1, 4 and 8). Its faults stay out.
     """

@@ -135,7 +135,7 @@ class Method(nn.Module, ABC):
         return Predictions(values_VD, queries.row_V, queries.patch_V), contexts, context_TD
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
-        """The loss of one batch of uint8 or ImageNet-normalised float images (METHOD section 1)."""
+        """The loss of one batch of uint8 or ImageNet-normalised float images."""
         sight = self.look(images_BCHW)
         grid = self.target.grid_of(images_BCHW)
         drawn = self.draw(sight, grid, progress, keys_B)

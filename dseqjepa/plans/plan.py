@@ -155,7 +155,7 @@ def steps_of_ranks(
 
     Step k predicts region k+1 (`rank == k`) from regions 1..k (`rank < k`). `prediction="flat"`
     predicts every region from the first alone; `lag` makes contexts late by so many regions, as
-    the authors' release does by one (METHOD section 6, row 1).
+    the authors' release does by one (docs/differences.md).
     """
     step_M = torch.arange(1, steps + 1, device=rank_BN.device)
     horizon_M = torch.ones_like(step_M) if prediction == "flat" else (step_M - lag).clamp(min=1)

@@ -25,7 +25,7 @@ def cls_attention(attention_BHN: Float[Tensor, "B H N"]) -> Float[Tensor, "B N"]
 def grad_cam(
     states_BND: Float[Tensor, "B N D"], gradient_BND: Float[Tensor, "B N D"]
 ) -> Float[Tensor, "B N"]:
-    """Label-free Grad-CAM (METHOD section 3, Table 7).
+    """Label-free Grad-CAM (DSeq-JEPA, Table 7).
 
     `gradient_BND` is the gradient of the norm of the pooled target feature with respect to the
     states. Channel weights are its mean over the patches; ReLU of the weighted sum of the states.

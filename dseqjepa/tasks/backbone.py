@@ -30,7 +30,7 @@ from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_enc
 from dseqjepa.train.foreign import ImportConfig, read_encoder
 
 LAYERS = 4
-"""The last blocks whose patches a frozen evaluation reads (METHOD section 5)."""
+"""The last blocks whose patches a frozen evaluation reads (docs/evaluations.md)."""
 PIXELS_SIZE = (32, 32)
 RAW_PIXELS = "raw pixels"
 SPECS = "a run's folder, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels"

@@ -1,4 +1,4 @@
-"""Clevr/Count and Clevr/Dist: how many objects, and how near the nearest (METHOD section 5).
+"""Clevr/Count and Clevr/Dist: how many objects, and how near the nearest (docs/evaluations.md).
 
 VTAB-1k's split: 800 training and 200 validation images of CLEVR's training split, tested on all of
 its validation split. VTAB's own thousand follow an order that the raw files do not give: they come

@@ -110,7 +110,7 @@ class FinetuneConfig(TrainedConfig):
 
 
 class DetectionConfig(TrainedConfig):
-    """`dseqjepa evaluate detection`: METHOD's protocol is the default."""
+    """`dseqjepa evaluate detection`: the paper's protocol is the default."""
 
     quick: ClassVar[Mapping[str, Any]] = {
         "epochs": 5, "batch_size": 4, "lr": 1e-3, "longest_side": 64, "width": 64,
@@ -137,7 +137,7 @@ class DetectionConfig(TrainedConfig):
 
 
 class SegmentationConfig(TrainedConfig):
-    """`dseqjepa evaluate segmentation`: METHOD's protocol is the default."""
+    """`dseqjepa evaluate segmentation`: the paper's protocol is the default."""
 
     quick: ClassVar[Mapping[str, Any]] = {
         "steps": 2000, "warmup_steps": 50, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01,
@@ -180,7 +180,7 @@ class FrozenConfig(TaskConfig):
 
 
 class KnnConfig(FrozenConfig):
-    """`dseqjepa evaluate knn`: METHOD's protocol is the default."""
+    """`dseqjepa evaluate knn`: the paper's protocol is the default."""
 
     features: str = "last"
     """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
@@ -213,7 +213,7 @@ class SweepConfig(Section):
 
 
 class LinearConfig(FrozenConfig):
-    """`dseqjepa evaluate linear`: METHOD's protocol, which encodes other crops in every epoch."""
+    """`dseqjepa evaluate linear`: the paper's protocol, with other crops in every epoch."""
 
     quick: ClassVar[Mapping[str, Any]] = {"protocol": "sweep"}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dseqjepa.tasks.backbone import Backbone
 
 READ = (3, 5, 7, 11)
-"""The blocks that are read, of 12, the first being 0 (METHOD section 5)."""
+"""The blocks that are read, of 12, the first being 0 (docs/evaluations.md)."""
 WINDOW = 14
 
 

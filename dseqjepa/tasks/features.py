@@ -200,7 +200,7 @@ def extract(
     bf16: bool = False,
     ranks: Ranks | None = None,
 ) -> Extracted:
-    """Pooled features of every image (METHOD section 5), float32, in memory.
+    """Pooled features of every image (docs/evaluations.md), float32, in memory.
 
     Args:
         encoder: in eval mode and on `device`.

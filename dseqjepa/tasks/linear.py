@@ -1,4 +1,4 @@
-"""Linear classification of frozen features (METHOD section 5).
+"""Linear classification of frozen features (docs/evaluations.md).
 
 `protocol=paper`: random resized crops, encoded anew in every epoch; the average patches of the last
 four blocks, concatenated; BatchNorm without affine; one linear layer; SGD. It stops and goes on by

@@ -1,4 +1,4 @@
-"""Classification from few labels: 1 % of them, by default (METHOD section 5).
+"""Classification from few labels: 1 % of them, by default (docs/evaluations.md).
 
 The labelled images are those of a list (ImageNet's is SimCLR's 1percent.txt), or class-balanced
 samples by several seeds. The classifier is linear on frozen features; its learning rate and weight

@@ -1,4 +1,4 @@
-"""Schedules as values of the step: resuming needs the step and nothing else (METHOD section 4)."""
+"""Schedules as values of the step: resuming needs the step and nothing else."""
 
 from __future__ import annotations
 

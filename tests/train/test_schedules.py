@@ -1,4 +1,4 @@
-"""The schedules are what METHOD's recipe says, as functions of the step alone."""
+"""The schedules are what the paper's recipe says, as functions of the step alone."""
 
 from __future__ import annotations
 

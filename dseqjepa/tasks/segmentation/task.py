@@ -1,4 +1,6 @@
-"""`dseqjepa evaluate segmentation`: UPerNet on a backbone, trained and measured (METHOD section 5).
+"""`dseqjepa evaluate segmentation`: UPerNet on a backbone, trained and measured.
+
+The protocol stands in docs/evaluations.md.
 
 Suffixes: C colours, K classes, N test images, J counts, H and W pixels.
 """
