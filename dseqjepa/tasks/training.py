@@ -1,7 +1,8 @@
 """The loop of every evaluation that trains: fine-tuning, detection, segmentation.
 
 A step's batch is computed in parts: each of several ranks has its own, or several one after the
-other (`accumulate`). Two ranks with a part each do what one does with two.
+other (`accumulate`). Two ranks with a part each do what one does with two, but for what a model
+computes over all ranks, such as batch norm.
 
 Everything random is a function of where it happens: a sample's augmentation of (seed, epoch,
 index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step, part). So

@@ -72,7 +72,11 @@ def evaluate(folder: Path, task: str, *settings: str) -> None:
         whole = segmentation.Segmenter
         segmentation.Segmenter = lambda *a, **k: without_dropout(whole(*a, **k))  # type: ignore
     found = MODULES[task].evaluate(job, config)
-    values = {"metrics": found.metrics, "n": [found.n_test, found.n_bad], "of": found.details}
+    values = {
+        "metrics": found.metrics,
+        "n": [found.n_train, found.n_test, found.n_bad],
+        "of": found.details,
+    }
     (own / "found.json").write_text(json.dumps(values))
 
 
@@ -92,7 +96,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, task: str) -> None:
     wanted = json.loads((one / "rank0" / "found.json").read_text())
     found = [json.loads((two / f"rank{rank}" / "found.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
-    assert found[0]["n"] == wanted["n"] == [6, 2]
+    assert found[0]["n"] == wanted["n"] == [7, 6, 2]
     weights = [
         load_file(folder / "result-training" / "checkpoints" / "last" / "model.safetensors")
         for folder in (one, two)

@@ -182,6 +182,12 @@ def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
     assert_equal(trained(tmp_path / "run", resume=True), trained(tmp_path / "whole"))
 
 
+def test_a_stop_that_is_asked_for_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", stop_after=RECIPE.steps)
+    assert_equal(trained(tmp_path / "run", resume=True), trained(tmp_path / "whole"))
+
+
 def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> None:
     first = trained(tmp_path)
     with pytest.raises(InputError, match="resume=true goes on with it, overwrite=true"):

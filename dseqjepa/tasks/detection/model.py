@@ -109,7 +109,6 @@ class Detector(nn.Module):
             box_detections_per_img=detections,
             box_score_thresh=score_threshold,
         )
-
         for part in (self.rcnn.rpn, self.rcnn.roi_heads):
             part.box_coder = FullPrecisionCoder(part.box_coder.weights)
 

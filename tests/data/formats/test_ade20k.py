@@ -110,3 +110,14 @@ def test_parts_that_do_not_fit_are_named(copy: Folder) -> None:
     refused("ade20k", folder, "train", r"names ADE_train_00000003.png, which is not in .*\(1 of 30")
     (folder / "images" / "validation").rename(folder / "images" / "elsewhere")
     refused("ade20k", folder, "val", "no such folder: .*validation")
+
+
+def test_other_label_maps_are_other_data(copy: Folder) -> None:
+    folder = copy("ade20k") / "ADEChallengeData2016"
+    before = ade(folder, "train").fingerprint()
+    assert ade(folder, "train").fingerprint() == before
+    path = sorted((folder / "annotations" / "training").iterdir())[0]
+    with Image.open(path) as picture:
+        size = picture.size
+    Image.new("L", size, 1).save(path)
+    assert ade(folder, "train").fingerprint() != before
