@@ -43,7 +43,7 @@ def look_for_saliency(
 ) -> Look:
     """Patch features and a saliency map, in one pass.
 
-    `block` is 0-based; -1 reads 10/12 of the way up, block 10 of 12. `kind` and `query` are those of
+    `block` is 0-based; -1 reads 10/12 of the way up, block 10 of 12. `kind` and `query` are as in
     `SaliencyConfig`. `ValueError` for a [CLS] reading without [CLS].
     """
     if kind != "grad_cam" and not encoder.prefix:

@@ -118,6 +118,15 @@ def test_runs_of_two_seeds_are_one_line_of_the_table(
     assert [cell["seeds"] for cell in table["lines"][0]["cells"]] == [[0, 1], [0, 1]]
 
 
+def test_sweeps_of_other_values_are_other_protocols(here: Path) -> None:
+    grids = (["sweep=true"], ["sweep=true", "ks=[3]"], ["ks=[3]"], ["ks=[5]"])
+    for number, settings in enumerate(grids):
+        assert evaluate("knn", "runs/0", f"out=r/{number}.json", *settings) == 0
+    found = [json.loads((here / f"r/{n}.json").read_text())["protocol"] for n in range(len(grids))]
+    assert found[0] != found[1]
+    assert found[2] == found[3]  # nothing is swept
+
+
 def test_untrained_encoders_are_measured_on_the_same_samples(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

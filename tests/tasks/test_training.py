@@ -167,6 +167,19 @@ def test_a_stopped_training_goes_on_on_ranks(tmp_path: Path) -> None:
     assert said.count("stopped at step 3") == said.count("from step 3") == 1
 
 
+def test_every_part_of_every_step_draws_its_own(tmp_path: Path) -> None:
+    drawn: list[float] = []
+    model = Model(tiny_backbone())
+
+    def losses(samples: list[Tensor]) -> dict[str, Tensor]:
+        drawn.append(float(torch.rand(())))
+        return model.losses(samples)
+
+    place = Place(tmp_path, {}, console=QUIET, accumulate=2)
+    fit(model, model.backbone, RECIPE, Ten(), read, losses, place, None)
+    assert len(drawn) == len(set(drawn)) == 2 * RECIPE.steps
+
+
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:
     def reader(index: int, key: int) -> Tensor:
         if (tmp_path / "asked").exists():
