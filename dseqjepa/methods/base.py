@@ -82,6 +82,7 @@ class Method(nn.Module, ABC):
             heads=predictor.heads,
             mask_token=predictor.mask_token,
         )
+        self.target_blocks = config.target.blocks
         self.by_region = config.method.loss_weighting == "region"
         self.blocks = config.method.blocks
         self.regularizer_weight = config.method.regularizer_weight
@@ -101,7 +102,7 @@ class Method(nn.Module, ABC):
 
     def look(self, images_BCHW: Images) -> Look:
         """What the target encoder sees; methods that need saliency override this."""
-        return look(self.target, images_BCHW)
+        return look(self.target, images_BCHW, target_blocks=self.target_blocks)
 
     def plan(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Plan:
         """The plan of a batch. `progress` in [0, 1] is how far training has come."""

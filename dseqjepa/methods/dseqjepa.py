@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from dseqjepa.config import Config, DSeqConfig
+from dseqjepa.config import Config, DSeqConfig, RegionsConfig
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 from dseqjepa.methods.base import Draw, Method
 from dseqjepa.model.look import Look, look_for_saliency
@@ -34,7 +34,13 @@ class DSeqJepa(Method):
         self.steps_per_image = max(self.ranked_steps, self.blocks.targets)
 
     def look(self, images_BCHW: Images) -> Look:
-        return look_for_saliency(self.target, images_BCHW, **self.config.saliency.model_dump())
+        return look_for_saliency(
+            self.target,
+            images_BCHW,
+            **self.config.saliency.model_dump(),
+            target_blocks=self.target_blocks,
+            with_content=self.config.regions.kind == "clusters",
+        )
 
     def draw(
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
@@ -62,12 +68,8 @@ class DSeqJepa(Method):
             rank_BN, count_B = self._blocks_as_regions(blocks)
             found = {}
         else:
-            assert sight.saliency_BN is not None
             # The loss says where a map is not finite; the plan of its batch does not count.
-            saliency_BN = sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0)
-            regions = rank_regions(
-                saliency_BN, grid, self.config.regions.count, self.config.regions.min_area
-            )
+            regions = cut(sight, grid, self.config.regions)
             found = {"region_area": _mean_area(regions)}
             regions = order_regions(regions, self.config.order, grid, keys_B)
             rank_BN, count_B = regions.rank_BN, regions.count_B
@@ -151,6 +153,20 @@ class DSeqJepa(Method):
         """Empty steps up to the most that an image may have."""
         B, M, N = mask_BMN.shape
         return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
+
+
+def cut(sight: Look, grid: tuple[int, int], config: RegionsConfig) -> Regions:
+    """The regions of what was seen, ranked by saliency; what is not finite counts as flat."""
+    assert sight.saliency_BN is not None
+    features_BND = sight.content_BND if config.kind == "clusters" else None
+    return rank_regions(
+        sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0),
+        grid,
+        config.count,
+        config.min_area,
+        kind=config.kind,
+        features_BND=None if features_BND is None else features_BND.nan_to_num(0.0, 0.0, 0.0),
+    )
 
 
 def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
