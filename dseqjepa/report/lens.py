@@ -23,9 +23,9 @@ from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source, Split
 from dseqjepa.data.transforms import EvalTransform
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.report.run import Run, printable, step_of
+from dseqjepa.report.run import Run, step_of
 from dseqjepa.train.checkpoint import load_method
 from dseqjepa.viz.tiles import label_patch
 from dseqjepa.viz.trace import Trace, regions_of, trace

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dseqjepa.config import Config
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.presets import load_config
 
 Line = Mapping[str, float]
@@ -117,11 +116,6 @@ def step_of(checkpoint: Path) -> int:
 def step_loss(number: int) -> str:
     """The name that the loss of prediction step `number`, from 1, has in a `Line`."""
     return f"loss of step {number}"
-
-
-def printable(text: object) -> str:
-    """Text that can be written as UTF-8: file names need not be valid."""
-    return os.fsencode(str(text)).decode(errors="backslashreplace")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -9,8 +9,9 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 from dseqjepa.config import Config, differences
+from dseqjepa.errors import printable
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Run, Score, printable
+from dseqjepa.report.run import Run, Score
 from dseqjepa.train import monitor
 
 METHODS = {"dseq": "DSeq-JEPA", "ijepa": "I-JEPA", "cjepa": "C-JEPA"}
