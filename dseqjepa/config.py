@@ -66,6 +66,11 @@ Size = Annotated[tuple[int, int], BeforeValidator(lambda v: (v, v) if isinstance
 """Height and width in pixels; one number means a square."""
 
 
+def check_pixel_range(found: Literal["auto", "file"] | tuple[int, int]) -> None:
+    if not isinstance(found, str) and not 0 <= found[0] < found[1] < 2**16:
+        raise ValueError(f"pixel_range must satisfy 0 <= low < high < 65536, found {found}")
+
+
 class DataConfig(Section):
     source: str = "scenes"
     """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
@@ -79,6 +84,9 @@ class DataConfig(Section):
     """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
     """The share of undecodable images above which a run stops."""
+    pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
+    """The values of 16-bit grey images that become black and white. `auto`: 0 and the largest
+    number of so many bits as the data set uses; `file`: the extremes of each file."""
     crop_scale: Range = (0.3, 1.0)
     flip: bool = False
     photometric: Fraction = 0.0
@@ -92,6 +100,7 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
+        check_pixel_range(self.pixel_range)
         if min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, found {self.image_size}")
         return self

@@ -108,6 +108,26 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
             f"({reason}); up to {data.most_bad:.1%} of all may be so, and the run stops at "
             f"data.max_bad={config.data.max_bad:.1%}"
         )
+    yield from data.left_out
+    if data.deep:
+        ends = "the least of each file becomes black and the most white"
+        if not isinstance(data.levels, str):
+            ends = "{} becomes black and {} white".format(*data.levels)
+        yield (
+            f"{len(data.deep)} of {data.sample} images tried have 16 bits, such as {data.deep[0]}: "
+            f"of grey ones {ends}, and data.pixel_range=[LOW,HIGH] says otherwise"
+        )
+    if data.deep_colour:
+        yield (
+            f"{len(data.deep_colour)} of {data.sample} images tried have 16 bits a colour, such as "
+            f"{data.deep_colour[0]}: the lower 8 are lost, which leaves 4 where 12 are used"
+        )
+    if data.several:
+        name, pages = data.several[0]
+        yield (
+            f"{len(data.several)} of {data.sample} files tried hold several images, of which the "
+            f"first is read, such as {name} ({pages}): save the others as files of their own"
+        )
     if data.smaller > 0:
         yield (
             f"{data.smaller:.1%} of the images have fewer pixels than data.image_size "

@@ -19,7 +19,7 @@ MOST_LINES = 420
 
 BASE = {"errors", "keyed", "ranks"}
 MODEL = BASE | {"config", "plans", "model"}
-EVALUATION = MODEL | {"data", "train.checkpoint"}
+EVALUATION = MODEL | {"data", "train.checkpoint", "train.trained_on"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),

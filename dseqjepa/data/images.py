@@ -110,6 +110,8 @@ class ImageFiles:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
+        if self.pixel_range != "auto":
+            digest.update(f"{self.pixel_range}".encode())  # other pixels of the same files
         for index, path in enumerate(self._paths_N):
             try:
                 size = patiently(self.path(index).stat).st_size

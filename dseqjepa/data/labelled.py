@@ -142,6 +142,16 @@ def open_splits(
     return train, val
 
 
+def located(spec: str) -> str:
+    """The same data for any working directory: with an absolute path, links undone."""
+    name, colon, path = spec.partition(":")
+    if spec == "scenes":
+        return spec
+    if colon and "/" not in name and not Path(spec).is_dir():
+        return f"{name}:{os.path.realpath(Path(path).expanduser())}"
+    return os.path.realpath(Path(spec).expanduser())
+
+
 def prepare(source: Source) -> None:
     """Render what is to be rendered, on all cores; other sources are ready as they are."""
     if isinstance(source, Scenes):

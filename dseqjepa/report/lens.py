@@ -26,7 +26,8 @@ from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, printable
 from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.report.run import Run, step_of
-from dseqjepa.train.checkpoint import load_method
+from dseqjepa.train.checkpoint import described, load_method
+from dseqjepa.train.trained_on import trained_on
 from dseqjepa.viz.tiles import label_patch
 from dseqjepa.viz.trace import Trace, regions_of, trace
 
@@ -70,7 +71,8 @@ def build_lens(run: Run, images: int, shared: RegionsConfig) -> Lens:
     if not run.checkpoints:
         return Lens(None, ["There is no checkpoint to look through."])
     try:
-        chosen = choose_images(run.config, images)
+        spec = _data_of(run)
+        chosen = choose_images(run.config.with_(data={"source": spec}), images)
     except InputError as error:
         return Lens(None, [f"The images are not there any more ({printable(error)})."])
     if not chosen.pictures:
@@ -100,6 +102,18 @@ def build_lens(run: Run, images: int, shared: RegionsConfig) -> Lens:
         "checkpoints": looks,
     }
     return Lens(content, notes)
+
+
+def _data_of(run: Run) -> str:
+    """What the newest readable checkpoint of a run was trained on: pictures of any other folder are
+    not the run's, whatever its config names."""
+    for folder in reversed(run.checkpoints):
+        try:
+            checkpoint = described(folder)
+        except InputError:
+            continue  # the lens says which one is damaged
+        return trained_on(checkpoint)
+    raise InputError("no checkpoint can be read")
 
 
 def choose_images(config: Config, count: int) -> Chosen:
@@ -159,6 +173,7 @@ def _source(config: Config) -> tuple[Source, bool]:
             size=data.size,
             image_size=data.image_size,
             seed=config.runtime.seed,
+            pixel_range=data.pixel_range,
         )
 
     source = part("train")

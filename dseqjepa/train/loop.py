@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from dseqjepa.config import Config
+from dseqjepa.data.images import notes_of
+from dseqjepa.data.labelled import located
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
@@ -75,6 +77,7 @@ class Trainer:
         self.config, self.source, self.out, self.probe = config, source, out, probe
         self.stop_after = stop_after
         self.fingerprint = source.fingerprint()
+        self.data_path = located(config.data.source)
         runtime = runtime or connect(config)
         self.fabric, self.ranks = runtime.fabric, runtime.ranks
         rank, world = self.ranks.rank, self.ranks.world
@@ -335,6 +338,8 @@ class Trainer:
             f"{config.data.batch_size} on {self.ranks.world} x {self.fabric.device.type} "
             f"({config.runtime.precision}), effective learning rate {config.optim.lr:g}"
         )
+        for note in notes_of(self.source):
+            say(note)
         if self.loader.cache_bytes:
             say(f"decoded images stay in memory: up to {self.loader.cache_bytes / 1e9:.1f} GB")
 
@@ -380,6 +385,7 @@ class Trainer:
             "steps": self.schedule.steps,
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
+            "data_path": self.data_path,
             "ranks": self.ranks.world,
             "windows": self.ranks.share(self.window.to_json()),
             "guard": self.guard.to_json(),

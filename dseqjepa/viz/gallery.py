@@ -75,6 +75,7 @@ def open_images(spec: str, config: Config) -> Source:
         size=config.data.size,
         image_size=config.data.image_size,
         seed=config.runtime.seed,
+        pixel_range=config.data.pixel_range,
     )
 
 

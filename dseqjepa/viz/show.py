@@ -24,6 +24,7 @@ from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.tasks.features import Extracted, extract
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, method_of, open_checkpoint
+from dseqjepa.train.trained_on import trained_on
 from dseqjepa.viz.canvas import FORMATS, Figure, save
 from dseqjepa.viz.clusters import check_clusters, cluster_maps
 from dseqjepa.viz.comparison import regions_sheet
@@ -199,11 +200,12 @@ class _Session:
     def data(self) -> Subset:
         config = self.config
         source = open_source(
-            self.request.data or config.data.source,
+            self.request.data or trained_on(self.main),
             split="train",
             size=config.data.size,
             image_size=config.data.image_size,
             seed=config.runtime.seed,
+            pixel_range=config.data.pixel_range,
         )
         return spread(source, self.request.sample)
 
