@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,8 +25,18 @@ from pydantic import (
 from dseqjepa.errors import InputError
 from dseqjepa.settings import apply_override, explain
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
+Colours = tuple[float, float, float]
+Deviations = Annotated[Colours, AfterValidator(lambda values: positive("std", values))]
+
+
+def positive(name: str, values: Colours) -> Colours:
+    if min(values) <= 0:
+        raise ValueError(f"{name} must be positive, found {values}")
+    return values
 
 
 class Section(BaseModel):
@@ -87,6 +98,10 @@ class DataConfig(Section):
     pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
     """The values of 16-bit grey images that become black and white. `auto`: 0 and the largest
     number of so many bits as the data set uses; `file`: the extremes of each file."""
+    mean: Colours = IMAGENET_MEAN
+    """What normalisation subtracts of red, green and blue, white being 1, before it divides by
+    `std`."""
+    std: Deviations = IMAGENET_STD
     crop_scale: Range = (0.3, 1.0)
     flip: bool = False
     photometric: Fraction = 0.0
@@ -125,6 +140,8 @@ class ModelConfig(Section):
     """0: as the name says. The same holds for `depth` and `heads`."""
     depth: int = Field(0, ge=0)
     heads: int = Field(0, ge=0)
+    mlp: int = Field(0, ge=0)
+    """Width of the hidden layer of each block's MLP; 0: four times `width`."""
     patch_init_scale: float = Field(1.0, gt=0)
     """Factor on the patch embedding's initial weights: more of the image against positions."""
     position_scale: float = Field(1.0, gt=0)

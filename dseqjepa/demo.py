@@ -32,7 +32,7 @@ def run_demo(config: Config, out: Path) -> None:
     `out` may hold an earlier demo, which is replaced; `InputError` if it holds anything else.
     """
     _check(out)
-    console = Console()
+    console = Console(markup=False)
     began = time.perf_counter()
     size, seed = config.data.image_size, config.runtime.seed
     train = Scenes(config.data.size, size=size[0], seed=seed, split="train")

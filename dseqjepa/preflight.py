@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dseqjepa.config import Config, RegionsConfig, SaliencyConfig
 from dseqjepa.data.audit import Audit, audit
@@ -22,7 +23,7 @@ from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, untrained_encoder
 from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
@@ -83,7 +84,7 @@ def preflight(
         "warnings": warnings,
     }
     if report is not None:
-        report.write_text(json.dumps(result, indent=1) + "\n")
+        report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if out is not None:
         draw(config, source, weights, out)
         lines.append(f"regions of some images: {out}")
@@ -168,7 +169,8 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
 
 def data_table(config: Config, data: Audit) -> Table:
     """What the audit found."""
-    table = Table("data", str(config.data.source), title_justify="left")
+    table = Table("data", title_justify="left")
+    table.add_column(Text(printable(config.data.source)))
     bad = f"{len(data.bad)} of {data.sample} tried; of all, at most {data.most_bad:.1%}"
     rows = {
         "images": f"{data.images}",
@@ -182,7 +184,7 @@ def data_table(config: Config, data: Audit) -> Table:
         "labels": ", ".join(f"{task}: {n} classes" for task, n in data.classes.items()) or "none",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(printable(value)))  # names of others may look like markup
     return table
 
 

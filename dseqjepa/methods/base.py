@@ -28,7 +28,7 @@ from dseqjepa.methods.losses import (
 )
 from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
-from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
+from dseqjepa.model.vit import Images, Predictor, build_encoder, patchify
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
 from dseqjepa.plans.plan import Plan, true_places
 from dseqjepa.plans.regions import Regions
@@ -151,7 +151,7 @@ class Method(nn.Module, ABC):
     ) -> tuple[Predictions, Contexts, Float[Tensor, "T D"]]:
         grid = self.encoder.grid_of(images_BCHW)
         contexts = pack_contexts(plan, self.context_mode, class_token=bool(self.encoder.prefix))
-        pixels_BNP = patchify(normalize(images_BCHW), self.encoder.patch_size)
+        pixels_BNP = patchify(self.encoder.normalized(images_BCHW), self.encoder.patch_size)
         pixels_TP = pixels_BNP[contexts.image_T, contexts.patch_T.clamp(min=0)]
         context_TD = self.encoder.encode_patches(
             pixels_TP, contexts.patch_T, contexts.sequences, grid

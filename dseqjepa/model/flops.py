@@ -57,19 +57,22 @@ def step_flops(encoder: VisionTransformer, predictor: Predictor, tokens: Tokens)
     length = grid + encoder.prefix
     embed = 2.0 * encoder.patch_embed.proj.weight.numel()
     narrow = predictor.embed.out_features
+    hidden = encoder.mlp
     target = tokens.images * (
-        grid * embed + block_flops(encoder.width, length, length**2) * encoder.depth
+        grid * embed + block_flops(encoder.width, length, length**2, hidden) * encoder.depth
     )
-    context = block_flops(encoder.width, tokens.encoder, tokens.encoder_pairs) * encoder.depth
+    context = (
+        block_flops(encoder.width, tokens.encoder, tokens.encoder_pairs, hidden) * encoder.depth
+    )
     blocks = block_flops(narrow, tokens.predictor, tokens.predictor_pairs) * len(predictor.blocks)
     join = linear_flops(predictor.embed, tokens.encoder)
     read_out = linear_flops(predictor.proj, tokens.predicted)
     return target + 2 * embed * tokens.encoder + 3 * (context + blocks + join + read_out)
 
 
-def block_flops(width: int, tokens: int, pairs: int) -> float:
-    """The forward pass of one transformer block (mlp ratio 4)."""
-    return 24.0 * tokens * width**2 + 4.0 * pairs * width
+def block_flops(width: int, tokens: int, pairs: int, hidden: int = 0) -> float:
+    """The forward pass of one block; its MLP's `hidden` layer is four times as wide, if 0."""
+    return 4.0 * tokens * width * (2 * width + (hidden or 4 * width)) + 4.0 * pairs * width
 
 
 def linear_flops(layer: nn.Linear, tokens: int) -> float:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dseqjepa.model.sequences import Sequences
-from dseqjepa.model.vit import Block, Images, VisionTransformer, normalize
+from dseqjepa.model.vit import Block, Images, VisionTransformer
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam, rarity
 
 KINDS = ("cls_similarity", "cls_attention", "grad_cam", "rarity")
@@ -70,7 +70,7 @@ def look_for_saliency(
     if needs_blank:
         # Blank: every pixel at the mean that normalisation subtracts. It is one more image of the
         # batch, so that it costs no pass of its own and has the precision of the others.
-        images_BCHW = normalize(images_BCHW)
+        images_BCHW = encoder.normalized(images_BCHW)
         images_BCHW = torch.cat([images_BCHW, torch.zeros_like(images_BCHW[:1])])
     read = saliency_block(encoder.depth) if block < 0 else block
     keep = _last(encoder, target_blocks) | {read - 1, read}

@@ -201,7 +201,7 @@ def _hash(text: str) -> str:
 
 
 def _read(name: str) -> str:
-    return (HERE / name).read_text()
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 @cache

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dseqjepa.config import Config
+from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
-from dseqjepa.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalize
+from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import ImportConfig, read_encoder
@@ -112,6 +112,7 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         """Features of the `last` blocks."""
+        check_normalized(images_BCHW)
         x_BLD, _ = self.embed(images_BCHW)
         layers = []
         for index, block in enumerate(self.blocks):
@@ -148,6 +149,8 @@ class OwnBackbone(Backbone):
             image_size=image_size,
             prefix=encoder.prefix,
             has_cls=bool(encoder.prefix),
+            mean=encoder.mean,
+            std=encoder.std,
         )
         # They stand once among the parameters, under `blocks` and `norm`.
         encoder.blocks = nn.ModuleList()
@@ -225,6 +228,7 @@ class FrozenTimm(Backbone):
         raise InputError(untrainable(self.name))
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        check_normalized(images_BCHW)
         stem: Any = self.stem
         more = {"return_prefix_tokens": True} if self.prefix else {}
         maps = stem.forward_intermediates(

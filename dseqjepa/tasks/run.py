@@ -85,7 +85,7 @@ def run_task(
     began = time.perf_counter()
     runtime = join(RuntimeConfig(accelerator=config.accelerator))
     device, ranks = runtime.fabric.device, runtime.ranks
-    console = Console(quiet=not ranks.first)
+    console = Console(quiet=not ranks.first, markup=False)  # names of others may look like it
     size = None if config.image_size == "auto" else config.image_size
     module = import_module(f"dseqjepa.tasks.{task}")
     if out is not None and out.is_dir():
@@ -114,7 +114,7 @@ def run_task(
         pixel_range=_pixel_range(config, backbone.config),
     )
     for note in notes_of(train, test):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, soft_wrap=True)
     for part in (train, test):
         prepare(part)
     name = task if out is None else out.stem

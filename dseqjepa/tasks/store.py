@@ -107,7 +107,7 @@ class Store:
     def _read(self, piece: str, number: int) -> Any:
         path = self.marker(piece, number)
         try:
-            done = json.loads(path.read_text())
+            done = json.loads(path.read_text(encoding="utf-8"))
             if done.pop("sha256") != digest(done):
                 raise ValueError("its SHA-256 differs")
         except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -201,8 +201,10 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     path = folder / "manifest.json"
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no object")
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}): remove {folder}") from None
         unlike = [key for key in manifest if found.get(key) != manifest[key]]
         if unlike:

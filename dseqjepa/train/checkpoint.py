@@ -126,7 +126,7 @@ def _write(
         _sync(path)
     manifest = {"format": FORMAT, "step": step, **state, "files": files}
     manifest["sha256"] = _digest(manifest)
-    (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(temporary / "state.json")
     _sync(temporary)
     if final.exists():
@@ -213,7 +213,7 @@ def _what_else(older: list[Path]) -> str:
 def described(folder: Path) -> Checkpoint:
     """A checkpoint of which state.json alone is verified."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint {folder}: state.json is damaged ({error})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

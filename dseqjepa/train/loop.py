@@ -122,7 +122,7 @@ class Trainer:
         """Train to the end. Raises `Stopped` on SIGTERM and `RunError` where it cannot go on."""
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(self.config.to_yaml())
+            (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
             self.journal.rewind(self.step, self.bad)
         self._introduce()
         self.watch = Watch(self.journal.say, self.loader.reading)

@@ -192,7 +192,8 @@ def _go_on(
 
 def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
     changed = differences(weights.config, config)
-    shape = [key for key in changed if key.startswith("model.") or key == "data.image_size"]
+    own = ("data.image_size", "data.mean", "data.std")
+    shape = [key for key in changed if key.startswith("model.") or key in own]
     if shape:
         shown = ", ".join(
             f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape

@@ -289,12 +289,12 @@ def reset_peak() -> None:
     """Let `peak` begin anew, of the process and of the GPU."""
     file = Path("/proc/self/clear_refs")
     if file.exists():
-        file.write_text("5")
+        file.write_text("5", encoding="utf-8")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def _status(name: str) -> int:
     file = Path("/proc/self/status")
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dseqjepa.keyed import sample_keys
 from dseqjepa.presets import load_config
 from dseqjepa.report.lens import build_lens, choose_images, shared_regions
 from dseqjepa.report.run import Run, read_run, read_runs
+from dseqjepa.train import checkpoint
 from dseqjepa.train.checkpoint import load_method
 from dseqjepa.viz.trace import regions_of, trace
 from tests.report.hostile import CLASS, OTHER, PICTURE
@@ -99,6 +101,24 @@ def test_maps_of_a_comparison_are_cut_alike(made: Runs):
     assert shared_regions(both[1:]) == DEFAULT
 
 
+def redirect(run: Path, spec: str) -> None:
+    """Have a run say that it was trained on something else."""
+    for path in run.glob("checkpoints/step-*/state.json"):
+        state = json.loads(path.read_text())
+        state["config"]["data"]["source"] = state["data_path"] = spec
+        del state["sha256"]
+        path.write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+
+
+def test_a_strangers_run_shows_no_pictures_of_the_folder_that_it_names(runs: Runs, tmp_path: Path):
+    (tmp_path / "private").mkdir()
+    Image.new("RGB", (80, 80)).save(tmp_path / "private/x.png")
+    redirect(runs[1], str(tmp_path / "private"))
+    lens = build_lens(read(runs[1]), 2, DEFAULT)
+    assert lens.content is None
+    assert "holds other images than the run saw" in lens.notes[0]
+
+
 def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
     run = read(runs[0])
     damaged = run.checkpoints[2] / "target.safetensors"
@@ -118,8 +138,7 @@ def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
         "There is no checkpoint to look through."
     ]
 
-    gone = (runs[1] / "config.yaml").read_text().replace(CLASS, "gone")
-    (runs[1] / "config.yaml").write_text(gone)
+    redirect(runs[1], "gone")
     lens = build_lens(read(runs[1]), 2, DEFAULT)
     assert lens.content is None
     assert lens.notes[0].startswith("The images are not there any more (no such folder: ")

@@ -137,7 +137,7 @@ class Coco(ListedFiles):
                 file.seek(int(start))
                 try:
                     annotation = json.loads(file.read(int(end - start)))
-                except ValueError:
+                except (ValueError, RecursionError):
                     annotation = None
                 if not isinstance(annotation, dict) or annotation.get("id") != number:
                     raise InputError(f"{self.annotations} is not the file any more that was opened")
