@@ -277,7 +277,7 @@ def import_(
     run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
-    from dseqjepa.train.foreign import ImportConfig, import_encoder
+    from dseqjepa.train.foreign import ImportConfig, described, import_encoder
 
     config = import_encoder(
         file.expanduser(),
@@ -286,17 +286,7 @@ def import_(
         overwrite=flag(run, "overwrite"),
         tell=print,
     )
-    model, (height, width) = config.model, config.data.image_size
-    print(
-        f"imported to {run['out']}: width {model.width}, depth {model.depth}, {model.heads} heads, "
-        f"patches of {model.patch_size} px, {height} x {width} px, "
-        f"{'with' if model.class_token else 'without'} [CLS]"
-    )
-    print(
-        f"taken as given: {model.heads} heads, GELU, LayerNorm with epsilon 1e-6, and images less "
-        f"{list(config.data.mean)} over {list(config.data.std)}; "
-        "heads=N, mean=[R,G,B] and std=[R,G,B] say otherwise"
-    )
+    print(f"imported to {run['out']}: {described(config)}")
 
 
 @app.command()

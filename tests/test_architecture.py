@@ -117,9 +117,6 @@ def swallowed(source: str) -> list[int]:
     return lines
 
 
-# The rules hold
-
-
 NO_TEXT = ("Image", "gzip", "store", "self", "os")
 """What opens other things than text files."""
 
@@ -140,6 +137,9 @@ def opened_as_text(source: str) -> list[int]:
         if is_text and not any(keyword.arg == "encoding" for keyword in call.keywords):
             found.append(call.lineno)
     return found
+
+
+# The rules hold
 
 
 @pytest.mark.parametrize("module", FILES)

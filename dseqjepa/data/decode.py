@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
@@ -92,28 +94,20 @@ def decode_reduced(
     levels: Callable[[], Levels] = lambda: FULL,
 ) -> Decoded:
     """`decode`, but a JPEG may come out as many times smaller as `reduction` allows."""
-    try:
-        with _regular(path) as file, Image.open(file, formats=FORMATS) as picture:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and picture.width * picture.height > limit:
-                raise ValueError(
-                    f"{picture.width} x {picture.height} pixels, the limit is {limit} in all"
-                )
-            orientation, stored, upright = _frames(picture)
-            is_upright = orientation not in UPRIGHT or _wants_upright(frame, stored, upright)
-            height, width = upright if is_upright else stored
-            by, pixels_HWC = 1, None
-            if isinstance(picture, JpegImageFile):
-                file.seek(0)
-                content = _few_scans(file.read())
-                if picture.mode in ("RGB", "L"):
-                    turn = orientation if is_upright else 1
-                    by, pixels_HWC = _jpeg(content, picture, reduction(height, width), turn)
-            if pixels_HWC is None:
-                rgb, turn_by = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
-                pixels_HWC = np.array(rgb if turn_by is None else rgb.transpose(turn_by))
-    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
-        raise BadImage(_reason(path, error)) from error
+    with _opened(path) as (file, picture):
+        orientation, stored, upright = _frames(picture)
+        is_upright = orientation not in UPRIGHT or _wants_upright(frame, stored, upright)
+        height, width = upright if is_upright else stored
+        by, pixels_HWC = 1, None
+        if isinstance(picture, JpegImageFile):
+            file.seek(0)
+            content = _few_scans(file.read())
+            if picture.mode in ("RGB", "L"):
+                turn = orientation if is_upright else 1
+                by, pixels_HWC = _jpeg(content, picture, reduction(height, width), turn)
+        if pixels_HWC is None:
+            rgb, turn_by = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
+            pixels_HWC = np.array(rgb if turn_by is None else rgb.transpose(turn_by))
     # Channels stay last in memory, as they were decoded: resizing is twice as quick that way.
     return Decoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), height, width, by)
 
@@ -130,47 +124,53 @@ class Facts(NamedTuple):
 
 def facts(path: Path) -> Facts:
     """Look at a file's header; `BadImage` where it is no image."""
-    try:
-        with _regular(path) as file, Image.open(file, formats=FORMATS) as picture:
-            raw = [str(tile[3]) for tile in picture.tile]
-            is_deep = _is_deep(picture) or any(";16" in text for text in raw)
-            return Facts(is_deep, _is_deep(picture), getattr(picture, "n_frames", 1))
-    except Exception as error:
-        raise BadImage(_reason(path, error)) from error
+    with _opened(path) as (_, picture):
+        raw = [str(tile[3]) for tile in picture.tile]
+        is_grey = _is_deep(picture)
+        is_deep = is_grey or any(";16" in text for text in raw)
+        return Facts(is_deep, is_grey, getattr(picture, "n_frames", 1))
 
 
 def is_picture(path: Path) -> bool:
     """Whether a file begins as an image does, whatever its name."""
     try:
-        with _regular(path) as file, Image.open(file, formats=FORMATS):
+        with _opened(path):
             return True
-    except Exception:
+    except BadImage:
         return False
 
 
 def frames(path: Path) -> tuple[Size, Size]:
     """The sizes of an image as stored and upright; `BadImage` where it is none."""
-    try:
-        with _regular(path) as file, Image.open(file, formats=FORMATS) as picture:
-            return _frames(picture)[1:]
-    except Exception as error:
-        raise BadImage(_reason(path, error)) from error
+    with _opened(path) as (_, picture):
+        return _frames(picture)[1:]
 
 
 def highest(path: Path) -> int:
-    """The largest value of a 16-bit grey image; 0 for any other file."""
+    """The largest value of a 16-bit grey image; 0 for any other file, or one that is no image."""
     try:
-        with _regular(path) as file, Image.open(file, formats=FORMATS) as picture:
+        with _opened(path) as (_, picture):
             return int(np.asarray(picture).max()) if _is_deep(picture) else 0
-    except Exception:  # whoever reads the image says what is wrong with it
+    except BadImage:  # whoever reads the image says what is wrong with it
         return 0
 
 
-def _regular(path: Path) -> BinaryIO:
-    """The opened file; anything else that has a path might never end, or never begin."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
-    return open(path, "rb")
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, ImageFile]]:
+    """A file and its image, not larger than Pillow's limit; `BadImage` for whatever goes wrong."""
+    try:
+        # Anything else that has a path might never end, or never begin.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and picture.width * picture.height > limit:
+                raise ValueError(
+                    f"{picture.width} x {picture.height} pixels, the limit is {limit} in all"
+                )
+            yield file, picture
+    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
+        raise BadImage(_reason(path, error)) from error
 
 
 def _frames(picture: Image.Image) -> tuple[int, Size, Size]:

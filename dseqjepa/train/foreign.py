@@ -102,6 +102,19 @@ def import_encoder(
     return config
 
 
+def described(config: Config) -> str:
+    """What an imported encoder is, and what was assumed of it."""
+    model, (height, width) = config.model, config.data.image_size
+    return (
+        f"width {model.width}, depth {model.depth}, {model.heads} heads, patches of "
+        f"{model.patch_size} px, {height} x {width} px, "
+        f"{'with' if model.class_token else 'without'} [CLS]\n"
+        f"taken as given: {model.heads} heads, GELU, LayerNorm with epsilon 1e-6, and images less "
+        f"{list(config.data.mean)} over {list(config.data.std)}; "
+        "heads=N, mean=[R,G,B] and std=[R,G,B] say otherwise"
+    )
+
+
 def read_encoder(
     file: Path, settings: ImportConfig, weights: str = "target"
 ) -> tuple[VisionTransformer, Config]:

@@ -343,7 +343,7 @@ def test_a_run_goes_on_with_another_spelling_of_its_folder_and_no_other_folder(
     assert "1 of 17 files in pictures are left out" in (out / "log.txt").read_text()
     assert open_checkpoint(out).state["data_path"] == str(tmp_path / "here/pictures")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="data.source was 'pictures', is 'there/pictures'"):
+    with pytest.raises(InputError, match=r"data.source was 'pictures', is 'there/pictures'"):
         go("there/pictures", resume=True)
     (tmp_path / "link").symlink_to("here")
     go("./link/pictures/", resume=True)
