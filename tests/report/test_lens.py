@@ -141,7 +141,7 @@ def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
     redirect(runs[1], "gone")
     lens = build_lens(read(runs[1]), 2, DEFAULT)
     assert lens.content is None
-    assert lens.notes[0].startswith("The images are not there any more (no such folder: ")
+    assert lens.notes[0].startswith("The images are not there any more (the images that ")
 
 
 def test_no_more_checkpoints_than_can_be_scrubbed(made: Runs, monkeypatch: pytest.MonkeyPatch):

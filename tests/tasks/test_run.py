@@ -139,7 +139,7 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     assert backbone["layers"]
     assert backbone["pooling"]
     assert len(backbone["digest"]) == 64
-    assert found["data"]["source"] == "pictures"
+    assert found["data"]["source"] == str(here / "pictures")
     assert found["protocol"]["data"] == {k: found["data"][k] for k in ("train", "test")}
     assert found["config"] == TASKS[task].from_settings(settings).model_dump(mode="json")
     assert found["versions"]["torch"]
