@@ -1,7 +1,8 @@
 """What a training step costs in model arithmetic, counted from the tokens that a plan needs.
 
-A multiplication and an addition are two FLOPs. Only matrix products count: norms, activations,
-losses, the regulariser and the optimizer are left out, padding is never counted.
+A multiplication and an addition are two FLOPs. Only the model's matrix products count: norms,
+activations, saliency, regions, losses, the regulariser and the optimizer are left out, padding is
+never counted.
 
     linear layer, T tokens          forward   2 T in out
     attention, sequences of L       forward   4 sum(L^2) D       (scores, and values weighted)

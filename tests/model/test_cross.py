@@ -54,7 +54,8 @@ def test_packed_equals_one_step_at_a_time(prediction: str) -> None:
     assert isinstance(predictor, CrossPredictor)
     for step in range(len(plan)):
         seen, wanted = (x.nonzero()[:, 0] for x in (plan.context_SN[step], plan.target_SN[step]))
-        alone = Plan(*(x[step : step + 1] for x in vars(plan).values() if len(x) == len(plan)))
+        fields = (plan.image_S, plan.step_S, plan.context_SN, plan.target_SN)
+        alone = Plan(*(x[step : step + 1] for x in fields))
         _, contexts, context_TD = method._predict(images, alone)
         token_KD = context_TD[contexts.token_SN[0, seen]]
         mine = got.row_T == step

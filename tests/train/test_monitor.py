@@ -28,7 +28,7 @@ def gaussian(shape: tuple[int, ...] = (64, 32), seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_rank_me_of_an_orthonormal_set_is_its_size(count: int) -> None:
-    basis_DD = torch.linalg.qr(gaussian(16, 16)).Q
+    basis_DD = torch.linalg.qr(gaussian((16, 16))).Q
     assert measure(basis_DD[:count]).rank_me == pytest.approx(count, rel=1e-4)
     assert measure(7.0 * basis_DD[:count]).rank_me == pytest.approx(count, rel=1e-4)
 
@@ -42,7 +42,7 @@ def test_rank_me_is_the_entropy_of_the_singular_values() -> None:
 def test_cosine_is_the_mean_over_pairs_of_different_images() -> None:
     assert measure(torch.eye(6)).cosine == pytest.approx(0, abs=1e-6)
     assert measure(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])).cosine == pytest.approx(-1)
-    feature_BD = gaussian(9, 5)
+    feature_BD = gaussian((9, 5))
     pairs = [
         F.cosine_similarity(feature_BD[i], feature_BD[j], dim=0).item()
         for i in range(9)
@@ -53,7 +53,7 @@ def test_cosine_is_the_mean_over_pairs_of_different_images() -> None:
 
 
 def test_feature_std_is_taken_over_images() -> None:
-    feature_BD = gaussian() + 100 * gaussian(1, 32, seed=1)
+    feature_BD = gaussian() + 100 * gaussian((1, 32), seed=1)
     expected = (feature_BD - feature_BD.mean(0)).square().sum(0).div(63).sqrt().mean()
     assert measure(feature_BD).feature_std == pytest.approx(expected.item(), rel=1e-4)
 
