@@ -49,7 +49,13 @@ PANELS = (
     Panel("RankMe of the targets", "dimensions", {"rank_me": ""}, at_zero=True),
     Panel("standard deviation over images", "of a feature", {"feature_std": ""}, at_zero=True),
     Panel("similarity of two images", "cosine", {"cosine": ""}),
-    Panel("regions", "of an image, mean", {"regions": ""}),
+    Panel(
+        "variance of patch features",
+        "share",
+        {"variance_place": "by place", "variance_image": "by image", "variance_rest": "left over"},
+        at_zero=True,
+    ),
+    Panel("per image", "mean", {"regions": "regions", "steps_per_image": "steps"}),
     Panel("size of a region", "share of the grid", {"region_area": ""}, at_zero=True),
     Panel(
         "curriculum",
