@@ -15,7 +15,8 @@ FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-MOST_LINES = 420
+MOST_LINES = 105
+"""Of the longest function, without its docstring; files may be as long as their subject is."""
 
 BASE = {"errors", "keyed", "ranks"}
 MODEL = BASE | {"config", "plans", "model"}
@@ -182,10 +183,14 @@ def test_public_names_come_from_where_they_live() -> None:
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_a_file_is_short_and_says_what_it_is(module: str) -> None:
-    source = FILES[module].read_text()
-    assert len(source.splitlines()) <= MOST_LINES
-    assert ast.get_docstring(ast.parse(source))
+def test_a_file_says_what_it_is_and_its_functions_are_short(module: str) -> None:
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert lines <= MOST_LINES, f"{node.name} has {lines} lines: split it"
 
 
 @pytest.mark.parametrize("module", FILES)

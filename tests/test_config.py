@@ -257,7 +257,7 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "dat.size=8": "unknown key 'dat'; did you mean 'data'?",
         "method.saliency.king=x": "unknown key 'method.saliency.king'; did you mean 'kind'?",
         "zzz=1": "unknown key 'zzz'; known: checkpoint, data, ema, guard, log, method, model, "
-        "optim, predictor, probe, runtime",
+        "optim, predictor, probe, runtime, target",
         "method.name=dsqe": "method.name must be 'dseq' or 'ijepa' or 'cjepa', found 'dsqe'",
         "method=ijepa": "method must be a section, whose keys are set one by one, found 'ijepa'",
         "optim.epochs=many": "optim.epochs must be a whole number or 'auto', found 'many'",
@@ -301,7 +301,7 @@ def test_what_is_wrong_is_said_in_one_line(override: str, message: str) -> None:
     [
         (["method.regions.source=random", "method.order=random"], "have no saliency"),
         (["method.prediction=flat", "method.context_lag=1"], "flat has one context"),
-        (["model.class_token=false"], "use grad_cam, or keep the token"),
+        (["model.class_token=false"], "use rarity or grad_cam, or keep the token"),
         (["model.width=30", "model.heads=2"], "multiple of 4"),
         (["data.crop_scale=[0.9, 0.2]"], "0 < low <= high <= 1, found 0.9, 0.2"),
         (["method.blocks.target_area=[0.2, 0.1]"], "target_area must be an ordered"),
