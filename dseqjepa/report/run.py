@@ -6,8 +6,8 @@ A report is for runs that went wrong too: what is damaged is left out and said.
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from dseqjepa.config import Config
 from dseqjepa.errors import InputError
 from dseqjepa.presets import load_config
 
+MOST_STEPS = 10**15
 Line = Mapping[str, float]
 """The finite numbers of a line of metrics.jsonl by name; those of `loss_by_rank` by `step_loss`."""
 
@@ -121,7 +122,11 @@ def step_loss(number: int) -> str:
 
 def printable(text: object) -> str:
     """Text that can be written as UTF-8: file names need not be valid."""
-    return os.fsencode(str(text)).decode(errors="backslashreplace")
+    try:
+        content = os.fsencode(str(text))
+    except UnicodeEncodeError:  # half of a pair, as JSON may have it
+        content = str(text).encode(errors="backslashreplace")
+    return content.decode(errors="backslashreplace")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -168,9 +173,9 @@ def _numbers(text: str) -> Line | None:
     """The finite numbers of a line; None where it is not a line of metrics."""
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict) or not _is_number(values.get("step")):
+    if not isinstance(values, dict) or not _is_step(values.get("step")):
         return None
     by_rank = values.get("loss_by_rank")
     for number, value in enumerate(by_rank if isinstance(by_rank, list) else (), start=1):
@@ -178,8 +183,15 @@ def _numbers(text: str) -> Line | None:
     return {key: value for key, value in values.items() if _is_number(value)}
 
 
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_STEPS
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one. JSON has whole numbers of any length: what no float can hold is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
@@ -187,11 +199,11 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
     for path in sorted(folder.glob("*.json")):
         name = printable(path.name)
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             rows = [row for row in content["results"] if isinstance(row, dict)]
             data = content.get("data") or {}
             source = printable(data.get("source", "")) if isinstance(data, dict) else ""
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             notes.append(f"The evaluation {name} cannot be read ({type(error).__name__}).")
             continue
         scores = [score for row in rows for score in _scores(row, default_task=path.stem)]
@@ -237,9 +249,9 @@ def _start(path: Path) -> str:
 def _total_steps(checkpoints: Sequence[Path]) -> int | None:
     for folder in reversed(checkpoints):
         try:
-            steps = json.loads((folder / "state.json").read_text())["steps"]
-        except (OSError, ValueError, KeyError, TypeError):
+            steps = json.loads((folder / "state.json").read_text(encoding="utf-8"))["steps"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # the lens says which checkpoint is damaged
-        if isinstance(steps, int):
+        if _is_step(steps):
             return steps
     return None

@@ -125,15 +125,14 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
 
 
 def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """Dotted key -> the runs' values, for every setting that all have and in which two differ."""
+    """Dotted key -> the runs' values, for every setting in which two differ; None where a method
+    has no such setting."""
     rows: dict[str, list[Any]] = {}
-    foreign = {"method.name"}  # shown by its name; a key of one method alone goes with it
     for index, run in enumerate(runs[1:], start=1):
         for key, (first, other) in differences(runs[0].config, run.config).items():
             rows.setdefault(key, [first] * len(runs))[index] = other
-            if first is None or other is None:
-                foreign.add(key)
-    return [(key, values) for key, values in rows.items() if key not in foreign]
+    rows.pop("method.name", None)  # shown by its name
+    return list(rows.items())
 
 
 def over_seeds(runs: Sequence[Run]) -> list[str]:

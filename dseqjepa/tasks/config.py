@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from dseqjepa.config import Fraction, Range, Section, Size
 
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class TaskConfig(Section):
@@ -38,7 +38,7 @@ class TaskConfig(Section):
     """Number of training images of `scenes`; `auto`: as the run had."""
     data_seed: int = Field(0, ge=0, lt=2**31)
     """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=256)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
 

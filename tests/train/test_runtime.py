@@ -67,8 +67,14 @@ def test_tasks_that_do_not_divide_over_nodes_are_refused() -> None:
 def test_a_config_that_does_not_fit_the_ranks_is_refused(
     monkeypatch: pytest.MonkeyPatch, settings: list[str], said: str
 ) -> None:
-    for key, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+    eight = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for key, value in (eight | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(key, value)
+
+    def told(*_: object) -> None:
+        raise InputError(str(_[-1]))
+
+    monkeypatch.setattr("dseqjepa.train.runtime.meet", told)
     with pytest.raises(InputError, match=said):
         connect(run_config("dseq", *settings))
 
