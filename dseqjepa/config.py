@@ -163,7 +163,7 @@ def _check_width(section: str, width: int, heads: int) -> None:
 class TargetConfig(Section):
     """What the predictor has to guess."""
 
-    blocks: int = Field(1, ge=1)
+    blocks: int = Field(1, ge=1, le=1000)
     """Targets are the mean of the outputs of so many last blocks, each after the final norm."""
     centring: Literal["none", "place"] = "none"
     """`place`: each target less the mean over the batch at its place, then normalised again."""
@@ -203,9 +203,9 @@ class VicregConfig(Section):
 class SigregConfig(Section):
     """SIGReg, the sketched test against a standard Gaussian of LeJEPA (arXiv 2511.08544)."""
 
-    slices: int = Field(64, ge=1)
+    slices: int = Field(64, ge=1, le=10**6)
     """Random directions, drawn anew in each step."""
-    knots: int = Field(17, ge=3)
+    knots: int = Field(17, ge=3, le=10**6)
     """Points in [0, `limit`] at which characteristic functions are compared."""
     limit: float = Field(5.0, gt=0)
 
@@ -246,7 +246,7 @@ class SaliencyConfig(Section):
     """`rarity`: distance of a patch's content to its nearest neighbours in the image; no [CLS]."""
     query: Literal["state", "parameter"] = "state"
     """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
-    block: int = Field(-1, ge=-1)
+    block: int = Field(-1, ge=-1, le=1000)
     """0-based block that is read; -1: at 10/12 of the depth, and the target itself for rarity."""
 
 
@@ -277,9 +277,9 @@ class DSeqConfig(MethodConfig):
     context: Literal["prefix", "causal", "independent"] = "prefix"
     prediction: Literal["sequential", "flat"] = "sequential"
     order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
-    max_steps: int = Field(0, ge=0)
+    max_steps: int = Field(0, ge=0, le=10**6)
     """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
-    context_lag: int = Field(0, ge=0)
+    context_lag: int = Field(0, ge=0, le=10**6)
     """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
     saliency: SaliencyConfig = SaliencyConfig()
     regions: RegionsConfig = RegionsConfig()
@@ -359,10 +359,10 @@ class GuardConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(0, ge=0, le=10**9)
     """0: only at epochs."""
-    every_epochs: int = Field(1, ge=1)
-    keep: int = Field(2, ge=1)
+    every_epochs: int = Field(1, ge=1, le=10**9)
+    keep: int = Field(2, ge=1, le=10**6)
     """The newest so many stay, and that of step 0."""
 
 
@@ -383,21 +383,21 @@ class RuntimeConfig(Section):
 class ProbeConfig(Section):
     """Online kNN on labelled training images, leave-one-out: no validation image is touched."""
 
-    every_epochs: int = Field(0, ge=0)
+    every_epochs: int = Field(0, ge=0, le=10**9)
     """0: never."""
     images: int = Field(2000, ge=2, le=10**7)
 
 
 class LogConfig(Section):
-    every_steps: int = Field(50, ge=1)
+    every_steps: int = Field(50, ge=1, le=10**9)
 
 
 class MiniatureConfig(Section):
-    size: int | None = None
+    size: int | None = Field(None, le=16384)
     """Pixels of a side; 64, where the format has no size of its own."""
     count: int = Field(200, ge=10, le=10**7)
     val_count: int = Field(50, ge=10, le=10**7)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**31)
 
 
 class Config(Section):

@@ -135,19 +135,32 @@ def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     return list(rows.items())
 
 
-def over_seeds(runs: Sequence[Run]) -> list[str]:
-    """Mean and standard deviation of what was measured, for runs that differ in the seed alone."""
-    alike: list[list[Run]] = []
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs that differ in nothing but their seed, together."""
+    groups: list[list[Run]] = []
     for run in runs:
-        for group in alike:
-            if differences(group[0].config, run.config).keys() <= {"runtime.seed"}:
+        for group in groups:
+            changed = differences(group[0].config, run.config).keys()
+            seeds = {other.config.runtime.seed for other in group}
+            if changed == {"runtime.seed"} and run.config.runtime.seed not in seeds:
                 group.append(run)
                 break
         else:
-            alike.append([run])
+            groups.append([run])
+    return groups
+
+
+def group_name(group: Sequence[Run]) -> str:
+    """What a line is called that is drawn for some runs."""
+    names = _listing([run.name for run in group])
+    return names if len(group) == 1 else f"mean of {names}"
+
+
+def over_seeds(runs: Sequence[Run]) -> list[str]:
+    """Mean and standard deviation of what was measured, for runs that differ in the seed alone."""
     sentences = []
-    for group in alike:
-        if len({run.config.runtime.seed for run in group}) < len(group) or len(group) < 2:
+    for group in alike(runs):
+        if len(group) < 2:
             continue
         for (task, metric), scores in trained_scores(group).items():
             values = [score.value for score in scores.values()]

@@ -114,6 +114,7 @@ def at_once(attempts: Attempts) -> None:
 def train_and_lose(out: Path, what: str, number: int) -> None:
     """In a child: with its batch of that number it loses its terminal, or its standard output."""
     original, seen = Trainer._next, 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
     if what == "pipe":
         reader, writer = os.pipe()
         os.dup2(writer, 1)
