@@ -37,6 +37,7 @@ SRUN = {
 def test_who_started_the_process_says_where_it_is() -> None:
     assert (place({}).rank, place({}).world) == (0, 1)
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    torchrun |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
     here = place(torchrun)
     assert (here.rank, here.world, here.on_node) == (5, 8, 4)
     assert here.cluster is TorchElasticEnvironment
