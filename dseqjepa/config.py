@@ -9,7 +9,7 @@ data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -213,6 +213,8 @@ class SigregConfig(Section):
 class MethodConfig(Section):
     """What every method has."""
 
+    title: ClassVar[str]
+    """The method's name as people write it."""
     blocks: BlocksConfig = BlocksConfig()
     loss_weighting: Literal["token", "region"] = "token"
     """What the loss is a mean over: predicted patches, or regions (mean inside each first)."""
@@ -226,6 +228,14 @@ class MethodConfig(Section):
     regularizer_weight: float = Field(0.001, ge=0)
     vicreg: VicregConfig = VicregConfig()
     sigreg: SigregConfig = SigregConfig()
+
+    @property
+    def cut(self) -> CutConfig | None:
+        """How the method cuts images into ranked regions; None for a method without."""
+        return None
+
+    def check_within(self, config: Config) -> None:
+        """Raise `ValueError` where the method contradicts other sections."""
 
     @model_validator(mode="after")
     def _check_regularizer(self) -> Self:
@@ -264,6 +274,13 @@ class RegionsConfig(Section):
     """The smallest share of the grid that a region may hold, the left-over apart."""
 
 
+class CutConfig(Section):
+    """Where to look and how to cut: what ranked regions are made by."""
+
+    saliency: SaliencyConfig = SaliencyConfig(kind="rarity")
+    regions: RegionsConfig = RegionsConfig(kind="clusters", min_area=0.02)
+
+
 class CurriculumConfig(Section):
     """lambda, the share of ranked regions, goes from `start` to `end` over training."""
 
@@ -273,6 +290,7 @@ class CurriculumConfig(Section):
 
 
 class DSeqConfig(MethodConfig):
+    title = "DSeq-JEPA"
     name: Literal["dseq"] = "dseq"
     context: Literal["prefix", "causal", "independent"] = "prefix"
     prediction: Literal["sequential", "flat"] = "sequential"
@@ -284,6 +302,34 @@ class DSeqConfig(MethodConfig):
     saliency: SaliencyConfig = SaliencyConfig()
     regions: RegionsConfig = RegionsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
+
+    @property
+    def cut(self) -> CutConfig:
+        return CutConfig(saliency=self.saliency, regions=self.regions)
+
+    def check_within(self, config: Config) -> None:
+        if self.context == "causal" and config.runtime.attention == "varlen":
+            raise ValueError(
+                "runtime.attention=varlen knows no region-causal contexts "
+                "(method.context=causal): use auto or flex"
+            )
+        if self.saliency.kind.startswith("cls_") and not config.model.class_token:
+            raise ValueError(
+                f"method.saliency.kind={self.saliency.kind} reads [CLS] and "
+                "model.class_token=false removes it: use rarity or grad_cam, or keep the token"
+            )
+        if self.saliency.block >= config.model.depth:
+            raise ValueError(
+                f"method.saliency.block ({self.saliency.block}) must be below the encoder's depth "
+                f"({config.model.depth})"
+            )
+        clusters = self.regions.count if self.regions.kind == "clusters" else 0
+        patches = config.grid[0] * config.grid[1]
+        if self.regions.source == "ranked" and clusters > patches:
+            raise ValueError(
+                f"method.regions.count ({clusters}) clusters need as many patches, and "
+                f"data.image_size has {patches}: lower it, or take larger images"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -300,10 +346,12 @@ class DSeqConfig(MethodConfig):
 
 
 class IJepaConfig(MethodConfig):
+    title = "I-JEPA"
     name: Literal["ijepa"] = "ijepa"
 
 
 class CJepaConfig(MethodConfig):
+    title = "C-JEPA"
     name: Literal["cjepa"] = "cjepa"
     regularizer: Literal["none", "vicreg", "sigreg"] = "vicreg"
 
@@ -439,30 +487,7 @@ class Config(Section):
                 f"target.blocks ({self.target.blocks}) must not exceed the encoder's depth "
                 f"({self.model.depth})"
             )
-        if isinstance(self.method, DSeqConfig):
-            if self.method.context == "causal" and self.runtime.attention == "varlen":
-                raise ValueError(
-                    "runtime.attention=varlen knows no region-causal contexts "
-                    "(method.context=causal): use auto or flex"
-                )
-            saliency, regions = self.method.saliency, self.method.regions
-            if saliency.kind.startswith("cls_") and not self.model.class_token:
-                raise ValueError(
-                    f"method.saliency.kind={saliency.kind} reads [CLS] and "
-                    "model.class_token=false removes it: use rarity or grad_cam, or keep the token"
-                )
-            patches = self.grid[0] * self.grid[1]
-            clusters = regions.count if regions.kind == "clusters" else 0
-            if regions.source == "ranked" and clusters > patches:
-                raise ValueError(
-                    f"method.regions.count ({clusters}) clusters need as many patches, and "
-                    f"data.image_size has {patches}: lower it, or take larger images"
-                )
-            if saliency.block >= self.model.depth:
-                raise ValueError(
-                    f"method.saliency.block ({saliency.block}) must be below the encoder's depth "
-                    f"({self.model.depth})"
-                )
+        self.method.check_within(self)
         return self
 
     def resolved(self, images: int) -> Config:

@@ -12,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from dseqjepa.config import Config, RegionsConfig, SaliencyConfig
+from dseqjepa.config import Config, CutConfig
 from dseqjepa.data.audit import Audit, audit
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
@@ -72,7 +71,7 @@ def preflight(
     for table in tables:
         console.print(table)
     lines = [f"warning: {warning}" for warning in warnings] or ["nothing to warn of"]
-    if weights is None and config.method.name == "dseq":
+    if weights is None and config.method.cut is not None:
         lines.insert(0, "The encoder is untrained: its regions, and their tokens, will change.")
     result = {
         "config": config.model_dump(mode="json"),
@@ -206,21 +205,7 @@ def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) 
     size = min(PICTURES, len(source))
     loader = Loader(source, transform, batch_size=size, seed=config.runtime.seed, workers=0)
     images_BCHW = next(loader.batches(0)).images_BCHW
-    method = config.method
-    if method.name == "dseq":
-        regions, saliency = method.regions, method.saliency
-    else:
-        regions = RegionsConfig()
-        saliency = SaliencyConfig(kind="cls_similarity" if config.model.class_token else "grad_cam")
-    with torch.no_grad():
-        picture = regions_picture(
-            encoder,
-            images_BCHW,
-            num_regions=regions.count,
-            min_area=regions.min_area,
-            **saliency.model_dump(),
-        )
-    picture.save(out, format="png")
+    regions_picture(encoder, images_BCHW, config.method.cut or CutConfig()).save(out, format="png")
 
 
 def _each(pace: Pace, part: str) -> float:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dseqjepa.config import Config
-from dseqjepa.keyed import moment_key
+from dseqjepa.keyed import Stream, moment_key
 from dseqjepa.methods.losses import (
     Sigreg,
     Vicreg,
@@ -26,8 +26,10 @@ from dseqjepa.methods.losses import (
     mean_by_row,
     smooth_l1_by_token,
 )
+from dseqjepa.model.cross import CrossPredictor, pack_cross
 from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
+from dseqjepa.model.photometric import photometric
 from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
 from dseqjepa.plans.plan import Plan, true_places
@@ -87,14 +89,19 @@ class Method(nn.Module, ABC):
         predictor = config.predictor
         self.encoder = build_encoder(config)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.predictor = Predictor(
+        kind = CrossPredictor if predictor.attention == "cross" else Predictor
+        self.predictor = kind(
             grid=self.encoder.grid,
             encoder_width=config.model.width,
             width=predictor.width,
             depth=predictor.depth,
             heads=predictor.heads,
             mask_token=predictor.mask_token,
+            output_norm=predictor.output_norm,
         )
+        self.photometric = config.data.photometric
+        self.apart = config.data.photometric_views == "apart"
+        self.cut = config.method.cut
         self.target_blocks = config.target.blocks
         self.centres_targets = config.target.centring == "place"
         self.by_region = config.method.loss_weighting == "region"
@@ -156,21 +163,38 @@ class Method(nn.Module, ABC):
         context_TD = self.encoder.encode_patches(
             pixels_TP, contexts.patch_T, contexts.sequences, grid
         )
-        queries = pack_queries(plan, contexts)
-        values_VD = self.predictor(
-            context_TD,
-            queries.source_U,
-            queries.patch_U,
-            queries.query_V,
-            queries.sequences,
-            grid,
-        )
-        values_VD = values_VD[: len(queries.row_V)]
-        return Predictions(values_VD, queries.row_V, queries.patch_V), contexts, context_TD
+        if isinstance(self.predictor, CrossPredictor):
+            cross = pack_cross(plan, contexts)
+            row_V, patch_V = cross.row_V, cross.patch_V[: len(cross.row_V)]
+            values_VD = self.predictor.across(context_TD, contexts.patch_T, cross, grid)
+        else:
+            queries = pack_queries(plan, contexts)
+            row_V, patch_V = queries.row_V, queries.patch_V
+            values_VD = self.predictor(
+                context_TD,
+                queries.source_U,
+                queries.patch_U,
+                queries.query_V,
+                queries.sequences,
+                grid,
+            )
+        return Predictions(values_VD[: len(row_V)], row_V, patch_V), contexts, context_TD
+
+    def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Images]:
+        """What the context encoder and what the target encoder sees of a batch."""
+        if not self.photometric:
+            return images_BCHW, images_BCHW
+        stream = Stream.PHOTOMETRIC_CONTEXT
+        context_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
+        if not self.apart:
+            return context_BCHW, context_BCHW
+        stream = Stream.PHOTOMETRIC_TARGET
+        return context_BCHW, photometric(images_BCHW, keys_B, self.photometric, stream)
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
         """The loss of one batch of uint8 or ImageNet-normalised float images."""
-        sight = self.look(images_BCHW)
+        images_BCHW, seen_BCHW = self._views(images_BCHW, keys_B)
+        sight = self.look(seen_BCHW)
         grid = self.target.grid_of(images_BCHW)
         drawn = self.draw(sight, grid, progress, keys_B)
         plan = drawn.plan

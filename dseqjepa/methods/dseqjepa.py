@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from dseqjepa.config import Config, DSeqConfig, RegionsConfig
+from dseqjepa.config import Config, DSeqConfig
 from dseqjepa.keyed import Stream, moment_key, uniforms
 from dseqjepa.methods.base import Draw, Method
-from dseqjepa.model.look import Look, look_for_saliency
+from dseqjepa.model.look import Look, cut, look_for_saliency
 from dseqjepa.model.vit import Images
 from dseqjepa.plans.blocks import Blocks, sample_rectangles
 from dseqjepa.plans.plan import from_candidates, paint, steps_of_ranks
-from dseqjepa.plans.regions import Regions, order_regions, rank_regions
+from dseqjepa.plans.regions import Regions, order_regions
 
 
 class DSeqJepa(Method):
@@ -148,20 +148,6 @@ class DSeqJepa(Method):
         """Empty steps up to the most that an image may have."""
         B, M, N = mask_BMN.shape
         return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
-
-
-def cut(sight: Look, grid: tuple[int, int], config: RegionsConfig) -> Regions:
-    """The regions of what was seen, ranked by saliency; what is not finite counts as flat."""
-    assert sight.saliency_BN is not None
-    features_BND = sight.content_BND if config.kind == "clusters" else None
-    return rank_regions(
-        sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0),
-        grid,
-        config.count,
-        config.min_area,
-        kind=config.kind,
-        features_BND=None if features_BND is None else features_BND.nan_to_num(0.0, 0.0, 0.0),
-    )
 
 
 def _mean_area(regions: Regions) -> Float64[Tensor, ""]:

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dseqjepa.config import CutConfig, RegionsConfig
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Block, Images, VisionTransformer, normalize
+from dseqjepa.plans.regions import Regions, rank_regions
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam, rarity
 
 KINDS = ("cls_similarity", "cls_attention", "grad_cam", "rarity")
@@ -154,6 +156,33 @@ def _by_cls(
     state_BD = states_BLD[:, 0]
     parameter_BD = encoder.cls_token[0].expand_as(state_BD)
     return cls_similarity(state_BD if query == "state" else parameter_BD, states_BLD[:, 1:])
+
+
+def cut(sight: Look, grid: tuple[int, int], config: RegionsConfig) -> Regions:
+    """The regions of what was seen, ranked by saliency; what is not finite counts as flat."""
+    assert sight.saliency_BN is not None
+    features_BND = sight.content_BND if config.kind == "clusters" else None
+    return rank_regions(
+        sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0),
+        grid,
+        config.count,
+        config.min_area,
+        kind=config.kind,
+        features_BND=None if features_BND is None else features_BND.nan_to_num(0.0, 0.0, 0.0),
+    )
+
+
+def look_and_cut(
+    encoder: VisionTransformer, images_BCHW: Images, config: CutConfig
+) -> tuple[Look, Regions]:
+    """What an encoder sees in images, and the ranked regions of that."""
+    sight = look_for_saliency(
+        encoder,
+        images_BCHW,
+        **config.saliency.model_dump(),
+        with_content=config.regions.kind == "clusters",
+    )
+    return sight, cut(sight, encoder.grid_of(images_BCHW), config.regions)
 
 
 def saliency_block(depth: int) -> int:

@@ -173,7 +173,8 @@ class VisionTransformer(nn.Module):
     """The encoder.
 
     `image_size` (height, width) sets the grid of the stored positions; other sizes that the patch
-    size divides get them by bicubic interpolation.
+    size divides get them by bicubic interpolation. `patch_init_scale` multiplies the initial
+    weights of the patch embedding, `position_scale` the fixed positions.
     """
 
     pos_embed: Tensor
@@ -187,6 +188,8 @@ class VisionTransformer(nn.Module):
         depth: int,
         heads: int,
         class_token: bool = True,
+        patch_init_scale: float = 1.0,
+        position_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -197,12 +200,14 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, width)
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions_ND = sincos_positions(width, self.grid)
+        positions_ND = position_scale * sincos_positions(width, self.grid)
         nothing = positions_ND.new_zeros(self.prefix, width)  # [CLS] has no position
         self.register_buffer("pos_embed", torch.cat([nothing, positions_ND])[None])
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialize(self)
+        with torch.no_grad():
+            self.patch_embed.proj.weight.mul_(patch_init_scale)
 
     def grid_of(self, images_BCHW: Images) -> tuple[int, int]:
         """Rows and columns of patches; `ValueError` where the patch size does not divide."""
@@ -285,13 +290,16 @@ def build_encoder(config: Config) -> VisionTransformer:
         depth=model.depth,
         heads=model.heads,
         class_token=model.class_token,
+        patch_init_scale=model.patch_init_scale,
+        position_scale=model.position_scale,
     )
 
 
 class Predictor(nn.Module):
     """A narrow ViT over context features and mask tokens that reads out at the mask tokens.
 
-    `mask_token=False` leaves the learned token out: queries are positions only.
+    `mask_token=False` leaves the learned token out: queries are positions only. `output_norm`
+    passes predictions through a LayerNorm without affine, as targets are.
     """
 
     positions_ND: Tensor
@@ -305,6 +313,7 @@ class Predictor(nn.Module):
         depth: int,
         heads: int,
         mask_token: bool = True,
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -312,11 +321,15 @@ class Predictor(nn.Module):
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.has_mask_token = mask_token
+        self.output_norm = output_norm
         self.register_buffer("positions_ND", sincos_positions(width, grid), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.proj = Linear(width, encoder_width)
         initialize(self)
+
+    def block(self, width: int, heads: int) -> nn.Module:
+        return Block(width, heads)
 
     def forward(
         self,
@@ -334,15 +347,24 @@ class Predictor(nn.Module):
         """
         embedded_TW = self.embed(context_TD)
         x_UW = embedded_TW.index_select(0, source_U.clamp(min=0))
-        if self.has_mask_token:
-            mask_1W = self.mask_token.to(x_UW.dtype)
-        else:
-            mask_1W = x_UW.new_zeros(1, x_UW.shape[1])
-        x_UW = torch.where((source_U < 0)[:, None], mask_1W, x_UW)
-        positions_ND = self.positions_ND
-        if grid != self.grid:
-            positions_ND = sincos_positions(positions_ND.shape[1], grid).to(positions_ND.device)
-        x_UW = x_UW + positions_ND[patch_U]
+        x_UW = torch.where((source_U < 0)[:, None], self.mask(x_UW), x_UW)
+        x_UW = x_UW + self.positions(grid)[patch_U]
         for block in self.blocks:
             x_UW = block(x_UW, sequences)
-        return self.proj(self.norm(x_UW.index_select(0, query_V)))
+        return self.read_out(x_UW.index_select(0, query_V))
+
+    def mask(self, like_UW: Float[Tensor, "U W"]) -> Float[Tensor, "1 W"]:
+        """What a query is before its position is added."""
+        if self.has_mask_token:
+            return self.mask_token.to(like_UW.dtype)
+        return like_UW.new_zeros(1, like_UW.shape[1])
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "N W"]:
+        if grid == self.grid:
+            return self.positions_ND
+        width = self.positions_ND.shape[1]
+        return sincos_positions(width, grid).to(self.positions_ND.device)
+
+    def read_out(self, x_VW: Float[Tensor, "V W"]) -> Float[Tensor, "V D"]:
+        values_VD = self.proj(self.norm(x_VW))
+        return F.layer_norm(values_VD, values_VD.shape[-1:]) if self.output_norm else values_VD

@@ -10,8 +10,7 @@ Suffixes: B images, N patches, D width, K clusters.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from dseqjepa.plans.saliency import gram
@@ -43,11 +42,15 @@ def cluster_patches(
     inner_BNN = _inner_products(features_BND)
     distance_BNK = _distances_to_seeds(inner_BNN, first_B, count)
     for _ in range(rounds):
-        member_BNK = F.one_hot(distance_BNK.argmin(dim=2), count).to(torch.float64)
-        distance_BNK = _distances_to_means(inner_BNN, member_BNK)
-    member_BNK = F.one_hot(distance_BNK.argmin(dim=2), count)
-    small_BK = member_BNK.sum(dim=1) < smallest
+        distance_BNK = _distances_to_means(inner_BNN, _nearest(distance_BNK).to(torch.float64))
+    small_BK = _nearest(distance_BNK).sum(dim=1) < smallest
     return distance_BNK.masked_fill(small_BK[:, None, :], torch.inf).argmin(dim=2)
+
+
+def _nearest(distance_BNK: Float64[Tensor, "B N K"]) -> Bool[Tensor, "B N K"]:
+    """Which cluster each patch is nearest to. (`one_hot` would have the host wait.)"""
+    cluster_K = torch.arange(distance_BNK.shape[2], device=distance_BNK.device)
+    return distance_BNK.argmin(dim=2, keepdim=True) == cluster_K
 
 
 def _inner_products(features_BND: Float[Tensor, "B N D"]) -> Float64[Tensor, "B N N"]:

@@ -50,7 +50,7 @@ def rank_regions(
     min_area: float = 0.15,
     *,
     kind: str = "components",
-    features_BND: Float[Tensor, "B N D"] | None = None,
+    features_BND: Float[Tensor, "_ _ D"] | None = None,
 ) -> Regions:
     """Cut saliency maps into regions and rank them, most salient first.
 

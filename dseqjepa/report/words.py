@@ -13,7 +13,6 @@ from dseqjepa.presets import preset, preset_names
 from dseqjepa.report.run import Run, Score, printable
 from dseqjepa.train import monitor
 
-METHODS = {"dseq": "DSeq-JEPA", "ijepa": "I-JEPA", "cjepa": "C-JEPA"}
 Tone = Literal["good", "unsure", "bad", "none"]
 NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
 """What a logged line must hold for the monitor to judge it."""
@@ -31,7 +30,7 @@ class Verdict:
 
 
 def method_name(config: Config) -> str:
-    return METHODS.get(config.method.name, config.method.name)
+    return config.method.title
 
 
 def backbone_name(config: Config) -> str:

@@ -22,6 +22,7 @@ from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.files import write_whole
 from dseqjepa.methods import Method, build_method
+from dseqjepa.methods.base import Step
 from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
 from dseqjepa.ranks import gather_rows
 from dseqjepa.train.checkpoint import (
@@ -34,7 +35,7 @@ from dseqjepa.train.checkpoint import (
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
-from dseqjepa.train.monitor import Monitor, measure
+from dseqjepa.train.monitor import Monitor, measure, variance_shares
 from dseqjepa.train.optimizer import (
     build_optimizer,
     load_optimizer_state,
@@ -209,6 +210,9 @@ class Trainer:
         loss, norm = loss_and_norm(self.fabric, losses, gradients)
         wrong = self.guard.judge(loss, norm)
         if not wrong:
+            limit = self.config.optim.clip_norm
+            if limit and norm > limit:
+                torch._foreach_mul_(gradients, limit / norm)
             self.optimizer.step()
             self.method.update_target(schedule.momentum(step))
             for result in results:
@@ -222,7 +226,7 @@ class Trainer:
         elif (
             step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps
         ):
-            self._log(epoch, step, torch.cat([result.pooled_BD for result in results]), norm, clock)
+            self._log(epoch, step, results, norm, clock)
         self.journal.advance(self.step)
 
     def _skipped(self, epoch: int, step: int, reason: str) -> None:
@@ -254,11 +258,21 @@ class Trainer:
                 f"data.max_bad={self.config.data.max_bad} allows; see {self.out}/bad_files.jsonl"
             )
 
-    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
+    def _health(self, results: list[Step]) -> dict[str, float]:
+        """What the target features of a step say, over its micro-batches and all ranks."""
+        (pooled_RD,) = gather_rows(torch.cat([result.pooled_BD for result in results]))
+        sums = [torch.cat([r.place_ND.flatten(), r.square[None]]).double() for r in results]
+        total = self.ranks.total(torch.stack(sums).sum(dim=0))
+        if len(pooled_RD) < 2:
+            return {}
+        place_ND = total[:-1].view_as(results[0].place_ND)
+        shares = variance_shares(pooled_RD, place_ND, total[-1].item())
+        return measure(pooled_RD).to_dict() | shares.to_dict()
+
+    def _log(self, epoch: int, step: int, results: list[Step], norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()
         self.window = Window()
-        (pooled_RD,) = gather_rows(pooled_BD)
-        health = measure(pooled_RD).to_dict() if len(pooled_RD) > 1 else {}
+        health = self._health(results)
         images = self.config.data.batch_size
         skill = 1 - means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
         values = {
@@ -289,6 +303,7 @@ class Trainer:
         waits = values["data_wait_share"]
         waiting = f"  waits for data {waits:.0%}" if waits > WORTH_SAYING else ""
         regions = f"  regions {values['regions']:.2f}" if "regions" in values else ""
+        regions += f"  steps {values['steps_per_image']:.2f}"
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
             f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "

@@ -35,9 +35,8 @@ from dseqjepa.viz.pca import pca_maps
 from dseqjepa.viz.scatter import Cloud, scatter
 from dseqjepa.viz.sheet import image_sheet
 from dseqjepa.viz.similarity import check_patch, similarity_maps
-from dseqjepa.viz.trace import Trace, regions_of, trace
+from dseqjepa.viz.trace import Trace, shared_cut, trace
 
-NAMES = {"dseq": "DSeq-JEPA", "ijepa": "I-JEPA", "cjepa": "C-JEPA"}
 BATCH = 64
 NEIGHBOURS, NEIGHBOURS_BESIDE = 7, 4
 
@@ -134,9 +133,9 @@ class _Session:
     def shown(self) -> dict[str, Checkpoint]:
         """Label -> checkpoint: the one asked for, and the one beside it."""
         if self.beside is None:
-            return {NAMES[self.config.method.name]: self.main}
+            return {self.config.method.title: self.main}
         both = (self.main, self.beside)
-        names = [NAMES[item.config.method.name] for item in both]
+        names = [item.config.method.title for item in both]
         if names[0] == names[1]:
             names = [f"{name}, {item.run.name}" for name, item in zip(names, both, strict=True)]
         if names[0] == names[1]:
@@ -156,8 +155,7 @@ class _Session:
     @cached_property
     def traces(self) -> dict[str, list[Trace]]:
         """By a method without regions of its own, saliency is cut as by the one that has some."""
-        methods = [item.config.method for item in self.shown.values()]
-        regions = regions_of(next((m for m in methods if m.name == "dseq"), methods[0]))
+        cut = shared_cut([item.config.method for item in self.shown.values()])
         result = {}
         for label, checkpoint in self.shown.items():
             method = method_of(checkpoint).to(self.device)
@@ -165,7 +163,7 @@ class _Session:
             result[f"{label}, step {checkpoint.step}"] = [
                 item
                 for part, key in zip(images, keys, strict=True)
-                for item in trace(method, part, key, regions=regions)
+                for item in trace(method, part, key, cut=cut)
             ]
         return result
 

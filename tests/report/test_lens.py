@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dseqjepa.config import RegionsConfig
+from dseqjepa.config import CutConfig
 from dseqjepa.keyed import sample_keys
 from dseqjepa.presets import load_config
-from dseqjepa.report.lens import build_lens, choose_images, shared_regions
-from dseqjepa.report.run import Run, read_run, read_runs
+from dseqjepa.report.lens import build_lens, choose_images
+from dseqjepa.report.run import Run, read_run
 from dseqjepa.train.checkpoint import load_method
-from dseqjepa.viz.trace import regions_of, trace
+from dseqjepa.viz.trace import trace
 from tests.report.hostile import CLASS, OTHER, PICTURE
 
 Runs = tuple[Path, Path]
-DEFAULT = RegionsConfig()
+DEFAULT = CutConfig()
 
 
 def read(path: Path) -> Run:
@@ -36,8 +36,8 @@ def mask(bits: str, grid: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_lens_is_the_trace(made: Runs, which: int):
     run = read(made[which])
-    regions = RegionsConfig(count=3, min_area=0.1)
-    lens = build_lens(run, 4, regions)
+    cut = DEFAULT.with_(regions={"count": 3, "min_area": 0.1})
+    lens = build_lens(run, 4, cut)
     assert lens.notes == []
     content = lens.content
     assert content is not None
@@ -46,7 +46,7 @@ def test_the_lens_is_the_trace(made: Runs, which: int):
     assert [look["step"] for look in content["checkpoints"]] == [0, 3, 6, 9, 12, 15]
     assert content["grid"] == [8, 8]
     for look, folder in zip(content["checkpoints"], run.checkpoints, strict=True):
-        traces = trace(load_method(folder), chosen.images_BCHW, keys, regions=regions)
+        traces = trace(load_method(folder), chosen.images_BCHW, keys, cut=cut)
         for plain, wanted in zip(look["images"], traces, strict=True):
             saliency = np.array(plain["saliency"]).reshape(8, 8)
             span = np.ptp(wanted.saliency_hw)
@@ -90,13 +90,6 @@ def test_held_out_images_are_taken_where_there_are_some():
     chosen = choose_images(config, 2)
     assert chosen.are_held_out
     assert len(chosen.pictures) == 2
-
-
-def test_maps_of_a_comparison_are_cut_alike(made: Runs):
-    both = read_runs(made)
-    assert shared_regions(both) == regions_of(both[0].config.method)
-    assert shared_regions(both[::-1]) == regions_of(both[0].config.method)
-    assert shared_regions(both[1:]) == DEFAULT
 
 
 def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):

@@ -24,6 +24,7 @@ from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Stopped, Trainer
 from dseqjepa.train.pretrain import pretrain
+from tests.tiny import PAPER
 from tests.train.tiny_runs import (
     STEPS,
     Pictures,
@@ -124,6 +125,8 @@ def test_a_run_stopped_again_and_again_is_the_run_never_stopped(
     [
         ["method.curriculum.unit=region", "method.context=causal", "checkpoint.keep=1"],
         ["method.curriculum.unit=batch", "method.saliency.kind=grad_cam", "runtime.precision=bf16"],
+        ["method.regularizer=sigreg", "predictor.attention=cross", "target.blocks=2"],
+        ["target.centring=place", "data.photometric=0.2", "optim.clip_norm=0.05", *PAPER],
     ],
 )
 def test_other_recipes_go_on_as_well(
