@@ -108,7 +108,7 @@ def train_on_ranks(folder: Path, **settings: Any) -> None:
     from dseqjepa.config import RuntimeConfig
     from dseqjepa.train.runtime import join
 
-    ranks = join(RuntimeConfig(accelerator="cpu")).ranks
+    ranks = join(RuntimeConfig(accelerator="cpu"), {}).ranks
 
     def reader(index: int, key: int) -> Tensor:
         if index == 3:
