@@ -227,8 +227,8 @@ def results(
 ) -> None:
     """Put the results of evaluations side by side: dseqjepa results runs --out table.md
 
-    One column a protocol, data included; runs that differ in nothing but their seed are one line,
-    with mean and 95 % interval.
+    One column a protocol, data included, and one line a recipe; runs that differ in nothing but
+    their seed are one number, with mean and 95 % interval.
     """
     from dseqjepa.tasks.table import collect, write_table
 

@@ -67,8 +67,10 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.path / f"{name}.safetensors")
-        except FileNotFoundError:
-            raise Dropped(self.path) from None
+        except (OSError, RuntimeError, SafetensorError):  # it looks, and then opens
+            if not (self.path / "state.json").exists():
+                raise Dropped(self.path) from None
+            raise
 
 
 class Dropped(InputError):
