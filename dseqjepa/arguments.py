@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 from dseqjepa.errors import InputError
 
 
@@ -12,7 +15,8 @@ def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str,
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise InputError(f"expected key=value, found {setting!r}")
+            hint = f"; did you mean data={setting}?" if Path(setting).exists() else ""
+            raise InputError(f"expected key=value, found {setting!r}{hint}")
         if key in own:
             if not value:
                 raise InputError(f"{key}= is empty: give a value")
@@ -24,10 +28,12 @@ def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str,
     return mine, others
 
 
-def resume_of(run: dict[str, str]) -> bool | int:
-    """Whether to go on, or from which step."""
+def resume_of(run: dict[str, str]) -> bool | int | Literal["auto"]:
+    """Whether to resume, or from which step; "auto": where there is something to resume."""
     value = run.get("resume", "")
-    return int(value) if value.isdecimal() else flag(run, "resume")
+    if value.lower() == "auto":
+        return "auto"
+    return int(value) if value.isdecimal() else flag(run, "resume", " or auto, or a step")
 
 
 def row_and_column(text: str) -> tuple[int, int]:
@@ -38,9 +44,10 @@ def row_and_column(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def flag(run: dict[str, str], key: str) -> bool:
-    """A command's own setting that is true or false; false if it is not given."""
+def flag(run: dict[str, str], key: str, beside: str = "") -> bool:
+    """A command's own setting that is true or false; false if it is not given. `beside` says what
+    else it may be."""
     value = run.get(key, "false").lower()
     if value not in ("true", "false"):
-        raise InputError(f"{key} must be true or false, found {run[key]!r}")
+        raise InputError(f"{key} must be true or false{beside}, found {run[key]!r}")
     return value == "true"

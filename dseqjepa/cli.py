@@ -1,23 +1,23 @@
 """The command line: parse, pick a preset, call. Torch is loaded only by what needs it.
 
 Exit codes: 0 done; 2 bad arguments, config or data, before anything is written; 1 the run failed;
-143 stopped by SIGTERM with a checkpoint on disk.
+143 stopped by SIGTERM or SIGHUP with a checkpoint on disk.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 import yaml
 
+from dseqjepa import ending
 from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
-from dseqjepa.errors import InputError, RunError, did_you_mean, printable
+from dseqjepa.ending import fail
+from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.kernels import keep_few
 
 app = typer.Typer(
@@ -40,33 +40,7 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
     keep_few()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # whose encoding may lack what a name holds
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except InputError as error:
-        _fail(error, 2)
-    except typer.TyperException as error:
-        _fail(f"{error.format_message()} (--help shows the usage)", 2)
-    except (RunError, OSError) as error:  # such as a disk that is full
-        _fail(error, 1)
-    if code:
-        sys.exit(code)
-
-
-def _fail(message: object, code: int) -> NoReturn:
-    """Say it in one line. Wrong input is wrong for every rank: the first one says it."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    if rank == 0 or code != 2:
-        where = f" rank {rank}:" if rank else ""
-        print(f"dseqjepa:{where}", printable(" ".join(str(message).splitlines())), file=sys.stderr)
-    if "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
-        # A library that waits for a rank that is gone must not keep this one from ending.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    ending.run(app, sys.argv[1:] or ["--help"])
 
 
 @app.command()
@@ -113,12 +87,13 @@ def pretrain(
             source=source,
             probe=knn_probe if "class" in source.labels else None,
             runtime=runtime,
+            preset=preset,
         )
     except Stopped:
         runtime.ranks.close()
         sys.exit(143)
     except KeyboardInterrupt:
-        _fail("interrupted; resume=true goes on from the last checkpoint", 130)
+        fail("interrupted; resume=true goes on from the last checkpoint", 130)
     runtime.ranks.close()
 
 
@@ -151,7 +126,7 @@ def verify_resume(
     for row in rows:
         print(row)
     if not all(row.same for row in rows):
-        _fail("the run that was cut differs from the one that was not", 1)
+        fail("the run that was cut differs from the one that was not", 1)
     print("exact: a run that was stopped goes on as if it had not been")
 
 
@@ -212,7 +187,8 @@ def evaluate(
     from dseqjepa.train.runtime import Stopped
 
     out = Path(own["out"]).expanduser() if "out" in own else None
-    resume, overwrite = flag(own, "resume"), flag(own, "overwrite")
+    resume = own.get("resume", "").lower() == "auto" or flag(own, "resume", " or auto")
+    overwrite = flag(own, "overwrite")
     try:
         run_task(
             task,
@@ -251,8 +227,8 @@ def results(
 ) -> None:
     """Put the results of evaluations side by side: dseqjepa results runs --out table.md
 
-    One column a protocol, data included; runs that differ in nothing but their seed are one line,
-    with mean and 95 % interval.
+    One column a protocol, data included, and one line a recipe; runs that differ in nothing but
+    their seed are one number, with mean and 95 % interval.
     """
     from dseqjepa.tasks.table import collect, write_table
 

@@ -85,12 +85,12 @@ def check_pixel_range(found: Literal["auto", "file"] | tuple[int, int]) -> None:
 class DataConfig(Section):
     source: str = "scenes"
     """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
-    size: int = Field(20_000, ge=1)
+    size: int = Field(20_000, ge=1, le=10**9)
     """Number of images of `scenes`; other sources bring their own."""
     image_size: Size = (224, 224)
-    batch_size: int = Field(2048, ge=1)
+    batch_size: int = Field(2048, ge=1, le=10**7)
     """Images in one optimizer step, over all devices and accumulation steps."""
-    workers: int = Field(8, ge=0)
+    workers: int = Field(8, ge=0, le=256)
     cache: Literal["auto", "none"] = "auto"
     """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
@@ -116,8 +116,8 @@ class DataConfig(Section):
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
         check_pixel_range(self.pixel_range)
-        if min(self.image_size) < 1:
-            raise ValueError(f"image_size must be positive, found {self.image_size}")
+        if not 1 <= min(self.image_size) <= max(self.image_size) <= 16384:
+            raise ValueError(f"image_size must be 1 to 16384 pixels, found {self.image_size}")
         return self
 
 
@@ -134,13 +134,13 @@ ENCODER_SIZES = {
 
 class ModelConfig(Section):
     name: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-    patch_size: int = Field(16, ge=1)
+    patch_size: int = Field(16, ge=1, le=4096)
     class_token: bool = True
-    width: int = Field(0, ge=0)
+    width: int = Field(0, ge=0, le=65536)
     """0: as the name says. The same holds for `depth` and `heads`."""
-    depth: int = Field(0, ge=0)
-    heads: int = Field(0, ge=0)
-    mlp: int = Field(0, ge=0)
+    depth: int = Field(0, ge=0, le=1000)
+    heads: int = Field(0, ge=0, le=1024)
+    mlp: int = Field(0, ge=0, le=524288)
     """Width of the hidden layer of each block's MLP; 0: four times `width`."""
     patch_init_scale: float = Field(1.0, gt=0)
     """Factor on the patch embedding's initial weights: more of the image against positions."""
@@ -162,9 +162,9 @@ class ModelConfig(Section):
 
 
 class PredictorConfig(Section):
-    width: int = Field(384, ge=4)
-    depth: int = Field(6, ge=1)
-    heads: int = Field(12, ge=1)
+    width: int = Field(384, ge=4, le=65536)
+    depth: int = Field(6, ge=1, le=1000)
+    heads: int = Field(12, ge=1, le=1024)
     mask_token: bool = True
     """False: queries are positions only, as in the authors' release."""
     attention: Literal["joint", "cross"] = "joint"
@@ -189,7 +189,7 @@ def _check_width(section: str, width: int, heads: int) -> None:
 class TargetConfig(Section):
     """What the predictor has to guess."""
 
-    blocks: int = Field(1, ge=1)
+    blocks: int = Field(1, ge=1, le=1000)
     """Targets are the mean of the outputs of so many last blocks, each after the final norm."""
     centring: Literal["none", "place"] = "none"
     """`place`: each target less the mean over the batch at its place, then normalised again."""
@@ -202,7 +202,7 @@ class BlocksConfig(Section):
     """`scattered`: single patches drawn at random are the one target, all others the context."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """The share of patches that `scattered` predicts."""
-    targets: int = Field(4, ge=1)
+    targets: int = Field(4, ge=1, le=1000)
     target_area: Range = (0.15, 0.2)
     target_aspect: Range = (0.75, 1.5)
     context_area: Range = (0.85, 1.0)
@@ -222,16 +222,16 @@ class VicregConfig(Section):
     similarity: float = Field(25.0, ge=0)
     variance: float = Field(25.0, ge=0)
     covariance: float = Field(1.0, ge=0)
-    projector_width: int = Field(3072, ge=0)
+    projector_width: int = Field(3072, ge=0, le=10**6)
     """0: the terms act on the features themselves."""
 
 
 class SigregConfig(Section):
     """SIGReg, the sketched test against a standard Gaussian of LeJEPA (arXiv 2511.08544)."""
 
-    slices: int = Field(64, ge=1)
+    slices: int = Field(64, ge=1, le=10**6)
     """Random directions, drawn anew in each step."""
-    knots: int = Field(17, ge=3)
+    knots: int = Field(17, ge=3, le=10**6)
     """Points in [0, `limit`] at which characteristic functions are compared."""
     limit: float = Field(5.0, gt=0)
 
@@ -282,7 +282,7 @@ class SaliencyConfig(Section):
     """`rarity`: distance of a patch's content to its nearest neighbours in the image; no [CLS]."""
     query: Literal["state", "parameter"] = "state"
     """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
-    block: int = Field(-1, ge=-1)
+    block: int = Field(-1, ge=-1, le=1000)
     """0-based block that is read; -1: at 10/12 of the depth, and the target itself for rarity."""
 
 
@@ -294,7 +294,7 @@ class RegionsConfig(Section):
     kind: Literal["components", "clusters", "bands"] = "components"
     """`components` of the saliency above Otsu's threshold (the paper), `clusters` of content
     features, or `bands` of equal saliency."""
-    count: int = Field(5, ge=2)
+    count: int = Field(5, ge=2, le=1000)
     """The most regions of an image, the left-over included."""
     min_area: Fraction = 0.15
     """The smallest share of the grid that a region may hold, the left-over apart."""
@@ -321,9 +321,9 @@ class DSeqConfig(MethodConfig):
     context: Literal["prefix", "causal", "independent"] = "prefix"
     prediction: Literal["sequential", "flat"] = "sequential"
     order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
-    max_steps: int = Field(0, ge=0)
+    max_steps: int = Field(0, ge=0, le=10**6)
     """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
-    context_lag: int = Field(0, ge=0)
+    context_lag: int = Field(0, ge=0, le=10**6)
     """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
     saliency: SaliencyConfig = SaliencyConfig()
     regions: RegionsConfig = RegionsConfig()
@@ -392,15 +392,17 @@ class OptimConfig(Section):
     """`auto`: a tenth of the epochs."""
     weight_decay: float = Field(0.04, ge=0)
     final_weight_decay: float = Field(0.4, ge=0)
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=10**6)
     """Micro-batches that make one optimizer step."""
     clip_norm: float = Field(0.0, ge=0)
     """Gradients of a larger norm are scaled down to it; 0: never."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.epochs != "auto" and self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, found {self.epochs}")
+        if self.epochs != "auto" and not 1 <= self.epochs <= 10**7:
+            raise ValueError(
+                f"epochs must be at least 1, and 10000000 at most, found {self.epochs}"
+            )
         if self.warmup_epochs != "auto" and self.warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must not be negative, found {self.warmup_epochs}")
         if "auto" not in (self.epochs, self.warmup_epochs) and self.warmup_epochs > self.epochs:  # type: ignore[operator]
@@ -422,19 +424,20 @@ class EmaConfig(Section):
 class GuardConfig(Section):
     """Steps that are not taken: loss or gradient not finite, or far above the steps before."""
 
-    patience: int = Field(10, ge=1)
+    patience: int = Field(10, ge=1, le=10**6)
     """So many steps in a row that are not finite stop the run."""
     sigma: float = Field(6.0, ge=0)
     """A loss or gradient norm above mean + sigma standard deviations is left out; 0: never."""
-    window: int = Field(128, ge=2)
+    window: int = Field(128, ge=2, le=10**6)
     """Of so many steps before."""
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(0, ge=0)
+    every_steps: int = Field(0, ge=0, le=10**9)
     """0: only at epochs."""
-    every_epochs: int = Field(1, ge=1)
-    keep: int = Field(2, ge=1)
+    every_epochs: int = Field(1, ge=1, le=10**9)
+    keep: int = Field(2, ge=1, le=10**6)
+    """The newest so many stay, and that of step 0."""
 
 
 class RuntimeConfig(Section):
@@ -443,32 +446,32 @@ class RuntimeConfig(Section):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = "auto"
     """What computes attention (`model/attention.py`); `auto` takes the quickest."""
-    devices: int = Field(1, ge=1)
+    devices: int = Field(1, ge=1, le=1024)
     """Processes on this machine, one a device; under `torchrun` or `srun` they say how many."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """`fsdp`: parameters, EMA and optimizer are spread over the ranks, for what does not fit."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, le=1e6)
     """How long ranks wait for one another, in seconds, before the run is given up."""
 
 
 class ProbeConfig(Section):
     """Online kNN on labelled training images, leave-one-out: no validation image is touched."""
 
-    every_epochs: int = Field(0, ge=0)
+    every_epochs: int = Field(0, ge=0, le=10**9)
     """0: never."""
-    images: int = Field(2000, ge=2)
+    images: int = Field(2000, ge=2, le=10**7)
 
 
 class LogConfig(Section):
-    every_steps: int = Field(50, ge=1)
+    every_steps: int = Field(50, ge=1, le=10**9)
 
 
 class MiniatureConfig(Section):
-    size: int | None = None
+    size: int | None = Field(None, le=16384)
     """Pixels of a side; 64, where the format has no size of its own."""
-    count: int = Field(200, ge=10)
-    val_count: int = Field(50, ge=10)
-    seed: int = 0
+    count: int = Field(200, ge=10, le=10**7)
+    val_count: int = Field(50, ge=10, le=10**7)
+    seed: int = Field(0, ge=0, lt=2**31)
 
 
 class Config(Section):
@@ -538,16 +541,17 @@ def validate(values: Mapping[str, Any]) -> Config:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old value, new value), for every value in which two configs differ."""
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    before, after = flattened(old.model_dump()), flattened(new.model_dump())
     keys = [*before, *(key for key in after if key not in before)]
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class AgreedError(InputError):
+    """Bad input of which all ranks know: that the first one says it is enough."""
+
+
 class RunError(RuntimeError):
     """A run that had started and cannot go on: exit code 1."""
 

@@ -261,8 +261,18 @@ def _parts(name: str) -> tuple[str, Callable[[], Config]]:
         for method in METHODS:
             if full == f"{method}_{backbone.__name__}":
                 return method, backbone
+    raise InputError(f"unknown preset {name!r}{_hint(name)}")
+
+
+def _hint(name: str) -> str:
+    """What somebody may have meant who gave this for a preset."""
+    encoders = [b.__name__ for b in BACKBONES if b().model.name == name]
+    if encoders:
+        return f": it is an encoder, which the presets {', '.join(encoders)} have"
+    if Path(name).is_dir():
+        return f": it is a folder; put a preset before it, such as vitt8_64 data={name}"
     known = {*preset_names(), *(backbone.__name__ for backbone in BACKBONES)}
-    raise InputError(f"unknown preset {name!r}{did_you_mean(name, known)}")
+    return did_you_mean(name, known)
 
 
 def _first_line(function: Callable[[], Config]) -> str:

@@ -11,10 +11,11 @@ Suffixes: B rows of this rank, D width, R rows of all ranks.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,9 +23,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
+from safetensors.torch import load, save
 from torch import Tensor
 
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import AgreedError, InputError, RunError
+from dseqjepa.rendezvous import compare, serve
 
 T = TypeVar("T")
 
@@ -105,16 +108,17 @@ class Ranks:
 
     Args:
         timeout_s: how long to wait for another rank, in seconds, before the run is given up.
+        alone: all of them are on this machine.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, alone: bool = True) -> None:
         self.world = world_size()
         self.rank = dist.get_rank() if self.world > 1 else 0
         self.timeout_s = timeout_s
         if self.world > 1:
             timeout = timedelta(seconds=timeout_s)
             self._channel: Any = dist.new_group(backend="gloo", timeout=timeout)
-            self._pulse = _Pulse(self.rank, self._channel)
+            self._pulse = _Pulse(self.rank, self._channel, alone)
             self._pulse.start()
             # However this process ends: a thread inside the store would take it down with an abort.
             atexit.register(self._pulse.end)
@@ -134,13 +138,33 @@ class Ranks:
         return tuple(bool(flag) for flag in raised)
 
     def share(self, value: T) -> list[T]:
-        """The (picklable) values of all ranks, in their order."""
+        """The values of all ranks, in their order: plain JSON, which has lists for tuples."""
         if self.world == 1:
             return [value]
+        return [json.loads(content) for content in self._share_bytes(json.dumps(value).encode())]
+
+    def share_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors of all ranks, in their order, on the CPU."""
+        if self.world == 1:
+            return [dict(tensors)]
+        whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        return [load(content) for content in self._share_bytes(save(whole))]
+
+    def _share_bytes(self, content: bytes) -> list[bytes]:
         self._pulse.entered += 1
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._channel)
-        return values
+        own = torch.tensor([len(content)])
+        lengths = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(lengths, own, group=self._channel)
+        longest = int(max(lengths))
+        padded = torch.frombuffer(bytearray(content.ljust(longest, b" ")), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(found, padded, group=self._channel)
+        both = zip(found, lengths, strict=True)
+        return [part[: int(length)].numpy().tobytes() for part, length in both]
+
+    def check_alike(self, **words: Any) -> None:
+        """What each rank says, plain JSON by name, has to be the same for all; `InputError`."""
+        compare(self.share(words))
 
     def came_on(self) -> None:
         """This rank has got as far as the next batch: a rank that does not is the one named."""
@@ -168,7 +192,7 @@ class Ranks:
             problem = str(error)
         for rank, other in enumerate(self.share(problem)):
             if other is not None:
-                raise InputError(f"rank {rank}: {other}" if rank else other)
+                raise AgreedError(f"rank {rank}: {other}" if rank else other)
         return value  # type: ignore[return-value]
 
     @contextmanager
@@ -212,7 +236,7 @@ class Ranks:
 class _Pulse(threading.Thread):
     """Tells the others, by a store that they share, that this rank lives and how far it is."""
 
-    def __init__(self, rank: int, channel: Any) -> None:
+    def __init__(self, rank: int, channel: Any, alone: bool) -> None:
         super().__init__(name="pulse", daemon=True)
         self.rank = rank
         self.entered = 0
@@ -220,11 +244,13 @@ class _Pulse(threading.Thread):
         self.stopped = threading.Event()
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=LOST_S)
         # Its own, which stays when the groups of torch are gone. On a port that is free.
-        self._server = dist.TCPStore(host, 0, is_master=True) if rank == 0 else None
-        port = [self._server.port if self._server else 0]
-        dist.broadcast_object_list(port, group=channel)
+        self._server = serve(host, 0, alone, LOST_S) if rank == 0 else None
+        port = torch.tensor([self._server.port if self._server else 0])
+        dist.broadcast(port, 0, group=channel)
         # Two connections: an answer that is waited for must not hold up the pulse.
-        self._own, self._others = (dist.TCPStore(host, port[0], timeout=timeout) for _ in range(2))
+        self._own, self._others = (
+            dist.TCPStore(host, int(port), timeout=timeout) for _ in range(2)
+        )
         self._beats = 0
         self._beat()
 

@@ -114,7 +114,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         name = key.rpartition(".")[2]
         kind, message, found = item["type"], item["msg"], item["input"]
         if kind in ("extra_forbidden", "invalid_key"):
-            says[key] = f"unknown key {key!r}{did_you_mean(name, section.model_fields)}"
+            elsewhere = sorted(k for k in _leaves(root) if k.rpartition(".")[2] == name)
+            hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+            says[key] = f"unknown key {key!r}{hint or did_you_mean(name, section.model_fields)}"
         elif kind == "value_error":
             message = message.removeprefix("Value error, ")
             says[key] = message if key in message else f"{key}: {message}"
@@ -144,6 +146,18 @@ def _walk(location: Iterable[int | str], root: type[BaseModel]) -> tuple[str, ty
             keys.append(str(part))
             inner = _sections(section, str(part))
     return ".".join(keys), section
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> set[str]:
+    """The dotted keys of all plain values below a section, of every member of its unions."""
+    found = set()
+    for key in section.model_fields:
+        inner = _sections(section, key)
+        for model in inner:
+            found |= _leaves(model, f"{prefix}{key}.")
+        if not inner:
+            found.add(f"{prefix}{key}")
+    return found
 
 
 def _sections(section: type[BaseModel], key: str) -> list[type[BaseModel]]:

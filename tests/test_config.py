@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dseqjepa.config import Config, DSeqConfig, IJepaConfig, differences, validate
+from dseqjepa.config import Config, DSeqConfig, IJepaConfig, differences, flattened, validate
 from dseqjepa.errors import InputError
 from dseqjepa.presets import METHODS, load_config, preset_names
 
@@ -402,3 +402,20 @@ def test_resolving_settles_auto_and_nothing_else() -> None:
     assert "auto" not in resolved.optim.model_dump().values()
     short = load_config("vits16_small", ["optim.epochs=4"]).resolved(20_000).optim
     assert (short.epochs, short.warmup_epochs) == (4, 0.4)
+
+
+def whole_numbers() -> list[tuple[str, str]]:
+    """(method, key) of every setting that is one."""
+    found = []
+    for method in METHODS:
+        values = flattened(load_config(f"{method}_vitt8_64").model_dump())
+        found += [(method, key) for key, value in values.items() if type(value) is int]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize(("method", "key"), whole_numbers())
+def test_an_absurd_number_is_refused_before_anything_is_computed(method: str, key: str) -> None:
+    for number in (10**12, 10**300):
+        with pytest.raises(InputError, match=key.rpartition(".")[2]) as caught:
+            load_config(f"{method}_vitt8_64", [f"{key}={number}"])
+        assert "\n" not in str(caught.value)

@@ -30,6 +30,8 @@ RUNS_WHAT_IT_READS = {
     "cloudpickle.loads", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load",
     "eval", "exec", "compile", "__import__", "runpy.run_path", "runpy.run_module",
     "importlib.util.spec_from_file_location", "numpy.load", "np.load",
+    "dist.all_gather_object", "dist.broadcast_object_list", "dist.gather_object",
+    "dist.scatter_object_list", "dist.send_object_list", "dist.recv_object_list",
 }  # fmt: skip
 UNPACKS = {"shutil.unpack_archive", "tarfile.open", "tarfile.TarFile", "py7zr.SevenZipFile"}
 METHODS = {"extract", "extractall"}  # of an archive
@@ -151,6 +153,7 @@ def test_a_shell_is_seen(line: str) -> None:
         "eval(x)",
         "exec(open(x).read())",
         "import numpy as np\nnp.load(p)",
+        "import torch.distributed as dist\ndist.all_gather_object(a, b)",
         "import importlib\nimportlib.import_module(name)",
         "import importlib\nimportlib.import_module(f'{name}.x')",
     ],

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
+from statistics import fmean as mean
 from typing import Any
 
 from dseqjepa.report.lens import evenly
 from dseqjepa.report.run import Run, Score, step_loss
+from dseqjepa.report.words import alike, group_name
 
 MOST_POINTS = 2000
 """Of a run that logged more lines, so many are drawn, evenly spaced."""
@@ -25,7 +27,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Spec:
-    """One chart; with several runs, only the first curve is drawn, once for each run."""
+    """One chart; with several runs, only the first curve is drawn, once for the runs that differ
+    in their seed alone."""
 
     title: str
     meaning: str
@@ -150,7 +153,7 @@ def groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for title, specs, folded in titled:
         charts = [_chart(spec, runs) for spec in specs]
         if title == "Learning":
-            charts[2:2] = [_by_step(run, len(runs) > 1) for run in runs]
+            charts[2:2] = [_by_step(group, len(runs) > 1) for group in alike(runs)]
         charts = [chart for chart in charts if chart["series"]]
         if charts:
             found.append({"title": title, "folded": folded, "charts": charts})
@@ -178,17 +181,19 @@ def interval_chart(task: str, metric: str, scores: Sequence[tuple[str, Score]]) 
 
 def _chart(spec: Spec, runs: Sequence[Run]) -> dict[str, Any]:
     if len(runs) > 1:
-        drawn = [(run, spec.curves[0], run.name) for run in runs]
+        series = [
+            _series(group_name(group), group, spec.curves[0].key, runs.index(group[0]))
+            for group in alike(runs)
+        ]
     else:
-        drawn = [(runs[0], curve, curve.label) for curve in spec.curves]
-    series = [
-        _series(label, run, curve.key, colour) for colour, (run, curve, label) in enumerate(drawn)
-    ]
+        series = [_series(c.label, runs, c.key, colour) for colour, c in enumerate(spec.curves)]
     meaning = spec.meaning
     if len(runs) > 1 and len(spec.curves) > 1:
         meaning += f" Drawn: {spec.curves[0].label}."
     if len({run.config.method.name for run in runs}) > 1 and spec.unit == "loss":
         meaning += " Methods predict different patches: their losses are not comparable."
+    if any("low" in item for item in series):
+        meaning += " A band reaches from the lowest to the highest seed."
     return {
         "title": spec.title,
         "meaning": meaning,
@@ -197,27 +202,31 @@ def _chart(spec: Spec, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _by_step(run: Run, named: bool) -> dict[str, Any]:
+def _by_step(group: Sequence[Run], named: bool) -> dict[str, Any]:
     """The loss of each prediction step; step k predicts region k + 1 from the regions before."""
-    logged = {key for line in run.steps for key in line}
+    logged = {key for run in group for line in run.steps for key in line}
     numbers = takewhile(lambda k: step_loss(k) in logged, count(1))
-    series = [_series(f"step {k}", run, step_loss(k), k - 1) for k in numbers]
+    series = [_series(f"step {k}", group, step_loss(k), k - 1) for k in numbers]
+    title = "Loss by prediction step"
     return {
-        "title": f"Loss by prediction step: {run.name}" if named else "Loss by prediction step",
+        "title": f"{title}: {group_name(group)}" if named else title,
         "meaning": "Smooth-L1 of each step of the sequence. Later steps see more of the image.",
         "unit": "loss",
         "series": [item for item in series if item["x"]],
     }
 
 
-def _series(name: str, run: Run, key: str, colour: int) -> dict[str, Any]:
-    """The steps at which a value was logged, and the value."""
-    lines = (*run.steps, *run.probes)
-    points = [(int(line["step"]), line[key]) for line in lines if key in line]
-    points = evenly(points, MOST_POINTS)
-    return {
-        "name": name,
-        "colour": colour,
-        "x": [step for step, _ in points],
-        "y": [number for _, number in points],
-    }
+def _series(name: str, group: Sequence[Run], key: str, colour: int) -> dict[str, Any]:
+    """The steps at which a value was logged, and the value; of several runs its mean, where all of
+    them have one, and how far they are apart."""
+    logged = [
+        {int(line["step"]): line[key] for line in (*run.steps, *run.probes) if key in line}
+        for run in group
+    ]
+    common = sorted(set.intersection(*(set(values) for values in logged)))
+    steps = evenly(common, MOST_POINTS)
+    rows = [[values[step] for values in logged] for step in steps]
+    found = {"name": name, "colour": colour, "x": steps, "y": [mean(row) for row in rows]}
+    if len(group) > 1:
+        found |= {"low": [min(row) for row in rows], "high": [max(row) for row in rows]}
+    return found

@@ -123,12 +123,19 @@ class CurveChart {
       marker: { size: 5 },
       hovertemplate: "%{y:.4~g}",
     }));
+    const band = (one, values, fill) => ({
+      type: "scatter", mode: "lines", x: one.x, y: values, line: { width: 0 }, hoverinfo: "skip",
+      ...(fill && { fill: "tonexty", fillcolor: `${theme.line(this.colours, one.colour).color}33` }),
+    });
+    const bands = chart.series
+      .filter((one) => one.low)
+      .flatMap((one) => [band(one, one.low, false), band(one, one.high, true)]);
     const mark = (x) => ({
       type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1,
       line: { color: theme.colour("muted"), width: 1, dash: "dot" },
     });
     const shapes = chart.mark === undefined ? [] : [mark(chart.mark)];
-    Plotly.react(this.plot, traces, layout(chart.unit, { shapes }), CONFIG);
+    Plotly.react(this.plot, [...traces, ...bands], layout(chart.unit, { shapes }), CONFIG);
     this.steps = [...new Set(chart.series.flatMap((one) => one.x))].sort((a, b) => a - b);
     this.at = null;
     this.read(null);

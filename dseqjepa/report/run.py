@@ -6,7 +6,7 @@ A report is for runs that went wrong too: what is damaged is left out and said.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from dseqjepa.config import Config
 from dseqjepa.errors import InputError, printable
 from dseqjepa.presets import load_config
 
+MOST_STEPS = 10**15
 Line = Mapping[str, float]
 """The finite numbers of a line of metrics.jsonl by name; those of `loss_by_rank` by `step_loss`."""
 
@@ -164,7 +165,7 @@ def _numbers(text: str) -> Line | None:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, dict) or not _is_number(values.get("step")):
+    if not isinstance(values, dict) or not _is_step(values.get("step")):
         return None
     by_rank = values.get("loss_by_rank")
     for number, value in enumerate(by_rank if isinstance(by_rank, list) else (), start=1):
@@ -172,8 +173,15 @@ def _numbers(text: str) -> Line | None:
     return {key: value for key, value in values.items() if _is_number(value)}
 
 
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_STEPS
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one. JSON has whole numbers of any length: what no float can hold is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
@@ -234,6 +242,6 @@ def _total_steps(checkpoints: Sequence[Path]) -> int | None:
             steps = json.loads((folder / "state.json").read_text(encoding="utf-8"))["steps"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # the lens says which checkpoint is damaged
-        if isinstance(steps, int):
+        if _is_step(steps):
             return steps
     return None

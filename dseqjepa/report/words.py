@@ -125,30 +125,42 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
 
 
 def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """Dotted key -> the runs' values, for every setting that all have and in which two differ."""
+    """Dotted key -> the runs' values, for every setting in which two differ; None where a method
+    has no such setting."""
     rows: dict[str, list[Any]] = {}
-    foreign = {"method.name"}  # shown by its name; a key of one method alone goes with it
     for index, run in enumerate(runs[1:], start=1):
         for key, (first, other) in differences(runs[0].config, run.config).items():
             rows.setdefault(key, [first] * len(runs))[index] = other
-            if first is None or other is None:
-                foreign.add(key)
-    return [(key, values) for key, values in rows.items() if key not in foreign]
+    rows.pop("method.name", None)  # shown by its name
+    return list(rows.items())
+
+
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs that differ in nothing but their seed, together."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            changed = differences(group[0].config, run.config).keys()
+            seeds = {other.config.runtime.seed for other in group}
+            if changed == {"runtime.seed"} and run.config.runtime.seed not in seeds:
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    return groups
+
+
+def group_name(group: Sequence[Run]) -> str:
+    """What a line is called that is drawn for some runs."""
+    names = _listing([run.name for run in group])
+    return names if len(group) == 1 else f"mean of {names}"
 
 
 def over_seeds(runs: Sequence[Run]) -> list[str]:
     """Mean and standard deviation of what was measured, for runs that differ in the seed alone."""
-    alike: list[list[Run]] = []
-    for run in runs:
-        for group in alike:
-            if differences(group[0].config, run.config).keys() <= {"runtime.seed"}:
-                group.append(run)
-                break
-        else:
-            alike.append([run])
     sentences = []
-    for group in alike:
-        if len({run.config.runtime.seed for run in group}) < len(group) or len(group) < 2:
+    for group in alike(runs):
+        if len(group) < 2:
             continue
         for (task, metric), scores in trained_scores(group).items():
             values = [score.value for score in scores.values()]

@@ -26,7 +26,7 @@ from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
-from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
+from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import ImportConfig, read_encoder
 
 LAYERS = 4
@@ -324,9 +324,11 @@ def open_backbone(
         _label(backbone, file.name, weights, str(file))
         backbone.config = None  # made up from shapes, it says nothing of the pre-training
     elif Path(spec).expanduser().exists():
-        checkpoint = open_checkpoint(Path(spec).expanduser())
+        checkpoint, encoder = read_checkpoint(
+            Path(spec).expanduser(), lambda found: (found, encoder_of(found, weights))
+        )
         config = checkpoint.config
-        backbone = own_backbone(encoder_of(checkpoint, weights), config, image_size)
+        backbone = own_backbone(encoder, config, image_size)
         label = f"{config.method.name}, step {checkpoint.step}"
         _label(backbone, label, weights, str(checkpoint.path))
         backbone.run, backbone.seed = checkpoint.run, config.runtime.seed

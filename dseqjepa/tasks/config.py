@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from dseqjepa.config import Fraction, Range, Section, Size, check_pixel_range
 
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class TaskConfig(Section):
@@ -40,7 +40,7 @@ class TaskConfig(Section):
     """The values of 16-bit grey images that become black and white; `auto`: as in the run."""
     data_seed: int = Field(0, ge=0, lt=2**31)
     """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=256)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
 

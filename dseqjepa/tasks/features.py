@@ -228,9 +228,8 @@ def extract(
         device=device,
         bf16=bf16,
     )
-    shares = [list(encodings)] if ranks is None else ranks.share(list(encodings))
     found: dict[str, Tensor] = {}
-    parts = sorted((e for share in shares for e in share), key=lambda e: e.first)
+    parts = sorted(_of_all_ranks(list(encodings), ranks), key=lambda e: e.first)
     for part in parts:
         for piece, value_BD in part.pieces.items():
             if piece not in found:
@@ -238,6 +237,22 @@ def extract(
             found[piece][part.kept] = value_BD
     kept = [index for part in parts for index in part.kept]
     return assembled(source, found, kept, tuple(bad for part in parts for bad in part.bad))
+
+
+def _of_all_ranks(own: list[Encoding], ranks: Ranks | None) -> list[Encoding]:
+    if ranks is None or ranks.world == 1:
+        return own
+    said: list[Any] = ranks.share([[e.first, e.stop, e.kept, e.bad] for e in own])
+    held = ranks.share_tensors(
+        {f"{n} {piece}": x for n, e in enumerate(own) for piece, x in e.pieces.items()}
+    )
+    found = []
+    for entries, tensors in zip(said, held, strict=True):
+        for n, (first, stop, kept, bad) in enumerate(entries):
+            mine = f"{n} "
+            pieces = {k.removeprefix(mine): x for k, x in tensors.items() if k.startswith(mine)}
+            found.append(Encoding(first, stop, kept, pieces, tuple(map(tuple, bad))))
+    return found
 
 
 def assembled(

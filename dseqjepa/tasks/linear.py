@@ -206,7 +206,7 @@ class Training:
         for bad in job.ranks.share(self.bad):
             self.bad |= bad
         job.ranks.came_on()
-        sums = torch.stack(job.ranks.share(total)).sum(dim=0)
+        sums = torch.tensor(job.ranks.share(total.tolist()), dtype=total.dtype).sum(dim=0)
         mean = float(sums[0] / sums[1])
         if not torch.isfinite(sums).all():
             raise RunError(f"the loss is not finite in epoch {self.epoch + 1}: lower lr")

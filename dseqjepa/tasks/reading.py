@@ -141,7 +141,8 @@ def in_order(
 def joined(
     found: list[tuple[int, T]], source: Source, bad: dict[str, str], ranks: Ranks
 ) -> list[T]:
-    """What the ranks found at the places of a test set, in its order; `bad` gets what all met.
+    """What the ranks found at the places of a test set, plain JSON, in its order; `bad` gets what
+    all met.
 
     Raises:
         RunError: nothing was found anywhere.

@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +22,11 @@ from scipy import stats
 from torch import Tensor
 
 from dseqjepa.errors import InputError, printable
+from dseqjepa.files import write_whole
 
 FORMAT = 1
 MANY = 4
 """The most metrics that stand side by side on a terminal."""
-PACKAGES = ("dseqjepa", "torch", "torchvision", "numpy", "timm")
-PACKAGE = Path(__file__).parent.parent
 
 
 class Metric(NamedTuple):
@@ -131,36 +127,7 @@ def _kind(values: Mapping[str, Any]) -> str:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".tmp-{path.name}")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def environment() -> dict[str, Any]:
-    """Where a result was made: the commit of the code, if it is in git, and versions."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"commit": _commit(), "versions": found}
-
-
-def _commit() -> str | None:
-    """The commit, with `-dirty` where files differ from it; None for code outside of git."""
-    try:
-        tracked = _git("ls-files", "--error-unmatch", "__init__.py")
-        return tracked and _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except OSError:  # there is no git
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else None
+    write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
 def device_name(device: torch.device) -> str:

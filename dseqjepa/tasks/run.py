@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dseqjepa.config import Config, RuntimeConfig
+from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
+from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.config import FrozenConfig, TaskConfig
@@ -26,7 +28,6 @@ from dseqjepa.tasks.results import (
     choose_path,
     device_name,
     digest,
-    environment,
     row,
     show,
     write_json,
@@ -56,6 +57,8 @@ class Job:
     """Of the result's file, without its ending."""
     resume: bool = False
     overwrite: bool = False
+    held: ExitStack = field(default_factory=ExitStack)
+    """What no other process may use until the result is written."""
 
 
 def run_task(
@@ -83,7 +86,9 @@ def run_task(
         InputError: before anything is written.
     """
     began = time.perf_counter()
-    runtime = join(RuntimeConfig(accelerator=config.accelerator))
+    words = {**flattened(config.model_dump(mode="json")), "task": task}
+    alike = {key: value for key, value in words.items() if key != "workers"}
+    runtime = join(RuntimeConfig(accelerator=config.accelerator), alike)
     device, ranks = runtime.fabric.device, runtime.ranks
     console = Console(quiet=not ranks.first, markup=False)  # names of others may look like it
     size = None if config.image_size == "auto" else config.image_size
@@ -122,22 +127,30 @@ def run_task(
         backbone.to(device), train, test, folder, device, ranks, console, name, resume, overwrite
     )
     who = identity(backbone)  # before it is trained
-    with ranks.failing_together(Stopped):
-        result: Result = module.evaluate(job, config)
-    values = describe(task, job, config, result, source, who)
-    values["wall_s"] = round(time.perf_counter() - began, 3)
-    path = out or choose_path(folder, task, values)
-    if ranks.first:
-        quick = ", preset=quick" if config.preset == "quick" else ""
-        title = f"{values['title']}{quick} (95 % interval: {result.interval})"
-        console.print(show(values["results"], title))
-        write_json(path, values)
-        print(f"written: {path}")
-        if result.unfinished is not None:
-            result.unfinished.unlink(missing_ok=True)
-        if draw is not None and result.examples:
-            draw(path.with_suffix(".png"), **result.examples)
-            print(f"written: {path.with_suffix('.png')}")
+    ranks.check_alike(
+        weights=who["digest"],
+        train=train.fingerprint(),
+        test=test.fingerprint(),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    with job.held:
+        with ranks.failing_together(Stopped):
+            result: Result = module.evaluate(job, config)
+        values = describe(task, job, config, result, source, who)
+        values["wall_s"] = round(time.perf_counter() - began, 3)
+        path = out or choose_path(folder, task, values)
+        if ranks.first:
+            quick = ", preset=quick" if config.preset == "quick" else ""
+            title = f"{values['title']}{quick} (95 % interval: {result.interval})"
+            console.print(show(values["results"], title))
+            write_json(path, values)
+            print(f"written: {path}")
+            if result.unfinished is not None:
+                result.unfinished.unlink(missing_ok=True)
+            if draw is not None and result.examples:
+                draw(path.with_suffix(".png"), **result.examples)
+                print(f"written: {path.with_suffix('.png')}")
     ranks.close()
     return path
 
@@ -222,6 +235,7 @@ def identity(backbone: Backbone) -> dict[str, Any]:
         kind["digest"] = backbone.digest()
     elif backbone.config is not None:
         kind["config"] = _without_seed(backbone.config)
+    settings = kind.get("config")
     height, width = backbone.image_size
     return {
         "name": backbone.name,
@@ -230,6 +244,7 @@ def identity(backbone: Backbone) -> dict[str, Any]:
         "digest": backbone.digest(),
         "group": digest({**kind, "image_size": [height, width]})[:16],
         "seed": backbone.seed,
+        "settings": None if settings is None else flattened(settings),
         "image_size": [height, width],
         "patch_size": backbone.patch_size,
         "width": backbone.width,

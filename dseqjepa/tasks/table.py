@@ -1,7 +1,8 @@
 """`dseqjepa results`: the results of many evaluations side by side.
 
 A column is one metric under one protocol, data included: numbers that were not measured alike
-never share one. A line is one encoder; runs that differ in nothing but their seed are one line.
+never share one. A line is one recipe, on whatever data sets it was trained; runs that differ in
+nothing but their seed are one number.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dseqjepa.errors import InputError, printable
+from dseqjepa.files import write_whole
 from dseqjepa.tasks.results import FORMAT, Metric, digest, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
@@ -109,7 +113,7 @@ def collect(folders: Sequence[Path]) -> ResultTable:
         said = f" ({'; '.join(notes)})" if notes else ""
         raise InputError(f"no results below {where}: `dseqjepa evaluate` writes them{said}")
     keys: dict[tuple[str, str], Values] = {}
-    places: dict[tuple[str, tuple[str, str]], dict[str, tuple[Path, Values]]] = {}
+    places: dict[str, dict[tuple[str, str], dict[str, tuple[Path, Values]]]] = {}
     names: dict[str, Values] = {}
     for path, values in found:
         backbone, protocol = values["backbone"], values["protocol"]
@@ -117,24 +121,30 @@ def collect(folders: Sequence[Path]) -> ResultTable:
         for metric in values["metrics"]:
             column = (digest(protocol), metric)
             keys.setdefault(column, values)
-            weights = places.setdefault((backbone["group"], column), {})
+            weights = places.setdefault(backbone["group"], {}).setdefault(column, {})
             if backbone["digest"] in weights:
                 older = weights[backbone["digest"]][0]
                 notes.append(f"{older} is left out: {path} measured the same again")
             weights[backbone["digest"]] = (path, values)
     columns = list(keys)
-    labels = _labels(names)
-    lines: dict[str, dict[int, Cell]] = {label: {} for label in labels.values()}
-    for (group, column), weights in places.items():
-        files = [path for path, _ in weights.values()]
-        metrics = [_metric(values, column[1]) for _, values in weights.values()]
-        one = metrics[0] if len(metrics) == 1 else mean_metric([m.value for m in metrics])
-        seeds = tuple(values["backbone"]["seed"] for _, values in weights.values())
-        cell = Cell(one, seeds, tuple(map(str, files)))
-        lines[labels[group]][columns.index(column)] = cell
+    lines: dict[str, dict[int, Cell]] = {}
+    for label, groups in _lines(names, {group: set(cells) for group, cells in places.items()}):
+        lines[label] = {
+            columns.index(column): _cell(weights, column[1])
+            for group in groups
+            for column, weights in places[group].items()
+        }
     return ResultTable(
         _titles(keys), tuple(values["protocol"] for values in keys.values()), lines, tuple(notes)
     )
+
+
+def _cell(weights: Mapping[str, tuple[Path, Values]], name: str) -> Cell:
+    """The mean over the weights that one recipe gave, or the number of the only ones."""
+    metrics = [Metric(**values["metrics"][name]) for _, values in weights.values()]
+    one = metrics[0] if len(metrics) == 1 else mean_metric([m.value for m in metrics])
+    seeds = tuple(values["backbone"]["seed"] for _, values in weights.values())
+    return Cell(one, seeds, tuple(str(path) for path, _ in weights.values()))
 
 
 def write_table(table: ResultTable, out: Path) -> None:
@@ -147,7 +157,47 @@ def write_table(table: ResultTable, out: Path) -> None:
         ".json": lambda: json.dumps(table.json(), indent=1) + "\n",
     }[out.suffix]()
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(whole, encoding="utf-8")
+    write_whole(out, whole)
+
+
+Measured = Annotated[float, Field(ge=-1e12, le=1e12)]
+"""A number of which a mean can be taken."""
+
+
+class _Number(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    value: Measured
+    low: Measured | None = None
+    high: Measured | None = None
+
+
+class _Who(BaseModel):
+    name: str
+    weights: str
+    group: str
+    digest: str
+    seed: int | None
+    image_size: tuple[int, int]
+    settings: dict[str, Any] | None = None
+
+
+class _Protocol(BaseModel):
+    labels: str
+
+
+class _Data(BaseModel):
+    source: str
+
+
+class _Stored(BaseModel):
+    """What a table needs of a result, as it stands in the file."""
+
+    task: str
+    preset: str
+    metrics: dict[str, _Number] = Field(min_length=1)
+    backbone: _Who
+    protocol: _Protocol
+    data: _Data
 
 
 def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]]:
@@ -163,39 +213,83 @@ def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]
     for path in paths:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(values, dict) and "protocol" in values and "metrics" in values):
+                continue  # a run has other files
+            if values.get("format") != FORMAT:
+                notes.append(f"{path} is of another version of dseqjepa")
+                continue
+            _Stored.model_validate(values)
+            digest(values)  # which has to go as deep as the file does
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            notes.append(f"{path} cannot be read ({where}: {first['msg']})")
         except (OSError, ValueError, RecursionError) as error:
             notes.append(f"{path} cannot be read ({type(error).__name__})")
-            continue
-        if not (isinstance(values, dict) and "protocol" in values and "metrics" in values):
-            continue  # a run has other files
-        if values.get("format") != FORMAT:
-            notes.append(f"{path} is of another version of dseqjepa")
-            continue
-        found.append((path, values))
+        else:
+            found.append((path, values))
     return sorted(found, key=lambda item: item[0].stat().st_mtime), notes
 
 
-def _metric(values: Values, name: str) -> Metric:
-    return Metric(**values["metrics"][name])
+BY_DATA = frozenset({"data.size", "optim.epochs", "optim.warmup_epochs"})
+"""Settings that `auto` settles for a data set: one recipe has others on another."""
 
 
-def _labels(names: Mapping[str, Values]) -> dict[str, str]:
-    """What a line is called: the name of its encoder, and where two have one, what tells them
-    apart."""
-    labels = {}
+def _lines(
+    names: Mapping[str, Values], columns: Mapping[str, set[tuple[str, str]]]
+) -> list[tuple[str, list[str]]]:
+    """The lines of the table: what each is called, and the groups that stand in it.
+
+    A recipe is one line, whatever data sets it was trained on, as long as no two of its groups
+    stand in one column. A line is called after its method, and, where several have one name, the
+    settings in which they differ.
+    """
+    lines: list[list[str]] = []
     for group, backbone in names.items():
-        twins = [b for b in names.values() if b["name"] == backbone["name"]]
-        label = str(backbone["name"])
-        for key in ("weights", "image_size"):
-            if len({str(twin[key]) for twin in twins}) > 1:
-                label += f", {key} {backbone[key]}"
-        twins = [twin for twin in twins if _kin(twin) == _kin(backbone)]
-        labels[group] = label if len(twins) == 1 else f"{label} [{group[:6]}]"
-    return labels
+        for line in lines:
+            is_free = not any(columns[group] & columns[other] for other in line)
+            if is_free and _recipe(names[line[0]]) == _recipe(backbone):
+                line.append(group)
+                break
+        else:
+            lines.append([group])
+    facts = [_facts([names[group] for group in line]) for line in lines]
+    labels = []
+    for mine in facts:
+        twins = [fact for fact in facts if fact["name"] == mine["name"]]
+        keys = dict.fromkeys(key for twin in twins for key in twin)
+        unlike = [key for key in keys if len({str(twin.get(key)) for twin in twins}) > 1]
+        said = [f"{key} {mine[key]}" for key in unlike if key in mine]
+        labels.append(", ".join([str(mine["name"]), *said]))
+    return [
+        (label if labels.count(label) == 1 else f"{label} [{line[0][:6]}]", line)
+        for label, line in zip(labels, lines, strict=True)
+    ]
 
 
-def _kin(backbone: Values) -> tuple[str, ...]:
-    return tuple(str(backbone[key]) for key in ("name", "weights", "image_size"))
+def _recipe(backbone: Values) -> tuple[Any, ...]:
+    """What two groups share that are one recipe on two data sets."""
+    settings = backbone.get("settings")
+    if settings is None:
+        return (backbone["group"],)
+    decided = {key: value for key, value in settings.items() if key not in BY_DATA}
+    return _method(backbone), str(backbone["weights"]), str(backbone["image_size"]), digest(decided)
+
+
+def _method(backbone: Values) -> str:
+    """The encoder's name without the step at which it was taken."""
+    return str(backbone["name"]).partition(", step ")[0]
+
+
+def _facts(backbones: Sequence[Values]) -> dict[str, Any]:
+    """What can tell a line from another, of all that its groups have alike."""
+    facts = []
+    for backbone in backbones:
+        _, _, step = str(backbone["name"]).partition(", step ")
+        fact = {"name": _method(backbone)}
+        fact |= {key: backbone[key] for key in ("weights", "image_size")}
+        facts.append(fact | dict(backbone.get("settings") or {}) | ({"step": step} if step else {}))
+    return {k: v for k, v in facts[0].items() if all(fact.get(k) == v for fact in facts)}
 
 
 def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:

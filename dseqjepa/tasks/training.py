@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,14 +27,22 @@ from torch import Tensor, nn
 
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import remove
 from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import TrainedConfig
 from dseqjepa.tasks.reading import SUBSTITUTES, Samples, read_ahead
 from dseqjepa.tasks.run import Job
-from dseqjepa.train.checkpoint import Checkpoint, load_into, open_checkpoint, save_checkpoint
+from dseqjepa.train.checkpoint import (
+    Checkpoint,
+    holds_checkpoint,
+    load_into,
+    open_checkpoint,
+    save_checkpoint,
+)
 from dseqjepa.train.clock import duration
+from dseqjepa.train.folder import locked
 from dseqjepa.train.log import Journal
 from dseqjepa.train.optimizer import load_optimizer_state, optimizer_state
 from dseqjepa.train.runtime import Stopped, StopRequest
@@ -111,13 +119,14 @@ class Place:
     console: Console = field(default_factory=Console)
     stop_after: int | None = None
     """Stop with a checkpoint after this step, as SIGTERM would have it."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """Closed when the result is written; until then no other evaluation trains in the folder."""
 
     def start(self) -> Checkpoint | None:
         """The checkpoint to go on from. `InputError` where the folder is in use, or holds the
         training of something else."""
-        # `last` is written after the folder that it names.
-        found_any = any((self.folder / "checkpoints").glob("step-*/state.json"))
-        if self.overwrite or not found_any:
+        self.ranks.together(lambda: self._hold() if self.ranks.first else None)
+        if self.overwrite or not holds_checkpoint(self.folder):
             return None
         if not self.resume:
             raise InputError(
@@ -134,6 +143,10 @@ class Place:
                 "overwrite=true starts anew, out=FILE keeps both"
             )
         return found
+
+    def _hold(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.held.enter_context(locked(self.folder, f"the training in {self.folder}"))
 
 
 def place_of(job: Job, config: TrainedConfig) -> Place:
@@ -162,6 +175,7 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
         accumulate=config.accumulate,
         workers=config.workers,
         console=job.console,
+        held=job.held,
     )
 
 
@@ -238,14 +252,13 @@ def fit(
     step, bad = 0, dict[str, str]()
     if start is None:
         if ranks.first and place.overwrite:
-            shutil.rmtree(place.folder / "checkpoints", ignore_errors=True)
+            remove(place.folder / "checkpoints")
     else:
         load_into(model, start.tensors("model"), f"{start.path}/model.safetensors")
         load_optimizer_state(optimizer, model, start.tensors("optimizer"))
         step, bad = start.step, dict(start.state["bad"])
     told = set(bad)
     journal = Journal(place.folder, place.console, quiet=not ranks.first)
-    place.folder.mkdir(parents=True, exist_ok=True)
     journal.rewind(step, bad)
     journal.say(
         f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)} on "
@@ -266,7 +279,7 @@ def fit(
         }
         state = {"identity": dict(place.identity), "steps": recipe.steps, "bad": bad}
         if ranks.first:
-            save_checkpoint(place.folder / "checkpoints", step, tensors, state, keep=1)
+            save_checkpoint(place.folder / "checkpoints", step, tensors, state, 1, journal.say)
         ranks.wait()
 
     def parts_of_step() -> Iterator[tuple[int, list[Sample]]]:
@@ -316,7 +329,7 @@ def fit(
                     journal.say(f"stopped at step {step}; resume=true goes on")
                     raise Stopped
     finally:
-        journal.stop_progress()
+        journal.close()
     return bad
 
 

@@ -13,11 +13,10 @@ import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +25,17 @@ from torch import Tensor
 
 from dseqjepa.config import Config, validate
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import UNFINISHED, remove, sync
 from dseqjepa.methods import Method, build_method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{8,})")
+AGAIN = 20
+"""How often an encoder is looked for whose run goes on, and drops what was about to be read."""
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Checkpoint:
         return int(self.state["step"])
 
     @property
+    def digest(self) -> str:
+        """A hash of all that the checkpoint holds."""
+        return _digest(self.state)
+
+    @property
     def config(self) -> Config:
         return validate(self.state["config"])
 
@@ -56,7 +65,19 @@ class Checkpoint:
         return self.path.parent.parent if inside else self.path
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.path / f"{name}.safetensors")
+        try:
+            return load_file(self.path / f"{name}.safetensors")
+        except (OSError, RuntimeError, SafetensorError):  # it looks, and then opens
+            if not (self.path / "state.json").exists():
+                raise Dropped(self.path) from None
+            raise
+
+
+class Dropped(InputError):
+    """The run that wrote a checkpoint goes on, and has removed it before it was read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"checkpoint {path} was removed while it was read: try again")
 
 
 @dataclass(frozen=True)
@@ -82,30 +103,33 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    say: Callable[[str], None] = log.warning,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep`.
+    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep`, and step
+    0, with which all that was learnt is compared.
 
     `tensors` maps a file's name to its tensors; `state` must be plain JSON. Steps beyond this one,
     which a run that went back has left, are dropped. Nothing is dropped before the new one is on
-    the disk. `RunError` where it cannot be written: what was there is left as it was.
+    the disk; what cannot be dropped stays, and `say` says so. `RunError` where the new one cannot
+    be written: what was there is left as it was.
     """
     final = folder / f"step-{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_unfinished(folder)
-        _write(folder / f".tmp-{final.name}", final, step, tensors, state)
+        _drop(_unfinished(folder), say)
+        _write(folder / f"{UNFINISHED}{final.name}", final, step, tensors, state)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if folder.is_dir():
-            _drop_unfinished(folder)
+            _drop(_unfinished(folder), say)
         raise RunError(
             f"cannot write the checkpoint {final}: {reason}; the one before it is intact, and "
             "resume=true goes on from it once this is mended"
         ) from error
+    _point_at(final, say)
     steps = _steps(folder)
-    for number, old in steps.items():
-        if number > step or number not in sorted(n for n in steps if n <= step)[-keep:]:
-            shutil.rmtree(old)
+    kept = {0, *sorted(number for number in steps if number <= step)[-keep:]}
+    _drop([path for number, path in steps.items() if number not in kept], say)
     return final
 
 
@@ -123,29 +147,55 @@ def _write(
         path = temporary / f"{name}.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
+        sync(path)
     manifest = {"format": FORMAT, "step": step, **state, "files": files}
     manifest["sha256"] = _digest(manifest)
     (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(temporary / "state.json")
-    _sync(temporary)
-    if final.exists():
-        shutil.rmtree(final)
+    sync(temporary / "state.json")
+    sync(temporary)
+    if final.exists():  # out of the way in one step: to remove it takes many
+        final.rename(folder / f"{UNFINISHED}old-{final.name}")
     temporary.rename(final)
-    link = folder / ".tmp-last"
-    link.symlink_to(final.name)
-    last = folder / "last"
-    if last.is_dir() and not last.is_symlink():  # copied by what does not know links
-        shutil.rmtree(last)
-    link.replace(last)
-    _sync(folder)
+    for place in (folder, folder.parent, folder.parent.parent):  # the first save makes all of them
+        sync(place)
 
 
-def _drop_unfinished(folder: Path) -> None:
-    """Remove what a save left that did not come to its end."""
-    unfinished = [path for path in _steps(folder).values() if not (path / "state.json").exists()]
-    for path in (*folder.glob(".tmp-*"), *unfinished):
-        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+def _point_at(final: Path, say: Callable[[str], None]) -> None:
+    """Make `last` lead to a checkpoint, for people; a disk that has no links does without."""
+    folder = final.parent
+    link, last = folder / f"{UNFINISHED}last", folder / "last"
+    try:
+        remove(link)
+        link.symlink_to(final.name)
+        if last.is_dir() and not last.is_symlink():  # copied by what does not know links
+            remove(last)
+        link.replace(last)
+        sync(folder)
+    except OSError as error:
+        say(f"{last} does not lead to {final.name}: {error.strerror}; name the run, or the step")
+
+
+def _drop(paths: list[Path], say: Callable[[str], None]) -> None:
+    """Remove what is of no more use; what cannot be removed is no reason to end a run."""
+    for path in paths:
+        try:
+            if path.is_dir() and not path.is_symlink():
+                # What makes it a checkpoint goes first: nobody reads one that is half removed.
+                (path / "state.json").unlink(missing_ok=True)
+            remove(path)
+        except OSError as error:
+            say(f"{path} is of no more use and cannot be removed: {error.strerror}")
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What a save left that did not come to its end."""
+    steps = [path for path in _steps(folder).values() if not (path / "state.json").exists()]
+    return [*folder.glob(f"{UNFINISHED}*"), *steps]
+
+
+def holds_checkpoint(run: Path) -> bool:
+    """Whether a checkpoint was finished in a run's folder; whether it is whole is not looked at."""
+    return any((path / "state.json").exists() for path in _steps(run / "checkpoints").values())
 
 
 def _steps(folder: Path) -> dict[int, Path]:
@@ -164,15 +214,30 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     verified; `InputError` says which file is missing or damaged. An older one never takes the place
     of a damaged one unless its step is asked for.
     """
+    return read_checkpoint(path, lambda checkpoint: checkpoint, step)
+
+
+def read_checkpoint(path: Path, read: Callable[[Checkpoint], T], step: int | None = None) -> T:
+    """What `read` makes of the checkpoint that `open_checkpoint` opens; of a newer one where the
+    run goes on and drops it meanwhile."""
+    for _ in range(AGAIN):
+        try:
+            return read(_opened(path, step))
+        except Dropped:
+            continue
+    return read(_opened(path, step))
+
+
+def _opened(path: Path, step: int | None) -> Checkpoint:
     if step is None and (path / "state.json").is_file():
-        return _verified(path.resolve())
+        return _verified(_place(path))
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    for found in folder.glob(".tmp-step-*"):
+    for found in folder.glob(f"{UNFINISHED}step-*"):
         log.warning("%s is ignored: it was not finished", found)
     finished = {}
     for number, found in _steps(folder).items():
         if (found / "state.json").is_file():
-            finished[number] = found.resolve()
+            finished[number] = _place(found)
         else:
             log.warning("%s is ignored: it was not finished, it has no state.json", found)
     if not finished:
@@ -191,12 +256,21 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
         return _verified(finished[step])
     newest, *older = finished.values()
     last = folder / "last"
-    if not last.is_symlink() or last.resolve() != newest:
+    if os.path.lexists(last) and not (last.is_symlink() and last.resolve() == newest.resolve()):
         log.warning("%s does not lead to the newest checkpoint: %s is read", last, newest)
     try:
         return _verified(newest)
+    except Dropped:
+        raise
     except InputError as error:
         raise InputError(f"{error}{_what_else(older)}") from None
+
+
+def _place(path: Path) -> Path:
+    """Where a checkpoint lies in its run: `last` is followed, a run's link to another disk not."""
+    here = Path(os.path.abspath(path))
+    leads_beside = here.is_symlink() and here.readlink().parent == Path()
+    return here.parent / here.readlink() if leads_beside else here
 
 
 def _what_else(older: list[Path]) -> str:
@@ -229,6 +303,16 @@ def described(folder: Path) -> Checkpoint:
 
 
 def _verified(folder: Path) -> Checkpoint:
+    try:
+        return _compared(folder)
+    except (InputError, FileNotFoundError):
+        if not (folder / "state.json").exists():
+            raise Dropped(folder) from None
+        raise
+
+
+def _compared(folder: Path) -> Checkpoint:
+    """With the lengths and hashes that it says of itself."""
     checkpoint = described(folder)
     for name, expected in checkpoint.state["files"].items():
         path = folder / name
@@ -265,7 +349,7 @@ def load_method(run_or_checkpoint: str | Path) -> Method:
 
     Arguments and errors are those of `load_encoder`.
     """
-    return method_of(open_checkpoint(Path(run_or_checkpoint)))
+    return read_checkpoint(Path(run_or_checkpoint), method_of)
 
 
 def method_of(checkpoint: Checkpoint) -> Method:
@@ -299,7 +383,7 @@ def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> V
     `weights` is `target` (the EMA encoder, what the evaluations use) or `context`. Raises
     `InputError` for a missing, damaged or unfitting checkpoint.
     """
-    return encoder_of(open_checkpoint(Path(run_or_checkpoint)), weights)
+    return read_checkpoint(Path(run_or_checkpoint), lambda found: encoder_of(found, weights))
 
 
 def encoder_of(checkpoint: Checkpoint, weights: str) -> VisionTransformer:
@@ -321,12 +405,3 @@ def _digest(state: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written; a folder's sync makes its names durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

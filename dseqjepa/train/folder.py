@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dseqjepa.errors import InputError
-from dseqjepa.train.checkpoint import Checkpoint
+from dseqjepa.files import UNFINISHED, remove, sync
+from dseqjepa.train.checkpoint import STEP_NAME, Checkpoint, holds_checkpoint
 
 LOCK = ".lock"
 RUN_FILES = frozenset(
     {
         "config.yaml",
+        "run.jsonl",
         "metrics.jsonl",
         "log.txt",
         "bad_files.jsonl",
@@ -29,30 +30,32 @@ RUN_FILES = frozenset(
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the run's folder `out`; `InputError` names who holds it already.
+def locked(out: Path, name: str = "") -> Iterator[None]:
+    """Hold the folder `out` of a run, or of an evaluation's training; `InputError` names who holds
+    it already, and calls the folder by its `name` (`out=...`, if not given).
 
     The system lets go of the lock when this process ends, however it ends. It is a record lock:
     processes that read images for this one do not inherit it and cannot keep it, and network file
     systems have it.
     """
+    name = name or f"out={out}"
     try:
         opened = (out / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"out={out} cannot be written to: {error.strerror}") from None
+        raise InputError(f"{name} cannot be written to: {error.strerror}") from None
     with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise InputError(
-                    f"out={out} cannot be locked ({error.strerror}): give a folder on a disk that "
+                    f"{name} cannot be locked ({error.strerror}): give a folder on a disk that "
                     "can, so that two processes never write into one run"
                 ) from None
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise InputError(
-                f"out={out} is in use by {holder}: wait for it, or give another folder"
+                f"{name} is in use by {holder}: wait for it, or give another folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -61,22 +64,63 @@ def locked(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(out: Path, overwrite: bool, kept: Checkpoint | None) -> Iterator[None]:
+def claimed(
+    out: Path, overwrite: bool, kept: Checkpoint | None, unless_kept: bool = False
+) -> Iterator[None]:
     """Make `out` an empty folder and hold it; remove an old run where that was asked for, nothing
-    else, and not the one that `kept` is of."""
-    _check(out, overwrite, kept)
+    else, and not the one that `kept` is of. With `unless_kept` a run of which there is nothing to
+    keep is removed unasked."""
+
+    def check() -> None:
+        _check(out, overwrite or (unless_kept and is_worthless(out)), kept)
+
+    check()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        _make(out)
     except OSError as error:
         raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise InputError(f"out={out} cannot be written to: give another, or change its permissions")
     with locked(out):
-        _check(out, overwrite, kept)  # again: another process may have been quicker
+        check()  # again: another process may have been quicker
         for name in _present(out):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                _clear(out / name)
+            except OSError as error:
+                raise InputError(
+                    f"the old run in {out} cannot be removed: {error.filename}: {error.strerror}"
+                ) from None
         yield
+
+
+def is_worthless(out: Path) -> bool:
+    """Whether `out` holds a run that died before its first checkpoint: nothing to go on from, no
+    measurement, no result."""
+    names = _present(out)
+    if not names or _foreign(names) or holds_checkpoint(out):
+        return False
+    has_metrics = (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 0
+    return not has_metrics and not (out / "evaluations").exists()
+
+
+def _make(folder: Path) -> None:
+    """With the folders above it, each of them durable."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
+def _clear(path: Path) -> None:
+    """Remove a part of an old run. `checkpoints` may be a link to a larger disk: it stays, and what
+    a run has written there goes."""
+    if not (path.is_symlink() and path.is_dir()):
+        remove(path)
+        return
+    for inside in path.iterdir():
+        is_of_run = STEP_NAME.fullmatch(inside.name) or inside.name.startswith(UNFINISHED)
+        if is_of_run or inside.name == "last":
+            remove(inside)
 
 
 def _check(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
@@ -87,16 +131,29 @@ def _check(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
         present = _present(out)
     except OSError as error:
         raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
+    foreign = _foreign(present)
     if present and not overwrite:
-        raise InputError(
-            f"out={out} is not empty: give another folder, resume=true to go on with the run "
-            "in it, or overwrite=true to replace it"
+        advice = f"it holds {foreign[0]!r}, which is not of a run" if foreign else ""
+        advice = (
+            advice or "resume=true to go on with the run in it, or overwrite=true to replace it"
         )
-    foreign = sorted(present - RUN_FILES)
+        if is_worthless(out):
+            advice = "or resume=auto: the run in it died before its first checkpoint"
+        raise InputError(f"out={out} is not empty: give another folder, {advice}")
     if foreign:
-        raise InputError(f"overwrite=true: {out} also holds {foreign[0]!r}, which is not of a run")
-    if present and kept is not None and kept.path.is_relative_to(out.resolve()):
+        raise InputError(
+            f"out={out} is not replaced: {out} also holds {foreign[0]!r}, which is not of a run"
+        )
+    for name in present:
+        if (out / name).is_symlink() and not (out / name).exists():
+            raise InputError(f"{out / name} leads nowhere: mend the link, or remove it")
+    places = (out.resolve(), (out / "checkpoints").resolve())
+    if present and kept is not None and any(kept.path.resolve().is_relative_to(p) for p in places):
         raise InputError(f"overwrite=true would remove {kept.path}, which init_from names")
+
+
+def _foreign(names: set[str]) -> list[str]:
+    return sorted(name for name in names if name.removeprefix(UNFINISHED) not in RUN_FILES)
 
 
 def _present(out: Path) -> set[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 
 from dseqjepa.errors import printable
+from dseqjepa.files import write_whole
 from dseqjepa.ranks import Ranks
 
 CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
@@ -92,12 +97,18 @@ class Window:
 
 
 class Journal:
-    """Writes a run's lines. With `quiet` (ranks other than 0) nothing is written or shown."""
+    """Writes a run's lines. With `quiet` (ranks other than 0) nothing is written or shown.
+
+    What cannot be shown or written ends no run: a console that is gone is given up, and the lines
+    of a file wait for its disk.
+    """
 
     def __init__(self, out: Path, console: Console, *, quiet: bool = False) -> None:
         self.out, self.console, self.quiet = out, console, quiet
         self.progress: Progress | None = None
         self.task: TaskID | None = None
+        self._waiting: dict[str, list[str]] = {}
+        self._writing = threading.RLock()
 
     def rewind(self, step: int, bad: Mapping[str, str]) -> None:
         """Drop what the files hold beyond a step and its bad files: it is not in the checkpoint."""
@@ -115,31 +126,64 @@ class Journal:
         _replace(self.out / "bad_files.jsonl", [_bad_line(*item) for item in bad.items()])
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        if not self.quiet:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        self._write("metrics.jsonl", json.dumps(values))
 
     def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
         """A step that was not taken, and the images that it had seen."""
         self.say(f"step {step} is not taken: {reason}; its images are in skipped.jsonl")
-        if not self.quiet:
-            with (self.out / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "reason": reason, "images": images}) + "\n")
+        self._write("skipped.jsonl", json.dumps({"step": step, "reason": reason, "images": images}))
 
     def bad_file(self, path: str, reason: str) -> None:
         """A file that cannot be decoded."""
         self.say(f"cannot decode {path}: {reason}")
-        if not self.quiet:
-            with (self.out / "bad_files.jsonl").open("a", encoding="utf-8") as file:
-                file.write(_bad_line(path, reason))
+        self._write("bad_files.jsonl", _bad_line(path, reason).rstrip("\n"))
 
     def say(self, text: str) -> None:
         """A line for people, on the console and in log.txt; one, whatever names it holds."""
+        if self.quiet:
+            return
         text = printable(text)
-        if not self.quiet:
+        self._show(text)
+        self._write("log.txt", text)
+
+    def _show(self, text: str) -> None:
+        encoding = self.console.encoding  # which may lack a letter of a file's name
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        try:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        except (OSError, SystemExit) as error:  # rich ends the program when a pipe is closed
+            self._give_up_console(error)
+
+    def _give_up_console(self, error: OSError | SystemExit) -> None:
+        self.console.quiet = True
+        with contextlib.suppress(OSError):  # what is left in its buffer would end the process later
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.console.file.fileno())
+            os.close(nowhere)
+        reason = os.strerror(errno.EPIPE) if isinstance(error, SystemExit) else error.strerror
+        self._write("log.txt", f"the console is gone ({reason}): what follows stands here alone")
+
+    def _write(self, name: str, line: str) -> None:
+        """Append a line, after those that could not be written before."""
+        if self.quiet:
+            return
+        with self._writing:  # a wait for data is told by a thread of its own
+            lines = self._waiting.setdefault(name, [])
+            lines.append(line)
+            try:
+                _append(self.out / name, "".join(f"{each}\n" for each in lines))
+            except OSError as error:
+                if len(lines) == 1:
+                    self._show(f"{self.out / name} cannot be written, lines wait: {error.strerror}")
+            else:
+                lines.clear()
+
+    def close(self) -> None:
+        """Say what could not be written to the end."""
+        self.stop_progress()
+        for name, lines in self._waiting.items():
+            if lines:
+                self._show(f"{len(lines)} lines of {self.out / name} are lost")
 
     def start_progress(self, done: int, total: int) -> None:
         """A bar on a terminal; elsewhere the plain lines have to do."""
@@ -161,7 +205,10 @@ class Journal:
 
     def stop_progress(self) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            try:
+                self.progress.stop()
+            except (OSError, SystemExit) as error:
+                self._give_up_console(error)
             self.progress = None
 
 
@@ -169,11 +216,22 @@ def _bad_line(path: str, reason: str) -> str:
     return json.dumps({"path": path, "reason": reason}) + "\n"
 
 
+def _append(path: Path, text: str) -> None:
+    """All of it or nothing: a disk that is full takes a part."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        content = text.encode(errors="backslashreplace")
+        if os.write(descriptor, content) < len(content):
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
 def _replace(path: Path, lines: list[str]) -> None:
     """Make a file hold these lines, whole or not at all; no lines, no file."""
-    if not lines:
+    if lines:
+        write_whole(path, "".join(lines))
+    else:
         path.unlink(missing_ok=True)
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)

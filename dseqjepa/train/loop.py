@@ -22,6 +22,7 @@ from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import write_whole
 from dseqjepa.methods import Method, build_method
 from dseqjepa.methods.base import Step
 from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
@@ -123,7 +124,7 @@ class Trainer:
         """Train to the end. Raises `Stopped` on SIGTERM and `RunError` where it cannot go on."""
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            write_whole(self.out / "config.yaml", self.config.to_yaml())
             self.journal.rewind(self.step, self.bad)
         self._introduce()
         self.watch = Watch(self.journal.say, self.loader.reading)
@@ -147,7 +148,7 @@ class Trainer:
                 "most often the machine is out of memory, so lower data.workers"
             ) from error
         finally:
-            self.journal.stop_progress()
+            self.journal.close()
             self.watch.close()
             self.loader.close()
 
@@ -176,7 +177,7 @@ class Trainer:
                 self.save()
                 clock.restart()
             if stopping:
-                by = "by SIGTERM " if self.stop_after is None else ""
+                by = f"by {stop.name} " if self.stop_after is None else ""
                 self.journal.say(f"stopped {by}at step {self.step}; resume=true goes on")
                 raise Stopped
 
@@ -386,7 +387,8 @@ class Trainer:
         state = self._state()
         if self.ranks.first:
             keep = self.config.checkpoint.keep
-            save_checkpoint(self.out / "checkpoints", self.step, whole, state, keep)
+            folder, say = self.out / "checkpoints", self.journal.say
+            save_checkpoint(folder, self.step, whole, state, keep, say)
         self.ranks.wait()
 
     def _rest(self) -> dict[str, Tensor]:

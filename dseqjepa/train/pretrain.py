@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -17,8 +18,9 @@ from dseqjepa.data.labelled import located, open_source, prepare
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
-from dseqjepa.train.checkpoint import Checkpoint, Start, open_checkpoint
-from dseqjepa.train.folder import claimed, locked
+from dseqjepa.provenance import record
+from dseqjepa.train.checkpoint import Checkpoint, Start, holds_checkpoint, open_checkpoint
+from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loop import Probe, Trainer
 from dseqjepa.train.runtime import Runtime, Stopped, connect
 
@@ -40,7 +42,7 @@ def pretrain(
     config: Config,
     out: Path,
     *,
-    resume: bool | int = False,
+    resume: bool | int | Literal["auto"] = False,
     overwrite: bool = False,
     init_from: Path | None = None,
     allow_changed: Collection[str] = (),
@@ -49,6 +51,7 @@ def pretrain(
     console: Console | None = None,
     runtime: Runtime | None = None,
     stop_after: int | None = None,
+    preset: str | None = None,
 ) -> None:
     """Pre-train in `out`.
 
@@ -56,7 +59,8 @@ def pretrain(
         config: the run.
         out: its folder; a new or empty one unless `resume` or `overwrite` says otherwise.
         resume: go on with the run in `out`: True from its newest checkpoint, a number from that of
-            this step, which drops what came after.
+            this step, which drops what came after; "auto" where there is a checkpoint, and
+            otherwise start, also where a run died in `out` before it had written one.
         overwrite: remove the run in `out` and start anew.
         init_from: start a new run with the encoders of this one.
         allow_changed: what may differ from the run that is resumed: "config", "data".
@@ -65,32 +69,53 @@ def pretrain(
         console: where the lines for people go.
         runtime: the devices, if they are connected already.
         stop_after: stop after this step, as SIGTERM would.
+        preset: what the config was made from, for the record in run.jsonl.
 
     Raises:
         InputError: before anything is written.
         RunError: while it runs.
         Stopped: by SIGTERM, with a checkpoint on disk.
     """
-    if resume is not False and (overwrite or init_from is not None):
-        raise InputError("resume goes on with a run: leave out overwrite and init_from")
-    if unknown := sorted(set(allow_changed) - set(CHANGES)):
-        raise InputError(f"allow_changed takes {' and '.join(CHANGES)}, found {unknown[0]!r}")
     runtime = runtime or connect(config)
     ranks = runtime.ranks
+
+    def check() -> None:
+        if resume is not False and (overwrite or (init_from is not None and resume != "auto")):
+            raise InputError(
+                "resume goes on with a run: leave out overwrite and init_from (resume=auto may "
+                "have init_from, for the start)"
+            )
+        if unknown := sorted(set(allow_changed) - set(CHANGES)):
+            raise InputError(f"allow_changed takes {' and '.join(CHANGES)}, found {unknown[0]!r}")
+
+    ranks.together(check)
     with ranks.failing_together(Stopped), ExitStack() as held:
         data = ranks.together(lambda: source or open_training_source(config))
         config = ranks.together(lambda: fitting(config, data))
-        if len(set(ranks.share(data.fingerprint()))) > 1:
-            raise InputError(f"{config.data.source} does not hold the same images for every rank")
+        ranks.check_alike(images=data.fingerprint())
 
         def begin() -> Start:
-            if resume is False:
+            if resume is False or (resume == "auto" and not holds_checkpoint(out)):
                 return Start(init_from=starting_weights(config, init_from))
-            return _go_on(config, data, out, None if resume is True else resume, allow_changed)
+            step = None if resume is True or resume == "auto" else resume
+            return _go_on(config, data, out, step, allow_changed)
 
         start = ranks.together(begin)
-        folder = locked(out) if resume is not False else claimed(out, overwrite, start.init_from)
+        ranks.check_alike(start=_shown(start))
+        if start.resume is not None:
+            folder = locked(out)
+        else:
+            folder = claimed(out, overwrite, start.init_from, unless_kept=resume == "auto")
         ranks.together(lambda: held.enter_context(folder) if ranks.first else None)
+        if ranks.first:
+            device = str(runtime.fabric.device)
+            record(
+                out / "run.jsonl",
+                preset=preset,
+                start=_shown(start),
+                ranks=ranks.world,
+                device=device,
+            )
         prepare(data)
         Trainer(
             config,
@@ -103,6 +128,14 @@ def pretrain(
             stop_after=stop_after,
         ).run()
         ranks.wait()
+
+
+def _shown(start: Start) -> str:
+    """What a start begins with, wherever it lies."""
+    for how, checkpoint in (("resume", start.resume), ("init_from", start.init_from)):
+        if checkpoint is not None:
+            return f"{how} step {checkpoint.step} ({checkpoint.digest[:12]})"
+    return str(start)
 
 
 def starting_weights(config: Config, init_from: Path | None) -> Checkpoint | None:
@@ -156,6 +189,11 @@ def _check_some_decode(source: Source, name: str) -> None:
 def _go_on(
     config: Config, source: Source, out: Path, step: int | None, allow_changed: Collection[str]
 ) -> Start:
+    if is_worthless(out):
+        raise InputError(
+            f"{out} holds no checkpoint: the run in it died before its first one, and there is "
+            "nothing to resume; resume=auto starts it again"
+        )
     checkpoint = open_checkpoint(out, step)
     if "imported_from" in checkpoint.state:
         raise InputError(f"{out} is an imported encoder, no run: start a run with init_from={out}")
@@ -198,4 +236,6 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
         shown = ", ".join(
             f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape
         )
-        raise InputError(f"init_from {weights.path} is another encoder: {shown}")
+        settings = weights.run / "config.yaml"
+        hint = f"; {settings} as the preset has its settings" if settings.is_file() else ""
+        raise InputError(f"init_from {weights.path} is another encoder: {shown}{hint}")

@@ -30,15 +30,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dseqjepa.config import Config, RuntimeConfig
+from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.errors import InputError
+from dseqjepa.provenance import code_digest
 from dseqjepa.ranks import Ranks
+from dseqjepa.rendezvous import meet
 
 M = TypeVar("M", bound=nn.Module)
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """SIGTERM came: the state is on disk, the process is to end with exit code 143."""
+    """SIGTERM or SIGHUP came: the state is on disk, the process is to end with exit code 143."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,38 @@ class Place:
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
     """By the variables of `torchrun`, or of `srun` around several tasks, or else alone."""
-    get = environment.get
+
+    def number(key: str, default: int = 0) -> int:
+        text = environment.get(key, str(default))
+        if not text.isdecimal():
+            raise InputError(f"{key} must be a whole number, found {text!r} in the environment")
+        return int(text)
+
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        world = int(environment["WORLD_SIZE"])
-        on_node = int(get("LOCAL_WORLD_SIZE", world))
-        return Place(int(environment["RANK"]), world, on_node, TorchElasticEnvironment)
+        rank, world = number("RANK"), number("WORLD_SIZE")
+        on_node = number("LOCAL_WORLD_SIZE", world)
+        missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in environment]
+        if world > 1 and missing:
+            raise InputError(
+                f"WORLD_SIZE is {world} and {missing[0]} is not set: say where rank 0 is, or start "
+                "the ranks with torchrun"
+            )
+        if not rank < world or not on_node or world % on_node:
+            raise InputError(
+                f"RANK={rank}, WORLD_SIZE={world} and LOCAL_WORLD_SIZE={on_node} do not fit: ranks "
+                "are counted from 0, and every node has as many"
+            )
+        return Place(rank, world, on_node, TorchElasticEnvironment)
     # A batch script without `srun` also has SLURM_NTASKS, but it is not in a step.
-    world = int(get("SLURM_STEP_NUM_TASKS", 1))
+    world = number("SLURM_STEP_NUM_TASKS", 1)
     if world > 1:
-        on_node = int(get("SLURM_NTASKS_PER_NODE", 0))
-        if on_node * int(get("SLURM_STEP_NUM_NODES", get("SLURM_NNODES", 1))) != world:
+        on_node, nodes = number("SLURM_NTASKS_PER_NODE"), number("SLURM_NNODES", 1)
+        if on_node * number("SLURM_STEP_NUM_NODES", nodes) != world:
             raise InputError(
                 f"srun has {world} tasks, which do not divide evenly over the nodes: "
                 "set --nodes and --ntasks-per-node"
             )
-        rank = int(environment["SLURM_PROCID"])
+        rank = number("SLURM_PROCID")
         return Place(rank, world, on_node, lambda: SLURMEnvironment(auto_requeue=False))
     return Place(0, 1, 1, LightningEnvironment)
 
@@ -86,21 +106,40 @@ class Runtime:
         return self.fabric.setup_module(method)
 
 
+OWN_OF_A_RANK = {"data.source", "data.workers", "data.cache"}
+"""Settings in which ranks may differ: the same images may lie elsewhere on another machine."""
+
+
 def connect(config: Config) -> Runtime:
     """`join`, for a training. `InputError` where its batch does not divide over the ranks."""
-    world = place().world
+    problem, world = "", place().world
     if config.data.batch_size % (config.optim.accumulate * world):
-        raise InputError(
+        problem = (
             f"data.batch_size ({config.data.batch_size}) must be a multiple of optim.accumulate x "
             f"ranks ({config.optim.accumulate} x {world})"
         )
-    return join(config.runtime)
+    values = flattened(config.model_dump(mode="json"))
+    alike = {key: value for key, value in values.items() if key not in OWN_OF_A_RANK}
+    return join(config.runtime, alike, problem)
 
 
-def join(runtime: RuntimeConfig) -> Runtime:
-    """Join the other ranks, where there are some. `InputError` where the devices do not fit."""
+def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") -> Runtime:
+    """Join the other ranks, where there are some.
+
+    Args:
+        alike: what has to be the same on all ranks, beside the code; plain JSON.
+        problem: what is wrong on this rank, if anything.
+
+    Raises:
+        InputError: on all ranks, where one has a problem or differs, or its devices do not fit;
+            where one does not come within `runtime.timeout_s`.
+    """
     here = place()
-    _check(runtime, here)
+    problem = problem or _problem(runtime, here)
+    if here.world > 1:
+        store = _meet(here, runtime.timeout_s, alike, problem)
+    elif problem:
+        raise InputError(problem)
     # The first line that a run prints says where its weights come from.
     for name in ("lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -123,32 +162,60 @@ def join(runtime: RuntimeConfig) -> Runtime:
         precision=precision,  # type: ignore[arg-type]
         plugins=[here.cluster()],
     )
+    if here.world > 1:
+        _init_group(fabric, here, store, timeout)
     fabric.launch()
-    return Runtime(fabric, Ranks(runtime.timeout_s))
+    return Runtime(fabric, Ranks(runtime.timeout_s, here.on_node == here.world))
 
 
-def _check(runtime: RuntimeConfig, here: Place) -> None:
+def _problem(runtime: RuntimeConfig, here: Place) -> str:
+    """Why this process cannot do what the settings say; "" where it can."""
     present: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
     if runtime.accelerator in present and not present[runtime.accelerator]():
-        raise InputError(
+        return (
             f"runtime.accelerator={runtime.accelerator}: torch finds no such device here; "
             "use auto or cpu"
         )
     on_cuda = runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available()
     if runtime.attention == "varlen" and not (on_cuda and runtime.precision == "bf16"):
-        raise InputError(
+        return (
             "runtime.attention=varlen needs CUDA and runtime.precision=bf16: use auto, which takes "
             "it where it can"
         )
     if runtime.devices not in (1, here.on_node):
-        raise InputError(
+        return (
             f"runtime.devices={runtime.devices}, but {here.on_node} processes were started on this "
             "node: leave it out, or start as many (the command does so by itself, torchrun with "
             "--nproc-per-node)"
         )
+    return ""
+
+
+def _meet(
+    here: Place, timeout_s: float, alike: Mapping[str, Any], problem: str
+) -> torch.distributed.Store:
+    """With the address that torchrun or SLURM says."""
+    cluster = here.cluster()
+    os.environ["MASTER_ADDR"] = cluster.main_address
+    os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
+    words = {**alike, "code": code_digest()}
+    return meet(here.rank, here.world, here.on_node, timeout_s, words, problem)
+
+
+def _init_group(fabric: Fabric, here: Place, store: Any, timeout: timedelta) -> None:
+    """The group of torch over a store of our own, which Fabric then finds there."""
+    device = fabric.device
+    torch.distributed.init_process_group(
+        torch.distributed.Backend.default_device_backend_map.get(device.type, "gloo"),
+        store=store,
+        rank=here.rank,
+        world_size=here.world,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
 
 
 def shard(method: nn.Module, mesh: Any) -> nn.Module:
@@ -191,8 +258,9 @@ def whole_module(module: M, ranks: Ranks, build: Callable[[], M]) -> M:
 
 
 class StopRequest:
-    """SIGTERM asks for a stop after the step in hand; a second signal ends the process at once,
-    whatever it is doing, even where Python is not asked: in a library that waits.
+    """SIGTERM, or SIGHUP when a terminal is closed, asks for a stop after the step in hand. A
+    second SIGTERM, or SIGINT, ends the process at once, whatever it is doing, even where Python is
+    not asked: in a library that waits.
 
     Args:
         one_for: signals that come within so many seconds of the first are taken for the same one.
@@ -202,28 +270,35 @@ class StopRequest:
 
     def __init__(self, one_for: float = 0.0) -> None:
         self.requested = False
+        self.name = "SIGTERM"
+        """Of the signal that asked."""
         self.one_for = one_for
 
     def __enter__(self) -> StopRequest:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {number: signal.getsignal(number) for number in STOPS}
+        for number, handler in self._before.items():
+            if number == signal.SIGTERM or handler != signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(number, self._ask)
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         self._write.close()
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        self.requested, self.name = True, signal.Signals(number).name
 
     def _watch(self) -> None:
         first = None
         while numbers := self._read.recv(16):
             for number in numbers:
+                # A closed terminal is never the second: what closes a session sends both at once.
                 if number not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 if first is None:
@@ -248,7 +323,9 @@ def spread(devices: int, arguments: list[str], grace_s: float) -> int:
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    handed = [signal.SIGTERM, signal.SIGINT]
+    handed += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    before = {number: signal.signal(number, hand_on) for number in handed}
     try:
         for rank in range(devices):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(devices)}

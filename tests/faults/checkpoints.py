@@ -22,7 +22,12 @@ import torch
 from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.train import checkpoint as module
-from dseqjepa.train.checkpoint import load_into, open_checkpoint, save_checkpoint
+from dseqjepa.train.checkpoint import (
+    load_into,
+    open_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from dseqjepa.train.runtime import Stopped
 from tests.children import ends, start
 from tests.faults.campaign import Attempts, fault
@@ -446,3 +451,25 @@ def retention(attempts: Attempts) -> None:
                     newest = step
                 if list(folder.glob("step-*/state.json")):
                     assert assert_whole(folder) == newest
+
+
+def save_without_end(folder: Path) -> None:
+    for step in range(1, 10**7):
+        save(folder, step, keep=1)
+
+
+@fault(8, "Read while a run saves and drops the one before", quick=300, full=3000)
+def read_while_saving(attempts: Attempts) -> None:
+    folder = attempts.folder / "checkpoints"
+    save(folder, 0)
+    child = start(save_without_end, folder, log=attempts.folder / "log")
+    logging.disable(logging.WARNING)  # what is not finished is ignored, and said, at every turn
+    try:
+        for number in range(attempts.count):
+            with attempts.attempt(f"read {number}"):
+                step, x = read_checkpoint(folder, lambda c: (c.step, c.tensors("one")["x"]))
+                assert torch.equal(x, torch.full_like(x, float(step)))
+    finally:
+        logging.disable(logging.NOTSET)
+        child.kill()
+        child.join()

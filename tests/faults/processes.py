@@ -15,6 +15,7 @@ from torch import Tensor
 from dseqjepa.train import checkpoint
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Trainer
+from dseqjepa.train.pretrain import pretrain
 from tests.children import ends, start, start_ranks
 from tests.faults.campaign import Attempts, fault
 from tests.faults.resume import log_of
@@ -110,6 +111,45 @@ def at_once(attempts: Attempts) -> None:
             assert_same_run(whole, out)
 
 
+def train_and_lose(out: Path, what: str, number: int) -> None:
+    """In a child: with its batch of that number it loses its terminal, or its standard output."""
+    original, seen = Trainer._next, 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
+    if what == "pipe":
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+
+    def next_batch(self: Trainer, *arguments: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.close(reader) if what == "pipe" else os.kill(os.getpid(), signal.SIGHUP)
+        return original(self, *arguments)
+
+    Trainer._next = next_batch  # type: ignore[method-assign]
+    pretrain(run_config("dseq", *CONFIG), out, source=Pictures(), probe=probe)
+
+
+@fault(13, "A closed terminal, a closed pipe: saved, or not ended at all", quick=2, full=12)
+def terminal_lost(attempts: Attempts) -> None:
+    whole = attempts.folder / "whole"
+    train_here(whole, False)
+    for attempt in range(attempts.count):
+        what, number = ("terminal", "pipe")[attempt % 2], 2 + 3 * (attempt // 2)
+        with attempts.attempt(f"{what} at batch {number}"):
+            out, log = attempts.folder / str(attempt), attempts.folder / f"log {attempt}"
+            child = start(train_and_lose, out, what, number, log=log)
+            if what == "terminal":
+                assert ends([child], 60) == [143], log.read_text()
+                last = (out / "log.txt").read_text().splitlines()[-1]
+                assert last == f"stopped by SIGHUP at step {number}; resume=true goes on"
+                train_here(out, True)
+            else:
+                assert ends([child], 60) == [0], log.read_text()
+                assert "the console is gone (Broken pipe)" in (out / "log.txt").read_text()
+            assert_same_run(whole, out)
+
+
 class Breaks(Pictures):
     """A source with a bug that one rank meets."""
 
@@ -192,6 +232,33 @@ def wait_for_step(out: Path, step: int) -> None:
         if time.monotonic() > end:
             raise TimeoutError
         time.sleep(0.01)
+
+
+UNLIKE = (
+    "optim.lr=0.01", "runtime.seed=3", "data.crop_scale=[0.5,1]", "ema.start=0.9",
+    "method.order=inverse", "data.image_size=48", "method.name=ijepa", "runtime.strategy=fsdp",
+)  # fmt: skip
+
+
+def rank_unlike(out: Path, setting: str) -> None:
+    """In a child, as one of two ranks: the second was started with another setting."""
+    own = [setting] if os.environ["RANK"] == "1" else []
+    train(run_config("dseq", "runtime.timeout_s=60", *own), out)
+
+
+@fault(14, "Ranks started with unlike settings: named by key and rank", quick=1, full=8)
+def unlike_ranks(attempts: Attempts) -> None:
+    for attempt in range(attempts.count):
+        setting = UNLIKE[attempt % len(UNLIKE)]
+        with attempts.attempt(setting):
+            out, log = attempts.folder / str(attempt), attempts.folder / f"log {attempt}"
+            children = start_ranks(2, rank_unlike, out, setting, log=log)
+            assert ends(children, 60) == [2, 2], log_of(log)
+            for rank in range(2):
+                text = log.with_name(f"{log.name}.{rank}").read_text()
+                assert f"{setting.partition('=')[0]} is " in text.splitlines()[-1]
+                assert text.endswith(" on rank 1\n")
+            assert not out.exists()
 
 
 def train_with_readers(out: Path, fate: str) -> None:

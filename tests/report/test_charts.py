@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dseqjepa.presets import preset
 from dseqjepa.report.charts import MOST_POINTS, groups, interval_chart
 from dseqjepa.report.lens import evenly
 from dseqjepa.report.run import read_runs
 from dseqjepa.report.words import trained_scores
 from tests.report.hostile import RUN
+from tests.report.test_words import run_of
 
 KEYS = {
     "prediction": "prediction_loss",
@@ -99,3 +101,22 @@ def test_a_run_without_a_line_has_no_chart(runs: tuple[Path, Path]):
     (runs[0] / "metrics.jsonl").write_text("")
     assert charts(runs[0]) == []
     assert len(charts(*runs)) == len(charts(runs[1]))
+
+
+def test_runs_that_differ_in_their_seed_are_one_line_with_a_band():
+    config = preset("dseq_vitt_demo")
+    runs = []
+    for seed, lr, losses in ((0, 0.1, [3, 1]), (1, 0.1, [5, 1, 9]), (0, 0.2, [7, 7])):
+        steps = [{"step": step, "prediction_loss": x} for step, x in enumerate(losses)]
+        changed = config.with_(runtime={"seed": seed}, optim={"lr": lr})
+        runs.append(run_of(f"run{len(runs)}", config=changed, steps=steps))
+    (chart,) = (
+        c for group in groups(runs) for c in group["charts"] if c["title"] == "Prediction loss"
+    )
+    both, alone = chart["series"]
+    assert both == {
+        "name": "mean of run0 and run1", "colour": 0, "x": [0, 1], "y": [4, 1],
+        "low": [3, 1], "high": [5, 1],
+    }  # fmt: skip
+    assert alone == {"name": "run2", "colour": 2, "x": [0, 1], "y": [7, 7]}
+    assert chart["meaning"].endswith("A band reaches from the lowest to the highest seed.")

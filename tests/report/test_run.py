@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from dseqjepa.errors import InputError
+from dseqjepa.presets import load_config
+from dseqjepa.report import charts, page, words
 from dseqjepa.report.run import Run, read_run, read_runs, step_loss
+from tests.altered import altered
 from tests.report.hostile import CLASS, RESULT, RUN
 
 Runs = tuple[Path, Path]
@@ -125,3 +128,47 @@ def test_a_run_that_has_only_begun_is_a_run(runs: Runs):
     assert (run.steps, run.probes, run.checkpoints, run.start) == ([], [], [], "")
     assert run.total_steps is None
     assert run.notes == ["The run has no metrics.jsonl: nothing was logged yet."]
+
+
+def a_run(out: Path, seed: int) -> Path:
+    """The least that is one."""
+    (out / "evaluations").mkdir(parents=True)
+    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    config = load_config("vitt_demo", [f"runtime.seed={seed}"])
+    (out / "config.yaml").write_text(config.to_yaml())
+    health = {"feature_std": 0.2, "cosine": 0.5, "rank_me": 20.0, "skill": 0.4, "lr": 0.1}
+    line = {"step": 1, "loss": 0.5, "loss_by_rank": [0.5, None], "seconds": 1.0, **health}
+    (out / "metrics.jsonl").write_text(json.dumps(line))
+    row = {"encoder": "dseq", "task": "class", "accuracy": 50.0, "k": 20}
+    row |= {"accuracy_low": 49.0, "accuracy_high": 51.0}
+    result = {"results": [row, {**row, "encoder": "raw pixels"}], "data": {"source": "pictures"}}
+    (out / "evaluations" / "knn.json").write_text(json.dumps(result))
+    (out / "checkpoints" / "step-00000001" / "state.json").write_text(json.dumps({"steps": 9}))
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["evaluations/knn.json", "metrics.jsonl", "checkpoints/step-00000001/state.json"]
+)
+def test_an_altered_file_is_left_out_or_shown_and_never_ends_in_a_traceback(
+    tmp_path: Path, name: str
+):
+    paths = [a_run(tmp_path / str(seed), seed) for seed in range(2)]
+    path = paths[0] / name
+    tried = 0
+    deep = "[" * 100_000
+    for content in (*map(json.dumps, altered(json.loads(path.read_text()))), deep):
+        path.write_text(content)
+        runs = read_runs(paths)
+        for run in runs:
+            for said in (words.what_it_was(run), *words.what_it_learnt(run)):
+                assert said
+            assert words.verdict(run).tone
+        words.over_seeds(runs)
+        charts.groups(runs)
+        for table in page._tasks(runs):
+            charts.interval_chart(
+                table["task"], table["metric"], [row[:2] for row in table["rows"]]
+            )
+        tried += 1
+    assert tried > 20

@@ -132,7 +132,22 @@ def test_runs_are_compared_by_the_settings_that_all_have():
     config = preset("dseq_vitt_demo")
     others = config.with_(optim={"lr": 0.5}), preset("ijepa_vitt_demo")
     runs = [run_of(config=each) for each in (config, *others)]
-    assert config_table(runs) == [("optim.lr", [0.001, 0.5, 0.001])]
+    rows = dict(config_table(runs))
+    assert rows["optim.lr"] == [0.001, 0.5, 0.001]
+    assert rows["method.order"] == ["saliency", "saliency", None]  # of one method alone
+    assert "method.name" not in rows
+
+
+def test_two_variants_of_a_method_are_told_apart_beside_another_method():
+    config = preset("dseq_vitt_demo")
+    variant, other = config.with_(method={"order": "random"}), preset("ijepa_vitt_demo")
+    for configs, values in (
+        ((config, variant, other), ["saliency", "random", None]),
+        ((other, variant, config), [None, "random", "saliency"]),
+        ((variant, other), ["random", None]),
+    ):
+        rows = dict(config_table([run_of(config=each) for each in configs]))
+        assert rows["method.order"] == values
 
 
 def test_seeds_give_a_mean_and_a_deviation():

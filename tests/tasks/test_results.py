@@ -17,7 +17,6 @@ from dseqjepa.tasks.results import (
     Metric,
     accuracy_metric,
     choose_path,
-    environment,
     mean_metric,
     row,
     show,
@@ -96,12 +95,6 @@ def test_the_table_has_a_line_an_encoder_and_a_column_a_metric() -> None:
         ["50.0 (40.0 - 60.0)", "70.0 (65.0 - 75.0)"],
         ["", text(Metric(71.0))],
     ]
-
-
-def test_the_environment_says_which_code_it_was() -> None:
-    found = environment()
-    assert {"python", "torch", "numpy"} <= found["versions"].keys()
-    assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) >= 40
 
 
 def test_many_metrics_stand_below_each_other() -> None:

@@ -16,6 +16,7 @@ import pytest
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.results import Metric, mean_metric, write_json
 from dseqjepa.tasks.table import collect, write_table
+from tests.altered import altered
 
 
 def put(
@@ -164,3 +165,53 @@ def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert rb"caf\xe9 \u2192" in done.stdout
     assert "caf\xe9 \u2192" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_three_methods_on_two_data_sets_are_three_lines_of_two_columns(tmp_path: Path) -> None:
+    for number, (order, lr) in enumerate([("saliency", 0.1), ("random", 0.1), ("saliency", 0.2)]):
+        for data, epochs in (("flowers", 60), ("pets", 30)):
+            settings = {"method.order": order, "optim.lr": lr, "optim.epochs": epochs}
+            backbone = {"name": f"dseq, step {10 * epochs}", "settings": settings}
+            for seed in range(2):
+                put(
+                    tmp_path / data / f"{number}{seed}.json", 50.0 + number, seed=seed,
+                    group=f"{number} {data}", backbone=backbone,
+                    protocol={"data": {"train": data}}, data={"source": f"/data/{data}"},
+                )  # fmt: skip
+    table = collect([tmp_path])
+    assert len(table.columns) == 2
+    assert list(table.lines) == [
+        "dseq, method.order saliency, optim.lr 0.1",
+        "dseq, method.order random, optim.lr 0.1",
+        "dseq, method.order saliency, optim.lr 0.2",
+    ]
+    for number, cells in enumerate(table.lines.values()):
+        assert [cell.metric.value for cell in cells.values()] == [50.0 + number] * 2
+        assert all(len(cell.files) == 2 for cell in cells.values())
+
+
+def test_two_lengths_of_a_recipe_never_share_a_number(tmp_path: Path) -> None:
+    for epochs in (30, 60):
+        backbone = {"name": f"dseq, step {epochs}", "settings": {"optim.epochs": epochs}}
+        put(tmp_path / f"{epochs}.json", 1.0 * epochs, group=str(epochs), backbone=backbone)
+    table = collect([tmp_path])
+    assert list(table.lines) == ["dseq, optim.epochs 30, step 30", "dseq, optim.epochs 60, step 60"]
+
+
+def test_an_altered_result_is_left_out_or_shown_and_never_ends_in_a_traceback(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path / "a.json", 70.0, backbone={"settings": {"optim.lr": 0.1}})
+    path = tmp_path / "b.json"
+    put(path, 71.0, seed=1, backbone={"settings": {"optim.lr": 0.1}})
+    tried = 0
+    for values in altered(json.loads(path.read_text())):
+        path.write_text(json.dumps(values))
+        table = collect([tmp_path])
+        for ending in ("md", "csv", "json"):
+            write_table(table, tmp_path / f"table.{ending}.out" / f"table.{ending}")
+        (tmp_path / "table.json.out" / "table.json").unlink()
+        tried += 1
+    path.write_text("[" * 100_000)
+    assert any("RecursionError" in note for note in collect([tmp_path]).notes)
+    assert tried > 300

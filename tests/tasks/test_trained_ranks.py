@@ -59,7 +59,7 @@ class Everything(SceneObjects):
 
 def evaluate(folder: Path, task: str, *settings: str) -> None:
     """As one of the ranks, or alone; each leaves a file of its own."""
-    ranks = join(RuntimeConfig(accelerator="cpu")).ranks
+    ranks = join(RuntimeConfig(accelerator="cpu"), {}).ranks
     own = folder / f"rank{ranks.rank}"
     (own / "train").mkdir(parents=True)
     (own / "test").mkdir()

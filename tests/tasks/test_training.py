@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.dense import DropPath
 from dseqjepa.tasks.reading import Samples, in_order, seeded
 from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
+from dseqjepa.train.checkpoint import holds_checkpoint, save_checkpoint
 from dseqjepa.train.runtime import Stopped
-from tests.children import run_ranks
+from tests.children import ends, run_ranks, start
 from tests.tasks.dense_data import tiny_backbone
 
 RECIPE = Recipe(
@@ -106,7 +108,7 @@ def train_on_ranks(folder: Path, **settings: Any) -> None:
     from dseqjepa.config import RuntimeConfig
     from dseqjepa.train.runtime import join
 
-    ranks = join(RuntimeConfig(accelerator="cpu")).ranks
+    ranks = join(RuntimeConfig(accelerator="cpu"), {}).ranks
 
     def reader(index: int, key: int) -> Tensor:
         if index == 3:
@@ -178,6 +180,25 @@ def test_every_part_of_every_step_draws_its_own(tmp_path: Path) -> None:
     place = Place(tmp_path, {}, console=QUIET, accumulate=2)
     fit(model, model.backbone, RECIPE, Ten(), read, losses, place, None)
     assert len(drawn) == len(set(drawn)) == 2 * RECIPE.steps
+
+
+def start_there(folder: Path, overwrite: bool) -> None:
+    Place(folder, {}, overwrite=overwrite, console=QUIET).start()
+
+
+def test_a_second_evaluation_is_refused_while_the_first_trains_in_the_folder(
+    tmp_path: Path,
+) -> None:
+    folder, log = tmp_path / "knn-training", tmp_path / "log"
+    place = Place(folder, {}, console=QUIET)
+    place.start()
+    save_checkpoint(folder / "checkpoints", 1, {}, {}, 1)
+    for overwrite in (False, True):
+        assert ends([start(start_there, folder, overwrite, log=log)], 60) == [2]
+        assert f"the training in {folder} is in use by process {os.getpid()}" in log.read_text()
+    assert holds_checkpoint(folder)
+    place.held.close()  # the result is written
+    assert ends([start(start_there, folder, True, log=log)], 60) == [0], log.read_text()
 
 
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dseqjepa import files
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train import checkpoint as module
@@ -22,6 +24,7 @@ from dseqjepa.train.checkpoint import (
     load_encoder,
     load_into,
     open_checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 from dseqjepa.train.loop import Start, Trainer
@@ -55,12 +58,13 @@ def test_last_points_at_what_was_written(tmp_path: Path) -> None:
         assert_whole(tmp_path, {step})
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
+def test_the_newest_are_kept_and_the_start(tmp_path: Path) -> None:
     for step in range(6):
         save(tmp_path, step, keep=3)
-    assert names(tmp_path) == {"last", "step-00000003", "step-00000004", "step-00000005"}
+    start = {"last", "step-00000000"}
+    assert names(tmp_path) == start | {"step-00000003", "step-00000004", "step-00000005"}
     save(tmp_path, 6, keep=1)
-    assert names(tmp_path) == {"last", "step-00000006"}
+    assert names(tmp_path) == start | {"step-00000006"}
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -107,9 +111,10 @@ class Operations:
 
     STEPS = (
         (module, "save_file"),
-        (module, "_sync"),
-        (module.shutil, "rmtree"),
+        (module, "sync"),
+        (files.shutil, "rmtree"),
         (Path, "mkdir"),
+        (Path, "unlink"),
         (Path, "write_text"),
         (Path, "rename"),
         (Path, "symlink_to"),
@@ -176,7 +181,173 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Pat
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         assert_whole(tmp_path, set(range(first, first + 10_000)))
     save(tmp_path, 10**6, keep=1)
-    assert names(tmp_path) == {"last", "step-01000000"}
+    assert names(tmp_path) == {"last", "step-00000000", "step-01000000"}
+
+
+class Disk:
+    """What a save asks of the disk, in order: `sync NAME`, `rename NAME`, `remove NAME`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, root: Path) -> None:
+        self.root, self.asked = root, list[str]()
+        fsync, rename, unlink = os.fsync, Path.rename, Path.unlink
+        rmtree = files.shutil.rmtree
+
+        def synced(descriptor: int) -> None:
+            self.note("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+
+        def renamed(path: Path, target: Path) -> Path:
+            self.note("rename", target)
+            return rename(path, target)
+
+        def removed(path: Path) -> None:
+            self.note("remove", path)
+            rmtree(path)
+
+        def unlinked(path: Path, missing_ok: bool = False) -> None:
+            if path.exists():
+                self.note("remove", path)
+            unlink(path, missing_ok)
+
+        patch.setattr(os, "fsync", synced)
+        patch.setattr(Path, "rename", renamed)
+        patch.setattr(Path, "unlink", unlinked)
+        patch.setattr(files.shutil, "rmtree", removed)
+
+    def note(self, what: str, path: Path) -> None:
+        if path.is_relative_to(self.root):
+            self.asked.append(f"{what} {path.relative_to(self.root)}")
+
+
+def test_everything_is_on_the_disk_before_its_name_and_its_name_before_the_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    save(run / "checkpoints", 1, keep=1)
+    disk = Disk(monkeypatch, tmp_path)
+    save(run / "checkpoints", 2, keep=1)
+    place = "runs/mine/checkpoints"
+    temporary, final = f"{place}/.tmp-step-00000002", f"{place}/step-00000002"
+    order = [
+        [f"sync {temporary}/{name}" for name in ("one.safetensors", "two.safetensors")],
+        [f"sync {temporary}/state.json"],
+        [f"sync {temporary}"],
+        [f"rename {final}"],
+        [f"sync {place}", "sync runs/mine"],
+        [f"remove {place}/step-00000001/state.json"],
+        [f"remove {place}/step-00000001"],
+    ]
+    places = [[disk.asked.index(each) for each in part] for part in order]
+    for before, after in itertools.pairwise(places):
+        assert max(before) < min(after), disk.asked
+
+
+def test_what_cannot_be_removed_is_said_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-00000001").rename(tmp_path / "elsewhere" / "one")
+    (tmp_path / "step-00000001").symlink_to("elsewhere/one")  # moved to a larger disk
+    (tmp_path / "step-00000000").write_text("a file")
+    said: list[str] = []
+    values = {"one": {"x": torch.zeros(3)}}
+
+    def write(step: int) -> None:
+        save_checkpoint(tmp_path, step, values, {}, 1, said.append)
+
+    write(2)
+    assert names(tmp_path) == {"last", "elsewhere", "step-00000002"}
+    assert (tmp_path / "elsewhere/one/state.json").exists()
+    assert said == []
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", refuse)
+        write(3)
+    assert said == [f"{tmp_path}/step-00000002 is of no more use and cannot be removed: "
+                    "Permission denied"]  # fmt: skip
+    assert open_checkpoint(tmp_path).step == 3
+    write(4)
+    assert names(tmp_path) == {"last", "elsewhere", "step-00000004"}
+
+
+def test_a_disk_without_links_can_be_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    said: list[str] = []
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"one": {"x": torch.zeros(3)}}, {}, 2, said.append)
+    assert names(tmp_path) == {"step-00000001", "step-00000002"}
+    assert open_checkpoint(tmp_path).step == 2
+    assert said[0].startswith(f"{tmp_path}/last does not lead to step-00000001")
+
+
+def test_a_step_that_is_written_again_takes_the_place_of_the_old_one_at_once(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path / "whole", 1)
+    with Operations() as whole:
+        save(tmp_path / "whole", 1)
+    for cut_at in range(1, whole.count + 1):
+        folder = tmp_path / str(cut_at)
+        save(folder, 0)
+        save(folder, 1)
+        with Operations(cut_at):
+            save(folder, 1)
+        assert_whole(folder, {0, 1})
+
+
+def save_without_end(folder: Path) -> None:
+    for step in range(1, 10**7):
+        save(folder, step, keep=1)
+
+
+def test_what_reads_while_a_run_saves_gets_a_whole_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 0, keep=1)
+    child = os.fork()
+    if child == 0:
+        try:
+            save_without_end(tmp_path)
+        finally:
+            os._exit(1)
+    try:
+        read: dict[int, Tensor] = {}
+        reads, end = 0, time.monotonic() + 60
+        while (reads < 300 or len(read) < 20) and time.monotonic() < end:
+            step, value = read_checkpoint(
+                tmp_path, lambda found: (found.step, found.tensors("one")["x"])
+            )
+            read[step], reads = value, reads + 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert len(read) >= 20
+    for step, value in read.items():
+        assert torch.equal(value, torch.full((64,), float(step)))
+
+
+def test_a_checkpoint_that_is_gone_when_its_tensors_are_read_is_named(tmp_path: Path) -> None:
+    found = open_checkpoint(save(tmp_path, 1))
+    shutil.rmtree(found.path)
+    with pytest.raises(InputError, match="step-00000001 was removed while it was read: try again"):
+        found.tensors("one")
+
+
+def test_a_run_whose_checkpoints_lie_on_another_disk_is_still_the_run(tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    run.mkdir()
+    disk.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    save(run / "checkpoints", 1)
+    for path in (run, run / "checkpoints", run / "checkpoints/last"):
+        assert open_checkpoint(path).run == run
 
 
 def refusal(path: Path) -> str:

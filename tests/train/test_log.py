@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from dseqjepa.train.log import Journal, Window
@@ -176,3 +181,82 @@ def test_what_is_said_stands_in_the_log_as_it_was_shown(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == shown
     assert shown.startswith("folder [red] long")
     assert len(shown.splitlines()) == 2
+
+
+class Gone:
+    """A stream whose reader, or disk, has gone."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), OSError(28, "full")],
+)
+def test_a_console_that_is_gone_is_given_up_and_the_log_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    with (tmp_path / "stdout").open("w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)  # which rich closes
+        journal = Journal(tmp_path, Console(file=cast(TextIO, Gone(error))))
+        for text in ("one", "two"):
+            journal.say(text)
+        journal.metrics({"step": 1})
+        journal.close()
+        monkeypatch.undo()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines == [
+        f"the console is gone ({error.strerror}): what follows stands here alone", "one", "two"
+    ]  # fmt: skip
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_locale_without_a_letter_and_a_name_that_is_no_text_end_nothing(tmp_path: Path) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    journal = Journal(tmp_path, Console(file=shown))
+    name = os.fsdecode(b"\xff.png")
+    journal.bad_file(name, "naïve")
+    shown.flush()
+    said = cast(io.BytesIO, shown.buffer).getvalue().decode()
+    assert said == "cannot decode \\udcff.png: na\\xefve\n"
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert log == "cannot decode \\udcff.png: naïve\n"
+    bad = json.loads((tmp_path / "bad_files.jsonl").read_text())
+    assert bad == {"path": name, "reason": "naïve"}
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_none_is_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = quiet()
+    journal = Journal(tmp_path, console)
+    journal.metrics({"step": 1})
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, content: real(descriptor, content[:3]))
+        for step in (2, 3):
+            journal.metrics({"step": step})
+    assert steps_in(tmp_path) == [1]
+    journal.metrics({"step": 4})
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, content: real(descriptor, content[:3]))
+        journal.metrics({"step": 5})
+        journal.close()
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.rpartition("metrics.jsonl ")[2] for line in said[:2]] == [
+        "cannot be written, lines wait: No space left on device"
+    ] * 2
+    assert said[2:] == [f"1 lines of {tmp_path}/metrics.jsonl are lost"]

@@ -24,6 +24,7 @@ from dseqjepa.train.loop import Start, Trainer
 from dseqjepa.train.pretrain import pretrain
 from dseqjepa.train.runtime import Stopped
 from dseqjepa.train.schedules import Schedule
+from tests.children import ends, start
 from tests.train.tiny_runs import (
     BATCH,
     IMAGES,
@@ -55,6 +56,7 @@ def checkpoints(out: Path) -> list[int]:
 def test_a_run_leaves_the_files_of_the_contract(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml",
+        "run.jsonl",
         "metrics.jsonl",
         "log.txt",
         "checkpoints",
@@ -329,3 +331,21 @@ def test_gradients_are_clipped_to_the_norm_and_no_further(tmp_path: Path) -> Non
         found, acts = one_step(limit)
         assert found == pytest.approx(norm, rel=1e-6)
         assert acts == pytest.approx(expected, rel=1e-3)
+
+
+def train_into_a_closed_pipe(out: Path) -> None:
+    """In a child, whose standard output nobody reads any more."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    os.close(writer)
+    pretrain(run_config("ijepa", "optim.epochs=1"), out, source=Pictures())
+
+
+def test_a_closed_pipe_ends_no_run(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert ends([start(train_into_a_closed_pipe, out, log=log)], 60) == [0], log.read_text()
+    lines = (out / "log.txt").read_text().splitlines()
+    assert lines[0] == "the console is gone (Broken pipe): what follows stands here alone"
+    assert lines[-1].startswith("done: 5 steps")
+    assert open_checkpoint(out).step == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -266,6 +267,91 @@ def test_a_stopped_run_gives_the_signal_back(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, before)
     assert open_checkpoint(tmp_path / "run").step == 3
     assert last_words(tmp_path / "run") == "stopped by SIGTERM at step 3; resume=true goes on"
+
+
+@pytest.mark.parametrize(
+    ("signals", "name"),
+    [
+        ([signal.SIGHUP], "SIGHUP"),
+        ([signal.SIGTERM, signal.SIGHUP], "SIGHUP"),  # as when a session is closed
+        ([signal.SIGHUP, signal.SIGHUP, signal.SIGTERM], "SIGTERM"),
+    ],
+)
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(
+    tmp_path: Path, signals: list[signal.Signals], name: str
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
+    patch = at_batch(3, lambda: [signal.raise_signal(number) for number in signals] and None)
+    try:
+        with pytest.raises(Stopped):
+            train(run_config("ijepa"), tmp_path / "run")
+    finally:
+        patch.undo()
+        signal.signal(signal.SIGHUP, before)
+    assert open_checkpoint(tmp_path / "run").step == 3
+    assert last_words(tmp_path / "run") == f"stopped by {name} at step 3; resume=true goes on"
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    patch = at_batch(3, lambda: signal.raise_signal(signal.SIGHUP))
+    try:
+        train(run_config("ijepa", "optim.epochs=1"), tmp_path / "run")
+    finally:
+        patch.undo()
+        assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert open_checkpoint(tmp_path / "run").step == 5
+
+
+def die_in_the_first_save() -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Trainer, "save", lambda trainer: kill())
+    return patch
+
+
+def test_auto_starts_and_starts_again_and_resumes(
+    tmp_path: Path, uncut: Callable[..., Path]
+) -> None:
+    """As a script does that is submitted again and again."""
+    config, out = run_config("dseq", *UNEVEN), tmp_path / "run"
+    events: list[tuple[Any, ...]] = [
+        (die_in_the_first_save, ()), (die_in_the_first_save, ()), (at_batch, (7, kill)),
+        (at_batch, (6, terminate)),
+    ]  # fmt: skip
+    for event, arguments in events:
+        patch = event(*arguments)
+        with pytest.raises((Killed, Stopped)):
+            train(config, out, resume="auto")
+        patch.undo()
+    train(config, out, resume="auto")
+    assert_same_run(uncut(config), out)
+    said, before = timeless(out), tensors(out)
+    train(config, out, resume="auto")
+    assert timeless(out) == said
+    assert all(value.equal(before[key]) for key, value in tensors(out).items())
+    starts = [json.loads(line)["start"] for line in (out / "run.jsonl").read_text().splitlines()]
+    assert [start.partition(" (")[0] for start in starts] == [
+        "random initialisation", "resume step 5", "resume step 11", "resume step 20"
+    ]  # fmt: skip
+
+
+def test_nothing_to_resume_is_told_from_nothing_worth_keeping(tmp_path: Path) -> None:
+    config, out = run_config("ijepa", "optim.epochs=1"), tmp_path / "run"
+    patch = die_in_the_first_save()
+    with pytest.raises(Killed):
+        train(config, out)
+    patch.undo()
+    with pytest.raises(InputError, match="died before its first one, and there is nothing to res"):
+        train(config, out, resume=True)
+    with pytest.raises(InputError, match="or resume=auto: the run in it died before its first"):
+        train(config, out)
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match="resume=true to go on with the run in it"):
+        train(config, out, resume="auto")
+    first = train(config, tmp_path / "first")
+    init = open_checkpoint(first).path
+    train(config, tmp_path / "next", resume="auto", init_from=init)  # only the start needs it
+    train(config, tmp_path / "next", resume="auto", init_from=init)
 
 
 def last_words(out: Path) -> str:

@@ -37,6 +37,7 @@ SRUN = {
 def test_who_started_the_process_says_where_it_is() -> None:
     assert (place({}).rank, place({}).world) == (0, 1)
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    torchrun |= {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
     here = place(torchrun)
     assert (here.rank, here.world, here.on_node) == (5, 8, 4)
     assert here.cluster is TorchElasticEnvironment
@@ -67,8 +68,14 @@ def test_tasks_that_do_not_divide_over_nodes_are_refused() -> None:
 def test_a_config_that_does_not_fit_the_ranks_is_refused(
     monkeypatch: pytest.MonkeyPatch, settings: list[str], said: str
 ) -> None:
-    for key, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+    eight = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for key, value in (eight | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(key, value)
+
+    def told(*_: object) -> None:
+        raise InputError(str(_[-1]))
+
+    monkeypatch.setattr("dseqjepa.train.runtime.meet", told)
     with pytest.raises(InputError, match=said):
         connect(run_config("dseq", *settings))
 

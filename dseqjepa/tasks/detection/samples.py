@@ -79,18 +79,18 @@ def as_instances(output: Mapping[str, Tensor], image_id: int) -> tuple[Instances
 def as_results(
     found: Instances, score_K: Tensor, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Objects as COCO's results: box (x, y, width, height), mask as RLE, score."""
+    """Objects as COCO's results, plain JSON: box (x, y, width, height), mask as RLE, score."""
     encode = mask_tools().encode
     results = []
     for k, (x0, y0, x1, y1) in enumerate(found.boxes_K4.tolist()):
-        mask_HW = np.asfortranarray(found.masks_KHW[k].numpy().astype(np.uint8))
+        mask = encode(np.asfortranarray(found.masks_KHW[k].numpy().astype(np.uint8)))
         results.append(
             {
                 "image_id": found.image_id,
                 "category_id": category_ids[int(found.label_K[k]) - 1],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": float(score_K[k]),
-                "segmentation": encode(mask_HW),
+                "segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")},
             }
         )
     return results

@@ -86,18 +86,18 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
     bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
     n_train = len(train) - len(bad)
 
-    counts: list[tuple[int, Tensor]] = []
+    counts: list[tuple[int, list[list[int]]]] = []
     examples: list[tuple[Any, ...]] = []
     model.eval()
     for index, sample in in_order(
         test, lambda i: read_labelled(test, i), config.workers, bad, job.console, job.ranks
     ):
         predicted_HW = predict(model, sample.image_CHW, config, job.device)
-        found_J = counts_of(confusion(predicted_HW, sample.label_HW, model.classes))
-        counts.append((index, found_J))
+        found_JK = counts_of(confusion(predicted_HW, sample.label_HW, model.classes))
+        counts.append((index, found_JK.tolist()))
         if len(examples) < PICTURES:
             examples.append((test.name(index), sample.image_CHW, sample.label_HW, predicted_HW))
-    counts_NJ = torch.stack(joined(counts, test, bad, job.ranks))
+    counts_NJ = torch.tensor(joined(counts, test, bad, job.ranks))
     found = score(counts_NJ, config.seed)
     iou_K = found.iou_K.tolist()
     return Result(

@@ -44,7 +44,7 @@ def run(norm: nn.BatchNorm2d, x_BCHW: Tensor, target_BCHW: Tensor) -> dict[str, 
 
 
 def on_a_rank(folder: Path) -> None:
-    ranks = join(RuntimeConfig(accelerator="cpu")).ranks
+    ranks = join(RuntimeConfig(accelerator="cpu"), {}).ranks
     first = sum(SHARES[: ranks.rank])
     own = slice(first, first + SHARES[ranks.rank])
     found = run(BatchNorm2d(4), batch()[own], batch().flip(0)[own])

@@ -1,0 +1,61 @@
+"""How a command ends: one line, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from dseqjepa.errors import AgreedError, InputError, RunError, printable
+
+
+def run(app: Callable[..., Any], arguments: list[str]) -> None:
+    """Run a command; an error that the user can mend is one line and an exit code."""
+    # One line is what is said, not the trace of a library whose connection was refused.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a locale may lack a letter of a file's name
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(arguments, standalone_mode=False)
+    except BrokenPipeError:  # such as `| head`: what is left is not wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except InputError as error:
+        fail(error, 2)
+    except typer.TyperException as error:
+        fail(f"{error.format_message()}{_hint(error)} (--help shows the usage)", 2)
+    except (RunError, OSError) as error:  # such as a disk that is full
+        fail(error, 1)
+    if code:
+        sys.exit(code)
+
+
+def fail(message: object, code: int) -> NoReturn:
+    """Say it in one line. What all ranks know the first one says."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or not isinstance(message, AgreedError):
+        where = f" rank {rank}:" if rank != "0" else ""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            line = printable(" ".join(str(message).splitlines()))
+            print(f"dseqjepa:{where}", line, file=sys.stderr)
+    if "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
+        # A library that waits for a rank that is gone must not keep this one from ending.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _hint(error: typer.TyperException) -> str:
+    """A setting that was typed as an option."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    takes = [parameter.name for parameter in context.command.params] if context else []
+    if option is None or "settings" not in takes:
+        return ""
+    return f"; settings have no dashes: {option.lstrip('-').replace('-', '_')}=VALUE"

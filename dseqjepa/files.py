@@ -1,0 +1,51 @@
+"""Files that are there whole or not at all, and that outlast a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+UNFINISHED = ".tmp-"
+"""What the name of a file or a folder begins with while it is being written."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Make a file hold this text, as UTF-8. Where that fails the file is left as it was."""
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written; a folder's sync makes the names in it durable."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder above that may be passed through, but not listed
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network disks know no sync of a folder
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to), or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
