@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dseqjepa.errors import InputError
-from dseqjepa.tasks.results import FORMAT, Metric, digest, mean_metric, text
+from dseqjepa.tasks.results import FORMAT, Metric, digest, limits_of, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
 KEPT = {"features", "checkpoints"}
@@ -27,13 +27,15 @@ Values = Mapping[str, Any]
 class Cell:
     """One line's number in one column."""
 
+    name: str
+    """Of the metric."""
     metric: Metric
     seeds: tuple[int | None, ...]
     files: tuple[str, ...]
 
     def __str__(self) -> str:
         count = len(self.files)
-        return text(self.metric) + (f" n={count}" if count > 1 else "")
+        return text(self.metric, self.name) + (f" n={count}" if count > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,11 @@ def collect(folders: Sequence[Path]) -> ResultTable:
     for (group, column), weights in places.items():
         files = [path for path, _ in weights.values()]
         metrics = [_metric(values, column[1]) for _, values in weights.values()]
-        one = metrics[0] if len(metrics) == 1 else mean_metric([m.value for m in metrics])
+        one = metrics[0]
+        if len(metrics) > 1:
+            one = mean_metric([m.value for m in metrics], limits_of(column[1]))
         seeds = tuple(values["backbone"]["seed"] for _, values in weights.values())
-        cell = Cell(one, seeds, tuple(map(str, files)))
+        cell = Cell(column[1], one, seeds, tuple(map(str, files)))
         lines[labels[group]][columns.index(column)] = cell
     return ResultTable(
         _titles(keys), tuple(values["protocol"] for values in keys.values()), lines, tuple(notes)
