@@ -98,6 +98,13 @@ class OneImage:
         return self.source.fingerprint() + "0"
 
 
+class White(OneImage):
+    """A source whose images are all white."""
+
+    def image(self, index: int) -> Tensor:
+        return torch.full_like(self.source.image(0), 255)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A way to train; `broken` says in words what is wrong with it, or nothing."""
@@ -146,8 +153,16 @@ KINDS = {
     "no-regulariser": Kind(
         settings=("method.regularizer=none",), broken="no regulariser (EMA from 0.99)"
     ),
+    "pooled": Kind(
+        settings=("method.regularizer_over=pooled",),
+        broken="the regulariser sees the mean of an image only",
+    ),
+    "pooled-dseq": Kind(
+        "dseq", settings=("method.regularizer_over=pooled",), broken="the same with DSeq-JEPA"
+    ),
     "similarity-only": Kind(
         settings=(
+            "method.regularizer_over=pooled",
             "method.vicreg.similarity=1",
             "method.vicreg.variance=0",
             "method.vicreg.covariance=0",
@@ -157,6 +172,7 @@ KINDS = {
     ),
     "blind-target": Kind(broken="the target sees no pixels", build=BlindTarget),
     "one-image": Kind(broken="all images are the same", wrap=OneImage),
+    "white": Kind(broken="all images are white", wrap=White),
 }
 
 
@@ -194,7 +210,7 @@ def jobs(seeds: list[int], only: list[str]) -> Iterator[tuple[str, int]]:
                 yield name, seed
 
 
-NUMBERS = ("feature_std", "cosine", "rank_me", "skill")
+NUMBERS = ("feature_std", "cosine", "rank_me", "skill", "variance_place", "variance_image")
 
 
 def read(out: Path, name: str) -> list[list[dict[str, Any]]]:
@@ -212,8 +228,9 @@ def table(out: Path) -> str:
     """Two tables: the numbers of each kind, and what the monitor says of its runs."""
     runs = {name: read(out, name) for name in KINDS}
     numbers = [
-        "| kind | seeds | std / start | cosine | RankMe / start | skill | steps not taken |",
-        "|---|---|---|---|---|---|---|",
+        "| kind | seeds | std / start | cosine | RankMe / start | skill | variance by place "
+        "| by image | steps not taken |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     alarms = ["| kind | what is wrong | runs | with an alarm | first alarm at step | reason |",
               "|---|---|---|---|---|---|"]  # fmt: skip

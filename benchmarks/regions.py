@@ -1,12 +1,17 @@
-"""Saliency to ranked regions, batch 256 on a 14 x 14 grid, smooth random maps.
+"""Saliency to ranked regions, batch 256 on a 14 x 14 grid.
 
-share_of_step     its share of a ViT-S/16 step of as many images at 224 px (bfloat16)
-against_opencv    one batch at once against OpenCV, one image after the other
+share_of_step     the paper's components of smooth random maps: their share of a ViT-S/16 step of as
+                  many images at 224 px (bfloat16)
+clusters_share    rarity and clusters together, of random features of that encoder's width: their
+                  share of the same step
+clusters_vitt8    the same at 64 px on an 8 x 8 grid, of a ViT-Ti/8 step (float32)
+against_opencv    components of one batch at once against OpenCV, one image after the other
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +19,7 @@ from harness import Effort, Row, main, paired, seconds, speedup
 from sides import Bench, benchmark_config, smooth_saliency
 
 from dseqjepa.plans.regions import rank_regions
+from dseqjepa.plans.saliency import rarity
 
 GRID = (14, 14)
 BATCH = 256
@@ -22,21 +28,56 @@ COUNT, MIN_AREA = 5, 0.15
 
 
 def share_of_step(name: str, effort: Effort) -> Row:
+    saliency_BN = smooth_saliency(4 if effort.smoke else BATCH, GRID)
+    return _share(
+        name,
+        effort,
+        lambda: rank_regions(saliency_BN, GRID, COUNT, MIN_AREA),
+        "regions",
+        ("vits16_224", "bf16"),
+    )
+
+
+def clusters_share(name: str, effort: Effort) -> Row:
+    return _clusters(name, effort, GRID, 384, ("vits16_224", "bf16"))
+
+
+def clusters_vitt8(name: str, effort: Effort) -> Row:
+    return _clusters(name, effort, (8, 8), 192, ("vitt8_64", "fp32"))
+
+
+def _clusters(
+    name: str, effort: Effort, grid: tuple[int, int], width: int, model: tuple[str, str]
+) -> Row:
+    images, patches = 4 if effort.smoke else BATCH, grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(0)
+    content_BND = torch.randn(images, patches, width, generator=generator)
+
+    def cut() -> None:
+        rank_regions(
+            rarity(content_BND), grid, COUNT, 0.02, kind="clusters", features_BND=content_BND
+        )
+
+    return _share(name, effort, cut, "rarity and clusters", model)
+
+
+def _share(
+    name: str, effort: Effort, cut: Callable[[], object], label: str, model: tuple[str, str]
+) -> Row:
     """A step's time is proportional to its images, so that a small one stands for a large one."""
     images = 4 if effort.smoke else BATCH
     step_images = 2 if effort.smoke else STEP_BATCH
-    saliency_BN = smooth_saliency(images, GRID)
-    bench = Bench(benchmark_config("dseq", "vits16_224", "bf16"), step_images)
+    bench = Bench(benchmark_config("dseq", *model), step_images)
 
     def both() -> tuple[float, float]:
-        regions = seconds(lambda: rank_regions(saliency_BN, GRID, COUNT, MIN_AREA))
+        regions = seconds(cut)
         step = seconds(lambda: bench.step(bench.packed_loss))
         return regions, step * images / step_images
 
     for _ in range(effort.warmup):
         both()
     pairs = [both() for _ in range(effort.repeats)]
-    what = f"regions / step, {images} images (step measured on {step_images})"
+    what = f"{label} / step, {images} images (step measured on {step_images})"
     return paired(name, pairs, [ours / step for ours, step in pairs], "s", what)
 
 
@@ -75,7 +116,12 @@ def by_opencv(saliency_N: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(rank_HW.ravel())
 
 
-BENCHMARKS = {"share_of_step": share_of_step, "against_opencv": against_opencv}
+BENCHMARKS = {
+    "share_of_step": share_of_step,
+    "clusters_share": clusters_share,
+    "clusters_vitt8": clusters_vitt8,
+    "against_opencv": against_opencv,
+}
 
 if __name__ == "__main__":
     main(__doc__, BENCHMARKS)

@@ -31,8 +31,12 @@ MODELS = {"vitt8_64": "vitt8_64", "vits16_224": "vits16_in1k", "vitb16_224": "vi
 
 
 def benchmark_config(method: str, model: str, precision: str, *overrides: str) -> Config:
-    """The preset's sizes, without the small presets' regulariser: the paper's step."""
+    """The preset's sizes with the paper's step: its saliency and regions, no regulariser."""
+    paper = ["method.saliency.kind=cls_similarity", "method.regions.kind=components"]
+    if model == "vitt8_64":
+        paper.append("method.regions.min_area=0.05")
     common = [
+        *(paper if method == "dseq" else ()),
         "data.workers=0",
         "runtime.accelerator=cpu",
         f"runtime.precision={precision}",

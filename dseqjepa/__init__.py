@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dseqjepa.errors import InputError, RunError
     from dseqjepa.methods import build_method
     from dseqjepa.methods.base import Method, Predictions, Step
-    from dseqjepa.model.look import saliency
+    from dseqjepa.model.look import Look, look_for_saliency, saliency
     from dseqjepa.model.vit import Features
     from dseqjepa.plans.plan import Plan
     from dseqjepa.plans.regions import Regions, rank_regions
@@ -26,6 +26,7 @@ _HOME = {
     "Config": "config",
     "Features": "model.vit",
     "InputError": "errors",
+    "Look": "model.look",
     "Method": "methods.base",
     "Plan": "plans.plan",
     "Predictions": "methods.base",
@@ -35,6 +36,7 @@ _HOME = {
     "build_method": "methods",
     "load_config": "presets",
     "load_encoder": "train.checkpoint",
+    "look_for_saliency": "model.look",
     "rank_regions": "plans.regions",
     "saliency": "model.look",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "Config",
     "Features",
     "InputError",
+    "Look",
     "Method",
     "Plan",
     "Predictions",
@@ -53,6 +56,7 @@ __all__ = [
     "build_method",
     "load_config",
     "load_encoder",
+    "look_for_saliency",
     "rank_regions",
     "saliency",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +17,7 @@ import typer
 import yaml
 
 from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
-from dseqjepa.errors import InputError, RunError, did_you_mean
+from dseqjepa.errors import InputError, RunError, did_you_mean, printable
 from dseqjepa.kernels import keep_few
 
 app = typer.Typer(
@@ -39,6 +40,9 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
     keep_few()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # whose encoding may lack what a name holds
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
@@ -56,7 +60,7 @@ def _fail(message: object, code: int) -> NoReturn:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     if rank == 0 or code != 2:
         where = f" rank {rank}:" if rank else ""
-        print(f"dseqjepa:{where}", *str(message).splitlines(), file=sys.stderr)
+        print(f"dseqjepa:{where}", printable(" ".join(str(message).splitlines())), file=sys.stderr)
     if "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
         # A library that waits for a rank that is gone must not keep this one from ending.
         sys.stdout.flush()
@@ -267,25 +271,22 @@ def import_(
     """Bring in an encoder of another project: dseqjepa import IN1K-vit.h.14.pth.tar out=runs/h14
 
     Only tensors are read, nothing in the file is run. The result can be evaluated and shown, and
-    init_from starts a run from it. heads=N and image_size=[H,W] say what shapes do not.
+    init_from starts a run from it. heads=N, image_size=[H,W], mean=[R,G,B] and std=[R,G,B] say what
+    shapes do not.
     """
     run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
-    from dseqjepa.train.foreign import ImportConfig, import_encoder
+    from dseqjepa.train.foreign import ImportConfig, described, import_encoder
 
     config = import_encoder(
         file.expanduser(),
         Path(run["out"]).expanduser(),
         ImportConfig.from_settings(overrides),
         overwrite=flag(run, "overwrite"),
+        tell=print,
     )
-    model, (height, width) = config.model, config.data.image_size
-    print(
-        f"imported to {run['out']}: width {model.width}, depth {model.depth}, {model.heads} heads, "
-        f"patches of {model.patch_size} px, {height} x {width} px, "
-        f"{'with' if model.class_token else 'without'} [CLS]"
-    )
+    print(f"imported to {run['out']}: {described(config)}")
 
 
 @app.command()

@@ -9,10 +9,11 @@ data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,8 +25,18 @@ from pydantic import (
 from dseqjepa.errors import InputError
 from dseqjepa.settings import apply_override, explain
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
+Colours = tuple[float, float, float]
+Deviations = Annotated[Colours, AfterValidator(lambda values: positive("std", values))]
+
+
+def positive(name: str, values: Colours) -> Colours:
+    if min(values) <= 0:
+        raise ValueError(f"{name} must be positive, found {values}")
+    return values
 
 
 class Section(BaseModel):
@@ -66,6 +77,11 @@ Size = Annotated[tuple[int, int], BeforeValidator(lambda v: (v, v) if isinstance
 """Height and width in pixels; one number means a square."""
 
 
+def check_pixel_range(found: Literal["auto", "file"] | tuple[int, int]) -> None:
+    if not isinstance(found, str) and not 0 <= found[0] < found[1] < 2**16:
+        raise ValueError(f"pixel_range must satisfy 0 <= low < high < 65536, found {found}")
+
+
 class DataConfig(Section):
     source: str = "scenes"
     """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
@@ -79,14 +95,27 @@ class DataConfig(Section):
     """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
     """The share of undecodable images above which a run stops."""
+    pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
+    """The values of 16-bit grey images that become black and white. `auto`: 0 and the largest
+    number of so many bits as the data set uses; `file`: the extremes of each file."""
+    mean: Colours = IMAGENET_MEAN
+    """What normalisation subtracts of red, green and blue, white being 1, before it divides by
+    `std`."""
+    std: Deviations = IMAGENET_STD
     crop_scale: Range = (0.3, 1.0)
     flip: bool = False
+    photometric: Fraction = 0.0
+    """Strength of random brightness, contrast and saturation: each is scaled by up to this factor
+    more or less. Training only, on the device."""
+    photometric_views: Literal["shared", "apart"] = "apart"
+    """Whether the target encoder sees the same photometric change as the context encoder."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
+        check_pixel_range(self.pixel_range)
         if min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, found {self.image_size}")
         return self
@@ -111,6 +140,12 @@ class ModelConfig(Section):
     """0: as the name says. The same holds for `depth` and `heads`."""
     depth: int = Field(0, ge=0)
     heads: int = Field(0, ge=0)
+    mlp: int = Field(0, ge=0)
+    """Width of the hidden layer of each block's MLP; 0: four times `width`."""
+    patch_init_scale: float = Field(1.0, gt=0)
+    """Factor on the patch embedding's initial weights: more of the image against positions."""
+    position_scale: float = Field(1.0, gt=0)
+    """Factor on the encoder's fixed sin-cos positions."""
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +167,11 @@ class PredictorConfig(Section):
     heads: int = Field(12, ge=1)
     mask_token: bool = True
     """False: queries are positions only, as in the authors' release."""
+    attention: Literal["joint", "cross"] = "joint"
+    """`joint`: context tokens and mask tokens attend to each other, so that a context is computed
+    again for each of its targets. `cross`: mask tokens read the context by cross-attention."""
+    output_norm: bool = False
+    """Whether predictions pass a LayerNorm without affine, as targets do."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -146,9 +186,22 @@ def _check_width(section: str, width: int, heads: int) -> None:
         raise ValueError(f"{section}.width ({width}) must be a multiple of 4 (2-D sin-cos)")
 
 
+class TargetConfig(Section):
+    """What the predictor has to guess."""
+
+    blocks: int = Field(1, ge=1)
+    """Targets are the mean of the outputs of so many last blocks, each after the final norm."""
+    centring: Literal["none", "place"] = "none"
+    """`place`: each target less the mean over the batch at its place, then normalised again."""
+
+
 class BlocksConfig(Section):
     """I-JEPA's random blocks (arXiv 2301.08243): areas as a share of the grid, aspect h / w."""
 
+    kind: Literal["blocks", "scattered"] = "blocks"
+    """`scattered`: single patches drawn at random are the one target, all others the context."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """The share of patches that `scattered` predicts."""
     targets: int = Field(4, ge=1)
     target_area: Range = (0.15, 0.2)
     target_aspect: Range = (0.75, 1.5)
@@ -170,32 +223,88 @@ class VicregConfig(Section):
     variance: float = Field(25.0, ge=0)
     covariance: float = Field(1.0, ge=0)
     projector_width: int = Field(3072, ge=0)
-    """0: the terms act on the pooled features themselves."""
+    """0: the terms act on the features themselves."""
+
+
+class SigregConfig(Section):
+    """SIGReg, the sketched test against a standard Gaussian of LeJEPA (arXiv 2511.08544)."""
+
+    slices: int = Field(64, ge=1)
+    """Random directions, drawn anew in each step."""
+    knots: int = Field(17, ge=3)
+    """Points in [0, `limit`] at which characteristic functions are compared."""
+    limit: float = Field(5.0, gt=0)
 
 
 class MethodConfig(Section):
     """What every method has."""
 
+    title: ClassVar[str]
+    """The method's name as people write it."""
     blocks: BlocksConfig = BlocksConfig()
     loss_weighting: Literal["token", "region"] = "token"
-    regularizer: Literal["none", "vicreg"] = "none"
+    """What the loss is a mean over: predicted patches, or regions (mean inside each first)."""
+    prediction_weight: float = Field(1.0, ge=0)
+    """Factor on the prediction loss; 0 is the control in which the regulariser alone teaches."""
+    regularizer: Literal["none", "vicreg", "sigreg"] = "none"
+    """A term against collapse, on the context encoder's features."""
+    regularizer_over: Literal["pooled", "patches"] = "pooled"
+    """What it acts on: the mean context feature of each image, or all context patches, each less
+    the mean at its place over the batch of all ranks."""
     regularizer_weight: float = Field(0.001, ge=0)
     vicreg: VicregConfig = VicregConfig()
+    sigreg: SigregConfig = SigregConfig()
+
+    @property
+    def cut(self) -> CutConfig | None:
+        """How the method cuts images into ranked regions; None for a method without."""
+        return None
+
+    def check_within(self, config: Config) -> None:
+        """Raise `ValueError` where the method contradicts other sections."""
+
+    @model_validator(mode="after")
+    def _check_regularizer(self) -> Self:
+        if self.regularizer == "vicreg" and self.regularizer_over == "patches":
+            for key in ("similarity", "projector_width"):
+                if getattr(self.vicreg, key):
+                    raise ValueError(
+                        f"regularizer_over=patches knows variance and covariance only: set "
+                        f"method.vicreg.{key}=0, or regularizer_over=pooled"
+                    )
+        return self
 
 
 class SaliencyConfig(Section):
-    kind: Literal["cls_similarity", "cls_attention", "grad_cam"] = "cls_similarity"
+    """Where an image is discriminative."""
+
+    kind: Literal["cls_similarity", "cls_attention", "grad_cam", "rarity"] = "cls_similarity"
+    """`rarity`: distance of a patch's content to its nearest neighbours in the image; no [CLS]."""
     query: Literal["state", "parameter"] = "state"
     """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
     block: int = Field(-1, ge=-1)
-    """0-based block that is read; -1: at 10/12 of the depth."""
+    """0-based block that is read; -1: at 10/12 of the depth, and the target itself for rarity."""
 
 
 class RegionsConfig(Section):
+    """How an image is cut into regions."""
+
     source: Literal["ranked", "random"] = "ranked"
     """`random`: I-JEPA's blocks are the regions, the context block first (Table 4)."""
+    kind: Literal["components", "clusters", "bands"] = "components"
+    """`components` of the saliency above Otsu's threshold (the paper), `clusters` of content
+    features, or `bands` of equal saliency."""
     count: int = Field(5, ge=2)
+    """The most regions of an image, the left-over included."""
     min_area: Fraction = 0.15
+    """The smallest share of the grid that a region may hold, the left-over apart."""
+
+
+class CutConfig(Section):
+    """Where to look and how to cut: what ranked regions are made by."""
+
+    saliency: SaliencyConfig = SaliencyConfig(kind="rarity")
+    regions: RegionsConfig = RegionsConfig(kind="clusters", min_area=0.02)
 
 
 class CurriculumConfig(Section):
@@ -207,6 +316,7 @@ class CurriculumConfig(Section):
 
 
 class DSeqConfig(MethodConfig):
+    title = "DSeq-JEPA"
     name: Literal["dseq"] = "dseq"
     context: Literal["prefix", "causal", "independent"] = "prefix"
     prediction: Literal["sequential", "flat"] = "sequential"
@@ -219,22 +329,57 @@ class DSeqConfig(MethodConfig):
     regions: RegionsConfig = RegionsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
 
+    @property
+    def cut(self) -> CutConfig:
+        return CutConfig(saliency=self.saliency, regions=self.regions)
+
+    def check_within(self, config: Config) -> None:
+        if self.context == "causal" and config.runtime.attention == "varlen":
+            raise ValueError(
+                "runtime.attention=varlen knows no region-causal contexts "
+                "(method.context=causal): use auto or flex"
+            )
+        if self.saliency.kind.startswith("cls_") and not config.model.class_token:
+            raise ValueError(
+                f"method.saliency.kind={self.saliency.kind} reads [CLS] and "
+                "model.class_token=false removes it: use rarity or grad_cam, or keep the token"
+            )
+        if self.saliency.block >= config.model.depth:
+            raise ValueError(
+                f"method.saliency.block ({self.saliency.block}) must be below the encoder's depth "
+                f"({config.model.depth})"
+            )
+        clusters = self.regions.count if self.regions.kind == "clusters" else 0
+        patches = config.grid[0] * config.grid[1]
+        if self.regions.source == "ranked" and clusters > patches:
+            raise ValueError(
+                f"method.regions.count ({clusters}) clusters need as many patches, and "
+                f"data.image_size has {patches}: lower it, or take larger images"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.regions.source == "random" and self.order != "saliency":
             raise ValueError("order needs regions.source=ranked: random regions have no saliency")
         if self.prediction == "flat" and self.context_lag:
             raise ValueError("context_lag needs prediction=sequential: flat has one context")
+        if self.regions.kind == "clusters" and self.regions.min_area * self.regions.count > 1:
+            raise ValueError(
+                f"regions.min_area ({self.regions.min_area}) leaves no room for "
+                f"{self.regions.count} clusters: at most 1 / regions.count"
+            )
         return self
 
 
 class IJepaConfig(MethodConfig):
+    title = "I-JEPA"
     name: Literal["ijepa"] = "ijepa"
 
 
 class CJepaConfig(MethodConfig):
+    title = "C-JEPA"
     name: Literal["cjepa"] = "cjepa"
-    regularizer: Literal["none", "vicreg"] = "vicreg"
+    regularizer: Literal["none", "vicreg", "sigreg"] = "vicreg"
 
 
 class OptimConfig(Section):
@@ -249,6 +394,8 @@ class OptimConfig(Section):
     final_weight_decay: float = Field(0.4, ge=0)
     accumulate: int = Field(1, ge=1)
     """Micro-batches that make one optimizer step."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Gradients of a larger norm are scaled down to it; 0: never."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -329,6 +476,7 @@ class Config(Section):
     model: ModelConfig
     predictor: PredictorConfig = PredictorConfig()
     method: Annotated[DSeqConfig | IJepaConfig | CJepaConfig, Field(discriminator="name")]
+    target: TargetConfig = TargetConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     guard: GuardConfig = GuardConfig()
@@ -357,23 +505,12 @@ class Config(Section):
                 f"data.batch_size ({self.data.batch_size}) must be a multiple of optim.accumulate "
                 f"x runtime.devices ({self.optim.accumulate} x {self.runtime.devices})"
             )
-        if isinstance(self.method, DSeqConfig):
-            if self.method.context == "causal" and self.runtime.attention == "varlen":
-                raise ValueError(
-                    "runtime.attention=varlen knows no region-causal contexts "
-                    "(method.context=causal): use auto or flex"
-                )
-            saliency = self.method.saliency
-            if saliency.kind != "grad_cam" and not self.model.class_token:
-                raise ValueError(
-                    f"method.saliency.kind={saliency.kind} reads [CLS] and "
-                    "model.class_token=false removes it: use grad_cam, or keep the token"
-                )
-            if saliency.block >= self.model.depth:
-                raise ValueError(
-                    f"method.saliency.block ({saliency.block}) must be below the encoder's depth "
-                    f"({self.model.depth})"
-                )
+        if self.target.blocks > self.model.depth:
+            raise ValueError(
+                f"target.blocks ({self.target.blocks}) must not exceed the encoder's depth "
+                f"({self.model.depth})"
+            )
+        self.method.check_within(self)
         return self
 
     def resolved(self, images: int) -> Config:

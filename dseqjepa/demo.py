@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dseqjepa.config import Config, RegionsConfig
+from dseqjepa.config import Config, CutConfig
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
@@ -32,7 +32,7 @@ def run_demo(config: Config, out: Path) -> None:
     `out` may hold an earlier demo, which is replaced; `InputError` if it holds anything else.
     """
     _check(out)
-    console = Console()
+    console = Console(markup=False)
     began = time.perf_counter()
     size, seed = config.data.image_size, config.runtime.seed
     train = Scenes(config.data.size, size=size[0], seed=seed, split="train")
@@ -57,10 +57,7 @@ def run_demo(config: Config, out: Path) -> None:
     write_json(run / "evaluations" / "knn.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
-    regions = config.method.regions if config.method.name == "dseq" else RegionsConfig()
-    picture = regions_picture(
-        trained, images_BCHW, num_regions=regions.count, min_area=regions.min_area
-    )
+    picture = regions_picture(trained, images_BCHW, config.method.cut or CutConfig())
     picture.save(out / "regions.png")
     if absent := missing_packages():
         console.print(f"no report: {' and '.join(absent)} missing (pip install 'dseqjepa[report]')")

@@ -27,3 +27,17 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(known)}" if 0 < len(known) <= FEW else ""
+
+
+def printable(text: object) -> str:
+    """What others wrote, as text that any output can take: on one line, its control characters and
+    bytes that are no UTF-8 shown as Python writes them."""
+    return "".join(map(_shown, str(text)))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that could not be decoded
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

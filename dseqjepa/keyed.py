@@ -10,6 +10,7 @@ wrap-around. Suffixes: B images, C counters.
 
 from __future__ import annotations
 
+import struct
 from enum import IntEnum
 
 import torch
@@ -36,6 +37,10 @@ class Stream(IntEnum):
     AUDIT = 10
     STEP = 13
     BOOTSTRAP = 14
+    SLICES = 15
+    SCATTER = 16
+    PHOTOMETRIC_CONTEXT = 17
+    PHOTOMETRIC_TARGET = 18
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
@@ -59,6 +64,12 @@ def hash_int64(*parts: int | Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
 def sample_keys(seed: int, epoch: int, index_B: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
     """The key of each sample in an epoch: all its augmentation and masks derive from it."""
     return hash_int64(seed, epoch, index_B)
+
+
+def moment_key(seed: int, progress: float, device: torch.device) -> Int64[Tensor, ""]:
+    """A key of a point of training: all ranks and micro-batches of a step share it."""
+    (moment,) = struct.unpack("<q", struct.pack("<d", progress))
+    return hash_int64(seed, moment).to(device)
 
 
 def uniforms(keys_B: Int64[Tensor, " B"], stream: Stream, count: int) -> Float[Tensor, "B C"]:

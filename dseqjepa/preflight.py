@@ -12,17 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dseqjepa.config import Config, RegionsConfig, SaliencyConfig
+from dseqjepa.config import Config, CutConfig
 from dseqjepa.data.audit import Audit, audit
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, untrained_encoder
 from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
@@ -72,7 +72,7 @@ def preflight(
     for table in tables:
         console.print(table)
     lines = [f"warning: {warning}" for warning in warnings] or ["nothing to warn of"]
-    if weights is None and config.method.name == "dseq":
+    if weights is None and config.method.cut is not None:
         lines.insert(0, "The encoder is untrained: its regions, and their tokens, will change.")
     result = {
         "config": config.model_dump(mode="json"),
@@ -83,7 +83,7 @@ def preflight(
         "warnings": warnings,
     }
     if report is not None:
-        report.write_text(json.dumps(result, indent=1) + "\n")
+        report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if out is not None:
         draw(config, source, weights, out)
         lines.append(f"regions of some images: {out}")
@@ -107,6 +107,26 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
             f"{len(data.bad)} of {data.sample} images tried cannot be decoded, such as {name} "
             f"({reason}); up to {data.most_bad:.1%} of all may be so, and the run stops at "
             f"data.max_bad={config.data.max_bad:.1%}"
+        )
+    yield from data.left_out
+    if data.deep:
+        ends = "the least of each file becomes black and the most white"
+        if not isinstance(data.levels, str):
+            ends = "{} becomes black and {} white".format(*data.levels)
+        yield (
+            f"{len(data.deep)} of {data.sample} images tried have 16 bits, such as {data.deep[0]}: "
+            f"of grey ones {ends}, and data.pixel_range=[LOW,HIGH] says otherwise"
+        )
+    if data.deep_colour:
+        yield (
+            f"{len(data.deep_colour)} of {data.sample} images tried have 16 bits a colour, such as "
+            f"{data.deep_colour[0]}: the lower 8 are lost, which leaves 4 where 12 are used"
+        )
+    if data.several:
+        name, pages = data.several[0]
+        yield (
+            f"{len(data.several)} of {data.sample} files tried hold several images, of which the "
+            f"first is read, such as {name} ({pages}): save the others as files of their own"
         )
     if data.smaller > 0:
         yield (
@@ -148,7 +168,8 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
 
 def data_table(config: Config, data: Audit) -> Table:
     """What the audit found."""
-    table = Table("data", str(config.data.source), title_justify="left")
+    table = Table("data", title_justify="left")
+    table.add_column(Text(printable(config.data.source)))
     bad = f"{len(data.bad)} of {data.sample} tried; of all, at most {data.most_bad:.1%}"
     rows = {
         "images": f"{data.images}",
@@ -162,7 +183,7 @@ def data_table(config: Config, data: Audit) -> Table:
         "labels": ", ".join(f"{task}: {n} classes" for task, n in data.classes.items()) or "none",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(printable(value)))  # names of others may look like markup
     return table
 
 
@@ -206,21 +227,7 @@ def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) 
     size = min(PICTURES, len(source))
     loader = Loader(source, transform, batch_size=size, seed=config.runtime.seed, workers=0)
     images_BCHW = next(loader.batches(0)).images_BCHW
-    method = config.method
-    if method.name == "dseq":
-        regions, saliency = method.regions, method.saliency
-    else:
-        regions = RegionsConfig()
-        saliency = SaliencyConfig(kind="cls_similarity" if config.model.class_token else "grad_cam")
-    with torch.no_grad():
-        picture = regions_picture(
-            encoder,
-            images_BCHW,
-            num_regions=regions.count,
-            min_area=regions.min_area,
-            **saliency.model_dump(),
-        )
-    picture.save(out, format="png")
+    regions_picture(encoder, images_BCHW, config.method.cut or CutConfig()).save(out, format="png")
 
 
 def _each(pace: Pace, part: str) -> float:

@@ -111,9 +111,11 @@ def vitt8_64() -> Config:
         model=ModelConfig(name="vit_tiny", patch_size=8),
         predictor=PredictorConfig(width=96, depth=4, heads=3),
         method=DSeqConfig(
-            regions=RegionsConfig(min_area=0.05),
+            saliency=SaliencyConfig(kind="rarity"),
+            regions=RegionsConfig(kind="clusters", min_area=0.02),
             curriculum=CurriculumConfig(start=0.0, end=1.0),
             regularizer="vicreg",
+            regularizer_over="patches",
             regularizer_weight=0.1,
             vicreg=SMALL_VICREG,
         ),
@@ -128,7 +130,7 @@ def vitt8_64() -> Config:
 
 
 SMALL_VICREG = VicregConfig(similarity=0.0, variance=1.0, covariance=0.04, projector_width=0)
-"""Without a projector, on the pooled context features: what small runs need against collapse."""
+"""Without a projector, on context features themselves: what small runs need against collapse."""
 
 
 def vits16_small() -> Config:

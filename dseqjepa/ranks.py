@@ -51,6 +51,12 @@ def gather_rows(*parts_BD: Float[Tensor, "B _"]) -> tuple[Float[Tensor, "R _"], 
     return tuple(rows_RD.split([part_BD.shape[1] for part_BD in parts_BD], dim=1))
 
 
+def sum_over_ranks(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The sum over all ranks; gradients flow back to every rank's part, summed over what each rank
+    made of the sum."""
+    return value if world_size() == 1 else _SumOverRanks.apply(value)
+
+
 def mean_row(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
     """The mean of the rows of all ranks, as one row; no gradient. Without a row: none, or zeros."""
     if world_size() == 1:
@@ -78,6 +84,20 @@ class _GatherRows(torch.autograd.Function):
         gradient_RD = gradient_RD.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient_RD)
         return gradient_RD.split(ctx.counts)[dist.get_rank()]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):  # type: ignore[no-untyped-def]
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient
 
 
 class Ranks:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from dseqjepa.errors import InputError, did_you_mean
 
+MOST_TEXT = 2**20
+"""Characters of a config file."""
 WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -32,7 +34,11 @@ WORDS = {
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file; nothing in it is run. `InputError` if it is anything else."""
     try:
-        values = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+        with path.expanduser().open(encoding="utf-8") as file:
+            text = file.read(MOST_TEXT + 1)
+        if len(text) > MOST_TEXT:
+            raise InputError(f"config file {path} has more than {MOST_TEXT} characters")
+        values = _plain(text)
     except OSError as error:
         raise InputError(f"config file {path}: {error.strerror}; give a preset or a file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -41,6 +47,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"config file {path}: expected sections, found {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few lines of them can stand for more values than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"write the value in place of *{event.anchor}{event.start_mark}")
+        return super().compose_node(parent, index)
+
+
+def _plain(text: str) -> Any:
+    """The values of a YAML text; `yaml.YAMLError` if it is anything else."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -67,9 +94,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def _value(key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = _plain(text)
     except yaml.YAMLError:
-        raise InputError(f"{key}: cannot read the value {text!r} as YAML") from None
+        raise InputError(f"{key}: cannot read the value {text[:200]!r} as YAML") from None
     if isinstance(value, str):
         try:
             return float(value)  # YAML 1.1 reads 1e-3, which has no dot, as text

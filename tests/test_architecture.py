@@ -19,7 +19,7 @@ MOST_LINES = 420
 
 BASE = {"errors", "keyed", "ranks"}
 MODEL = BASE | {"config", "plans", "model"}
-EVALUATION = MODEL | {"data", "train.checkpoint"}
+EVALUATION = MODEL | {"data", "train.checkpoint", "train.trained_on"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
@@ -117,7 +117,41 @@ def swallowed(source: str) -> list[int]:
     return lines
 
 
+NO_TEXT = ("Image", "gzip", "store", "self", "os")
+"""What opens other things than text files."""
+
+
+def opened_as_text(source: str) -> list[int]:
+    """The lines in which a text file is opened without a word on its encoding."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call):
+            continue
+        receiver, _, method = ast.unparse(call.func).rpartition(".")
+        mode = next(iter(call.args[not receiver :]), None) if method == "open" else None
+        is_text = method in ("read_text", "write_text") or (
+            method == "open"
+            and receiver not in NO_TEXT
+            and not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
+        )
+        if is_text and not any(keyword.arg == "encoding" for keyword in call.keywords):
+            found.append(call.lineno)
+    return found
+
+
 # The rules hold
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_every_text_file_says_its_encoding(module: str) -> None:
+    """It would be that of the machine's language otherwise."""
+    assert opened_as_text(FILES[module].read_text()) == []
+
+
+def test_a_text_file_without_its_encoding_is_found() -> None:
+    source = "open(p)\nopen(p, 'rb')\nq.open('a')\nq.open('ab')\nq.read_text()\n"
+    source += "q.write_text(t, encoding='utf-8')\nopen(p, encoding='utf-8')\nImage.open(p)\n"
+    assert opened_as_text(source) == [1, 3, 5]
 
 
 @pytest.mark.parametrize("module", FILES)

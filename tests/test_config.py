@@ -22,11 +22,12 @@ CONTRACT = [
     for section, keys in {
         "data": "source size image_size batch_size workers cache max_bad",
         "model": "name patch_size class_token",
-        "predictor": "width depth",
-        "method": "name context prediction order max_steps loss_weighting regularizer "
-        "regularizer_weight",
+        "predictor": "width depth attention",
+        "target": "blocks",
+        "method": "name context prediction order max_steps loss_weighting prediction_weight "
+        "regularizer regularizer_over regularizer_weight",
         "method.saliency": "kind query block",
-        "method.regions": "source count min_area",
+        "method.regions": "source kind count min_area",
         "method.curriculum": "unit start end",
         "optim": "epochs lr warmup_epochs weight_decay",
         "ema": "start end",
@@ -43,12 +44,18 @@ CHOICES = {
     "method.context": ("prefix", "causal", "independent"),
     "method.prediction": ("sequential", "flat"),
     "method.order": ("saliency", "inverse", "random", "spatial"),
-    "method.saliency.kind": ("cls_similarity", "cls_attention", "grad_cam"),
+    "method.saliency.kind": ("cls_similarity", "cls_attention", "grad_cam", "rarity"),
+    "method.regions.kind": ("components", "clusters", "bands"),
+    "method.blocks.kind": ("blocks", "scattered"),
+    "predictor.attention": ("joint", "cross"),
+    "target.centring": ("none", "place"),
+    "data.photometric_views": ("shared", "apart"),
     "method.saliency.query": ("state", "parameter"),
     "method.regions.source": ("ranked", "random"),
     "method.curriculum.unit": ("image", "region", "batch"),
     "method.loss_weighting": ("token", "region"),
-    "method.regularizer": ("none", "vicreg"),
+    "method.regularizer": ("none", "sigreg"),
+    "method.regularizer_over": ("pooled", "patches"),
 }
 
 
@@ -127,6 +134,8 @@ def test_the_main_recipe_is_the_published_one() -> None:
     assert (method.context, method.prediction, method.order) == ("prefix", "sequential", "saliency")
     assert (method.max_steps, method.context_lag) == (0, 0)
     assert (method.saliency.kind, method.saliency.query) == ("cls_similarity", "state")
+    assert (method.regions.source, method.regions.kind) == ("ranked", "components")
+    assert (method.prediction_weight, config.target.blocks) == (1, 1)
     curriculum = method.curriculum
     assert (curriculum.unit, curriculum.start, curriculum.end) == ("image", 0, 1)
     assert (method.loss_weighting, method.regularizer) == ("token", "none")

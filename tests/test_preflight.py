@@ -187,3 +187,31 @@ def test_twins_are_worth_a_warning_when_they_are_many(good: Audit) -> None:
     assert "1 of 40 images tried have a twin among them, such as one.png and two.png" in warning
     many = replace(good, duplicates=twins, sample=500)
     assert list(warn(tiny_config(), many, REHEARSAL)) == []
+
+
+def test_deep_images_pages_and_what_is_left_out_are_worth_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "[red]pictures"
+    folder.mkdir()
+    value_HW = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    for n in range(8):
+        Image.fromarray(value_HW).save(folder / f"{n}.png")
+    pages = [Image.fromarray(value_HW // (n + 1)) for n in range(3)]
+    pages[0].save(folder / "stack.tif", save_all=True, append_images=pages[1:])
+    Image.fromarray(value_HW.astype(np.uint8)).save(folder / "8-bit.png")
+    (folder / "x.heic").write_bytes(b"")
+    text, found = run(tiny_config("dseq_vitt8_64", *settings(folder)))
+    assert str(folder) in text
+    warnings = "\n".join(map(str, found["warnings"]))  # type: ignore[call-overload]
+    assert "1 of 11 files in" in warnings
+    assert "not images of a format that is read: 1 .heic" in warnings
+    assert "9 of 10 images tried have 16 bits" in warnings
+    assert "of grey ones 0 becomes black and 4095 white" in warnings
+    assert "1 of 10 files tried hold several images" in warnings
+    assert "stack.tif (3)" in warnings
+
+
+def test_a_wrong_pixel_range_is_refused() -> None:
+    for wrong in ("[5,5]", "[-1,9]", "[0,65536]", "12"):
+        with pytest.raises(InputError, match="pixel_range"):
+            tiny_config("dseq_vitt8_64", f"data.pixel_range={wrong}")
+    assert tiny_config("dseq_vitt8_64", "data.pixel_range=[0,4095]").data.pixel_range == (0, 4095)

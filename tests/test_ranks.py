@@ -11,8 +11,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from dseqjepa.config import SigregConfig, VicregConfig
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.methods.losses import Vicreg
+from dseqjepa.methods.losses import Sigreg, Vicreg, centre_by_place
 from dseqjepa.presets import load_config
 from dseqjepa.ranks import Ranks, gather_rows, mean_row, world_size
 from tests.children import run_ranks
@@ -122,7 +123,35 @@ def check_reason(_: Path) -> None:
     os._exit(0)  # at once, as a rank that fails ends
 
 
-@pytest.mark.parametrize("check", [check_rows, check_decisions, check_regularizer, check_reason])
+def check_patches(_: Path) -> None:
+    """The terms over patches, and their gradients, are those of one process that has all tokens."""
+    ranks = connected()
+    rows_RD, _ = (x.float() for x in everything())
+    patch_R = torch.arange(len(rows_RD)) % 3 - 1
+    vicreg = Vicreg(VicregConfig(similarity=0, projector_width=0), WIDTH)
+    sigreg = Sigreg(SigregConfig(slices=5))
+
+    def loss_of(token_TD: Tensor, patch_T: Tensor) -> Tensor:
+        centred_TD, freedom = centre_by_place(token_TD, patch_T, 2)
+        count_T = (patch_T >= 0).float()
+        return vicreg.of_patches(centred_TD, freedom) + sigreg(centred_TD, count_T, torch.tensor(3))
+
+    own_TD = mine(rows_RD, ranks.rank).requires_grad_()
+    loss = loss_of(own_TD, mine(patch_R, ranks.rank))
+    loss.backward()
+    world, dist = ranks.world, torch.distributed
+    ranks.close()
+    dist.destroy_process_group() if dist.is_initialized() else None
+    whole_RD = rows_RD.clone().requires_grad_()
+    expected = loss_of(whole_RD, patch_R)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(own_TD.grad / world, mine(whole_RD.grad, ranks.rank))
+
+
+@pytest.mark.parametrize(
+    "check", [check_rows, check_decisions, check_regularizer, check_patches, check_reason]
+)
 def test_ranks_exchange(tmp_path: Path, check: object) -> None:
     run_ranks(WORLD, check, tmp_path, log=tmp_path / "log")  # type: ignore[arg-type]
 

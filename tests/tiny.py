@@ -25,6 +25,15 @@ TINY = (
 )
 
 
+PAPER = (
+    "method.saliency.kind=cls_similarity",
+    "method.regions.kind=components",
+    "method.regions.min_area=0.05",
+    "method.regularizer_over=pooled",
+)
+"""What turns the small presets' regions and regulariser into the paper's and C-JEPA's."""
+
+
 def tiny_config(preset: str = "dseq_vitt8_64", *overrides: str) -> Config:
     """A preset shrunk to a model that takes milliseconds, at 32 px on a 4 x 4 grid."""
     return load_config(preset, [*TINY, *overrides])

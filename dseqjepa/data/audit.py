@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dseqjepa.data.images import ImageFiles, notes_of
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
@@ -44,6 +45,17 @@ class Audit:
     """(name, name): an image of the sample, and the one before it with the very same pixels."""
     classes: dict[str, int]
     """Task -> number of its classes, over the whole set."""
+    left_out: tuple[str, ...]
+    """What of the data set is not read, and why, a sentence each."""
+    deep: tuple[str, ...]
+    """The names of the sample's images of 16 bits a colour."""
+    deep_colour: tuple[str, ...]
+    """Those of them that are not grey: the lower 8 bits are lost."""
+    levels: tuple[int, int] | str
+    """The values of 16-bit grey that become black and white, "file": those of each file."""
+    several: tuple[tuple[str, int], ...]
+    """(name, number) of the sample's files with several pages or frames, of which the first is
+    read."""
 
 
 def audit(
@@ -60,6 +72,7 @@ def audit(
     """
     bad, names, sizes, grey = [], [], [], []
     duplicates = []
+    deep, deep_colour, several = [], [], []
     seen: dict[bytes, str] = {}
     chosen = _sample(len(source), sample, seed)
     for index in chosen:
@@ -70,6 +83,11 @@ def audit(
             bad.append((name, str(reason)))
             continue
         names.append(name)
+        if isinstance(source, ImageFiles):
+            fact = source.facts(index)
+            deep += [name] * fact.is_deep
+            deep_colour += [name] * (fact.is_deep and not fact.is_grey)
+            several += [(name, fact.frames)] * (fact.frames > 1)
         sizes.append(image_CHW.shape[-2:])
         grey.append(bool((image_CHW == image_CHW[:1]).all()))
         first = seen.setdefault(_hash(image_CHW), name)
@@ -92,6 +110,11 @@ def audit(
         smallest=names[int(size_M2.prod(axis=1).argmin())],
         grey=float(np.mean(grey)),
         duplicates=tuple(duplicates),
+        left_out=notes_of(source),
+        deep=tuple(deep),
+        deep_colour=tuple(deep_colour),
+        levels=source.levels if deep and isinstance(source, ImageFiles) else "file",
+        several=tuple(several),
         classes={task: len(np.unique(label_N)) for task, label_N in source.labels.items()},
     )
 

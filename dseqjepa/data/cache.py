@@ -121,9 +121,9 @@ def available_memory(root: Path = Path("/")) -> int:
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return 0
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
     limits = [1024 * int(lines["MemAvailable"].split()[0])]
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         of_memory = "memory" in controllers.split(",")
         if controllers and not of_memory:
@@ -132,7 +132,7 @@ def available_memory(root: Path = Path("/")) -> int:
         name = "memory.limit_in_bytes" if of_memory else "memory.max"
         for group in (PurePosixPath(path), *PurePosixPath(path).parents):
             file = base / str(group).lstrip("/") / name
-            text = file.read_text().strip() if file.exists() else "max"
+            text = file.read_text(encoding="utf-8").strip() if file.exists() else "max"
             limits += [int(text)] if text != "max" else []
     return min(limits)
 

@@ -7,30 +7,56 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from dseqjepa.data.decode import decode, decode_reduced
+from dseqjepa.data.decode import (
+    ENDINGS,
+    FULL,
+    SAMPLE,
+    Facts,
+    Frame,
+    Levels,
+    decode,
+    decode_reduced,
+    facts,
+    highest,
+    is_picture,
+)
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
-from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.errors import InputError, did_you_mean, printable
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+MOST_KINDS = 6
+"""Endings of files left out that are named."""
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+PixelRange = Levels | Literal["auto"]
+"""Which 16-bit values become black and white. `auto`: 0 and the largest number of so many bits as
+the values of a sample of the data set need."""
 
 
 class ImageFiles:
     """The image files at `paths`, which are relative to `root` and written with "/".
 
-    `labels` and `classes` are those of a `Source`; none if not given.
+    `labels` and `classes` are those of a `Source`; none if not given. `notes` say what was left
+    out of a data set, and why. `pixel_range` is to be set before the first image is read; where
+    there is a `reference`, that one settles its `auto` for both.
     """
+
+    pixel_range: PixelRange = "auto"
+    reference: ImageFiles | None = None
+    lies: Frame = "upright"
+    """How the images lie: as their annotations do, where those count pixels."""
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -50,19 +76,42 @@ class ImageFiles:
         return len(self._paths_N)
 
     def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
-        return decode(self.path(index))
+        return decode(self.path(index), self.frame(index), lambda: self.levels)
 
     def reduced(self, index: int, reduction: Reduction) -> Decoded:
-        return decode_reduced(self.path(index), reduction)
+        return decode_reduced(self.path(index), reduction, self.frame(index), lambda: self.levels)
+
+    def frame(self, index: int) -> Frame:
+        """How an image lies."""
+        return self.lies
+
+    @cached_property
+    def levels(self) -> Levels:
+        """The 16-bit values that become black and white."""
+        if self.pixel_range != "auto":
+            return self.pixel_range
+        if self.reference is not None:
+            return self.reference.levels
+        most = max(map(highest, self._sample()), default=0)
+        return (0, 2 ** max(most.bit_length(), 8) - 1) if most else FULL
+
+    def _sample(self) -> list[Path]:
+        return list(map(self.path, evenly(len(self))))
+
+    def facts(self, index: int) -> Facts:
+        """What the header of an image's file says."""
+        return facts(self.path(index))
 
     def name(self, index: int) -> str:
-        return printable(str(self.path(index)))
+        return printable(self.path(index))
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._paths_N[index])
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
+        if self.pixel_range != "auto":
+            digest.update(f"{self.pixel_range}".encode())  # other pixels of the same files
         for index, path in enumerate(self._paths_N):
             try:
                 size = patiently(self.path(index).stat).st_size
@@ -77,43 +126,68 @@ class ImageFiles:
 class ImageFolder(ImageFiles):
     """Every image below a folder, in the order of their paths.
 
-    The first level may hold the splits: a folder `train` and one of `val`, `valid`, `validation`,
-    `test` (the first that is there, any case). Then `split` chooses between them; "all" takes the
-    whole folder. Without such folders (`has_splits` is False) every split is the whole folder.
+    An image is what has one of `ENDINGS`, or no ending and the first bytes of an image. The first
+    level may hold the splits: a folder `train` and one of `val`, `valid`, `validation`, `test` (the
+    first that is there, any case). Then `split` chooses between them; "all" takes the whole folder.
+    Without such folders (`has_splits` is False) every split is the whole folder.
 
     `labels["class"]` is the first folder level below the split, where every image lies in such a
     folder and there are two or more. A "val" split is labelled with the classes of "train", so
-    that a number means the same class in both, and not at all where it holds other folders.
+    that a number means the same class in both, and not at all where it holds other folders. With
+    `labelled` the images that have no class are left out, if there are others, and the rest is
+    labelled.
 
-    Hidden files and folders are left out; links are followed, every folder is read once.
+    Hidden files and folders are left out; links are followed, every folder is read once. `notes`
+    count the other files, the links that lead nowhere, the images without a class.
 
     Raises:
         InputError: the folder does not exist or cannot be read, or holds no image.
     """
 
-    def __init__(self, root: Path, split: Literal["train", "val", "all"] = "all") -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: Literal["train", "val", "all"] = "all",
+        *,
+        labelled: bool = False,
+    ) -> None:
         root = existing_folder(root)
         splits = _split_folders(root)
         self.has_splits = bool(splits)
         folder = splits.get(split, root)
-
-        files = list(visible_files(folder))
-        paths = sorted(filter(is_image, files))
-        if not paths:
-            raise InputError(
-                f"no images found below {folder}: saw {len(files)} files, "
-                f"expected names that end in {' '.join(ENDINGS)}"
-            )
-        super().__init__(folder, paths)
-
+        paths, notes = images_below(folder)
         level = 1 if split == "all" and splits else 0
         folders = [_folder(path, level) for path in paths]
-        of_train = split == "val" and "train" in splits
-        classes = class_folders(splits["train"]) if of_train else sorted(set(folders))
-        if len(classes) >= 2 and "" not in folders and set(folders) <= set(classes):
-            number = {name: label for label, name in enumerate(classes)}
+        self._trained = splits["train"] if split == "val" and splits else folder
+        is_own = self._trained == folder
+        names = set(folders) - {""} if is_own else set(class_folders(self._trained))
+        kept = [number for number, name in enumerate(folders) if name in names]
+        is_classed = len(names) >= 2 and len(kept) == len(paths)
+        if len(names) >= 2 and not is_classed:
+            stray = next(
+                path for path, name in zip(paths, folders, strict=True) if name not in names
+            )
+            said = (
+                f"{len(paths) - len(kept)} of {len(paths)} images in {printable(folder)} lie in no "
+                + ("class folder" if is_own else f"folder that {printable(self._trained)} has")
+                + f", such as {printable(stray)}"
+            )
+            if labelled and kept:
+                notes.append(f"{said}: they are left out")
+                paths, folders = [paths[n] for n in kept], [folders[n] for n in kept]
+                is_classed = True
+            else:
+                notes.append(f"{said}: so no image has a label")
+        super().__init__(folder, paths)
+        self.notes = tuple(notes)
+        if is_classed:
+            number = {name: label for label, name in enumerate(sorted(names))}
             self.labels = {"class": np.array([number[name] for name in folders], dtype=np.int64)}
-            self.classes = {"class": tuple(printable(name) for name in classes)}
+            self.classes = {"class": tuple(map(printable, sorted(names)))}
+
+    def _sample(self) -> list[Path]:
+        paths, _ = images_below(self._trained)
+        return [self._trained / paths[place] for place in evenly(len(paths))]
 
 
 class Subset:
@@ -126,6 +200,7 @@ class Subset:
             task: label_N[indices_B] for task, label_N in source.labels.items()
         }
         self.classes: Mapping[str, tuple[str, ...]] = source.classes
+        self.notes = notes_of(source)
 
     def __len__(self) -> int:
         return len(self.indices_B)
@@ -143,6 +218,19 @@ class Subset:
         digest = hashlib.sha256(self.source.fingerprint().encode())
         digest.update(self.indices_B.tobytes())
         return digest.hexdigest()
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """What a source may offer beside: sentences on what it left out."""
+
+    notes: tuple[str, ...]
+
+
+def notes_of(*sources: Source) -> tuple[str, ...]:
+    """What sources left out, and why, each sentence once."""
+    said = [note for source in sources if isinstance(source, Noted) for note in source.notes]
+    return tuple(dict.fromkeys(said))
 
 
 def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset, Subset]:
@@ -180,7 +268,7 @@ def existing_folder(path: Path) -> Path:
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """{"train": folder, "val": folder}, or nothing unless both are there."""
-    found = {entry.name.lower(): entry for entry in _visible(root) if entry.is_dir()}
+    found = {entry.name.lower(): entry for entry in _visible(root) if os.path.isdir(entry.path)}
     held_out = [found[name] for name in HELD_OUT_FOLDERS if name in found]
     if "train" not in found or not held_out:
         return {}
@@ -192,12 +280,47 @@ def class_folders(root: Path) -> list[str]:
     return [
         entry.name
         for entry in _visible(root)
-        if entry.is_dir() and any(map(is_image, visible_files(Path(entry.path))))
+        if os.path.isdir(entry.path) and _holds_image(Path(entry.path))
     ]
 
 
-def visible_files(root: Path) -> Iterator[str]:
-    """The paths below `root`, relative to it and with "/", of all visible files."""
+def _holds_image(folder: Path) -> bool:
+    return any(is_image(path, folder) for path in visible_files(folder))
+
+
+def images_below(folder: Path) -> tuple[list[str], list[str]]:
+    """The paths of all images, in order, and what else is there; `InputError` if no image is."""
+    dead: list[str] = []
+    files = list(visible_files(folder, dead))
+    paths = sorted(path for path in files if is_image(path, folder))
+    left = Counter(_kind(path) for path in set(files) - set(paths))
+    others = ", ".join(f"{count} {kind}" for kind, count in left.most_common(MOST_KINDS))
+    if not paths:
+        raise InputError(
+            f"no images found below {printable(folder)}: saw {len(files)} files"
+            f"{f' ({others})' if others else ''}, expected names that end in {' '.join(ENDINGS)}"
+        )
+    notes = []
+    if left:
+        more = ", ..." if len(left) > MOST_KINDS else ""
+        notes.append(
+            f"{left.total()} of {len(files)} files in {printable(folder)} are left out, which "
+            f"are not images of a format that is read: {others}{more}"
+        )
+    if dead:
+        notes.append(
+            f"{len(dead)} links in {printable(folder)} lead nowhere, such as {printable(dead[0])}"
+        )
+    return paths, notes
+
+
+def _kind(path: str) -> str:
+    return printable(Path(path).suffix.lower()) or "without an ending"
+
+
+def visible_files(root: Path, dead: list[str] | None = None) -> Iterator[str]:
+    """The paths below `root`, relative to it and with "/", of all visible files; those of links
+    that lead nowhere are added to `dead`."""
     read: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -209,7 +332,10 @@ def visible_files(root: Path) -> Iterator[str]:
         read.add((status.st_dev, status.st_ino))
         below = []
         for entry in _visible(folder):
-            if entry.is_dir():
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                if dead is not None:
+                    dead.append(prefix + entry.name)
+            elif entry.is_dir():
                 below.append(f"{prefix}{entry.name}/")
             elif entry.is_file():
                 yield prefix + entry.name
@@ -217,30 +343,29 @@ def visible_files(root: Path) -> Iterator[str]:
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, without hidden entries and links that lead nowhere."""
+    """What a folder holds, by name, without hidden entries."""
     try:
         with os.scandir(folder) as entries:
-            visible = [
-                entry
-                for entry in entries
-                if not entry.name.startswith(".")
-                and (not entry.is_symlink() or os.path.exists(entry.path))
-            ]
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
     return sorted(visible, key=lambda entry: entry.name)
 
 
-def is_image(path: str) -> bool:
-    return path.lower().endswith(ENDINGS)
+def is_image(path: str, root: Path | None = None) -> bool:
+    """By its ending; a file below `root` without one by its first bytes."""
+    if path.lower().endswith(ENDINGS):
+        return True
+    return root is not None and not Path(path).suffix and is_picture(root / path)
+
+
+def evenly(count: int) -> list[int]:
+    """At most `SAMPLE` places among so many, at even distances."""
+    few = min(SAMPLE, count)
+    return [place * count // few for place in range(few)]
 
 
 def _folder(path: str, level: int) -> str:
     """The name of the folder at this level of a relative path, "" where there is none."""
     folders = path.split("/")[:-1]
     return folders[level] if level < len(folders) else ""
-
-
-def printable(path: str) -> str:
-    """A path that any output can take: file names need not be valid UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from dseqjepa.data.formats.ade20k import ADE20K
 from dseqjepa.data.formats.arrays import CIFAR10, CIFAR100, FashionMNIST
@@ -17,7 +17,7 @@ from dseqjepa.data.formats.imagenet import ImageNet
 from dseqjepa.data.formats.inat import INat, INatMini
 from dseqjepa.data.formats.pets import Pets
 from dseqjepa.data.formats.stl10 import STL10
-from dseqjepa.data.images import ImageFolder, holdout
+from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
@@ -54,7 +54,13 @@ OPENERS: dict[str, Opener] = {
 
 
 def open_source(
-    spec: str, *, split: Split, size: int, image_size: tuple[int, int], seed: int
+    spec: str,
+    *,
+    split: Split,
+    size: int,
+    image_size: tuple[int, int],
+    seed: int,
+    pixel_range: PixelRange = "auto",
 ) -> Source:
     """Open what `data=` names.
 
@@ -67,10 +73,20 @@ def open_source(
             least 500 and at most 2,000.
         image_size: height and width of the images of `scenes`, which are square.
         seed: of `scenes` and of the hold-out.
+        pixel_range: which values of 16-bit images become black and white.
 
     Raises:
         InputError: there is no such format or folder, or it does not hold what it should.
     """
+    source = _opened(spec, split, size, image_size, seed)
+    if isinstance(source, ImageFiles):
+        source.pixel_range = pixel_range
+    if split == "val" and isinstance(source, ImageFolder) and not source.has_splits:
+        return holdout(source, seed=seed)[1]
+    return source
+
+
+def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], seed: int) -> Source:
     if spec == "scenes":
         height, width = image_size
         if height != width:
@@ -93,23 +109,30 @@ def open_source(
             raise InputError(f"{error}; {OPENERS[name].origin}") from error
     if not spec:
         raise InputError("data= is empty: expected a folder, scenes, or name:path")
-    folder = ImageFolder(Path(spec).expanduser(), "val" if split == "val" else "train")
-    if split == "val" and not folder.has_splits:
-        return holdout(folder, seed=seed)[1]
-    return folder
+    part: Literal["train", "val"] = "val" if split == "val" else "train"
+    return ImageFolder(Path(spec).expanduser(), part, labelled=split != "pretrain")
 
 
 def open_splits(
-    spec: str, *, size: int, image_size: tuple[int, int], seed: int
+    spec: str,
+    *,
+    size: int,
+    image_size: tuple[int, int],
+    seed: int,
+    pixel_range: PixelRange = "auto",
 ) -> tuple[Source, Source]:
     """Open disjoint (train, val) parts: the data's own splits, else a seeded hold-out of 20%.
 
     Arguments and errors are those of `open_source`.
     """
-    train = open_source(spec, split="train", size=size, image_size=image_size, seed=seed)
+    how: dict[str, Any] = {"size": size, "image_size": image_size, "seed": seed}
+    how["pixel_range"] = pixel_range
+    train = open_source(spec, split="train", **how)
     if isinstance(train, ImageFolder) and not train.has_splits:
         return holdout(train, seed=seed)
-    val = open_source(spec, split="val", size=size, image_size=image_size, seed=seed)
+    val = open_source(spec, split="val", **how)
+    if isinstance(train, ImageFiles) and isinstance(val, ImageFiles):
+        val.reference = train
     for task in train.classes.keys() & val.classes.keys():
         if train.classes[task] != val.classes[task]:
             raise InputError(
@@ -117,6 +140,16 @@ def open_splits(
                 f"{len(train.classes[task])} to train with, {len(val.classes[task])} to test"
             )
     return train, val
+
+
+def located(spec: str) -> str:
+    """The same data for any working directory: with an absolute path, links undone."""
+    name, colon, path = spec.partition(":")
+    if spec == "scenes":
+        return spec
+    if colon and "/" not in name and not Path(spec).is_dir():
+        return f"{name}:{os.path.realpath(Path(path).expanduser())}"
+    return os.path.realpath(Path(spec).expanduser())
 
 
 def prepare(source: Source) -> None:

@@ -2,7 +2,8 @@
 
 A method says which plan it draws; nothing here knows which one it is.
 
-Suffixes: B images, N patches, D width, S steps, V predicted tokens.
+Suffixes: B images, N patches, D width, S steps, T context tokens, V predicted tokens, I images that
+have a context.
 """
 
 from __future__ import annotations
@@ -17,13 +18,23 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dseqjepa.config import Config
-from dseqjepa.methods.losses import Vicreg, mean_by_row, smooth_l1_by_token
+from dseqjepa.keyed import Stream, moment_key
+from dseqjepa.methods.losses import (
+    Sigreg,
+    Vicreg,
+    centre_by_place,
+    mean_by_row,
+    smooth_l1_by_token,
+)
+from dseqjepa.model.cross import CrossPredictor, pack_cross
 from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
-from dseqjepa.model.vit import Images, Predictor, build_encoder, normalize, patchify
+from dseqjepa.model.photometric import photometric
+from dseqjepa.model.vit import Images, Predictor, build_encoder, patchify
+from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
 from dseqjepa.plans.plan import Plan, true_places
 from dseqjepa.plans.regions import Regions
-from dseqjepa.ranks import mean_row
+from dseqjepa.ranks import mean_row, sum_over_ranks
 
 
 class Step(NamedTuple):
@@ -40,6 +51,10 @@ class Step(NamedTuple):
     """Scalars, except `loss_by_rank` and `count_by_rank`: one value a step number, from step 1."""
     pooled_BD: Float[Tensor, "B D"]
     """Mean target feature of each image; no gradient. What the health monitor looks at."""
+    place_ND: Float[Tensor, "N D"]
+    """Sum over the images of the target features at each place; no gradient."""
+    square: Float[Tensor, ""]
+    """Sum of the squares of all target features; no gradient."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +89,33 @@ class Method(nn.Module, ABC):
         predictor = config.predictor
         self.encoder = build_encoder(config)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.predictor = Predictor(
+        kind = CrossPredictor if predictor.attention == "cross" else Predictor
+        self.predictor = kind(
             grid=self.encoder.grid,
             encoder_width=config.model.width,
             width=predictor.width,
             depth=predictor.depth,
             heads=predictor.heads,
             mask_token=predictor.mask_token,
+            output_norm=predictor.output_norm,
         )
+        self.photometric = config.data.photometric
+        self.apart = config.data.photometric_views == "apart"
+        self.cut = config.method.cut
+        self.target_blocks = config.target.blocks
+        self.centres_targets = config.target.centring == "place"
         self.by_region = config.method.loss_weighting == "region"
         self.blocks = config.method.blocks
+        self.random_targets = 1 if self.blocks.kind == "scattered" else self.blocks.targets
+        self.seed = config.runtime.seed
+        self.prediction_weight = config.method.prediction_weight
         self.regularizer_weight = config.method.regularizer_weight
-        self.regularizer: Vicreg | None = None
+        self.over_patches = config.method.regularizer_over == "patches"
+        self.regularizer: Vicreg | Sigreg | None = None
         if config.method.regularizer == "vicreg":
             self.regularizer = Vicreg(config.method.vicreg, config.model.width)
+        elif config.method.regularizer == "sigreg":
+            self.regularizer = Sigreg(config.method.sigreg)
 
     @abstractmethod
     def draw(
@@ -99,9 +127,22 @@ class Method(nn.Module, ABC):
         """The draw that a curriculum leads to, wherever this one may end."""
         return self.draw(sight, grid, 1.0, keys_B)
 
+    def random_blocks(self, keys_B: Int64[Tensor, " B"], grid: tuple[int, int]) -> Blocks:
+        """Targets and context drawn at random (`blocks.kind`): `random_targets` per image."""
+        if self.blocks.kind == "scattered":
+            return scatter_patches(keys_B, grid, self.blocks.mask_ratio)
+        return sample_blocks(
+            keys_B,
+            grid,
+            targets=self.blocks.targets,
+            target_area=self.blocks.target_area,
+            target_aspect=self.blocks.target_aspect,
+            context_area=self.blocks.context_area,
+        )
+
     def look(self, images_BCHW: Images) -> Look:
         """What the target encoder sees; methods that need saliency override this."""
-        return look(self.target, images_BCHW)
+        return look(self.target, images_BCHW, target_blocks=self.target_blocks)
 
     def plan(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Plan:
         """The plan of a batch. `progress` in [0, 1] is how far training has come."""
@@ -117,32 +158,51 @@ class Method(nn.Module, ABC):
     ) -> tuple[Predictions, Contexts, Float[Tensor, "T D"]]:
         grid = self.encoder.grid_of(images_BCHW)
         contexts = pack_contexts(plan, self.context_mode, class_token=bool(self.encoder.prefix))
-        pixels_BNP = patchify(normalize(images_BCHW), self.encoder.patch_size)
+        pixels_BNP = patchify(self.encoder.normalized(images_BCHW), self.encoder.patch_size)
         pixels_TP = pixels_BNP[contexts.image_T, contexts.patch_T.clamp(min=0)]
         context_TD = self.encoder.encode_patches(
             pixels_TP, contexts.patch_T, contexts.sequences, grid
         )
-        queries = pack_queries(plan, contexts)
-        values_VD = self.predictor(
-            context_TD,
-            queries.source_U,
-            queries.patch_U,
-            queries.query_V,
-            queries.sequences,
-            grid,
-        )
-        values_VD = values_VD[: len(queries.row_V)]
-        return Predictions(values_VD, queries.row_V, queries.patch_V), contexts, context_TD
+        if isinstance(self.predictor, CrossPredictor):
+            cross = pack_cross(plan, contexts)
+            row_V, patch_V = cross.row_V, cross.patch_V[: len(cross.row_V)]
+            values_VD = self.predictor.across(context_TD, contexts.patch_T, cross, grid)
+        else:
+            queries = pack_queries(plan, contexts)
+            row_V, patch_V = queries.row_V, queries.patch_V
+            values_VD = self.predictor(
+                context_TD,
+                queries.source_U,
+                queries.patch_U,
+                queries.query_V,
+                queries.sequences,
+                grid,
+            )
+        return Predictions(values_VD[: len(row_V)], row_V, patch_V), contexts, context_TD
+
+    def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Images]:
+        """What the context encoder and what the target encoder sees of a batch."""
+        if not self.photometric:
+            return images_BCHW, images_BCHW
+        stream = Stream.PHOTOMETRIC_CONTEXT
+        images_BCHW = self.encoder.normalized(images_BCHW)
+        context_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
+        if not self.apart:
+            return context_BCHW, context_BCHW
+        stream = Stream.PHOTOMETRIC_TARGET
+        return context_BCHW, photometric(images_BCHW, keys_B, self.photometric, stream)
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
         """The loss of one batch of uint8 or ImageNet-normalised float images."""
-        sight = self.look(images_BCHW)
+        images_BCHW, seen_BCHW = self._views(images_BCHW, keys_B)
+        sight = self.look(seen_BCHW)
         grid = self.target.grid_of(images_BCHW)
         drawn = self.draw(sight, grid, progress, keys_B)
         plan = drawn.plan
         predictions, contexts, context_TD = self._predict(images_BCHW, plan)
 
-        target_BND = target_features(sight.patches_BND)
+        feature_BND = target_features(sight.patches_BND).float()
+        target_BND = self._targets(sight.patches_BND) if self.centres_targets else feature_BND
         row_V = predictions.row_T
         target_VD = target_BND[plan.image_S[row_V], predictions.patch_T]
         loss_V = smooth_l1_by_token(predictions.values_TD, target_VD)
@@ -151,21 +211,55 @@ class Method(nn.Module, ABC):
         weight = loss_V.new_full((), len(plan) if self.by_region else len(loss_V))
         loss = (loss_S if self.by_region else loss_V).sum() / weight.clamp(min=1)
 
-        pooled_BD = target_BND.float().mean(dim=1)
+        pooled_BD = feature_BND.mean(dim=1)
         metrics = {
             **drawn.metrics,
+            "steps_per_image": loss_V.new_full((), len(plan) / max(len(images_BCHW), 1)),
             **self._describe(plan, loss_S, loss_V, row_V, target_VD, contexts),
             "prediction_loss": loss.detach(),
         }
+        loss = self.prediction_weight * loss
         if self.regularizer is not None:
-            context_ID, image_I = _pooled_contexts(plan, contexts, context_TD, len(images_BCHW))
-            term = self.regularizer(context_ID, pooled_BD[image_I])
+            term = self._regularize(plan, contexts, context_TD, pooled_BD, progress)
             loss = loss + self.regularizer_weight * term
             metrics["regularizer"] = term.detach()
         if sight.saliency_BN is not None:
             # A map that is not finite makes a loss that is not, by which the step is not taken.
             loss = loss + (0 * sight.saliency_BN.detach()).sum()
-        return Step(loss, weight, metrics, pooled_BD)
+        place_ND, square = feature_BND.sum(dim=0), feature_BND.square().sum()
+        return Step(loss, weight, metrics, pooled_BD, place_ND, square)
+
+    def _targets(self, patches_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Target features less the mean at their place over the batch of all ranks, normalised
+        after that: what is left to guess depends on the image."""
+        patches_BND = patches_BND.float()
+        images = patches_BND.new_full((1, patches_BND.shape[2]), len(patches_BND))
+        total_LD = sum_over_ranks(torch.cat([patches_BND.sum(dim=0), images]))
+        return target_features(patches_BND - total_LD[:-1] / total_LD[-1:].clamp(min=1))
+
+    def _regularize(
+        self,
+        plan: Plan,
+        contexts: Contexts,
+        context_TD: Float[Tensor, "T D"],
+        pooled_BD: Float[Tensor, "B D"],
+        progress: float,
+    ) -> Float[Tensor, ""]:
+        """The term against collapse, on context patches or on the mean of each image's."""
+        if self.over_patches:
+            patches = plan.context_SN.shape[1]
+            rows_TD, freedom = centre_by_place(context_TD, contexts.patch_T, patches)
+            if isinstance(self.regularizer, Vicreg):
+                return self.regularizer.of_patches(rows_TD, freedom)
+            counts_T = (contexts.patch_T >= 0).float()
+        else:
+            rows_TD, image_I = _pooled_contexts(plan, contexts, context_TD, len(pooled_BD))
+            if isinstance(self.regularizer, Vicreg):
+                return self.regularizer(rows_TD, pooled_BD[image_I])
+            counts_T = rows_TD.new_ones(len(rows_TD))
+        assert self.regularizer is not None
+        key = moment_key(self.seed, progress, rows_TD.device)
+        return self.regularizer(rows_TD, counts_T, key)
 
     @torch.no_grad()
     def _describe(

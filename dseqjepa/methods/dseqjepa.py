@@ -5,20 +5,18 @@ Suffixes: B images, N patches, K regions, M steps an image at most.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from dseqjepa.config import Config, DSeqConfig
-from dseqjepa.keyed import Stream, hash_int64, uniforms
+from dseqjepa.keyed import Stream, moment_key, uniforms
 from dseqjepa.methods.base import Draw, Method
-from dseqjepa.model.look import Look, look_for_saliency
+from dseqjepa.model.look import Look, cut, look_for_saliency
 from dseqjepa.model.vit import Images
-from dseqjepa.plans.blocks import Blocks, sample_blocks, sample_rectangles
+from dseqjepa.plans.blocks import Blocks, sample_rectangles
 from dseqjepa.plans.plan import from_candidates, paint, steps_of_ranks
-from dseqjepa.plans.regions import Regions, order_regions, rank_regions
+from dseqjepa.plans.regions import Regions, order_regions
 
 
 class DSeqJepa(Method):
@@ -26,15 +24,20 @@ class DSeqJepa(Method):
         super().__init__(config)
         assert isinstance(config.method, DSeqConfig)
         self.config = config.method
-        self.seed = config.runtime.seed
         self.context_mode = self.config.context
         ranked = self.config.regions.source == "ranked"
-        regions = self.config.regions.count if ranked else self.blocks.targets + 1
+        regions = self.config.regions.count if ranked else self.random_targets + 1
         self.ranked_steps = min(regions - 1, self.config.max_steps or regions)
-        self.steps_per_image = max(self.ranked_steps, self.blocks.targets)
+        self.steps_per_image = max(self.ranked_steps, self.random_targets)
 
     def look(self, images_BCHW: Images) -> Look:
-        return look_for_saliency(self.target, images_BCHW, **self.config.saliency.model_dump())
+        return look_for_saliency(
+            self.target,
+            images_BCHW,
+            **self.config.saliency.model_dump(),
+            target_blocks=self.target_blocks,
+            with_content=self.config.regions.kind == "clusters",
+        )
 
     def draw(
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
@@ -57,17 +60,13 @@ class DSeqJepa(Method):
         progress: float,
         keys_B: Int64[Tensor, " B"],
     ) -> Draw:
-        blocks = sample_blocks(keys_B, grid, **self.blocks.model_dump())
+        blocks = self.random_blocks(keys_B, grid)
         if self.config.regions.source == "random":
             rank_BN, count_B = self._blocks_as_regions(blocks)
             found = {}
         else:
-            assert sight.saliency_BN is not None
             # The loss says where a map is not finite; the plan of its batch does not count.
-            saliency_BN = sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0)
-            regions = rank_regions(
-                saliency_BN, grid, self.config.regions.count, self.config.regions.min_area
-            )
+            regions = cut(sight, grid, self.config.regions)
             found = {"region_area": _mean_area(regions)}
             regions = order_regions(regions, self.config.order, grid, keys_B)
             rank_BN, count_B = regions.rank_BN, regions.count_B
@@ -110,9 +109,7 @@ class DSeqJepa(Method):
     ) -> Bool[Tensor, " B"]:
         """The curriculum's draw: one an image, or one for everything at this point of training."""
         if self.config.curriculum.unit == "batch":
-            # All ranks and micro-batches of a step share its progress, and with it the draw.
-            (moment,) = struct.unpack("<q", struct.pack("<d", progress))
-            keys_B = hash_int64(self.seed, moment).to(keys_B.device).expand_as(keys_B)
+            keys_B = moment_key(self.seed, progress, keys_B.device).expand_as(keys_B)
         return uniforms(keys_B, Stream.PATH, 1)[:, 0] < share
 
     def _replace_regions(

@@ -11,18 +11,17 @@ from torch import Tensor
 from dseqjepa.config import Config
 from dseqjepa.methods.base import Draw, Method
 from dseqjepa.model.look import Look
-from dseqjepa.plans.blocks import sample_blocks
 from dseqjepa.plans.plan import from_candidates
 
 
 class IJepa(Method):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.steps_per_image = self.blocks.targets
+        self.steps_per_image = self.random_targets
 
     def draw(
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Draw:
-        blocks = sample_blocks(keys_B, grid, **self.blocks.model_dump())
+        blocks = self.random_blocks(keys_B, grid)
         context_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
         return Draw(from_candidates(context_BMN, blocks.target_BMN), {})

@@ -1,6 +1,7 @@
 """Loss terms, as functions of tensors.
 
-Suffixes: B images, D width, V predicted tokens, S steps.
+Suffixes: B images, D width, N patches of an image, T context tokens, V predicted tokens, S steps,
+K random directions, Q knots.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from dseqjepa.config import VicregConfig
-from dseqjepa.ranks import gather_rows
+from dseqjepa.config import SigregConfig, VicregConfig
+from dseqjepa.keyed import Stream, uniforms
+from dseqjepa.ranks import gather_rows, sum_over_ranks
 
 
 def smooth_l1_by_token(
@@ -30,18 +32,30 @@ def mean_by_row(
     return total_S / count_S.clamp(min=1)
 
 
-def variance_term(pooled_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+def variance_term(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """VICReg's hinge on the standard deviation of each feature over the batch, target 1."""
-    deviation_D = (pooled_BD.var(dim=0, unbiased=True) + 1e-4).sqrt()
-    return F.relu(1 - deviation_D).mean()
+    return _hinge(rows_BD.var(dim=0, unbiased=True))
 
 
-def covariance_term(pooled_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+def covariance_term(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     """VICReg's squared off-diagonal covariances over the batch, summed and divided by D."""
-    centred_BD = pooled_BD - pooled_BD.mean(dim=0)
-    covariance_DD = centred_BD.T @ centred_BD / (len(pooled_BD) - 1)
+    centred_BD = rows_BD - rows_BD.mean(dim=0)
+    return _off_diagonal(_inner(centred_BD) / (len(rows_BD) - 1))
+
+
+def _hinge(variance_D: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+    return F.relu(1 - (variance_D + 1e-4).sqrt()).mean()
+
+
+def _off_diagonal(covariance_DD: Float[Tensor, "D D"]) -> Float[Tensor, ""]:
     squares = covariance_DD.square()
-    return (squares.sum() - squares.diagonal().sum()) / pooled_BD.shape[1]
+    return (squares.sum() - squares.diagonal().sum()) / len(covariance_DD)
+
+
+def _inner(rows_TD: Float[Tensor, "T D"]) -> Float[Tensor, "D D"]:
+    """Float32 whatever the precision around: large sums whose differences matter."""
+    with torch.autocast(rows_TD.device.type, enabled=False):
+        return rows_TD.T.float() @ rows_TD.float()
 
 
 class Vicreg(nn.Module):
@@ -91,3 +105,88 @@ class Vicreg(nn.Module):
             loss = loss + self.config.variance * variance_term(side_BD)
             loss = loss + self.config.covariance * covariance_term(side_BD)
         return loss
+
+    def of_patches(
+        self, centred_TD: Float[Tensor, "T D"], freedom: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        """Variance and covariance of context patches that are centred already (`centre_by_place`),
+        over all ranks."""
+        covariance_DD = sum_over_ranks(_inner(centred_TD)) / freedom
+        return self.config.variance * _hinge(
+            covariance_DD.diagonal()
+        ) + self.config.covariance * _off_diagonal(covariance_DD)
+
+
+def centre_by_place(
+    token_TD: Float[Tensor, "T D"], patch_T: Int64[Tensor, " T"], patches: int
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, ""]]:
+    """Tokens less the mean of all tokens at their place, over the batch of all ranks.
+
+    What a feature says of its place, and of no image, is gone. A negative `patch_T` marks a token
+    that is no patch: it becomes 0 and does not count.
+
+    Returns:
+        The centred tokens, and the degrees of freedom that are left: tokens less places over all
+        ranks, at least 1.
+    """
+    is_patch_T1 = (patch_T >= 0)[:, None].float()
+    token_TD = token_TD.float() * is_patch_T1
+    patch_T = patch_T.clamp(min=0)
+    table_NE = token_TD.new_zeros(patches, token_TD.shape[1] + 1)
+    table_NE = table_NE.index_add(0, patch_T, torch.cat([token_TD, is_patch_T1], dim=1))
+    table_NE = sum_over_ranks(table_NE)
+    count_N1 = table_NE[:, -1:]
+    mean_ND = table_NE[:, :-1] / count_N1.clamp(min=1)
+    freedom = (count_N1 - 1).clamp(min=0).sum().clamp(min=1)
+    return token_TD - mean_ND[patch_T] * is_patch_T1, freedom
+
+
+class Sigreg(nn.Module):
+    """SIGReg (LeJEPA, arXiv 2511.08544): features along random directions against N(0, 1).
+
+    The Epps-Pulley statistic of each direction: the squared distance between the empirical
+    characteristic function and exp(-t^2 / 2), integrated over t with that same function as weight.
+    It is not multiplied by the number of samples, so that its weight does not depend on the batch.
+    """
+
+    def __init__(self, config: SigregConfig) -> None:
+        super().__init__()
+        self.slices = config.slices
+        knot_Q = torch.linspace(0, config.limit, config.knots)
+        # The trapezoidal rule, twice because the integrand is even.
+        weight_Q = torch.full_like(knot_Q, 2 * config.limit / (config.knots - 1))
+        weight_Q[0] /= 2
+        weight_Q[-1] /= 2
+        gauss_Q = (-knot_Q.square() / 2).exp()
+        for name, value in (("knot_Q", knot_Q), ("gauss_Q", gauss_Q), ("weight_Q", weight_Q)):
+            self.register_buffer(name, value, persistent=False)
+        self.knot_Q: Tensor
+        self.gauss_Q: Tensor
+        self.weight_Q: Tensor
+
+    def forward(
+        self,
+        rows_TD: Float[Tensor, "T D"],
+        counts_T: Float[Tensor, " T"],
+        key: Int64[Tensor, ""],
+    ) -> Float[Tensor, ""]:
+        """The mean statistic over directions drawn by `key`, of the rows of all ranks that count
+        (1, not 0)."""
+        along_TK = self._along(rows_TD, key)
+        parts = [counts_T.sum().expand(self.slices)]
+        for knot in self.knot_Q:
+            angle_TK = along_TK * knot
+            parts += [counts_T @ angle_TK.cos(), counts_T @ angle_TK.sin()]
+        total_PK = sum_over_ranks(torch.stack(parts))
+        wave_PK = total_PK[1:] / total_PK[:1].clamp(min=1)
+        error_QK = (wave_PK[::2] - self.gauss_Q[:, None]).square() + wave_PK[1::2].square()
+        return ((self.weight_Q * self.gauss_Q) @ error_QK).mean()
+
+    def _along(self, rows_TD: Float[Tensor, "T D"], key: Int64[Tensor, ""]) -> Tensor:
+        width = rows_TD.shape[1]
+        uniform_DK = uniforms(key[None], Stream.SLICES, width * self.slices).view(width, -1)
+        # The inverse of the normal distribution; a uniform number is never 1, and 0 is moved.
+        direction_DK = torch.erfinv(2 * uniform_DK.clamp(min=2**-53) - 1)
+        direction_DK = F.normalize(direction_DK, dim=0).float()
+        with torch.autocast(rows_TD.device.type, enabled=False):
+            return rows_TD.float() @ direction_DK

@@ -1,11 +1,14 @@
 """What a training step costs in model arithmetic, counted from the tokens that a plan needs.
 
-A multiplication and an addition are two FLOPs. Only matrix products count: norms, activations,
-losses, the regulariser and the optimizer are left out, padding is never counted.
+A multiplication and an addition are two FLOPs. Only the model's matrix products count: norms,
+activations, saliency, regions, losses, the regulariser and the optimizer are left out, padding is
+never counted.
 
     linear layer, T tokens          forward   2 T in out
     attention, sequences of L       forward   4 sum(L^2) D       (scores, and values weighted)
     transformer block               forward   24 T D^2 + 4 sum(L^2) D
+    block of a cross predictor      forward   20 V D^2 + 4 T D^2 + 4 sum(L K) D
+                                    (V mask tokens; contexts of K tokens read by L of them)
     backward                        twice the forward, once for what reads the pixels
     target encoder                  forward alone, on whole images
 
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.packing import pack_contexts
 from dseqjepa.model.vit import Predictor, VisionTransformer
 from dseqjepa.plans.plan import Plan
@@ -25,7 +29,7 @@ from dseqjepa.plans.plan import Plan
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the plan of a batch gives each part to do. Pairs are the sum of the squared lengths."""
+    """What the plan of a batch gives each part to do. Pairs are how often a token reads a token."""
 
     images: int
     encoder: int
@@ -40,14 +44,18 @@ class Tokens:
         )
 
 
-def count_tokens(plan: Plan, images: int, mode: str, *, class_token: bool) -> Tokens:
+def count_tokens(
+    plan: Plan, images: int, mode: str, *, class_token: bool, cross: bool = False
+) -> Tokens:
     """The packed tokens of a plan for `images` images in a context mode; [CLS] is one, idle ones do
-    not count."""
+    not count. `cross`: for a predictor that reads contexts by cross-attention."""
     contexts = pack_contexts(plan, mode, class_token=class_token)
     encoder_Q = contexts.sequences.lengths[: -1 if contexts.idle else None]
     target_S = plan.counts.target_S
-    predictor_S = plan.counts.context_S + target_S
-    sums = (encoder_Q, encoder_Q**2, predictor_S, predictor_S**2, target_S)
+    context_S = plan.counts.context_S
+    predictor_S = target_S if cross else context_S + target_S
+    pairs_S = target_S * context_S if cross else predictor_S**2
+    sums = (encoder_Q, encoder_Q**2, predictor_S, pairs_S, target_S)
     return Tokens(images, *(int(values.sum()) for values in sums))
 
 
@@ -56,20 +64,30 @@ def step_flops(encoder: VisionTransformer, predictor: Predictor, tokens: Tokens)
     grid = encoder.grid[0] * encoder.grid[1]
     length = grid + encoder.prefix
     embed = 2.0 * encoder.patch_embed.proj.weight.numel()
-    narrow = predictor.embed.out_features
+    hidden = encoder.mlp
     target = tokens.images * (
-        grid * embed + block_flops(encoder.width, length, length**2) * encoder.depth
+        grid * embed + block_flops(encoder.width, length, length**2, hidden) * encoder.depth
     )
-    context = block_flops(encoder.width, tokens.encoder, tokens.encoder_pairs) * encoder.depth
-    blocks = block_flops(narrow, tokens.predictor, tokens.predictor_pairs) * len(predictor.blocks)
+    context = (
+        block_flops(encoder.width, tokens.encoder, tokens.encoder_pairs, hidden) * encoder.depth
+    )
+    blocks = _predictor_block(predictor, tokens) * len(predictor.blocks)
     join = linear_flops(predictor.embed, tokens.encoder)
     read_out = linear_flops(predictor.proj, tokens.predicted)
     return target + 2 * embed * tokens.encoder + 3 * (context + blocks + join + read_out)
 
 
-def block_flops(width: int, tokens: int, pairs: int) -> float:
-    """The forward pass of one transformer block (mlp ratio 4)."""
-    return 24.0 * tokens * width**2 + 4.0 * pairs * width
+def _predictor_block(predictor: Predictor, tokens: Tokens) -> float:
+    width = predictor.embed.out_features
+    if isinstance(predictor, CrossPredictor):
+        projections = 20.0 * tokens.predictor + 4.0 * tokens.encoder
+        return projections * width**2 + 4.0 * tokens.predictor_pairs * width
+    return block_flops(width, tokens.predictor, tokens.predictor_pairs)
+
+
+def block_flops(width: int, tokens: int, pairs: int, hidden: int = 0) -> float:
+    """The forward pass of one block; its MLP's `hidden` layer is four times as wide, if 0."""
+    return 4.0 * tokens * width * (2 * width + (hidden or 4 * width)) + 4.0 * pairs * width
 
 
 def linear_flops(layer: nn.Linear, tokens: int) -> float:

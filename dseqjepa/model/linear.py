@@ -50,7 +50,7 @@ def mkl_is_slow() -> bool:
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and CPUINFO.is_file()
-        and "AuthenticAMD" in CPUINFO.read_text()
+        and "AuthenticAMD" in CPUINFO.read_text(encoding="utf-8")
     )
 
 

@@ -1,6 +1,6 @@
 """One look of the target encoder at whole images: target features, and where they are salient.
 
-Suffixes: B images, N patches, D width, L tokens of an image.
+Suffixes: B images, N patches, D width, T tokens of all images, L tokens of one image.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dseqjepa.config import CutConfig, RegionsConfig
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Block, Images, VisionTransformer
-from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam
+from dseqjepa.plans.regions import Regions, rank_regions
+from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam, rarity
+
+KINDS = ("cls_similarity", "cls_attention", "grad_cam", "rarity")
+READS_CLS = frozenset({"cls_similarity", "cls_attention"})
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,17 @@ class Look:
     """Patch features after the final norm; no gradient."""
     saliency_BN: Float[Tensor, "B N"] | None
     """None where none was asked for."""
+    content_BND: Float[Tensor, "B N D"] | None = None
+    """Target features less those of a blank image at the same place: what a patch shows rather than
+    where it is. None where neither rarity nor content was asked for."""
 
 
-def look(encoder: VisionTransformer, images_BCHW: Images) -> Look:
-    """Patch features alone."""
+def look(encoder: VisionTransformer, images_BCHW: Images, *, target_blocks: int = 1) -> Look:
+    """Patch features alone, the mean of the last `target_blocks` blocks."""
     with torch.no_grad():
         x_TD, sequences = encoder.embed(images_BCHW)
-        out_TD = encoder.norm(encoder.run(x_TD, sequences))
-    return Look(out_TD.unflatten(0, (len(images_BCHW), -1))[:, encoder.prefix :], None)
+        output = _run(encoder, x_TD, sequences, _last(encoder, target_blocks))
+        return Look(_features(encoder, output, len(images_BCHW), target_blocks), None)
 
 
 def look_for_saliency(
@@ -40,37 +48,141 @@ def look_for_saliency(
     kind: str = "cls_similarity",
     query: str = "state",
     block: int = -1,
+    target_blocks: int = 1,
+    with_content: bool = False,
 ) -> Look:
     """Patch features and a saliency map, in one pass.
 
-    `block` is 0-based; -1 reads 10/12 of the way up, block 10 of 12. `kind` and `query` are as in
-    `SaliencyConfig`. `ValueError` for a [CLS] reading without [CLS].
+    Args:
+        kind: one of `KINDS`, as in `SaliencyConfig`.
+        query: as in `SaliencyConfig`.
+        block: the 0-based block that is read. -1 reads 10/12 of the way up (block 10 of 12) for the
+            [CLS] readings and Grad-CAM, and the patch features themselves for rarity.
+        target_blocks: patch features are the mean of so many last blocks.
+        with_content: whether to return `Look.content_BND` (rarity returns it anyway).
+
+    Raises:
+        ValueError: a [CLS] reading without [CLS].
     """
-    if kind != "grad_cam" and not encoder.prefix:
-        raise ValueError(f"saliency {kind!r} needs an encoder with [CLS]; use 'grad_cam'")
-    block = saliency_block(encoder.depth) if block < 0 else block
-    B = len(images_BCHW)
+    if kind in READS_CLS and not encoder.prefix:
+        raise ValueError(
+            f"saliency {kind!r} needs an encoder with [CLS]; use 'rarity' or 'grad_cam'"
+        )
+    B, needs_blank = len(images_BCHW), with_content or kind == "rarity"
+    if needs_blank:
+        # Blank: every pixel at the mean that normalisation subtracts. It is one more image of the
+        # batch, so that it costs no pass of its own and has the precision of the others.
+        images_BCHW = encoder.normalized(images_BCHW)
+        images_BCHW = torch.cat([images_BCHW, torch.zeros_like(images_BCHW[:1])])
+    read = saliency_block(encoder.depth) if block < 0 else block
+    keep = _last(encoder, target_blocks) | {read - 1, read}
     with torch.no_grad():
         x_TD, sequences = encoder.embed(images_BCHW)
-        before_TD = encoder.run(x_TD, sequences, stop=block)
-        states_TD = encoder.run(before_TD, sequences, start=block, stop=block + 1)
+        stop = read + 1 if kind == "grad_cam" else encoder.depth
+        output = _run(encoder, x_TD, sequences, keep, stop=stop)
+    saliency_BN = None
     if kind == "grad_cam":
-        out_TD, saliency_BN = _grad_cam(encoder, states_TD, sequences, B, block)
-    else:
-        with torch.no_grad():
-            out_TD = encoder.norm(encoder.run(states_TD, sequences, start=block + 1))
-            if kind == "cls_attention":
-                layer = encoder.blocks[block]
-                assert isinstance(layer, Block)
-                input_BLD = layer.norm1(before_TD).unflatten(0, (B, -1))
-                saliency_BN = cls_attention(layer.attn.of_first_token(input_BLD)[:, :, 1:])
-            else:
-                states_BLD = encoder.norm(states_TD).unflatten(0, (B, -1))
-                state_BD = states_BLD[:, 0]
-                parameter_BD = encoder.cls_token[0].expand_as(state_BD)
-                query_BD = state_BD if query == "state" else parameter_BD
-                saliency_BN = cls_similarity(query_BD, states_BLD[:, 1:])
-    return Look(out_TD.unflatten(0, (B, -1))[:, encoder.prefix :], saliency_BN)
+        saliency_BN = _grad_cam(encoder, output, sequences, keep, read)[:B]
+    with torch.no_grad():
+        patches_BND = _features(encoder, output, B + needs_blank, target_blocks)
+        content_BND = _content(patches_BND) if needs_blank else None
+        if kind == "rarity":
+            seen_BND = _patches(encoder, encoder.norm(output[read]), B + 1)
+            source_BND = content_BND if block < 0 else _content(seen_BND)
+            assert source_BND is not None
+            saliency_BN = rarity(source_BND)
+        elif kind in READS_CLS:
+            saliency_BN = _by_cls(encoder, output, kind, query, read, B + needs_blank)[:B]
+    return Look(patches_BND[:B], saliency_BN, content_BND)
+
+
+def _last(encoder: VisionTransformer, blocks: int) -> set[int]:
+    return set(range(encoder.depth - blocks, encoder.depth))
+
+
+def _run(
+    encoder: VisionTransformer,
+    x_TD: Float[Tensor, "T D"],
+    sequences: Sequences,
+    keep: set[int],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> dict[int, Float[Tensor, "T D"]]:
+    """The outputs of the blocks in `keep`, from `start` up to, not including, `stop`; `start - 1`
+    stands for what goes in."""
+    output = {start - 1: x_TD} if start - 1 in keep else {}
+    for index in range(start, encoder.depth if stop is None else stop):
+        x_TD = encoder.run(x_TD, sequences, start=index, stop=index + 1)
+        if index in keep:
+            output[index] = x_TD
+    return output
+
+
+def _patches(encoder: VisionTransformer, x_TD: Tensor, B: int) -> Float[Tensor, "B N D"]:
+    return x_TD.unflatten(0, (B, -1))[:, encoder.prefix :]
+
+
+def _features(
+    encoder: VisionTransformer, output: dict[int, Tensor], B: int, blocks: int
+) -> Float[Tensor, "B N D"]:
+    """Patch features: the mean of the last blocks' outputs, each after the final norm."""
+    total_TD = encoder.norm(output[encoder.depth - 1])
+    for index in range(encoder.depth - blocks, encoder.depth - 1):
+        total_TD = total_TD + encoder.norm(output[index])
+    return _patches(encoder, total_TD / blocks if blocks > 1 else total_TD, B)
+
+
+def _content(patches_BND: Float[Tensor, "images N D"]) -> Float[Tensor, "B N D"]:
+    """Target features of all images but the last, which is blank, less those of that one."""
+    target_BND = target_features(patches_BND.float())
+    return target_BND[:-1] - target_BND[-1:]
+
+
+def _by_cls(
+    encoder: VisionTransformer,
+    output: dict[int, Tensor],
+    kind: str,
+    query: str,
+    block: int,
+    B: int,
+) -> Float[Tensor, "B N"]:
+    if kind == "cls_attention":
+        layer = encoder.blocks[block]
+        assert isinstance(layer, Block)
+        input_BLD = layer.norm1(output[block - 1]).unflatten(0, (B, -1))
+        return cls_attention(layer.attn.of_first_token(input_BLD)[:, :, 1:])
+    states_BLD = encoder.norm(output[block]).unflatten(0, (B, -1))
+    state_BD = states_BLD[:, 0]
+    parameter_BD = encoder.cls_token[0].expand_as(state_BD)
+    return cls_similarity(state_BD if query == "state" else parameter_BD, states_BLD[:, 1:])
+
+
+def cut(sight: Look, grid: tuple[int, int], config: RegionsConfig) -> Regions:
+    """The regions of what was seen, ranked by saliency; what is not finite counts as flat."""
+    assert sight.saliency_BN is not None
+    features_BND = sight.content_BND if config.kind == "clusters" else None
+    return rank_regions(
+        sight.saliency_BN.nan_to_num(0.0, 0.0, 0.0),
+        grid,
+        config.count,
+        config.min_area,
+        kind=config.kind,
+        features_BND=None if features_BND is None else features_BND.nan_to_num(0.0, 0.0, 0.0),
+    )
+
+
+def look_and_cut(
+    encoder: VisionTransformer, images_BCHW: Images, config: CutConfig
+) -> tuple[Look, Regions]:
+    """What an encoder sees in images, and the ranked regions of that."""
+    sight = look_for_saliency(
+        encoder,
+        images_BCHW,
+        **config.saliency.model_dump(),
+        with_content=config.regions.kind == "clusters",
+    )
+    return sight, cut(sight, encoder.grid_of(images_BCHW), config.regions)
 
 
 def saliency_block(depth: int) -> int:
@@ -85,22 +197,22 @@ def target_features(patches_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D
 
 def _grad_cam(
     encoder: VisionTransformer,
-    states_TD: Float[Tensor, "T D"],
+    output: dict[int, Tensor],
     sequences: Sequences,
-    B: int,
+    keep: set[int],
     block: int,
-) -> tuple[Float[Tensor, "T D"], Float[Tensor, "B N"]]:
-    """The encoder's output from `block`'s states on, and the map that their gradient gives."""
+) -> Float[Tensor, "B N"]:
+    """Run from `block`'s output to the end, which `output` takes up, and map the gradient."""
+    B = len(sequences.lengths)
     with torch.enable_grad():
-        states_TD = states_TD.detach().requires_grad_()
-        out_TD = encoder.norm(encoder.run(states_TD, sequences, start=block + 1))
-        features_BND = target_features(out_TD.unflatten(0, (B, -1))[:, encoder.prefix :])
+        states_TD = output[block].detach().requires_grad_()
+        later = _run(encoder, states_TD, sequences, keep, start=block + 1)
+        out_TD = encoder.norm(later.get(encoder.depth - 1, states_TD))
+        features_BND = target_features(_patches(encoder, out_TD, B))
         norm = features_BND.mean(dim=1).norm(dim=1).sum()  # images do not mix: one norm each
         (gradient_TD,) = torch.autograd.grad(norm, states_TD)
-    patches = [
-        x.detach().unflatten(0, (B, -1))[:, encoder.prefix :] for x in (states_TD, gradient_TD)
-    ]
-    return out_TD.detach(), grad_cam(*patches)
+    output |= {index: x_TD.detach() for index, x_TD in later.items()}
+    return grad_cam(*(_patches(encoder, x.detach(), B) for x in (states_TD, gradient_TD)))
 
 
 def saliency(

@@ -129,13 +129,18 @@ def pack_queries(plan: Plan, contexts: Contexts) -> Queries:
     source_U = torch.where(is_query_U, -1, contexts.token_SN[row_U, patch_U])
     idle = _idle(len(place_U))
     return Queries(
-        source_U=F.pad(source_U, (0, idle), value=-1),
-        patch_U=F.pad(patch_U, (0, idle)),
-        query_V=F.pad(query_V, (0, _idle(len(query_V)))),
+        source_U=pad_idle(source_U, -1),
+        patch_U=pad_idle(patch_U),
+        query_V=pad_idle(query_V),
         sequences=Sequences.ragged(_with(idle, lengths), device=place_U.device),
         row_V=row_U[query_V],
         patch_V=patch_U[query_V],
     )
+
+
+def pad_idle(index: Int64[Tensor, " tokens"], value: int = 0) -> Int64[Tensor, " padded"]:
+    """Indices of tokens, with idle ones at the end (`_idle`)."""
+    return F.pad(index, (0, _idle(len(index))), value=value)
 
 
 def _idle(tokens: int) -> int:

@@ -109,7 +109,7 @@ class Sequences:
     def bounds(self) -> Int32[Tensor, " bounds"]:
         """Where each sequence starts, and the end of the last, on the device."""
         ends = np.concatenate(([0], self.lengths.cumsum())).astype(np.int32)
-        return _upload(ends, self.device)
+        return upload(ends, self.device)
 
     @cached_property
     def sequence_T(self) -> Int64[Tensor, " T"]:
@@ -148,7 +148,7 @@ def _equal(count: int, length: int, device: torch.device) -> Sequences:
     return Sequences(np.full(count, length, dtype=np.int64), device)
 
 
-def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
     """To the device, without waiting for it."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
@@ -195,17 +195,17 @@ def _lay_out(sequences: Sequences, heads: int) -> Layout:
         collect[in_XSHL[real_XSHL]] = row_XSHL[real_XSHL]
         take.append(in_XSHL.ravel())
         spread.append(out_SHL.ravel())
-        blank_SL = None if real_SL.all() else _upload(~real_SL, device)
-        hidden_S1LL = _hidden(sequences.rank_T, _upload(token_SL, device), blank_SL)
+        blank_SL = None if real_SL.all() else upload(~real_SL, device)
+        hidden_S1LL = _hidden(sequences.rank_T, upload(token_SL, device), blank_SL)
         buckets.append(Bucket(count, length, padded, hidden_S1LL, blank_SL))
         padded += count * length
     return Layout(
         buckets=tuple(buckets),
         padded=padded,
-        take=_upload(np.concatenate(take).astype(np.int32), device),
-        collect=_upload(collect, device),
-        spread=_upload(np.concatenate(spread).astype(np.int32), device),
-        back=_upload(back, device),
+        take=upload(np.concatenate(take).astype(np.int32), device),
+        collect=upload(collect, device),
+        spread=upload(np.concatenate(spread).astype(np.int32), device),
+        back=upload(back, device),
     )
 
 

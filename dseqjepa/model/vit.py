@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from dseqjepa.config import Config
+from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Colours, Config
 from dseqjepa.model.attention import attend
 from dseqjepa.model.linear import Linear, linear
 from dseqjepa.model.sequences import Sequences
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_NORMALIZED = 20.0
+"""White is some 2.6 deviations above the mean, and bytes go up to 255."""
 
 Images = Float[Tensor, "B 3 height width"] | UInt8[Tensor, "B 3 height width"]
 
@@ -47,11 +47,25 @@ def normalize(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Float[Tensor, "B 3 height width"]:
-    """uint8 images to float32, normalised (ImageNet's way); float images are taken as such."""
+    """uint8 images to float32, normalised; float images are taken as normalised already."""
     if images_BCHW.dtype != torch.uint8:
         return images_BCHW
     scale_C11, shift_C11 = _scale_and_shift(images_BCHW.device, mean, std)
     return images_BCHW.float().mul_(scale_C11).add_(shift_C11)
+
+
+def check_normalized(images_BCHW: Images) -> None:
+    """`ValueError` for float images that cannot be normalised: all from 0 to 1, or far beyond what
+    normalisation gives. The host waits for the device to see this; uint8 images are not looked at.
+    """
+    if images_BCHW.dtype == torch.uint8 or images_BCHW.numel() == 0 or images_BCHW.is_meta:
+        return
+    low, high = (float(end) for end in images_BCHW.detach().aminmax())
+    if 0 <= low < high <= 1 or high > MOST_NORMALIZED:
+        raise ValueError(
+            f"float images are taken as normalised, found values from {low:g} to {high:g}: give "
+            "uint8 images, or subtract the mean and divide by the deviation first"
+        )
 
 
 @cache
@@ -123,14 +137,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; the MLP's `hidden` layer is four times as wide, if 0."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, width: int, heads: int, hidden: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_ratio * width)
+        self.mlp = Mlp(width, hidden or 4 * width)
 
     def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.attn(self.norm1(x_TD), sequences)
@@ -172,8 +186,10 @@ def initialize(module: nn.Module) -> None:
 class VisionTransformer(nn.Module):
     """The encoder.
 
-    `image_size` (height, width) sets the grid of the stored positions; other sizes that the patch
-    size divides get them by bicubic interpolation.
+    `mlp` is the width of the MLPs' hidden layer, 0 for four times `width`; `mean` and `std` are
+    those of the normalisation. `image_size` (height, width) sets the grid of the stored positions;
+    other sizes that the patch size divides get them by bicubic interpolation. `patch_init_scale`
+    multiplies the initial weights of the patch embedding, `position_scale` the fixed positions.
     """
 
     pos_embed: Tensor
@@ -187,22 +203,35 @@ class VisionTransformer(nn.Module):
         depth: int,
         heads: int,
         class_token: bool = True,
+        mlp: int = 0,
+        mean: Colours = IMAGENET_MEAN,
+        std: Colours = IMAGENET_STD,
+        patch_init_scale: float = 1.0,
+        position_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.mean, self.std = mean, std
         self.patch_size = patch_size
         self.width = width
         self.depth = depth
+        self.mlp = mlp
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.prefix = int(class_token)
         self.patch_embed = PatchEmbed(patch_size, width)
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions_ND = sincos_positions(width, self.grid)
+        positions_ND = position_scale * sincos_positions(width, self.grid)
         nothing = positions_ND.new_zeros(self.prefix, width)  # [CLS] has no position
         self.register_buffer("pos_embed", torch.cat([nothing, positions_ND])[None])
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialize(self)
+        with torch.no_grad():
+            self.patch_embed.proj.weight.mul_(patch_init_scale)
+
+    def normalized(self, images_BCHW: Images) -> Float[Tensor, "B 3 height width"]:
+        """uint8 images as this encoder was trained to see them; float images as they are."""
+        return normalize(images_BCHW, self.mean, self.std)
 
     def grid_of(self, images_BCHW: Images) -> tuple[int, int]:
         """Rows and columns of patches; `ValueError` where the patch size does not divide."""
@@ -225,7 +254,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images_BCHW: Images) -> tuple[Float[Tensor, "T D"], Sequences]:
         """Whole images to packed tokens: [CLS] (if any), then all patches, image after image."""
         grid = self.grid_of(images_BCHW)
-        x_BND = self.patch_embed(patchify(normalize(images_BCHW), self.patch_size))
+        x_BND = self.patch_embed(patchify(self.normalized(images_BCHW), self.patch_size))
         if self.prefix:
             cls_B1D = self.cls_token.to(x_BND.dtype).expand(len(x_BND), 1, self.width)
             x_BND = torch.cat([cls_B1D, x_BND], dim=1)
@@ -263,7 +292,9 @@ class VisionTransformer(nn.Module):
         return self.norm(self.run(x_TD, sequences))
 
     def forward(self, images_BCHW: Images) -> Features:
-        """Features of whole images, uint8 or ImageNet-normalised float."""
+        """Features of whole images: uint8, or float and normalised (`check_normalized` sees to that
+        as far as values tell)."""
+        check_normalized(images_BCHW)
         x_TD, sequences = self.embed(images_BCHW)
         layers = []
         for index, block in enumerate(self.blocks):
@@ -285,13 +316,19 @@ def build_encoder(config: Config) -> VisionTransformer:
         depth=model.depth,
         heads=model.heads,
         class_token=model.class_token,
+        mlp=model.mlp,
+        mean=config.data.mean,
+        std=config.data.std,
+        patch_init_scale=model.patch_init_scale,
+        position_scale=model.position_scale,
     )
 
 
 class Predictor(nn.Module):
     """A narrow ViT over context features and mask tokens that reads out at the mask tokens.
 
-    `mask_token=False` leaves the learned token out: queries are positions only.
+    `mask_token=False` leaves the learned token out: queries are positions only. `output_norm`
+    passes predictions through a LayerNorm without affine, as targets are.
     """
 
     positions_ND: Tensor
@@ -305,6 +342,7 @@ class Predictor(nn.Module):
         depth: int,
         heads: int,
         mask_token: bool = True,
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -312,11 +350,15 @@ class Predictor(nn.Module):
         if mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.has_mask_token = mask_token
+        self.output_norm = output_norm
         self.register_buffer("positions_ND", sincos_positions(width, grid), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.proj = Linear(width, encoder_width)
         initialize(self)
+
+    def block(self, width: int, heads: int) -> nn.Module:
+        return Block(width, heads)
 
     def forward(
         self,
@@ -334,15 +376,24 @@ class Predictor(nn.Module):
         """
         embedded_TW = self.embed(context_TD)
         x_UW = embedded_TW.index_select(0, source_U.clamp(min=0))
-        if self.has_mask_token:
-            mask_1W = self.mask_token.to(x_UW.dtype)
-        else:
-            mask_1W = x_UW.new_zeros(1, x_UW.shape[1])
-        x_UW = torch.where((source_U < 0)[:, None], mask_1W, x_UW)
-        positions_ND = self.positions_ND
-        if grid != self.grid:
-            positions_ND = sincos_positions(positions_ND.shape[1], grid).to(positions_ND.device)
-        x_UW = x_UW + positions_ND[patch_U]
+        x_UW = torch.where((source_U < 0)[:, None], self.mask(x_UW), x_UW)
+        x_UW = x_UW + self.positions(grid)[patch_U]
         for block in self.blocks:
             x_UW = block(x_UW, sequences)
-        return self.proj(self.norm(x_UW.index_select(0, query_V)))
+        return self.read_out(x_UW.index_select(0, query_V))
+
+    def mask(self, like_UW: Float[Tensor, "U W"]) -> Float[Tensor, "1 W"]:
+        """What a query is before its position is added."""
+        if self.has_mask_token:
+            return self.mask_token.to(like_UW.dtype)
+        return like_UW.new_zeros(1, like_UW.shape[1])
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "N W"]:
+        if grid == self.grid:
+            return self.positions_ND
+        width = self.positions_ND.shape[1]
+        return sincos_positions(width, grid).to(self.positions_ND.device)
+
+    def read_out(self, x_VW: Float[Tensor, "V W"]) -> Float[Tensor, "V D"]:
+        values_VD = self.proj(self.norm(x_VW))
+        return F.layer_norm(values_VD, values_VD.shape[-1:]) if self.output_norm else values_VD

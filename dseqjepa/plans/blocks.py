@@ -65,6 +65,23 @@ def sample_blocks(
     return Blocks(context_B1N[:, 0] & ~target_BMN.any(dim=1), target_BMN)
 
 
+def scatter_patches(
+    keys_B: Int64[Tensor, " B"], grid: tuple[int, int], mask_ratio: float
+) -> Blocks:
+    """One target of single patches drawn uniformly without replacement, all others the context.
+
+    Args:
+        keys_B: the images' keys; the numbers are those of `Stream.SCATTER`.
+        grid: rows and columns of patches; their product is N, at least 2.
+        mask_ratio: the share of patches in the target, rounded, but neither none nor all of them.
+    """
+    patches = grid[0] * grid[1]
+    masked = min(max(round(mask_ratio * patches), 1), patches - 1)
+    order_BN = uniforms(keys_B, Stream.SCATTER, patches).argsort(dim=1, stable=True)
+    target_BN = order_BN.argsort(dim=1, stable=True) < masked
+    return Blocks(~target_BN, target_BN[:, None])
+
+
 def sample_rectangles(
     keys_B: Int64[Tensor, " B"],
     grid: tuple[int, int],

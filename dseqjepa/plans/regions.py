@@ -1,11 +1,13 @@
 """From a saliency map to ordered regions: DSeq-JEPA (arXiv 2511.17354), equations 1 to 3.
 
-A partition of the patch grid is one integer for each patch, its rank: regions that overlap or that
-miss a patch cannot be written down. Everything is computed for the whole batch at once, in float64
-and in integers whose sums are exact, so that the CPU and a GPU give the same regions.
+Three ways to cut an image: the paper's components above a threshold, clusters of patch features,
+and bands of the saliency itself. A partition of the patch grid is one integer for each patch, its
+rank: regions that overlap or that miss a patch cannot be written down. Everything is computed for
+the whole batch at once, in float64 and in integers whose sums are exact, so that the CPU and a GPU
+give the same regions.
 
 Suffixes: B images, N patches of a grid (row-major), P cells of the padded grid (row-major),
-V histogram bins, K regions, X axes (row, column).
+V histogram bins, K regions, D width, X axes (row, column).
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from torch import Tensor
 
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, uniforms
+from dseqjepa.plans.clusters import cluster_patches
 
 BINS = 256
 FIXED_POINT = 2**40
+KINDS = ("components", "clusters", "bands")
 ORDERS = ("saliency", "inverse", "random", "spatial")
 
 
@@ -44,34 +48,71 @@ def rank_regions(
     grid: tuple[int, int],
     num_regions: int = 5,
     min_area: float = 0.15,
+    *,
+    kind: str = "components",
+    features_BND: Float[Tensor, "_ _ D"] | None = None,
 ) -> Regions:
-    """Cut saliency maps into regions and rank them, most salient first (eq. 1 to 3).
+    """Cut saliency maps into regions and rank them, most salient first.
 
-    Each map is scaled to [0, 1] and cut by Otsu's threshold. The 8-connected components of what
-    lies above it that hold at least `min_area` of the grid compete by their mean saliency; the best
-    `num_regions - 1` are ranks 0, 1, ... and everything else is the last rank, the left-over. Equal
-    means: the component with the first patch in row-major order comes first. The means are those of
-    the scaled map, rounded to multiples of 2**-40.
+    Each map is scaled to [0, 1] (eq. 1). What a region is depends on `kind`:
 
-    An image without such a component (a flat map, say) has one region: count 1, rank 0 everywhere.
+    - `components`, the paper's: the 8-connected components of what lies above Otsu's threshold and
+      that hold at least `min_area` of the grid compete by their mean saliency; the best
+      `num_regions - 1` are ranks 0, 1, ... and everything else is the last rank, the left-over
+      (eq. 2 and 3).
+    - `clusters`: the patches' features are clustered into `num_regions` (`cluster_patches`; the
+      first centre is the most salient patch), and clusters are ranked by their mean saliency. One
+      of less than `min_area` is dissolved into the others.
+    - `bands`: bands of equally many patches, from the most to the least salient, `num_regions` or
+      as many as `min_area` leaves room for. Patches of equal saliency stay together.
+
+    Equal means: the region with the first patch in row-major order comes first. The means are those
+    of the scaled map, rounded to multiples of 2**-40. An image that cannot be cut (a flat map, or
+    clusters of features that are all alike) has one region: count 1, rank 0 everywhere.
 
     Args:
         saliency_BN: any float type, scale and sign, on any device.
         grid: rows and columns of patches; their product is N.
         num_regions: the most regions an image may have, left-over included; at least 2.
-        min_area: the smallest fraction of the grid that a component may hold, 0 to 1.
+        min_area: the smallest fraction of the grid that a region may hold, 0 to 1; the left-over
+            may be smaller.
+        kind: `components`, `clusters` or `bands`.
+        features_BND: what `clusters` groups, and nothing else reads.
 
     Raises:
         InputError: an argument out of range, a shape that is not the grid's, or, on the CPU, a map
             that is not finite. On other devices, where looking would wait for the device, such an
             image counts as flat.
     """
+    _check_arguments(saliency_BN, grid, num_regions, min_area, kind, features_BND)
+    scaled_BN = _scale(saliency_BN.to(torch.float64))
+    patches = scaled_BN.shape[1]
+    smallest = max(1, math.ceil(min_area * patches))
+    if kind == "components":
+        return _rank_components(scaled_BN, grid, num_regions, smallest)
+    if kind == "bands":
+        part_BN = _bands(scaled_BN, min(num_regions, patches // smallest))
+    else:
+        assert features_BND is not None
+        most_salient_B = scaled_BN.argmax(dim=1)
+        part_BN = cluster_patches(features_BND, most_salient_B, num_regions, smallest=smallest)
+    return _rank_parts(part_BN, scaled_BN, num_regions)
+
+
+def _check_arguments(
+    saliency_BN: Tensor,
+    grid: tuple[int, int],
+    num_regions: int,
+    min_area: float,
+    kind: str,
+    features_BND: Tensor | None,
+) -> None:
     height, width = grid
     patches = height * width
     if saliency_BN.ndim != 2 or saliency_BN.shape[1] != patches:
         raise InputError(
             f"saliency must be (images, {patches}) for a {height} x {width} grid, "
-            f"found {tuple(saliency_BN.shape)}; pass one row of patches an image"
+            f"found {tuple(saliency_BN.shape)}; pass one row of patches per image"
         )
     if num_regions < 2:
         raise InputError(
@@ -79,8 +120,25 @@ def rank_regions(
         )
     if not 0 <= min_area <= 1:
         raise InputError(f"min_area is a fraction of the grid, 0 to 1, not {min_area}")
+    if kind not in KINDS:
+        raise InputError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    if kind != "clusters":
+        return
+    if num_regions > patches:
+        raise InputError(
+            f"clusters need at least as many patches as regions: {num_regions} regions on a "
+            f"{height} x {width} grid; lower num_regions"
+        )
+    wanted = tuple(saliency_BN.shape)
+    if features_BND is None or features_BND.ndim != 3 or features_BND.shape[:2] != wanted:
+        found = None if features_BND is None else tuple(features_BND.shape)
+        raise InputError(f"clusters need features_BND of shape {wanted} + (width,), found {found}")
 
-    scaled_BN = _scale(saliency_BN.to(torch.float64))
+
+def _rank_components(
+    scaled_BN: Float64[Tensor, "B N"], grid: tuple[int, int], num_regions: int, smallest: int
+) -> Regions:
+    height, width = grid
     foreground_BP = _pad(_above_otsu(scaled_BN), grid)
     root_BP = _component_roots(foreground_BP, grid)
 
@@ -88,13 +146,12 @@ def rank_regions(
     fixed_BP = _pad((scaled_BN * FIXED_POINT).round().to(torch.int64), grid)
     area_BP = torch.zeros_like(root_BP).scatter_add_(1, root_BP, foreground_BP.to(torch.int64))
     total_BP = torch.zeros_like(root_BP).scatter_add_(1, root_BP, fixed_BP)
-    smallest = max(1, math.ceil(min_area * patches))
     mean_BP = total_BP.to(torch.float64) / area_BP
     score_BP = torch.where(foreground_BP & (area_BP >= smallest), mean_BP, -1.0)
 
     rank_of_root_BP = torch.full_like(root_BP, num_regions)
     kept_B1 = torch.zeros_like(root_BP[:, :1])
-    for rank in range(min(num_regions - 1, patches // smallest)):
+    for rank in range(min(num_regions - 1, height * width // smallest)):
         best_B1, cell_B1 = score_BP.max(dim=1, keepdim=True)  # the first maximum: the tie rule
         rank_of_root_BP.scatter_(1, cell_B1, rank)
         score_BP.scatter_(1, cell_B1, -2.0)  # below the cells that never competed: no second turn
@@ -105,6 +162,31 @@ def rank_regions(
     rank_BN = rank_BP.unflatten(1, (height + 1, width + 1))[:, :height, :width].flatten(1)
     # The least salient patch is never foreground, so something is always left over.
     return Regions(rank_BN, kept_B1[:, 0] + 1, num_regions)
+
+
+def _bands(scaled_BN: Float64[Tensor, "B N"], bands: int) -> Int64[Tensor, "B N"]:
+    """Each patch's band, 0 the most salient: by how many patches of the map are more salient."""
+    ascending_BN = scaled_BN.sort(dim=1).values
+    at_most_BN = torch.searchsorted(ascending_BN, scaled_BN.contiguous(), right=True)
+    patches = scaled_BN.shape[1]
+    return (patches - at_most_BN) * bands // patches
+
+
+def _rank_parts(
+    part_BN: Int64[Tensor, "B N"], scaled_BN: Float64[Tensor, "B N"], parts: int
+) -> Regions:
+    """Number the parts of each image by their mean saliency; parts without patches drop out."""
+    B, N = part_BN.shape
+    area_BK = part_BN.new_zeros(B, parts).scatter_add_(1, part_BN, torch.ones_like(part_BN))
+    fixed_BN = (scaled_BN * FIXED_POINT).round().to(torch.int64)
+    total_BK = part_BN.new_zeros(B, parts).scatter_add_(1, part_BN, fixed_BN)
+    mean_BK = torch.where(area_BK > 0, total_BK.to(torch.float64) / area_BK, -1.0)
+    patch_BN = torch.arange(N, device=part_BN.device).expand(B, N)
+    first_BK = torch.full_like(area_BK, N).scatter_reduce_(1, part_BN, patch_BN, "amin")
+    by_first_BK = _argsort(first_BK)
+    by_mean_BK = _argsort(-mean_BK.gather(1, by_first_BK))
+    rank_BK = _argsort(by_first_BK.gather(1, by_mean_BK))
+    return Regions(rank_BK.gather(1, part_BN), (area_BK > 0).sum(dim=1), parts)
 
 
 def otsu_foreground(saliency_BN: Float[Tensor, "B N"]) -> Bool[Tensor, "B N"]:

@@ -5,8 +5,12 @@ Suffixes: B images, N patches, D width, H heads.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+RARE_SHARE = 3
+"""Rarity looks at the nearest third of an image's other patches."""
 
 
 def cls_similarity(
@@ -32,3 +36,31 @@ def grad_cam(
     """
     weight_BD = gradient_BND.float().mean(dim=1)
     return (states_BND.float() @ weight_BD[:, :, None]).squeeze(-1).relu()
+
+
+def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+    """How far a patch lies from its nearest neighbours in feature space.
+
+    The mean Euclidean distance of each patch to the nearest third (at least one) of the other
+    patches of its own image: background repeats itself, what is rare stands out. Content features
+    are target features less those of a blank image at the same place (`model.look.Look`), without
+    which the map mostly tells places apart. A single patch has rarity 0.
+    """
+    B, N, _ = content_BND.shape
+    if N < 2:
+        return content_BND.new_zeros(B, N).float()
+    # Distances from inner products cancel where patches are alike: hence float64.
+    gram_BNN = gram(content_BND)
+    square_BN = gram_BNN.diagonal(dim1=1, dim2=2)
+    squared_BNN = square_BN[:, :, None] + square_BN[:, None, :] - 2 * gram_BNN
+    squared_BNN.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = max(1, (N - 1) // RARE_SHARE)
+    near_BNM = squared_BNN.float().topk(nearest, dim=2, largest=False, sorted=False).values
+    return near_BNM.clamp_(min=0).sqrt_().mean(dim=2)
+
+
+def gram(features_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N N"]:
+    """The inner products of the patches of each image, in float64 whatever the precision around."""
+    with torch.autocast(features_BND.device.type, enabled=False):
+        features_BND = features_BND.double()
+        return features_BND @ features_BND.mT

@@ -79,18 +79,30 @@ HEALTH = (
         (Curve("feature_std", "spread"),),
     ),
     Spec(
+        "What the features hold",
+        "Shares of the variance of single patches' target features: by place (where a patch is, "
+        "whatever the image), by image (what its patches share), and what is left.",
+        "share of the variance",
+        (
+            Curve("variance_place", "by place"),
+            Curve("variance_image", "by image"),
+            Curve("variance_rest", "left over"),
+        ),
+    ),
+    Spec(
         "Regulariser",
-        "The VICReg term before its weight.",
+        "The term against collapse, before its weight.",
         "term",
-        (Curve("regularizer", "VICReg"),),
+        (Curve("regularizer", "regulariser"),),
     ),
 )
 REGIONS = (
     Spec(
-        "Regions of an image",
-        "How many regions the saliency map is cut into, the left-over one included.",
-        "regions",
-        (Curve("regions", "regions"),),
+        "Regions and steps per image",
+        "How many regions an image is cut into, and how many prediction steps it has: one fewer "
+        "with ranked regions, the number of blocks with random ones.",
+        "per image",
+        (Curve("regions", "regions"), Curve("steps_per_image", "steps")),
     ),
     Spec(
         "Images on ranked regions",

@@ -18,17 +18,18 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from dseqjepa.config import Config, DSeqConfig, RegionsConfig
+from dseqjepa.config import Config, CutConfig
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source, Split
 from dseqjepa.data.transforms import EvalTransform
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.report.run import Run, printable, step_of
-from dseqjepa.train.checkpoint import load_method
+from dseqjepa.report.run import Run, step_of
+from dseqjepa.train.checkpoint import described, load_method
+from dseqjepa.train.trained_on import trained_on
 from dseqjepa.viz.tiles import label_patch
-from dseqjepa.viz.trace import Trace, regions_of, trace
+from dseqjepa.viz.trace import Trace, trace
 
 MOST_CHECKPOINTS = 12
 """Of a run that kept more, so many are shown, evenly spaced, the first and the last among them."""
@@ -58,19 +59,20 @@ class Lens:
     """What is missing and why, one sentence each."""
 
 
-def build_lens(run: Run, images: int, shared: RegionsConfig) -> Lens:
+def build_lens(run: Run, images: int, shared: CutConfig) -> Lens:
     """Trace `images` images of a run's data through the checkpoints that it kept.
 
     What cannot be shown, because the data is gone or a checkpoint is damaged, is said in `notes`.
 
     Args:
         images: how many to choose; fewer where the data holds fewer that can be decoded.
-        shared: how to cut the saliency of a method that has no regions of its own.
+        shared: how to cut images for a method that has no regions of its own.
     """
     if not run.checkpoints:
         return Lens(None, ["There is no checkpoint to look through."])
     try:
-        chosen = choose_images(run.config, images)
+        spec = _data_of(run)
+        chosen = choose_images(run.config.with_(data={"source": spec}), images)
     except InputError as error:
         return Lens(None, [f"The images are not there any more ({printable(error)})."])
     if not chosen.pictures:
@@ -83,7 +85,7 @@ def build_lens(run: Run, images: int, shared: RegionsConfig) -> Lens:
     looks = []
     for folder in kept:
         try:
-            traces = trace(load_method(folder), chosen.images_BCHW, keys_B, regions=shared)
+            traces = trace(load_method(folder), chosen.images_BCHW, keys_B, cut=shared)
         except InputError as error:
             notes.append(f"Left out: {printable(error)}.")
         else:
@@ -95,11 +97,23 @@ def build_lens(run: Run, images: int, shared: RegionsConfig) -> Lens:
         "grid": list(run.config.grid),
         "pictures": list(chosen.pictures),
         "origin": "held out of training" if chosen.are_held_out else "seen in training",
-        "ranks": isinstance(run.config.method, DSeqConfig),
+        "ranks": run.config.method.cut is not None,
         "saliency": traces[0].saliency_kind.replace("_", " "),
         "checkpoints": looks,
     }
     return Lens(content, notes)
+
+
+def _data_of(run: Run) -> str:
+    """What the newest readable checkpoint of a run was trained on: pictures of any other folder are
+    not the run's, whatever its config names."""
+    for folder in reversed(run.checkpoints):
+        try:
+            checkpoint = described(folder)
+        except InputError:
+            continue  # the lens says which one is damaged
+        return trained_on(checkpoint)
+    raise InputError("no checkpoint can be read")
 
 
 def choose_images(config: Config, count: int) -> Chosen:
@@ -135,12 +149,6 @@ def choose_images(config: Config, count: int) -> Chosen:
     return Chosen(pictures, images_BCHW, indices, are_held_out)
 
 
-def shared_regions(runs: Sequence[Run]) -> RegionsConfig:
-    """The regions of the first DSeq-JEPA run, so that all maps of a comparison are cut alike."""
-    ranked = [run.config.method for run in runs if isinstance(run.config.method, DSeqConfig)]
-    return regions_of(ranked[0] if ranked else runs[0].config.method)
-
-
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
     """At most `most` of the items, evenly spaced, the first and the last among them."""
     if len(items) <= most:
@@ -159,6 +167,7 @@ def _source(config: Config) -> tuple[Source, bool]:
             size=data.size,
             image_size=data.image_size,
             seed=config.runtime.seed,
+            pixel_range=data.pixel_range,
         )
 
     source = part("train")

@@ -22,9 +22,10 @@ import numpy as np
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.report import words
 from dseqjepa.report.charts import groups, interval_chart
-from dseqjepa.report.lens import build_lens, shared_regions
+from dseqjepa.report.lens import build_lens
 from dseqjepa.report.run import Run, Score, read_runs
 from dseqjepa.viz.style import HEAT, PALETTE
+from dseqjepa.viz.trace import shared_cut
 
 HERE = Path(__file__).parent
 IMAGES = 6
@@ -79,7 +80,7 @@ def render(runs: Sequence[Run], images: int = IMAGES) -> str:
     """The page's HTML."""
     import jinja2
 
-    shared = shared_regions(runs)
+    shared = shared_cut([run.config.method for run in runs])
     lenses = [build_lens(run, images, shared) for run in runs]
     scripts = [_plotly(), *(_read(name) for name in ("curves.js", "lens.js", "page.js"))]
     style = _read("page.css")
@@ -201,7 +202,7 @@ def _hash(text: str) -> str:
 
 
 def _read(name: str) -> str:
-    return (HERE / name).read_text()
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 @cache

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dseqjepa.config import Config
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.presets import load_config
 
 Line = Mapping[str, float]
@@ -119,11 +118,6 @@ def step_loss(number: int) -> str:
     return f"loss of step {number}"
 
 
-def printable(text: object) -> str:
-    """Text that can be written as UTF-8: file names need not be valid."""
-    return os.fsencode(str(text)).decode(errors="backslashreplace")
-
-
 def _names(paths: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parents as it takes to tell them apart."""
     resolved = [path.resolve().parts for path in paths]
@@ -150,7 +144,7 @@ def _read_metrics(path: Path) -> tuple[list[Line], list[str]]:
         return [], ["The run has no metrics.jsonl: nothing was logged yet."]
     lines: list[Line] = []
     damaged = []
-    with path.open(errors="replace") as file:
+    with path.open(errors="replace", encoding="utf-8") as file:
         for number, text in enumerate(file, start=1):
             line = _numbers(text)
             if line is None:
@@ -168,7 +162,7 @@ def _numbers(text: str) -> Line | None:
     """The finite numbers of a line; None where it is not a line of metrics."""
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or not _is_number(values.get("step")):
         return None
@@ -187,11 +181,11 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
     for path in sorted(folder.glob("*.json")):
         name = printable(path.name)
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             rows = [row for row in content["results"] if isinstance(row, dict)]
             data = content.get("data") or {}
             source = printable(data.get("source", "")) if isinstance(data, dict) else ""
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             notes.append(f"The evaluation {name} cannot be read ({type(error).__name__}).")
             continue
         scores = [score for row in rows for score in _scores(row, default_task=path.stem)]
@@ -229,7 +223,7 @@ def _scores(row: Mapping[str, Any], default_task: str) -> Iterable[Score]:
 def _start(path: Path) -> str:
     if not path.is_file():
         return ""
-    with path.open(errors="replace") as file:
+    with path.open(errors="replace", encoding="utf-8") as file:
         starts = [line.strip()[7:] for line in file if line.startswith("start: ")]
     return printable(starts[-1]) if starts else ""
 
@@ -237,8 +231,8 @@ def _start(path: Path) -> str:
 def _total_steps(checkpoints: Sequence[Path]) -> int | None:
     for folder in reversed(checkpoints):
         try:
-            steps = json.loads((folder / "state.json").read_text())["steps"]
-        except (OSError, ValueError, KeyError, TypeError):
+            steps = json.loads((folder / "state.json").read_text(encoding="utf-8"))["steps"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # the lens says which checkpoint is damaged
         if isinstance(steps, int):
             return steps

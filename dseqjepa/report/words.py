@@ -9,11 +9,11 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 from dseqjepa.config import Config, differences
+from dseqjepa.errors import printable
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Run, Score, printable
+from dseqjepa.report.run import Run, Score
 from dseqjepa.train import monitor
 
-METHODS = {"dseq": "DSeq-JEPA", "ijepa": "I-JEPA", "cjepa": "C-JEPA"}
 NO_ENCODER = ("majority", "place alone", "raw pixels")
 """Rows of an evaluation that no encoder has made."""
 Tone = Literal["good", "unsure", "bad", "none"]
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def method_name(config: Config) -> str:
-    return METHODS.get(config.method.name, config.method.name)
+    return config.method.title
 
 
 def backbone_name(config: Config) -> str:

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dseqjepa.config import Config
+from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
-from dseqjepa.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, normalize
+from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, open_checkpoint, untrained_encoder
@@ -117,6 +117,7 @@ class Backbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         """Features of the `last` blocks."""
+        check_normalized(images_BCHW)
         x_BLD, _ = self.embed(images_BCHW)
         layers = []
         for index, block in enumerate(self.blocks):
@@ -165,6 +166,8 @@ class OwnBackbone(Backbone):
             image_size=image_size,
             prefix=encoder.prefix,
             has_cls=bool(encoder.prefix),
+            mean=encoder.mean,
+            std=encoder.std,
         )
         # They stand once among the parameters, under `blocks` and `norm`.
         encoder.blocks = nn.ModuleList()
@@ -242,6 +245,7 @@ class FrozenTimm(Backbone):
         raise InputError(untrainable(self.name))
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        check_normalized(images_BCHW)
         stem: Any = self.stem
         more = {"return_prefix_tokens": True} if self.prefix else {}
         maps = stem.forward_intermediates(

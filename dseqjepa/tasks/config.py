@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dseqjepa.config import Fraction, Range, Section, Size
+from dseqjepa.config import Fraction, Range, Section, Size, check_pixel_range
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -36,11 +36,18 @@ class TaskConfig(Section):
     """Of the weights of a backbone that has not been trained."""
     size: Literal["auto"] | Count = "auto"
     """Number of training images of `scenes`; `auto`: as the run had."""
+    pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
+    """The values of 16-bit grey images that become black and white; `auto`: as in the run."""
     data_seed: int = Field(0, ge=0, lt=2**31)
     """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
     workers: int = Field(0, ge=0)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _pixels(self) -> Self:
+        check_pixel_range(self.pixel_range)
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dseqjepa.data.images import Subset
+from dseqjepa.data.images import Subset, notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
@@ -321,7 +321,8 @@ def class_names(source: Source, task: str) -> tuple[str, ...]:
     """The classes of a task; `InputError` says which tasks there are if it is not one of them."""
     if task not in source.labels:
         known = ", ".join(source.labels) or "none"
-        raise InputError(f"expected labels for task {task!r}, the data has: {known}")
+        why = "; ".join(["", *notes_of(source)])
+        raise InputError(f"expected labels for task {task!r}, the data has: {known}{why}")
     return source.classes[task]
 
 

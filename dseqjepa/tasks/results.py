@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 from torch import Tensor
 
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 
 FORMAT = 1
 MANY = 4
@@ -203,9 +204,9 @@ def choose_path(folder: Path, task: str, values: Mapping[str, Any]) -> Path:
     path = folder / f"{task}.json"
     if path.is_file():
         try:
-            other = _kind(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError):  # not ours, or of an older version
-            return path
+            other = _kind(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return path  # not ours, or of an older version
         if other != _kind(values):
             path = folder / f"{task}-{_kind(values)[:8]}.json"
     return path
@@ -225,7 +226,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".tmp-{path.name}")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -263,7 +264,7 @@ def device_name(device: torch.device) -> str:
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Rows as people read them: one line an encoder, one column a task and metric; the other way
     round where there are many metrics."""
-    table = Table(title=title)
+    table = Table(title=Text(printable(title)))
     metrics = list(
         dict.fromkeys((str(r["task"]), key) for r in rows for key in r if f"{key}_low" in r)
     )
@@ -276,16 +277,21 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     encoders = list(dict.fromkeys(str(r["encoder"]) for r in rows))
     cells = [[_cell(rows, encoder, *pair) for pair in metrics] for encoder in encoders]
     if len(metrics) <= MANY:
-        for heading in ("features of", *names):
+        for heading in map(_cell_of, ("features of", *names)):
             table.add_column(heading, justify="right" if table.columns else "left")
         for encoder, line in zip(encoders, cells, strict=True):
-            table.add_row(encoder, *line)
+            table.add_row(_cell_of(encoder), *line)
     else:
-        for heading in ("", *encoders):
+        for heading in map(_cell_of, ("", *encoders)):
             table.add_column(heading, justify="right" if table.columns else "left")
         for name, across in zip(names, zip(*cells, strict=True), strict=True):
-            table.add_row(name, *across)
+            table.add_row(_cell_of(name), *across)
     return table
+
+
+def _cell_of(name: str) -> Text:
+    """A name that others chose, which may look like rich's markup."""
+    return Text(printable(name))
 
 
 def _cell(rows: Sequence[Mapping[str, Any]], encoder: str, task: str, metric: str) -> str:

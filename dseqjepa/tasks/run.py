@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig
+from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
@@ -32,7 +33,9 @@ from dseqjepa.tasks.results import (
     show,
     write_json,
 )
+from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.runtime import Stopped, join
+from dseqjepa.train.trained_on import trained_on
 
 SCENES = 20_000
 Draw = Callable[..., None]
@@ -105,7 +108,7 @@ def run_task(
     began = time.perf_counter()
     runtime = join(RuntimeConfig(accelerator=config.accelerator))
     device, ranks = runtime.fabric.device, runtime.ranks
-    console = Console(quiet=not ranks.first)
+    console = Console(quiet=not ranks.first, markup=False)  # names of others may look like it
     size = None if config.image_size == "auto" else config.image_size
     module = import_module(f"dseqjepa.tasks.{task}")
     if out is not None and out.is_dir():
@@ -125,13 +128,16 @@ def run_task(
     if source is None:
         if backbone.config is None:
             raise InputError(f"data=PATH is missing: {spec} does not say what it was trained on")
-        source = backbone.config.data.source
+        source = trained_on(open_checkpoint(Path(backbone.source)))
     train, test = open_splits(
         source,
         size=_scenes(config, backbone.config),
         image_size=backbone.image_size,
         seed=config.data_seed,
+        pixel_range=_pixel_range(config, backbone.config),
     )
+    for note in notes_of(train, test):
+        console.print(note, highlight=False, soft_wrap=True)
     for part in (train, test):
         prepare(part)
     fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
@@ -214,7 +220,11 @@ def describe(
             "layers": result.layers,
             "pooling": result.pooling,
         },
-        "data": {"source": source, **fingerprints},
+        "data": {
+            "source": source,
+            **fingerprints,
+            "left_out": list(notes_of(job.train, job.test)),
+        },
         "protocol": protocol,
         "config": config.model_dump(mode="json"),
         "details": dict(result.details),
@@ -293,6 +303,12 @@ def _without_seed(config: Config) -> Mapping[str, Any]:
     for key in ("source", "workers", "cache"):  # the same data may lie elsewhere
         del values["data"][key]
     return values
+
+
+def _pixel_range(config: TaskConfig, trained: Config | None) -> PixelRange:
+    if config.pixel_range != "auto" or trained is None:
+        return config.pixel_range
+    return trained.data.pixel_range
 
 
 def _scenes(config: TaskConfig, trained: Config | None) -> int:

@@ -28,7 +28,9 @@ def listed(source: Source, file: Path) -> Places:
         InputError: the file cannot be read, or a line fits no image, or several.
     """
     try:
-        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"names={file} cannot be read: {error}") from None
     by_name: dict[str, list[int]] = {}

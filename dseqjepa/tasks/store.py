@@ -1,8 +1,9 @@
 """Features on disk: written chunk by chunk, mapped into memory, gone on with after a stop.
 
 A store is a folder: `manifest.json` says what the features are of, `mean1.f32` and its like hold
-one float32 row an image, and `done/mean1-00000003.json` says that a chunk is on the disk, with its
-hash and the images in it that could not be decoded. Only rows of chunks that are done are read.
+one float32 row an image, and `done/mean1-00000003.json` says that a chunk is on the disk, and
+which images in it could not be decoded, with a hash of all this. Only rows of chunks that are done
+are read.
 Ranks write disjoint chunks into the same files.
 
 Suffixes: N images of the source, D width of a piece.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FrozenConfig
@@ -40,7 +42,7 @@ from dseqjepa.tasks.features import (
 from dseqjepa.tasks.results import digest, write_json
 from dseqjepa.tasks.run import Job
 
-FORMAT = 1
+FORMAT = 2
 TRANSFORM = "resize to 256/224 of the size, centre crop, bilinear"
 
 
@@ -61,9 +63,8 @@ class Store:
     def rows(self, piece: str, width: int, *, create: bool = False) -> np.memmap:
         """All rows of a piece, on disk."""
         path, size = self.folder / f"{self._stem(piece)}.f32", self.images * width * 4
-        if create and not path.exists():
-            with path.open("ab") as file:  # several ranks may do this at once
-                file.truncate(size)
+        if create:
+            _allocate(path, size)
         found = path.stat().st_size if path.exists() else 0
         if found != size:
             raise InputError(f"{path} has {found} bytes, expected {size}: remove {self.folder}")
@@ -94,7 +95,8 @@ class Store:
                 rows_ND = self.rows(piece, done["width"], create=True)
                 rows_ND[kept] = torch.cat(values).numpy()
                 rows_ND.flush()
-                done["sha256"] = _hash(rows_ND, chunk)
+                done["rows_sha256"] = _hash(rows_ND, chunk)
+            done["sha256"] = digest(done)
             write_json(self.marker(piece, number), done)
 
     def open(self, pieces: Sequence[str], source: Source) -> Extracted:
@@ -107,7 +109,7 @@ class Store:
             width = next((done["width"] for done in dones if "width" in done), 0)
             rows_ND = self.rows(piece, width) if width else np.empty((self.images, 0), np.float32)
             for number, (chunk, done) in enumerate(zip(self.chunks, dones, strict=True)):
-                if "sha256" in done and _hash(rows_ND, chunk) != done["sha256"]:
+                if "width" in done and _hash(rows_ND, chunk) != done["rows_sha256"]:
                     raise InputError(
                         f"{self.folder}: {piece}.f32 is damaged in chunk {number}: remove "
                         f"{self.marker(piece, number)}, and it will be made anew"
@@ -120,9 +122,30 @@ class Store:
     def _read(self, piece: str, number: int) -> Any:
         path = self.marker(piece, number)
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove it") from None
+            done = json.loads(path.read_text(encoding="utf-8"))
+            if done.pop("sha256") != digest(done):
+                raise ValueError("its SHA-256 differs")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path} is damaged ({error}): remove it, and the chunk will be made anew"
+            ) from None
+        return done
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Have the disk set all of a file apart: to write to a mapped page that a full disk has no room
+    for kills the process. Several ranks may do this at once."""
+    try:
+        with path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be made: {size} bytes are needed ({error.strerror}); free them, or "
+            "name another disk with cache=DIR, or do without with cache=none"
+        ) from None
 
 
 def _hash(rows_ND: np.ndarray, chunk: range) -> str:
@@ -195,8 +218,10 @@ def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     path = folder / "manifest.json"
     if path.is_file():
         try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no object")
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}): remove {folder}") from None
         unlike = [key for key in manifest if found.get(key) != manifest[key]]
         if unlike:
@@ -271,6 +296,7 @@ def features_of(
                 "precision": config.precision,
                 "backbone": backbone.digest(),
                 "batch": config.encode_batch,
+                "format": FORMAT,
             }
             name = digest({**kind, "data": source.fingerprint()})[:16]
             folder = job.folder / "features" / name

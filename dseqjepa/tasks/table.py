@@ -7,6 +7,7 @@ never share one. A line is one encoder; runs that differ in nothing but their se
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 from dseqjepa.tasks.results import FORMAT, Metric, digest, limits_of, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
@@ -56,7 +57,7 @@ class ResultTable:
         many = any(len(c.files) > 1 for cells in self.lines.values() for c in cells.values())
         how = "95 % interval in brackets: over test images or draws of one run"
         how += ", by Student's t over the n runs where there are several.\n" if many else ".\n"
-        return table + "\n" + how + "".join(f"- {note}\n" for note in self.notes)
+        return table + "\n" + how + "".join(f"- {_escaped(note)}\n" for note in self.notes)
 
     def _texts(self, cells: Mapping[int, Cell]) -> list[str]:
         return [str(cells[n]) if n in cells else "" for n in range(len(self.columns))]
@@ -69,9 +70,8 @@ class ResultTable:
             for number, cell in sorted(cells.items()):
                 seeds = " ".join("" if seed is None else str(seed) for seed in cell.seeds)
                 key = digest(self.protocols[number])[:8]
-                writer.writerow(
-                    [name, self.columns[number], *cell.metric, len(cell.files), seeds, key]
-                )
+                texts = map(_no_formula, (name, self.columns[number]))
+                writer.writerow([*texts, *cell.metric, len(cell.files), seeds, key])
         return file.getvalue()
 
     def json(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def write_table(table: ResultTable, out: Path) -> None:
         ".json": lambda: json.dumps(table.json(), indent=1) + "\n",
     }[out.suffix]()
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(whole)
+    out.write_text(whole, encoding="utf-8")
 
 
 def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]]:
@@ -166,8 +166,8 @@ def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]
     found, notes = [], []
     for path in paths:
         try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             notes.append(f"{path} cannot be read ({type(error).__name__})")
             continue
         if not (isinstance(values, dict) and "protocol" in values and "metrics" in values):
@@ -231,4 +231,12 @@ def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    """Text of others as Markdown shows it: on one line, neither HTML nor a link."""
+    shown = html.escape(printable(cell), quote=False)
+    return shown.replace("`", "\\`").replace("](", "]\\(").replace("|", "\\|")
+
+
+def _no_formula(cell: str) -> str:
+    """Text that a spreadsheet does not take for a formula."""
+    shown = printable(cell)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown

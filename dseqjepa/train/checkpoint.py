@@ -126,7 +126,7 @@ def _write(
         _sync(path)
     manifest = {"format": FORMAT, "step": step, **state, "files": files}
     manifest["sha256"] = _digest(manifest)
-    (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(temporary / "state.json")
     _sync(temporary)
     if final.exists():
@@ -210,10 +210,11 @@ def _what_else(older: list[Path]) -> str:
     return ""
 
 
-def _verified(folder: Path) -> Checkpoint:
+def described(folder: Path) -> Checkpoint:
+    """A checkpoint of which state.json alone is verified."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint {folder}: state.json is damaged ({error})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
@@ -224,7 +225,12 @@ def _verified(folder: Path) -> Checkpoint:
         )
     if state.pop("sha256", None) != _digest(state):
         raise InputError(f"checkpoint {folder}: state.json is damaged (its SHA-256 differs)")
-    for name, expected in state["files"].items():
+    return Checkpoint(folder, state)
+
+
+def _verified(folder: Path) -> Checkpoint:
+    checkpoint = described(folder)
+    for name, expected in checkpoint.state["files"].items():
         path = folder / name
         if not path.is_file():
             raise InputError(f"checkpoint {folder}: {name} is missing")
@@ -235,7 +241,7 @@ def _verified(folder: Path) -> Checkpoint:
             )
         if _sha256(path) != expected["sha256"]:
             raise InputError(f"checkpoint {folder}: {name} is damaged (its SHA-256 differs)")
-    return Checkpoint(folder, state)
+    return checkpoint
 
 
 def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -37,7 +37,7 @@ def locked(out: Path) -> Iterator[None]:
     systems have it.
     """
     try:
-        opened = (out / LOCK).open("a+")
+        opened = (out / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"out={out} cannot be written to: {error.strerror}") from None
     with opened as file:

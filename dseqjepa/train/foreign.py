@@ -3,7 +3,8 @@
 A foreign file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
 containers and runs nothing, and only when a person names it: to import it, or to evaluate it as
 it is. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
-as DSeq-JEPA's release has it, and the state dict of any plain ViT with timm's names.
+as DSeq-JEPA's release has it, DINO's `student` and `teacher`, and the state dict of any plain ViT
+with timm's names. What stands beside the encoder, such as a classifier, is left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, Literal
@@ -23,8 +24,11 @@ from torch import Tensor
 
 from dseqjepa.config import (
     ENCODER_SIZES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Colours,
     Config,
-    DataConfig,
+    Deviations,
     Section,
     Size,
     validate,
@@ -34,11 +38,30 @@ from dseqjepa.model.vit import VisionTransformer, build_encoder
 from dseqjepa.train.checkpoint import load_into, save_checkpoint
 from dseqjepa.train.folder import claimed
 
-ENCODERS = {"target": ("target_encoder", "encoder"), "context": ("encoder", "target_encoder")}
-"""Our name -> where a JEPA's file may hold it, the best first."""
+ENCODERS = {
+    "target": ("target_encoder", "teacher", "encoder", "student"),
+    "context": ("encoder", "student", "target_encoder", "teacher"),
+}
+"""Our name -> where a JEPA's or DINO's file may hold it, the best first."""
 WRAPPERS = ("model", "state_dict")
-PREFIXES = ("module.", "backbone.")
+PREFIXES = ("module.", "backbone.", "_orig_mod.")
+NOT_OF_ENCODERS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "decoder", "mask_token")
+"""What stands beside an encoder in files of others, and is left out."""
+ADVICE = ("weights_only", "add_safe_globals", "safe_globals")
+"""Words of torch's advice to run a file after all."""
 HEAD_WIDTH = 64
+HEADS = {(1408, 40): 16}
+"""(width, depth) -> heads, of encoders that are no named size of ours: I-JEPA's ViT-g/16."""
+MLP = "blocks.0.mlp.fc1.weight"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_KEYS = 5000
+"""Of an encoder: 400 blocks have so many."""
+NOT_WEIGHTS = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of weights: run git lfs pull",
+    b"<!doctype": "a web page in place of weights: download the file itself",
+    b"<html": "a web page in place of weights: download the file itself",
+}
+"""How files begin that were fetched in the wrong way."""
 
 
 class ImportConfig(Section):
@@ -48,23 +71,48 @@ class ImportConfig(Section):
     """`auto`: those of the named size with this width and depth, else width / 64."""
     image_size: Literal["auto"] | Size = "auto"
     """`auto`: a square, which the number of positions gives."""
+    mean: Colours = IMAGENET_MEAN
+    """Of the normalisation that it was trained with, white being 1; and `std`."""
+    std: Deviations = IMAGENET_STD
 
 
 def import_encoder(
-    file: Path, out: Path, settings: ImportConfig, *, overwrite: bool = False
+    file: Path,
+    out: Path,
+    settings: ImportConfig,
+    *,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Config:
     """Write the run folder `out` with one checkpoint; the config that describes the encoder.
+
+    `tell` is told what of the file was left out.
 
     Raises `InputError`, before anything is written, where the file is not what is understood: every
     missing, unknown and misshaped key is named.
     """
-    encoders, config = _built(file, settings, tuple(ENCODERS))
+    encoders, config, left_out = _built(file, settings, tuple(ENCODERS))
+    if left_out:
+        tell(f"left out, as no part of an encoder: {', '.join(left_out)}")
     states = {name: encoder.state_dict() for name, encoder in encoders.items()}
     with claimed(out, overwrite, kept=None):
-        (out / "config.yaml").write_text(config.to_yaml())
+        (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         state_of_run = {"config": config.model_dump(mode="json"), "imported_from": str(file)}
         save_checkpoint(out / "checkpoints", 0, states, state_of_run, keep=1)
     return config
+
+
+def described(config: Config) -> str:
+    """What an imported encoder is, and what was assumed of it."""
+    model, (height, width) = config.model, config.data.image_size
+    return (
+        f"width {model.width}, depth {model.depth}, {model.heads} heads, patches of "
+        f"{model.patch_size} px, {height} x {width} px, "
+        f"{'with' if model.class_token else 'without'} [CLS]\n"
+        f"taken as given: {model.heads} heads, GELU, LayerNorm with epsilon 1e-6, and images less "
+        f"{list(config.data.mean)} over {list(config.data.std)}; "
+        "heads=N, mean=[R,G,B] and std=[R,G,B] say otherwise"
+    )
 
 
 def read_encoder(
@@ -72,28 +120,34 @@ def read_encoder(
 ) -> tuple[VisionTransformer, Config]:
     """The `target` or `context` encoder of a foreign file, in eval mode, and the config that
     describes it: what `import_encoder` writes, without writing it. Errors are the same."""
-    encoders, config = _built(file, settings, (weights,))
+    encoders, config, _ = _built(file, settings, (weights,))
     return encoders[weights].eval(), config
 
 
 def _built(
     file: Path, settings: ImportConfig, names: tuple[str, ...]
-) -> tuple[dict[str, VisionTransformer], Config]:
-    """The encoders of these names."""
-    states = {name: state for name, state in _encoders(file).items() if name in names}
+) -> tuple[dict[str, VisionTransformer], Config, list[str]]:
+    """The encoders of these names, the config that describes them, and the keys left out."""
+    states = {name: _named(file, s) for name, s in _encoders(file).items() if name in names}
     found = {name: _plain(file, state) for name, state in states.items()}
+    left_out = {key for state in states.values() for key in state if _is_beside(key)}
     config = _describe(file, next(iter(found.values())), settings)
     encoders = {}
     for name, state in found.items():
         encoders[name] = build_encoder(config)
         load_into(encoders[name], _with_class_position(state), f"the {name} encoder of {file}")
-    return encoders, config
+    return encoders, config, sorted(left_out)
 
 
 def read_foreign(file: Path) -> Any:
     """What a foreign file holds: tensors in plain containers. Nothing in it is run."""
     if not file.is_file():
         raise InputError(f"{file} {'is not a file' if file.exists() else 'does not exist'}")
+    with file.open("rb") as opened:
+        beginning = opened.read(512).lstrip().lower()
+    for start, what in NOT_WEIGHTS.items():
+        if beginning.startswith(start):
+            raise InputError(f"{file} is {what}")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -113,7 +167,8 @@ def read_foreign(file: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """The line of torch's message that says what it met; the rest is advice to run the file."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.partition(" Please use")[0].strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not any(word in line for word in ADVICE)]
     if isinstance(error, UnpicklingError):
         lines = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
     return lines[0] if lines else type(error).__name__
@@ -140,7 +195,7 @@ def _encoders(file: Path) -> dict[str, Any]:
     """The state dicts of the target and the context encoder; one alone is both."""
     content = read_foreign(file)
     if isinstance(content, Mapping):
-        if content.keys() & {"encoder", "target_encoder"}:
+        if content.keys() & set(ENCODERS["target"]):
             return {
                 name: next(content[key] for key in keys if key in content)
                 for name, keys in ENCODERS.items()
@@ -154,19 +209,37 @@ def _encoders(file: Path) -> dict[str, Any]:
     raise InputError(f"{file} holds no state dict: found {type(content).__name__}")
 
 
-def _plain(file: Path, state: Any) -> dict[str, Tensor]:
-    """A state dict in float32 and without the prefixes of wrappers."""
+def _named(file: Path, state: Any) -> dict[str, Any]:
+    """A state dict without the prefixes of wrappers."""
     if not isinstance(state, Mapping):
         raise InputError(f"{file} holds no state dict: found {type(state).__name__}")
-    plain: dict[str, Tensor] = {}
-    problems = []
-    size = file.stat().st_size
+    if len(state) > MOST_KEYS:
+        raise InputError(f"{file} holds {len(state)} tensors, expected at most {MOST_KEYS}")
+    named = {}
     for key, value in state.items():
         name = str(key)
         while name.startswith(PREFIXES):
             name = name.partition(".")[2]
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        named[name] = value
+    return named
+
+
+def _is_beside(name: str) -> bool:
+    return name.startswith(NOT_OF_ENCODERS)
+
+
+def _plain(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an encoder, in float32."""
+    plain: dict[str, Tensor] = {}
+    problems = []
+    size = file.stat().st_size
+    for name, value in state.items():
+        if _is_beside(name):
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
             problems.append(f"{name} is {getattr(value, 'dtype', type(value).__name__)}")
+        elif value.is_meta or value.layout != torch.strided:
+            problems.append(f"{name} has no values of its own, or only some of them")
         elif value.numel() * value.element_size() > size:  # a view that repeats what is stored
             problems.append(f"{name} claims more bytes than the file has")
         elif not value.isfinite().all():
@@ -198,6 +271,15 @@ def _describe(
             f"{tuple(kernel.shape)} and {tuple(positions.shape)}"
         )
     width, patch = kernel.shape[0], kernel.shape[-1]
+    if (
+        kernel.shape[1:] != (3, patch, patch)
+        or positions.shape[::2] != (1, width)
+        or not (width and patch and positions.numel())
+    ):
+        raise InputError(
+            f"{file}: expected square patches of 3 colours, and positions as wide as they are "
+            f"encoded, found shapes {tuple(kernel.shape)} and {tuple(positions.shape)}"
+        )
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     count = positions.shape[1]
     class_token = "cls_token" in state
@@ -213,9 +295,11 @@ def _describe(
             f"[{size[0]}, {size[1]}] does not give; name the height and width it was trained at"
         )
     named = {sizes[:2]: (name, sizes[2]) for name, sizes in ENCODER_SIZES.items()}
-    name, known_heads = named.get((width, depth), ("vit_base", max(width // HEAD_WIDTH, 1)))
+    usual = HEADS.get((width, depth), max(width // HEAD_WIDTH, 1))
+    name, known_heads = named.get((width, depth), ("vit_base", usual))
+    hidden = state[MLP].shape[0] if MLP in state else 0
     values = {
-        "data": DataConfig(image_size=size).model_dump(),
+        "data": {"image_size": size, "mean": settings.mean, "std": settings.std},
         "model": {
             "name": name,
             "patch_size": patch,
@@ -223,6 +307,7 @@ def _describe(
             "width": width,
             "depth": depth,
             "heads": known_heads if settings.heads == "auto" else settings.heads,
+            "mlp": hidden if hidden != 4 * width else 0,
         },
         "method": {"name": "dseq" if class_token else "ijepa"},
     }

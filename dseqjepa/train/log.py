@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dseqjepa.errors import printable
 from dseqjepa.ranks import Ranks
 
 CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
@@ -104,39 +105,40 @@ class Journal:
             return
         for path in (self.out / "metrics.jsonl", self.out / "skipped.jsonl"):
             kept = []
-            for line in path.read_text().splitlines() if path.exists() else ():
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-                except json.JSONDecodeError:  # the line that was being written when the run died
-                    break
+                except (json.JSONDecodeError, RecursionError):
+                    break  # the line that was being written when the run died
             _replace(path, kept)
         _replace(self.out / "bad_files.jsonl", [_bad_line(*item) for item in bad.items()])
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         if not self.quiet:
-            with (self.out / "metrics.jsonl").open("a") as file:
+            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
     def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
         """A step that was not taken, and the images that it had seen."""
         self.say(f"step {step} is not taken: {reason}; its images are in skipped.jsonl")
         if not self.quiet:
-            with (self.out / "skipped.jsonl").open("a") as file:
+            with (self.out / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "reason": reason, "images": images}) + "\n")
 
     def bad_file(self, path: str, reason: str) -> None:
         """A file that cannot be decoded."""
         self.say(f"cannot decode {path}: {reason}")
         if not self.quiet:
-            with (self.out / "bad_files.jsonl").open("a") as file:
+            with (self.out / "bad_files.jsonl").open("a", encoding="utf-8") as file:
                 file.write(_bad_line(path, reason))
 
     def say(self, text: str) -> None:
-        """A line for people, on the console and in log.txt."""
+        """A line for people, on the console and in log.txt; one, whatever names it holds."""
+        text = printable(text)
         if not self.quiet:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            with (self.out / "log.txt").open("a") as file:
+            with (self.out / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def start_progress(self, done: int, total: int) -> None:
@@ -173,5 +175,5 @@ def _replace(path: Path, lines: list[str]) -> None:
         path.unlink(missing_ok=True)
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines))
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)

@@ -16,11 +16,14 @@ from rich.console import Console
 from torch import Tensor
 
 from dseqjepa.config import Config
+from dseqjepa.data.images import notes_of
+from dseqjepa.data.labelled import located
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.methods import Method, build_method
+from dseqjepa.methods.base import Step
 from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
 from dseqjepa.ranks import gather_rows
 from dseqjepa.train.checkpoint import (
@@ -33,7 +36,7 @@ from dseqjepa.train.checkpoint import (
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
-from dseqjepa.train.monitor import Monitor, measure
+from dseqjepa.train.monitor import Monitor, measure, variance_shares
 from dseqjepa.train.optimizer import (
     build_optimizer,
     load_optimizer_state,
@@ -75,6 +78,7 @@ class Trainer:
         self.config, self.source, self.out, self.probe = config, source, out, probe
         self.stop_after = stop_after
         self.fingerprint = source.fingerprint()
+        self.data_path = located(config.data.source)
         runtime = runtime or connect(config)
         self.fabric, self.ranks = runtime.fabric, runtime.ranks
         rank, world = self.ranks.rank, self.ranks.world
@@ -119,7 +123,7 @@ class Trainer:
         """Train to the end. Raises `Stopped` on SIGTERM and `RunError` where it cannot go on."""
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.yaml").write_text(self.config.to_yaml())
+            (self.out / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
             self.journal.rewind(self.step, self.bad)
         self._introduce()
         self.watch = Watch(self.journal.say, self.loader.reading)
@@ -208,6 +212,9 @@ class Trainer:
         loss, norm = loss_and_norm(self.fabric, losses, gradients)
         wrong = self.guard.judge(loss, norm)
         if not wrong:
+            limit = self.config.optim.clip_norm
+            if limit and norm > limit:
+                torch._foreach_mul_(gradients, limit / norm)
             self.optimizer.step()
             self.method.update_target(schedule.momentum(step))
             for result in results:
@@ -221,7 +228,7 @@ class Trainer:
         elif (
             step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps
         ):
-            self._log(epoch, step, torch.cat([result.pooled_BD for result in results]), norm, clock)
+            self._log(epoch, step, results, norm, clock)
         self.journal.advance(self.step)
 
     def _skipped(self, epoch: int, step: int, reason: str) -> None:
@@ -253,11 +260,21 @@ class Trainer:
                 f"data.max_bad={self.config.data.max_bad} allows; see {self.out}/bad_files.jsonl"
             )
 
-    def _log(self, epoch: int, step: int, pooled_BD: Tensor, norm: float, clock: Clock) -> None:
+    def _health(self, results: list[Step]) -> dict[str, float]:
+        """What the target features of a step say, over its micro-batches and all ranks."""
+        (pooled_RD,) = gather_rows(torch.cat([result.pooled_BD for result in results]))
+        sums = [torch.cat([r.place_ND.flatten(), r.square[None]]).double() for r in results]
+        total = self.ranks.total(torch.stack(sums).sum(dim=0))
+        if len(pooled_RD) < 2:
+            return {}
+        place_ND = total[:-1].view_as(results[0].place_ND)
+        shares = variance_shares(pooled_RD, place_ND, total[-1].item())
+        return measure(pooled_RD).to_dict() | shares.to_dict()
+
+    def _log(self, epoch: int, step: int, results: list[Step], norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()
         self.window = Window()
-        (pooled_RD,) = gather_rows(pooled_BD)
-        health = measure(pooled_RD).to_dict() if len(pooled_RD) > 1 else {}
+        health = self._health(results)
         images = self.config.data.batch_size
         skill = 1 - means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
         values = {
@@ -288,6 +305,7 @@ class Trainer:
         waits = values["data_wait_share"]
         waiting = f"  waits for data {waits:.0%}" if waits > WORTH_SAYING else ""
         regions = f"  regions {values['regions']:.2f}" if "regions" in values else ""
+        regions += f"  steps {values['steps_per_image']:.2f}"
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
             f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "
@@ -335,6 +353,8 @@ class Trainer:
             f"{config.data.batch_size} on {self.ranks.world} x {self.fabric.device.type} "
             f"({config.runtime.precision}), effective learning rate {config.optim.lr:g}"
         )
+        for note in notes_of(self.source):
+            say(note)
         if self.loader.cache_bytes:
             say(f"decoded images stay in memory: up to {self.loader.cache_bytes / 1e9:.1f} GB")
 
@@ -380,6 +400,7 @@ class Trainer:
             "steps": self.schedule.steps,
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
+            "data_path": self.data_path,
             "ranks": self.ranks.world,
             "windows": self.ranks.share(self.window.to_json()),
             "guard": self.guard.to_json(),

@@ -5,7 +5,7 @@ The numbers are therefore taken across images, on the mean target feature of eac
 with what they were at step 0. A run's lines in metrics.jsonl are all that a verdict needs, so it
 can be had from the file as well. docs/health.md tells how the thresholds were found.
 
-Suffixes: B images, D width.
+Suffixes: B images, N patches of an image, D width.
 """
 
 from __future__ import annotations
@@ -33,6 +33,48 @@ class Health:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Variance:
+    """Where the variance of the target features of single patches lies; the shares sum to 1."""
+
+    variance_place: float
+    """Between places: what a feature says of where it is, whatever the image."""
+    variance_image: float
+    """Between images: what all patches of an image share."""
+    variance_rest: float
+    """What is left: what a patch shows, beyond its place and its image's mean."""
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def variance_shares(
+    pooled_BD: Float[Tensor, "B D"], place_ND: Float[Tensor, "N D"], square: float
+) -> Variance:
+    """Components of variance of features x_bnd = mean + place_n + image_b + rest_bn.
+
+    The usual estimators of a two-way layout without replication (mean squares less the residual's),
+    none below 0, summed over the features; they do not grow or shrink with the batch.
+
+    Args:
+        pooled_BD: the mean feature of each of B images, at least two.
+        place_ND: the sum over the images of the features at each of N places, at least two.
+        square: the sum of the squares of all features.
+    """
+    pooled_BD, place_ND = pooled_BD.double(), place_ND.double() / len(pooled_BD)
+    B, N = len(pooled_BD), len(place_ND)
+    mean_D = pooled_BD.mean(dim=0)
+    of_place = B * (place_ND - mean_D).square().sum().item()
+    of_image = N * (pooled_BD - mean_D).square().sum().item()
+    total = square - B * N * mean_D.square().sum().item()
+    rest = max(total - of_place - of_image, 0.0) / ((B - 1) * (N - 1))
+    place = max(of_place / (N - 1) - rest, 0.0) / B
+    image = max(of_image / (B - 1) - rest, 0.0) / N
+    whole = max(place + image + rest, 1e-12)
+    return Variance(place / whole, image / whole, rest / whole)
+
+
 @torch.no_grad()
 def measure(pooled_BD: Float[Tensor, "B D"]) -> Health:
     """The health of a batch's mean target features; needs at least two images."""
@@ -55,15 +97,27 @@ SHRUNK_STD = 0.6
 SHRUNK_RANK = 0.8
 LITTLE_SKILL = 0.05
 LEARNING_BY_STEP = 200
+NOTHING_BUT_PLACE = 0.98
+MOSTLY_PLACE = 0.6
+"""Shares of the variance between places: no image in the features at all, and less than they hold
+in a run that learns."""
 MOSTLY_EMPTY = 0.5
 
 TROUBLES = {
     "cosine": "all images look alike to the target encoder",
     "feature_std": "features spread less than at the start",
     "rank_me": "features use fewer dimensions than at the start",
+    "blank": "features hold nothing of the image, only the place",
     "skill": "predictions are hardly better than the mean target",
+    "place": "features tell where a patch is rather than what it shows",
 }
-COLLAPSE = frozenset({"cosine", "feature_std", "rank_me"})
+FROM_START = frozenset({"cosine", "feature_std", "rank_me"})
+"""The numbers that are compared with those at the start."""
+COLLAPSE = FROM_START | {"blank"}
+ADVICE = {
+    "skill": "lower optim.lr",
+    "place": "set method.regularizer_over=patches, or train for longer",
+}
 
 
 @dataclass(frozen=True)
@@ -87,9 +141,12 @@ class Verdict:
             "early": "not yet better than predicting the mean target",
             "collapsing": "collapsing: {}; raise method.regularizer_weight (regularizer=vicreg) or "
             "lower optim.lr",
-            "not learning": "not learning: {}; lower optim.lr",
+            "not learning": "not learning: {}",
         }[self.state]
-        reasons = "; ".join(TROUBLES[key] for key in self.troubles)
+        reasons = "; ".join(
+            f"{TROUBLES[key]}; {ADVICE[key]}" if key in ADVICE else TROUBLES[key]
+            for key in self.troubles
+        )
         return f"{words.format(reasons)}{self.note} [{self.figures}]"
 
 
@@ -110,14 +167,16 @@ class Monitor:
         self.rang = False
         if "rank_me" not in line:
             return None
-        first = self.first = self.first or {key: line[key] for key in COLLAPSE}
+        first = self.first = self.first or {key: line[key] for key in FROM_START}
         # While the learning rate rises, a run may take its time.
         settled = line["step"] >= LEARNING_BY_STEP and line["lr"] <= self.peak_lr
         signs = {
             "cosine": line["cosine"] > max(COLLAPSED_COSINE, first["cosine"]),
             "feature_std": line["feature_std"] < SHRUNK_STD * first["feature_std"],
             "rank_me": line["rank_me"] < SHRUNK_RANK * first["rank_me"],
+            "blank": line.get("variance_place", 0.0) > NOTHING_BUT_PLACE,
             "skill": settled and line["skill"] < LITTLE_SKILL,
+            "place": settled and line.get("variance_place", 0.0) > MOSTLY_PLACE,
         }
         lasting = tuple(key for key, sign in signs.items() if sign and key in self.before)
         self.before = [key for key, sign in signs.items() if sign]
@@ -138,6 +197,9 @@ class Monitor:
             f"feature std {line['feature_std']:.3f} (start {first['feature_std']:.3f}), "
             f"cosine {line['cosine']:.2f}, skill {line['skill']:.2f}"
         )
+        if "variance_place" in line:  # runs of earlier versions lack it
+            place, image = line["variance_place"], line["variance_image"]
+            figures += f", variance by place {place:.0%}, by image {image:.0%}"
         verdict = Verdict(state, lasting, figures, note)
         self.rang, self.alarm = verdict.alarm and not self.alarm, verdict.alarm
         return verdict

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dseqjepa.config import Config, differences
-from dseqjepa.data.labelled import open_source, prepare
+from dseqjepa.data.labelled import located, open_source, prepare
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
@@ -122,6 +122,7 @@ def open_training_source(config: Config) -> Source:
         size=config.data.size,
         image_size=config.data.image_size,
         seed=config.runtime.seed,
+        pixel_range=config.data.pixel_range,
     )
 
 
@@ -164,6 +165,9 @@ def _go_on(
         if not key.startswith(FREE_ON_RESUME)
     }
     notes = []
+    kept = checkpoint.state.get("data_path", located(checkpoint.config.data.source))
+    if located(config.data.source) == kept:
+        changed.pop("data.source", None)  # another spelling of the same
     if changed:
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         if "config" not in allow_changed:
@@ -188,7 +192,8 @@ def _go_on(
 
 def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
     changed = differences(weights.config, config)
-    shape = [key for key in changed if key.startswith("model.") or key == "data.image_size"]
+    own = ("data.image_size", "data.mean", "data.std")
+    shape = [key for key in changed if key.startswith("model.") or key in own]
     if shape:
         shown = ", ".join(
             f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape

@@ -24,6 +24,7 @@ from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
 from dseqjepa.train.clock import Clock, Watch
@@ -165,9 +166,12 @@ class _Stage:
             images_BCHW = batch.images_BCHW.to(device)
             with torch.no_grad(), self.trainer.fabric.autocast():
                 plan = method.plan(images_BCHW, progress=share, keys_B=batch.keys_B.to(device))
-            class_token = bool(method.encoder.prefix)
             total += count_tokens(
-                plan, len(images_BCHW), method.context_mode, class_token=class_token
+                plan,
+                len(images_BCHW),
+                method.context_mode,
+                class_token=bool(method.encoder.prefix),
+                cross=isinstance(method.predictor, CrossPredictor),
             )
         return total
 
@@ -289,12 +293,12 @@ def reset_peak() -> None:
     """Let `peak` begin anew, of the process and of the GPU."""
     file = Path("/proc/self/clear_refs")
     if file.exists():
-        file.write_text("5")
+        file.write_text("5", encoding="utf-8")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def _status(name: str) -> int:
     file = Path("/proc/self/status")
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)

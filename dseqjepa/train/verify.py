@@ -130,5 +130,5 @@ def _metrics(one: Path, other: Path) -> Row:
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [{k: v for k, v in line.items() if k not in CLOCK_KEYS} for line in lines]

@@ -49,7 +49,13 @@ PANELS = (
     Panel("RankMe of the targets", "dimensions", {"rank_me": ""}, at_zero=True),
     Panel("standard deviation over images", "of a feature", {"feature_std": ""}, at_zero=True),
     Panel("similarity of two images", "cosine", {"cosine": ""}),
-    Panel("regions", "of an image, mean", {"regions": ""}),
+    Panel(
+        "variance of patch features",
+        "share",
+        {"variance_place": "by place", "variance_image": "by image", "variance_rest": "left over"},
+        at_zero=True,
+    ),
+    Panel("per image", "mean", {"regions": "regions", "steps_per_image": "steps"}),
     Panel("size of a region", "share of the grid", {"region_area": ""}, at_zero=True),
     Panel(
         "curriculum",
@@ -73,12 +79,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl: curves need the folder of a run")
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise InputError(f"{path}: line {number} is no JSON ({error})") from None

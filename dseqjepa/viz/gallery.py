@@ -15,7 +15,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dseqjepa.config import Config
-from dseqjepa.data.images import ENDINGS, ImageFolder, Subset, decode
+from dseqjepa.data.decode import ENDINGS, decode
+from dseqjepa.data.images import ImageFolder, Subset
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
@@ -74,6 +75,7 @@ def open_images(spec: str, config: Config) -> Source:
         size=config.data.size,
         image_size=config.data.image_size,
         seed=config.runtime.seed,
+        pixel_range=config.data.pixel_range,
     )
 
 

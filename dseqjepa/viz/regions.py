@@ -6,14 +6,15 @@ Suffixes: B images, N patches, h and w rows and columns of patches, H and W pixe
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dseqjepa.config import CutConfig
 from dseqjepa.errors import InputError
-from dseqjepa.model.look import look_for_saliency
+from dseqjepa.model.look import look_and_cut
 from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.plans.regions import rank_regions
 from dseqjepa.viz.style import INK, PAPER
 from dseqjepa.viz.tiles import heat_tile, photo_of, region_tile
 
@@ -69,27 +70,23 @@ def draw_regions(
     return sheet
 
 
+@torch.no_grad()
 def regions_picture(
     encoder: VisionTransformer,
     images_BCHW: UInt8[Tensor, "B 3 _ _"],
+    cut: CutConfig,
     *,
-    num_regions: int = 5,
-    min_area: float = 0.15,
-    kind: str = "cls_similarity",
-    query: str = "state",
-    block: int = -1,
     columns: int = 3,
     cell: int = 192,
 ) -> Image.Image:
-    """`draw_regions` of what an encoder finds salient, with the arguments and errors of
-    `look_for_saliency`, `rank_regions` and `draw_regions`."""
+    """`draw_regions` of what an encoder finds salient, cut as `cut` says, with the errors of
+    `look_and_cut` and `draw_regions`."""
     images_BCHW = images_BCHW.to(encoder.pos_embed.device)
-    look = look_for_saliency(encoder, images_BCHW, kind=kind, query=query, block=block)
-    assert look.saliency_BN is not None
+    sight, regions = look_and_cut(encoder, images_BCHW, cut)
+    assert sight.saliency_BN is not None
     grid = encoder.grid_of(images_BCHW)
-    regions = rank_regions(look.saliency_BN, grid, num_regions, min_area)
     return draw_regions(
-        images_BCHW, look.saliency_BN, regions.rank_BN, grid, columns=columns, cell=cell
+        images_BCHW, sight.saliency_BN, regions.rank_BN, grid, columns=columns, cell=cell
     )
 
 

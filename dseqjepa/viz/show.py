@@ -24,6 +24,7 @@ from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.tasks.features import Extracted, extract
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, method_of, open_checkpoint
+from dseqjepa.train.trained_on import trained_on
 from dseqjepa.viz.canvas import FORMATS, Figure, save
 from dseqjepa.viz.clusters import check_clusters, cluster_maps
 from dseqjepa.viz.comparison import regions_sheet
@@ -35,9 +36,8 @@ from dseqjepa.viz.pca import pca_maps
 from dseqjepa.viz.scatter import Cloud, scatter
 from dseqjepa.viz.sheet import image_sheet
 from dseqjepa.viz.similarity import check_patch, similarity_maps
-from dseqjepa.viz.trace import Trace, regions_of, trace
+from dseqjepa.viz.trace import Trace, shared_cut, trace
 
-NAMES = {"dseq": "DSeq-JEPA", "ijepa": "I-JEPA", "cjepa": "C-JEPA"}
 BATCH = 64
 NEIGHBOURS, NEIGHBOURS_BESIDE = 7, 4
 
@@ -134,9 +134,9 @@ class _Session:
     def shown(self) -> dict[str, Checkpoint]:
         """Label -> checkpoint: the one asked for, and the one beside it."""
         if self.beside is None:
-            return {NAMES[self.config.method.name]: self.main}
+            return {self.config.method.title: self.main}
         both = (self.main, self.beside)
-        names = [NAMES[item.config.method.name] for item in both]
+        names = [item.config.method.title for item in both]
         if names[0] == names[1]:
             names = [f"{name}, {item.run.name}" for name, item in zip(names, both, strict=True)]
         if names[0] == names[1]:
@@ -156,8 +156,7 @@ class _Session:
     @cached_property
     def traces(self) -> dict[str, list[Trace]]:
         """By a method without regions of its own, saliency is cut as by the one that has some."""
-        methods = [item.config.method for item in self.shown.values()]
-        regions = regions_of(next((m for m in methods if m.name == "dseq"), methods[0]))
+        cut = shared_cut([item.config.method for item in self.shown.values()])
         result = {}
         for label, checkpoint in self.shown.items():
             method = method_of(checkpoint).to(self.device)
@@ -165,7 +164,7 @@ class _Session:
             result[f"{label}, step {checkpoint.step}"] = [
                 item
                 for part, key in zip(images, keys, strict=True)
-                for item in trace(method, part, key, regions=regions)
+                for item in trace(method, part, key, cut=cut)
             ]
         return result
 
@@ -199,11 +198,12 @@ class _Session:
     def data(self) -> Subset:
         config = self.config
         source = open_source(
-            self.request.data or config.data.source,
+            self.request.data or trained_on(self.main),
             split="train",
             size=config.data.size,
             image_size=config.data.image_size,
             seed=config.runtime.seed,
+            pixel_range=config.data.pixel_range,
         )
         return spread(source, self.request.sample)
 

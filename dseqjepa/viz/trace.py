@@ -6,6 +6,7 @@ h and w rows and columns of patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +15,13 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dseqjepa.config import DSeqConfig, MethodConfig, RegionsConfig, SaliencyConfig
+from dseqjepa.config import CutConfig, MethodConfig
 from dseqjepa.methods.base import Method
-from dseqjepa.methods.dseqjepa import DSeqJepa
 from dseqjepa.methods.losses import smooth_l1_by_token
-from dseqjepa.model.look import look_for_saliency, target_features
+from dseqjepa.model.look import look_and_cut, target_features
 from dseqjepa.model.vit import Images
 from dseqjepa.plans.plan import Plan
-from dseqjepa.plans.regions import Regions, otsu_foreground, rank_regions
+from dseqjepa.plans.regions import otsu_foreground
 
 Bools = NDArray[np.bool_]
 
@@ -47,7 +47,7 @@ class Trace:
     saliency_hw: NDArray[np.float32]
     """As the encoder gives it, in no unit: only differences inside one map mean something."""
     saliency_kind: str
-    """`cls_similarity`, `cls_attention` or `grad_cam`."""
+    """As `method.saliency.kind` has it."""
     foreground_hw: Bools
     """The patches above Otsu's threshold of the saliency."""
     rank_hw: NDArray[np.int64]
@@ -59,9 +59,10 @@ class Trace:
     steps: list[PredictionStep]
 
 
-def regions_of(config: MethodConfig) -> RegionsConfig:
-    """How a method cuts regions; the defaults for a method that has none of its own."""
-    return config.regions if isinstance(config, DSeqConfig) else RegionsConfig()
+def shared_cut(configs: Sequence[MethodConfig]) -> CutConfig:
+    """How the first method that has regions cuts them; the defaults where none has. So are all maps
+    of a comparison cut alike."""
+    return next((config.cut for config in configs if config.cut is not None), CutConfig())
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def trace(
     images_BCHW: Images,
     keys_B: Int64[Tensor, " B"],
     *,
-    regions: RegionsConfig | None = None,
+    cut: CutConfig | None = None,
 ) -> list[Trace]:
     """Saliency, regions, and the prediction steps of each image, at the end of any curriculum.
 
@@ -83,8 +84,8 @@ def trace(
         method: a trained method in eval mode, as `load_method` gives it.
         images_BCHW: uint8 or ImageNet-normalised, of a size that the patch size divides.
         keys_B: whatever is random in an image's plan is a function of its key.
-        regions: how to cut the saliency of a method without regions of its own (the defaults of
-            `RegionsConfig` if None); not read otherwise.
+        cut: how to cut images for a method without regions of its own (the defaults of `CutConfig`
+            if None); not read otherwise.
 
     Raises:
         InputError: saliency that is not finite.
@@ -95,12 +96,11 @@ def trace(
     sight = method.look(images_BCHW)
     draw = method.draw_at_end(sight, grid, keys_B)
 
-    kind = _saliency_kind(method)
-    saliency_BN = sight.saliency_BN
-    if saliency_BN is None:
-        saliency_BN = look_for_saliency(method.target, images_BCHW, kind=kind).saliency_BN
+    shown, seen, found = method.cut or cut or CutConfig(), sight, draw.regions
+    if found is None:
+        seen, found = look_and_cut(method.target, images_BCHW, shown)
+    saliency_BN = seen.saliency_BN
     assert saliency_BN is not None
-    found = draw.regions or _cut(saliency_BN, grid, regions or RegionsConfig())
 
     loss_SN = _losses(method, images_BCHW, draw.plan, target_features(sight.patches_BND))
     foreground_BN = otsu_foreground(saliency_BN)
@@ -110,7 +110,7 @@ def trace(
         traces.append(
             Trace(
                 saliency_hw=_grid(saliency_BN[image].float(), grid),
-                saliency_kind=kind,
+                saliency_kind=shown.saliency.kind,
                 foreground_hw=_grid(foreground_BN[image], grid),
                 rank_hw=_grid(found.rank_BN[image], grid),
                 count=count,
@@ -119,19 +119,6 @@ def trace(
             )
         )
     return traces
-
-
-def _saliency_kind(method: Method) -> str:
-    """The method's own reading; else the default one, or Grad-CAM for an encoder without [CLS]."""
-    if isinstance(method, DSeqJepa):
-        return method.config.saliency.kind
-    return SaliencyConfig().kind if method.target.prefix else "grad_cam"
-
-
-def _cut(
-    saliency_BN: Float[Tensor, "B N"], grid: tuple[int, int], regions: RegionsConfig
-) -> Regions:
-    return rank_regions(saliency_BN, grid, regions.count, regions.min_area)
 
 
 def _losses(

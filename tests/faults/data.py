@@ -21,7 +21,8 @@ from dseqjepa.data import images, patience
 from dseqjepa.data.source import Reduction
 from dseqjepa.train.clock import Watch
 from tests.faults.campaign import Attempts, fault
-from tests.faults.commands import lines, pictures, pretrain
+from tests.faults.checkpoints import mount
+from tests.faults.commands import command, lines, pictures, pretrain
 
 RED = (255, 0, 0)
 
@@ -90,6 +91,8 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "header-only.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"),
     "32-bit.tif": lambda path: Image.fromarray(np.zeros((9, 9), np.float32)).save(path),
     "bomb.png": lambda path: png_of_zeros(path, 20_000, 10_000),
+    "very-many-scans.jpg": lambda path: path.write_bytes(many_scans(500)),
+    "postscript.png": lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n%%EOF\n"),
 }
 ODD: dict[str, Callable[[Path], object]] = {
     "cmyk.jpg": lambda path: noise().convert("CMYK").save(path),
@@ -106,6 +109,8 @@ ODD: dict[str, Callable[[Path], object]] = {
     "exif-99.jpg": with_exif(99),
     "exif-0.jpg": with_exif(0),
     "exif-6.jpg": with_exif(6),
+    "exif-6.tif": with_exif(6),
+    "exif-6.webp": with_exif(6),
     "exif-garbled.jpg": garbled_exif,
     "progressive.jpg": lambda path: path.write_bytes(progressive()),
     "100000-wide.png": lambda path: png_of_zeros(path, 100_000, 3),
@@ -122,7 +127,14 @@ def progressive() -> bytes:
     return content.getvalue()
 
 
-@fault(16, "broken and odd image files, one of each kind", quick=31, full=62)
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is there so many times more."""
+    content = progressive()
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + content[last:-2] * count + content[-2:]
+
+
+@fault(16, "broken and odd image files, one of each kind", quick=35, full=70)
 def image_files(attempts: Attempts) -> None:
     """One run sees them all, with and without worker processes: what is broken is in
     bad_files.jsonl once, with path and reason, and everything else was trained on."""
@@ -349,3 +361,31 @@ def flaky_disk(attempts: Attempts) -> None:
             assert waiting, said
             assert any("good-011.png" in line for line in waiting), waiting
             assert "data came after" in said.out
+
+
+@fault(31, "A disk without room for the features of an evaluation, then with", quick=1, full=3)
+def full_cache(attempts: Attempts) -> None:
+    """On a tmpfs of its own, which can be mounted where the campaign runs as root."""
+    for name in ("a", "b"):
+        pictures(attempts.folder / "pictures" / name)
+    for number in range(attempts.count):
+        disk, out = attempts.place(number), attempts.folder / f"{number}.json"
+        disk.mkdir(exist_ok=True)
+        mounted = mount(disk, "size=24k")
+        typed = ["evaluate", "knn", "random:dseq_vitt_demo", f"data={attempts.folder}/pictures"]
+        typed += [f"cache={disk / 'features'}", f"out={out}"]
+        try:
+            with attempts.attempt("full" if mounted else "not mounted"):
+                if mounted:
+                    said = subprocess.run(
+                        [sys.executable, "-m", "dseqjepa", *typed], capture_output=True, text=True
+                    )
+                    assert said.returncode == 1, said  # and not by SIGBUS
+                    assert "bytes are needed (No space left on device)" in said.stderr
+                    assert not out.exists()
+                    mount(disk, "remount,size=64m")
+                assert command(*typed).code == 0
+                assert out.exists()
+        finally:
+            if mounted:
+                subprocess.run(["umount", str(disk)], check=True)

@@ -75,7 +75,13 @@ CASES = [
     ("dseq_vitt8_64", "method.order=spatial", "method.prediction=flat"),
     ("dseq_vitt8_64", "method.order=random", "method.curriculum.unit=region"),
     ("dseq_vitt8_64", "method.regions.source=random"),
+    ("dseq_vitt8_64", "method.saliency.kind=rarity", "method.regions.kind=clusters"),
+    ("dseq_vitt8_64", "method.saliency.kind=rarity", "method.regions.kind=bands"),
+    ("dseq_vitt8_64", "method.regularizer_over=patches", "target.centring=place"),
+    ("dseq_vitt8_64", "predictor.attention=cross", "target.blocks=2"),
     ("ijepa_vitt8_64",),
+    ("ijepa_vitt8_64", "method.regularizer=sigreg", "data.photometric=0.2"),
+    ("ijepa_vitt8_64", "method.blocks.kind=scattered"),
     ("cjepa_vitt8_64", "method.vicreg.projector_width=8"),
 ]
 

@@ -49,17 +49,20 @@ def ranked_plan(prediction: str = "sequential") -> Plan:
     return from_candidates(*steps_of_ranks(rank_BN, 4, prediction=prediction))
 
 
+@pytest.mark.parametrize("attention", ["joint", "cross"])
 @pytest.mark.parametrize("class_token", ["true", "false"])
 @pytest.mark.parametrize("prediction", ["sequential", "flat"])
 @pytest.mark.parametrize("context", ["prefix", "causal", "independent"])
 def test_gradient_is_zero_outside_the_context_and_not_inside(
-    context: str, prediction: str, class_token: str
+    context: str, prediction: str, class_token: str, attention: str
 ):
     config = tiny_config(
         "dseq_vitt8_64",
         f"method.context={context}",
         f"method.prediction={prediction}",
         f"model.class_token={class_token}",
+        f"predictor.attention={attention}",
+        "predictor.output_norm=" + ("true" if attention == "cross" else "false"),
         "method.saliency.kind=grad_cam",
     )
     plan = ranked_plan(prediction)
@@ -68,24 +71,33 @@ def test_gradient_is_zero_outside_the_context_and_not_inside(
     assert (reach[plan.context_SN] > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["blocks", "scattered"])
 @pytest.mark.parametrize("preset", ["ijepa_vitt8_64", "cjepa_vitt8_64"])
-def test_the_random_blocks_of_the_baselines_do_not_leak(preset: str):
-    method = lively(build_method(tiny_config(preset)))
+def test_the_random_masks_of_the_baselines_do_not_leak(preset: str, kind: str):
+    method = lively(build_method(tiny_config(preset, f"method.blocks.kind={kind}")))
     images = float_images(4).double()
     plan = method.plan(images, progress=0.5, keys_B=torch.arange(4))
-    assert len(plan) >= 12
+    assert len(plan) >= (12 if kind == "blocks" else 4)
     reach = reach_SN(method, images, plan)
     assert (reach[~plan.context_SN] == 0).all()
     assert (reach[plan.context_SN] > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("saliency", "regions"),
+    [("cls_similarity", "components"), ("rarity", "clusters"), ("rarity", "bands")],
+)
 @pytest.mark.parametrize("unit", ["image", "region", "batch"])
 @pytest.mark.parametrize("context", ["prefix", "causal", "independent"])
-def test_plans_that_the_method_draws_itself_do_not_leak(context: str, unit: str):
+def test_plans_that_the_method_draws_itself_do_not_leak(
+    context: str, unit: str, saliency: str, regions: str
+):
     config = tiny_config(
         "dseq_vitt8_64",
         f"method.context={context}",
         f"method.curriculum.unit={unit}",
+        f"method.saliency.kind={saliency}",
+        f"method.regions.kind={regions}",
         "method.regions.min_area=0.05",
     )
     method = lively(build_method(config))

@@ -12,7 +12,7 @@ from dseqjepa.model.look import Look, target_features
 from dseqjepa.plans.blocks import sample_blocks
 from dseqjepa.plans.plan import Plan
 from dseqjepa.plans.regions import rank_regions
-from tests.tiny import float_images, tiny_config
+from tests.tiny import PAPER, float_images, tiny_config
 
 GRID = (8, 8)
 KEYS = torch.arange(400)
@@ -22,7 +22,10 @@ SMOOTH = F.interpolate(
 
 
 def drawn(progress: float, *overrides: str, preset: str = "dseq_vitt8_64", keys=KEYS):  # type: ignore[no-untyped-def]
-    config = tiny_config(preset, "data.image_size=64", "method.regularizer=none", *overrides)
+    paper = PAPER if preset.startswith("dseq") else ()
+    config = tiny_config(
+        preset, "data.image_size=64", "method.regularizer=none", *paper, *overrides
+    )
     method = build_method(config)
     sight = Look(torch.zeros(len(keys), 64, 32), SMOOTH[: len(keys)])
     return method.draw(sight, GRID, progress, keys)
@@ -92,7 +95,7 @@ def test_the_unit_region_keeps_all_regions_at_one_and_none_at_zero():
 
 
 def test_an_image_without_regions_takes_the_blocks_and_is_counted():
-    config = tiny_config("dseq_vitt8_64", "data.image_size=64")
+    config = tiny_config("dseq_vitt8_64", "data.image_size=64", *PAPER)
     flat = torch.zeros(3, 64)
     flat[1] = SMOOTH[1]
     draw = build_method(config).draw(Look(torch.zeros(3, 64, 32), flat), GRID, 1.0, KEYS[:3])
@@ -219,3 +222,114 @@ def test_non_square_images_train():
     config = tiny_config("dseq_vitt8_64", "data.image_size=[32,64]")
     step = build_method(config)(float_images(4, (32, 64)), progress=0.5, keys_B=torch.arange(4))
     assert step.loss.isfinite()
+
+
+def loss_of(*overrides: str, preset: str = "dseq_vitt8_64", progress: float = 0.5):  # type: ignore[no-untyped-def]
+    method = dj.build_method(tiny_config(preset, *overrides))
+    return method, method(float_images(6), progress=progress, keys_B=torch.arange(6))
+
+
+def test_the_weight_of_prediction_scales_it_and_at_zero_leaves_the_regulariser_alone():
+    term = ("method.regularizer=vicreg", "method.regularizer_weight=0.1")
+    _, full = loss_of(*term)
+    method, alone = loss_of(*term, "method.prediction_weight=0")
+    torch.testing.assert_close(alone.loss, 0.1 * alone.metrics["regularizer"])
+    torch.testing.assert_close(full.loss - alone.loss, full.metrics["prediction_loss"])
+    assert alone.metrics["prediction_loss"] > 0, "it is measured all the same"
+    alone.loss.backward()
+    assert not any(p.grad.any() for p in method.predictor.parameters())
+    assert method.encoder.patch_embed.proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("regularizer", ["vicreg", "sigreg"])
+@pytest.mark.parametrize("over", ["pooled", "patches"])
+def test_every_regulariser_teaches_the_context_encoder(regularizer: str, over: str):
+    method, step = loss_of(
+        f"method.regularizer={regularizer}",
+        f"method.regularizer_over={over}",
+        "method.prediction_weight=0",
+    )
+    step.loss.backward()
+    assert step.metrics["regularizer"] > 0
+    assert method.encoder.blocks[0].mlp.fc1.weight.grad.any()
+
+
+def test_centred_targets_depend_on_the_image_alone():
+    """Images that are all alike leave nothing to predict."""
+    method = dj.build_method(tiny_config("ijepa_vitt8_64", "target.centring=place"))
+    features_BND = torch.randn(5, 16, 32) + 7 * torch.randn(16, 32)
+    targets_BND = method._targets(features_BND)
+    expected_BND = target_features(features_BND - features_BND.mean(dim=0))
+    torch.testing.assert_close(targets_BND, expected_BND)
+    assert not method._targets(features_BND[:1].expand(3, -1, -1)).abs().gt(0.1).any()
+
+
+def test_targets_of_several_blocks_are_their_mean():
+    method = dj.build_method(tiny_config("ijepa_vitt8_64", "target.blocks=2"))
+    images = float_images(3)
+    expected_BND = torch.stack(method.target(images).layers).mean(dim=0)
+    torch.testing.assert_close(method.look(images).patches_BND, expected_BND)
+    dseq = dj.build_method(tiny_config("dseq_vitt8_64", "target.blocks=2"))
+    torch.testing.assert_close(dseq.look(images).patches_BND, expected_BND)
+
+
+def test_scattered_masks_are_one_step_that_predicts_their_share():
+    plan = drawn(0.0, "method.blocks.kind=scattered", preset="ijepa_vitt8_64").plan
+    assert len(plan) == len(KEYS)
+    assert (plan.target_SN.sum(dim=1) == 48).all()
+    assert torch.equal(plan.context_SN, ~plan.target_SN)
+    assert plan.target_SN.float().mean(dim=0).sub(0.75).abs().max() < 0.1
+    quarter = drawn(
+        0.0, "method.blocks.kind=scattered", "method.blocks.mask_ratio=0.25",
+        preset="ijepa_vitt8_64",
+    ).plan  # fmt: skip
+    assert (quarter.target_SN.sum(dim=1) == 16).all()
+
+
+def test_clusters_of_content_give_every_image_its_sequence():
+    config = tiny_config(
+        "dseq_vitt8_64",
+        "data.image_size=64",
+        "method.saliency.kind=rarity",
+        "method.regions.kind=clusters",
+        "method.regions.min_area=0",
+        "model.class_token=false",
+    )
+    method, images, keys = build_method(config), float_images(12, (64, 64)), torch.arange(12)
+    draw = method.draw_at_end(method.look(images), GRID, keys)
+    assert draw.metrics["regions"] == 5
+    assert draw.metrics["empty_share"] == 0
+    assert len(draw.plan) == 4 * 12
+    step = method(images, progress=1.0, keys_B=keys)
+    assert step.metrics["steps_per_image"] == 4
+    sight = method.look(images)
+    expected = rank_regions(
+        sight.saliency_BN, GRID, 5, 0.0, kind="clusters", features_BND=sight.content_BND
+    )
+    for image in range(12):
+        context, target = steps_of(draw.plan, image)
+        for k in range(4):
+            assert torch.equal(context[k], expected.rank_BN[image] <= k)
+            assert torch.equal(target[k], expected.rank_BN[image] == k + 1)
+
+
+def test_a_blank_image_has_no_content_and_takes_the_blocks():
+    config = tiny_config(
+        "dseq_vitt8_64", "method.saliency.kind=rarity", "method.regions.kind=clusters"
+    )
+    step = build_method(config)(torch.zeros(4, 3, 32, 32), progress=1.0, keys_B=torch.arange(4))
+    assert step.metrics["empty_share"] == 1
+    assert step.loss.isfinite()
+
+
+@pytest.mark.parametrize("views", ["shared", "apart"])
+def test_photometric_changes_reach_both_encoders_and_the_plan_stays(views: str):
+    method = dj.build_method(
+        tiny_config("ijepa_vitt8_64", "data.photometric=0.5", f"data.photometric_views={views}")
+    )
+    images, keys = float_images(4), torch.arange(4)
+    context, target = method._views(images, keys)
+    assert not torch.equal(context, images)
+    assert torch.equal(context, target) == (views == "shared")
+    assert torch.equal(method._views(images[1:3], keys[1:3])[1], target[1:3])
+    assert method(images, progress=0.0, keys_B=keys).loss.isfinite()

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
 from dseqjepa.model import packing
+from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.model.vit import set_attention
-from tests.tiny import float_images, tiny_config
+from tests.tiny import PAPER, float_images, tiny_config
 
 KEYS = torch.arange(6)
 PRODUCTS = ("aten.mm", "aten.addmm", "mkldnn._linear_pointwise")
@@ -34,11 +35,13 @@ def no_idle_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def method_and_tokens(preset: str, *overrides: str) -> tuple[Method, Tokens]:
     torch.manual_seed(0)
-    method = build_method(tiny_config(preset, "method.regularizer=none", *overrides))
+    paper = PAPER if preset.startswith("dseq") else ()  # regions without products of their own
+    method = build_method(tiny_config(preset, "method.regularizer=none", *paper, *overrides))
     set_attention(method, "matmul")  # torch does not count its own attention on a CPU
     plan = method.plan(float_images(6), progress=1.0, keys_B=KEYS)
     class_token = bool(method.encoder.prefix)
-    return method, count_tokens(plan, 6, method.context_mode, class_token=class_token)
+    cross = isinstance(method.predictor, CrossPredictor)
+    return method, count_tokens(plan, 6, method.context_mode, class_token=class_token, cross=cross)
 
 
 def counted(method: Method) -> dict[str, int]:
@@ -62,7 +65,10 @@ PRESETS = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "overrides"), PRESETS)
+CROSS = ("dseq_vitt8_64", ("predictor.attention=cross", "predictor.depth=3"))
+
+
+@pytest.mark.parametrize(("preset", "overrides"), [*PRESETS, CROSS])
 def test_linear_layers_cost_what_torch_counts(preset: str, overrides: tuple[str, ...]) -> None:
     method, tokens = method_and_tokens(preset, *overrides)
     found = sum(value for key, value in counted(method).items() if key in PRODUCTS)

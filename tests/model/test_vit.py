@@ -161,3 +161,15 @@ def test_initialisation_is_the_recipe():
         assert not block.attn.qkv.bias.any()
         assert torch.equal(block.norm1.weight, torch.ones(256))
     assert encoder.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_initial_scales_multiply_what_they_name() -> None:
+    sizes = {"image_size": (32, 48), "patch_size": 8, "width": 16, "depth": 1, "heads": 2}
+    torch.manual_seed(0)
+    plain = VisionTransformer(**sizes)
+    torch.manual_seed(0)
+    scaled = VisionTransformer(**sizes, patch_init_scale=3.0, position_scale=0.5)
+    for key, value in plain.state_dict().items():
+        factor = {"patch_embed.proj.weight": 3.0, "pos_embed": 0.5}.get(key, 1.0)
+        assert torch.equal(scaled.state_dict()[key], factor * value), key
+    assert torch.allclose(scaled.positions((2, 2)), 0.5 * plain.positions((2, 2)), atol=1e-6)

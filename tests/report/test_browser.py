@@ -12,11 +12,11 @@ import torch
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from dseqjepa.keyed import sample_keys
-from dseqjepa.report.lens import choose_images, shared_regions
+from dseqjepa.report.lens import choose_images
 from dseqjepa.report.page import write_report
 from dseqjepa.report.run import read_runs
 from dseqjepa.train.checkpoint import load_method
-from dseqjepa.viz.trace import Trace, trace
+from dseqjepa.viz.trace import Trace, shared_cut, trace
 from tests.report.browser import DESKTOP, PHONE, opened, running
 from tests.report.hostile import CLASS, PICTURE, RESULT, RUN
 
@@ -60,9 +60,9 @@ def traces(made: Runs) -> list[list[Trace]]:
     runs = read_runs(made)
     chosen = choose_images(runs[0].config, IMAGES)
     keys = sample_keys(runs[0].config.runtime.seed, 0, torch.tensor(chosen.indices))
-    regions = shared_regions(runs)
+    cut = shared_cut([run.config.method for run in runs])
     return [
-        trace(load_method(folder), chosen.images_BCHW, keys, regions=regions)
+        trace(load_method(folder), chosen.images_BCHW, keys, cut=cut)
         for folder in runs[0].checkpoints
     ]
 

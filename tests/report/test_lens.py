@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -12,17 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dseqjepa.config import RegionsConfig
+from dseqjepa.config import CutConfig
 from dseqjepa.keyed import sample_keys
 from dseqjepa.presets import load_config
-from dseqjepa.report.lens import build_lens, choose_images, shared_regions
-from dseqjepa.report.run import Run, read_run, read_runs
+from dseqjepa.report.lens import build_lens, choose_images
+from dseqjepa.report.run import Run, read_run
+from dseqjepa.train import checkpoint
 from dseqjepa.train.checkpoint import load_method
-from dseqjepa.viz.trace import regions_of, trace
+from dseqjepa.viz.trace import trace
 from tests.report.hostile import CLASS, OTHER, PICTURE
 
 Runs = tuple[Path, Path]
-DEFAULT = RegionsConfig()
+DEFAULT = CutConfig()
 
 
 def read(path: Path) -> Run:
@@ -36,8 +38,8 @@ def mask(bits: str, grid: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize("which", [0, 1])
 def test_the_lens_is_the_trace(made: Runs, which: int):
     run = read(made[which])
-    regions = RegionsConfig(count=3, min_area=0.1)
-    lens = build_lens(run, 4, regions)
+    cut = DEFAULT.with_(regions={"count": 3, "min_area": 0.1})
+    lens = build_lens(run, 4, cut)
     assert lens.notes == []
     content = lens.content
     assert content is not None
@@ -46,7 +48,7 @@ def test_the_lens_is_the_trace(made: Runs, which: int):
     assert [look["step"] for look in content["checkpoints"]] == [0, 3, 6, 9, 12, 15]
     assert content["grid"] == [8, 8]
     for look, folder in zip(content["checkpoints"], run.checkpoints, strict=True):
-        traces = trace(load_method(folder), chosen.images_BCHW, keys, regions=regions)
+        traces = trace(load_method(folder), chosen.images_BCHW, keys, cut=cut)
         for plain, wanted in zip(look["images"], traces, strict=True):
             saliency = np.array(plain["saliency"]).reshape(8, 8)
             span = np.ptp(wanted.saliency_hw)
@@ -92,11 +94,22 @@ def test_held_out_images_are_taken_where_there_are_some():
     assert len(chosen.pictures) == 2
 
 
-def test_maps_of_a_comparison_are_cut_alike(made: Runs):
-    both = read_runs(made)
-    assert shared_regions(both) == regions_of(both[0].config.method)
-    assert shared_regions(both[::-1]) == regions_of(both[0].config.method)
-    assert shared_regions(both[1:]) == DEFAULT
+def redirect(run: Path, spec: str) -> None:
+    """Have a run say that it was trained on something else."""
+    for path in run.glob("checkpoints/step-*/state.json"):
+        state = json.loads(path.read_text())
+        state["config"]["data"]["source"] = state["data_path"] = spec
+        del state["sha256"]
+        path.write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+
+
+def test_a_strangers_run_shows_no_pictures_of_the_folder_that_it_names(runs: Runs, tmp_path: Path):
+    (tmp_path / "private").mkdir()
+    Image.new("RGB", (80, 80)).save(tmp_path / "private/x.png")
+    redirect(runs[1], str(tmp_path / "private"))
+    lens = build_lens(read(runs[1]), 2, DEFAULT)
+    assert lens.content is None
+    assert "holds other images than the run saw" in lens.notes[0]
 
 
 def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
@@ -118,11 +131,10 @@ def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
         "There is no checkpoint to look through."
     ]
 
-    gone = (runs[1] / "config.yaml").read_text().replace(CLASS, "gone")
-    (runs[1] / "config.yaml").write_text(gone)
+    redirect(runs[1], "gone")
     lens = build_lens(read(runs[1]), 2, DEFAULT)
     assert lens.content is None
-    assert lens.notes[0].startswith("The images are not there any more (no such folder: ")
+    assert lens.notes[0].startswith("The images are not there any more (the images that ")
 
 
 def test_no_more_checkpoints_than_can_be_scrubbed(made: Runs, monkeypatch: pytest.MonkeyPatch):

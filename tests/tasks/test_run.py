@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from PIL import Image
 
 from dseqjepa.cli import main
+from dseqjepa.data.labelled import located
 from dseqjepa.methods import build_method
 from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.run import run_task
 from dseqjepa.train.checkpoint import save_checkpoint
+from dseqjepa.train.pretrain import open_training_source
 from tests.children import run_ranks
 from tests.tiny import tiny_config
 
@@ -24,12 +27,6 @@ from tests.tiny import tiny_config
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two runs that differ in their seed, and pictures of two classes."""
     monkeypatch.chdir(tmp_path)
-    for seed in (0, 1):
-        config = tiny_config("dseq_vitt8_64", f"runtime.seed={seed}", "data.source=pictures")
-        method = build_method(config)
-        encoders = {"target": method.target.state_dict(), "context": method.encoder.state_dict()}
-        state = {"config": config.model_dump(mode="json")}
-        save_checkpoint(tmp_path / f"runs/{seed}/checkpoints", 5, encoders, state, keep=1)
     generator = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 10)):
         for label in ("a", "b"):
@@ -39,7 +36,61 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 pixels = generator.integers(0, 128, (36, 40, 3)) + 100 * (label == "b")
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     (tmp_path / "pictures" / "train" / "a" / "5.png").write_bytes(b"no picture")
+    for seed in (0, 1):
+        config = tiny_config("dseq_vitt8_64", f"runtime.seed={seed}", "data.source=pictures")
+        method = build_method(config)
+        encoders = {"target": method.target.state_dict(), "context": method.encoder.state_dict()}
+        state = {
+            "config": config.model_dump(mode="json"),
+            "data_fingerprint": open_training_source(config).fingerprint(),
+            "data_path": located("pictures"),
+        }
+        save_checkpoint(tmp_path / f"runs/{seed}/checkpoints", 5, encoders, state, keep=1)
     return tmp_path
+
+
+def test_without_data_a_run_is_tested_on_its_own_wherever_one_stands(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = here / "other"
+    shutil.copytree(here / "pictures", other / "pictures")
+    for path in sorted((other / "pictures").rglob("*.png"))[:30]:
+        Image.new("RGB", (40, 36)).save(path)
+    monkeypatch.chdir(other)
+    assert evaluate("knn", "../runs/0") == 0
+    found = json.loads((here / "runs/0/evaluations/knn.json").read_text())
+    assert found["data"]["source"] == str(here / "pictures")
+    assert found["data"]["left_out"] == []
+
+    (here / "pictures").rename(here / "gone")
+    (here / "runs/0/evaluations/knn.json").unlink()
+    assert evaluate("knn", "../runs/0") == 2  # its namesake here has other files
+    said = capsys.readouterr().err
+    assert "no such folder" in said
+    assert "pictures holds other images than the run saw" in said
+    assert "name them by data=PATH" in said
+    shutil.rmtree(other / "pictures")
+    shutil.copytree(here / "gone", other / "pictures")
+    assert evaluate("knn", "../runs/0") == 0  # moved along with the working directory
+
+
+def test_what_is_left_out_is_said_and_written(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "pictures/val/c").mkdir()
+    Image.new("RGB", (40, 36)).save(here / "pictures/val/c/[red]1.png")
+    Image.new("RGB", (40, 36)).save(here / "pictures/train/stray.png")
+    (here / "pictures/train/a/x.heic").write_bytes(b"no image")
+    assert evaluate("knn", "runs/0", "data=pictures") == 0
+    notes = json.loads((here / "runs/0/evaluations/knn.json").read_text())["data"]["left_out"]
+    assert [note.split(" in pictures")[0] for note in notes] == [
+        "1 of 50 files",
+        "1 of 49 images",
+        "1 of 21 images",
+    ]
+    assert "such as c/[red]1.png: they are left out" in notes[2]
+    printed = capsys.readouterr().out
+    assert all(note in printed for note in notes)
 
 
 def evaluate(task: str, *typed: str) -> int:
@@ -91,7 +142,7 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     assert backbone["layers"]
     assert backbone["pooling"]
     assert len(backbone["digest"]) == 64
-    assert found["data"]["source"] == "pictures"
+    assert found["data"]["source"] == str(here / "pictures")
     assert found["protocol"]["data"] == {k: found["data"][k] for k in ("train", "test")}
     config = TASKS[task].from_settings(["max_bad=0.1", *settings])
     assert found["config"] == config.model_dump(mode="json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks import features
 from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Extracted, PatchBasis, extract
-from dseqjepa.tasks.store import features_of, stored
+from dseqjepa.tasks.store import Store, features_of, stored
 from tests.children import run_ranks
 from tests.tasks.fakes import SIZE, Cards, Seer, make_job
 from tests.train.tiny_ranks import join_ranks
@@ -163,6 +165,36 @@ def test_damage_is_found(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     with pytest.raises(InputError, match="holds other files"):
         keep(tmp_path / "full", source)
+
+
+def test_another_choice_of_images_is_found(tmp_path: Path) -> None:
+    source, folder = Cards(IMAGES, bad=BAD), tmp_path / "a"
+    keep(folder, source)
+    path = folder / "done" / "mean1-00000002.json"
+    done = json.loads(path.read_text())
+    for altered in ({**done, "kept": [*done["kept"][:-1], 17]}, {**done, "bad": []}, {}, []):
+        path.write_text(json.dumps(altered))
+        with pytest.raises(InputError, match=r"mean1-00000002.json is damaged .*made anew"):
+            keep(folder, source)
+    path.unlink()
+    assert_same(keep(folder, source), in_memory(source))
+
+
+def test_the_disk_has_room_for_all_features_before_the_first_is_written(tmp_path: Path) -> None:
+    store = Store(tmp_path, 100_000, [range(100_000)])
+    store.rows("mean1", 8, create=True)
+    assert (tmp_path / "mean1.f32").stat().st_blocks * 512 >= 100_000 * 8 * 4
+
+
+def test_a_disk_without_room_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(RunError, match=r"mean2.f32 cannot be made: 1696 bytes .*cache=none"):
+            keep(tmp_path / "a", Cards(IMAGES))
+    assert_same(keep(tmp_path / "a", Cards(IMAGES)), in_memory(Cards(IMAGES)))
 
 
 def test_where_features_are_kept(tmp_path: Path) -> None:

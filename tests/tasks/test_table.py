@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,44 @@ def test_every_way_of_writing_holds_the_same_numbers(tmp_path: Path) -> None:
     assert written["columns"][0]["protocol"]["k"] == 20
     with pytest.raises(InputError, match=r"must end in \.md, \.csv, \.json"):
         write_table(table, tmp_path / "table.txt")
+
+
+HOSTILE = "=HYPERLINK(1)|<img src=x>[a](javascript:b)`\n\x1b[2J[red]"
+
+
+def test_names_of_others_are_text_in_every_form(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.0, backbone={"name": HOSTILE})
+    put(tmp_path / "b.json", 60.0, group="h")
+    (tmp_path / "c\n<b>.json").write_text("[" * 100_000)
+    table = collect([tmp_path])
+    write_table(table, tmp_path / "table.md")
+    (line,) = [x for x in (tmp_path / "table.md").read_text().splitlines() if "HYPER" in x]
+    for unsafe in ("<", "](", "\x1b"):
+        assert unsafe not in line
+    assert line.replace("\\|", "").count("|") == 3
+    assert "c\\n&lt;b&gt;.json cannot be read (RecursionError)" in table.markdown()
+    write_table(table, tmp_path / "table.csv")
+    rows = list(csv.reader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert len(rows) == 3
+    assert [row[0][:2] for row in rows[1:]] in (["'=", "me"], ["me", "'="])
+    assert "\n" not in rows[1][0] + rows[2][0]
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", 70.0, backbone={"name": "caf\xe9 \u2192"})
+    done = subprocess.run(
+        [sys.executable, "-m", "dseqjepa", "results", str(tmp_path), "--out", "table.md"],
+        env={
+            **os.environ,
+            "PYTHONIOENCODING": "ascii",
+            "PYTHONUTF8": "0",
+            "LC_ALL": "C",
+            "PYTHONCOERCECLOCALE": "0",
+        },
+        capture_output=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"caf\xe9 \u2192" in done.stdout
+    assert "caf\xe9 \u2192" in (tmp_path / "table.md").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError
+from dseqjepa.tasks.backbone import open_backbone
 from dseqjepa.train.checkpoint import load_encoder
 from dseqjepa.train.foreign import ImportConfig, import_encoder
 from tests.test_cli import contents, pictures, run
@@ -173,13 +174,13 @@ def refused(tmp_path: Path, content: Any, settings: ImportConfig = AUTO) -> str:
 def test_every_key_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     state = vit(0).state_dict()
     del state["norm.weight"], state["blocks.1.mlp.fc1.bias"]
-    state["head.weight"] = torch.zeros(10, WIDTH)
+    state["neck.weight"] = torch.zeros(10, WIDTH)
     state["blocks.2.mlp.fc2.weight"] = torch.zeros(WIDTH, 300)
     said = refused(tmp_path, state)
     for part in (
         "missing norm.weight",
         "missing blocks.1.mlp.fc1.bias",
-        "unknown head.weight",
+        "unknown neck.weight",
         "blocks.2.mlp.fc2.weight is (128, 300), expected (128, 512)",
     ):
         assert part in said
@@ -215,6 +216,118 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
 )
 def test_what_is_no_encoder_is_refused(tmp_path: Path, content: Any, said: str) -> None:
     assert said in refused(tmp_path, content)
+
+
+def plain(**changed: Tensor) -> dict[str, Tensor]:
+    return {**vit(0).state_dict(), **{key.replace("__", "."): v for key, v in changed.items()}}
+
+
+ODD: dict[str, tuple[Callable[[], Any], str]] = {
+    "float8": (
+        lambda: plain(norm__bias=torch.zeros(WIDTH).to(torch.float8_e4m3fn)),
+        "norm.bias is torch.float8_e4m3fn",
+    ),
+    "meta": (lambda: plain(norm__bias=torch.zeros(WIDTH, device="meta")), "norm.bias has no"),
+    "sparse": (lambda: plain(norm__bias=torch.zeros(WIDTH).to_sparse()), "norm.bias has no"),
+    "zero patch": (
+        lambda: plain(patch_embed__proj__weight=torch.zeros(WIDTH, 3, 0, 0)),
+        "expected square patches of 3 colours",
+    ),
+    "no positions": (lambda: plain(pos_embed=torch.zeros(1, 0, WIDTH)), "expected square patches"),
+    "very many": (lambda: {f"k{n}": torch.zeros(1) for n in range(5001)}, "holds 5001 tensors"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_tensors_that_hold_no_weights_are_refused(tmp_path: Path, odd: str) -> None:
+    make, said = ODD[odd]
+    assert said in refused(tmp_path, make())
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "a web page in place of weights"),
+        (b"<HTML>sign in</HTML>", "a web page in place of weights"),
+    ],
+)
+def test_a_file_that_was_fetched_in_the_wrong_way_says_so(
+    tmp_path: Path, ending: str, content: bytes, said: str
+) -> None:
+    (tmp_path / f"x.{ending}").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        import_encoder(tmp_path / f"x.{ending}", tmp_path / "out", AUTO)
+
+
+def test_no_message_tells_to_run_the_file(tmp_path: Path) -> None:
+    for n, content in enumerate((Touch(tmp_path / "executed"), {"model": nn.Linear(2, 2)})):
+        torch.save(content, tmp_path / f"{n}.pth")
+        with pytest.raises(InputError, match="nothing in it was run") as raised:
+            import_encoder(tmp_path / f"{n}.pth", tmp_path / "out", AUTO)
+        assert "weights_only" not in str(raised.value)
+        assert "safe_globals" not in str(raised.value)
+
+
+# What stands beside an encoder
+
+
+def test_a_classifier_is_left_out_and_named(tmp_path: Path) -> None:
+    model = vit(1, num_classes=5, global_pool="token", class_token=True)
+    torch.save({f"_orig_mod.{key}": v for key, v in model.state_dict().items()}, tmp_path / "x.pth")
+    said: list[str] = []
+    import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO, tell=said.append)
+    assert said == ["left out, as no part of an encoder: head.bias, head.weight"]
+    assert_same_features(tmp_path / "out", model)
+
+
+def test_dino_comes_in_with_teacher_and_student(tmp_path: Path) -> None:
+    teacher, student = vit(1, class_token=True), vit(2, class_token=True)
+    content = {
+        name: {f"module.backbone.{key}": v for key, v in model.state_dict().items()}
+        | {"module.head.mlp.0.weight": torch.zeros(3)}
+        for name, model in (("teacher", teacher), ("student", student))
+    }
+    torch.save({**content, "epoch": 3}, tmp_path / "x.pth")
+    import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO)
+    assert_same_features(tmp_path / "out", teacher, "target")
+    assert_same_features(tmp_path / "out", student, "context")
+
+
+def test_an_mlp_of_any_width_comes_in(tmp_path: Path) -> None:
+    model = vit(1, mlp_ratio=48 / 11)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    config = import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO)
+    assert config.model.mlp == 558
+    assert_same_features(tmp_path / "out", model)
+
+
+def test_images_are_normalised_as_the_encoder_was_trained(tmp_path: Path) -> None:
+    model = vit(1)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    half = ImportConfig(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    import_encoder(tmp_path / "x.pth", tmp_path / "out", half)
+    images_BCHW = torch.randint(0, 256, (3, 3, *SIZE), dtype=torch.uint8)
+    wanted = model.forward_features(images_BCHW / 127.5 - 1)  # type: ignore[operator]
+    found = load_encoder(tmp_path / "out")(images_BCHW).patches_BND
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    backbone = open_backbone(str(tmp_path / "out"))
+    torch.testing.assert_close(backbone(images_BCHW).patches_BND, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="std must be positive"):
+        ImportConfig.from_settings(["std=[0.5,0,0.5]"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+def test_float_images_that_are_not_normalised_are_refused(tmp_path: Path, scale: float) -> None:
+    torch.save(vit(1).state_dict(), tmp_path / "x.pth")
+    import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO)
+    images_BCHW = torch.rand(2, 3, *SIZE) * scale
+    for encoder in (load_encoder(tmp_path / "out"), open_backbone(str(tmp_path / "out"))):
+        with pytest.raises(ValueError, match="float images are taken as normalised, found values"):
+            encoder(images_BCHW)
+        encoder(images_BCHW / scale * 4 - 2)
+        encoder(torch.zeros(1, 3, *SIZE))
 
 
 # Hostile files
@@ -300,6 +413,9 @@ def test_the_command_imports_and_refuses(
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x") == 0
     assert capsys.readouterr().out == (
         "imported to x: width 128, depth 3, 2 heads, patches of 8 px, 32 x 32 px, without [CLS]\n"
+        "taken as given: 2 heads, GELU, LayerNorm with epsilon 1e-6, and images less "
+        "[0.485, 0.456, 0.406] over [0.229, 0.224, 0.225]; heads=N, mean=[R,G,B] and std=[R,G,B] "
+        "say otherwise\n"
     )
     assert_same_features(tmp_path / "x", model)
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x") == 2

@@ -22,6 +22,7 @@ from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Start, Trainer
 from dseqjepa.train.pretrain import pretrain
+from dseqjepa.train.runtime import Stopped
 from dseqjepa.train.schedules import Schedule
 from tests.train.tiny_runs import (
     BATCH,
@@ -305,3 +306,26 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     pretrain(run_config("ijepa"), tmp_path / "run", source=Pictures(), console=console)
     assert "step 20/20" in shown.getvalue()
     assert "\x1b" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_gradients_are_clipped_to_the_norm_and_no_further(tmp_path: Path) -> None:
+    """The log keeps the norm that was found; a step of plain descent shows the one that acts."""
+
+    def one_step(limit: float) -> tuple[float, float]:
+        out = tmp_path / str(limit)
+        config = run_config("ijepa", f"optim.clip_norm={limit}")
+        trainer = Trainer(config, Pictures(), out, Start(), console=quiet(), stop_after=1)
+        trained = [p for p in trainer.method.parameters() if p.requires_grad]
+        trainer.optimizer = torch.optim.SGD([{"params": trained, "decays": False}], lr=0.0)
+        before = [p.detach().clone() for p in trained]
+        with pytest.raises(Stopped):
+            trainer.run()
+        change = torch.cat([(a - b).flatten() for a, b in zip(before, trained, strict=True)])
+        return metrics(out)[0]["gradient_norm"], float(change.norm()) / trainer.schedule.lr(0)
+
+    norm, plain = one_step(0.0)
+    assert plain == pytest.approx(norm, rel=1e-3)
+    for limit, expected in ((norm / 4, norm / 4), (norm * 4, norm)):
+        found, acts = one_step(limit)
+        assert found == pytest.approx(norm, rel=1e-6)
+        assert acts == pytest.approx(expected, rel=1e-3)

@@ -1,6 +1,6 @@
 """The health numbers are what their definitions say, and the words follow from them.
 
-Suffixes: B images, D width.
+Suffixes: B images, N patches, D width.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dseqjepa.train.monitor import TROUBLES, Monitor, Verdict, measure, verdicts
+from dseqjepa.train.monitor import (
+    TROUBLES,
+    Monitor,
+    Verdict,
+    measure,
+    variance_shares,
+    verdicts,
+)
 
 
-def gaussian(images: int = 64, width: int = 32, seed: int = 0) -> Tensor:
-    return torch.randn(images, width, generator=torch.Generator().manual_seed(seed))
+def gaussian(shape: tuple[int, ...] = (64, 32), seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_rank_me_of_an_orthonormal_set_is_its_size(count: int) -> None:
-    basis_DD = torch.linalg.qr(gaussian(16, 16)).Q
+    basis_DD = torch.linalg.qr(gaussian((16, 16))).Q
     assert measure(basis_DD[:count]).rank_me == pytest.approx(count, rel=1e-4)
     assert measure(7.0 * basis_DD[:count]).rank_me == pytest.approx(count, rel=1e-4)
 
@@ -35,7 +42,7 @@ def test_rank_me_is_the_entropy_of_the_singular_values() -> None:
 def test_cosine_is_the_mean_over_pairs_of_different_images() -> None:
     assert measure(torch.eye(6)).cosine == pytest.approx(0, abs=1e-6)
     assert measure(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])).cosine == pytest.approx(-1)
-    feature_BD = gaussian(9, 5)
+    feature_BD = gaussian((9, 5))
     pairs = [
         F.cosine_similarity(feature_BD[i], feature_BD[j], dim=0).item()
         for i in range(9)
@@ -46,9 +53,51 @@ def test_cosine_is_the_mean_over_pairs_of_different_images() -> None:
 
 
 def test_feature_std_is_taken_over_images() -> None:
-    feature_BD = gaussian() + 100 * gaussian(1, 32, seed=1)
+    feature_BD = gaussian() + 100 * gaussian((1, 32), seed=1)
     expected = (feature_BD - feature_BD.mean(0)).square().sum(0).div(63).sqrt().mean()
     assert measure(feature_BD).feature_std == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("place", "image", "rest"), [(1.0, 0, 0), (0, 2.0, 0), (3.0, 2.0, 1.0)])
+def test_shares_of_variance_are_those_that_the_features_were_made_of(
+    place: float, image: float, rest: float
+) -> None:
+    place_1ND, image_B1D = (
+        place**0.5 * gaussian((1, 80, 64), 0),
+        image**0.5 * gaussian((90, 1, 64), 1),
+    )
+    feature_BND = 5.0 + place_1ND + image_B1D + rest**0.5 * gaussian((90, 80, 64), 2)
+    shares = variance_shares(
+        feature_BND.mean(1), feature_BND.sum(0), feature_BND.square().sum().item()
+    )
+    whole = place + image + rest
+    assert shares.variance_place == pytest.approx(place / whole, abs=0.02)
+    assert shares.variance_image == pytest.approx(image / whole, abs=0.02)
+    assert sum(shares.to_dict().values()) == pytest.approx(1)
+    few = variance_shares(
+        feature_BND[:8].mean(1), feature_BND[:8].sum(0), feature_BND[:8].square().sum().item()
+    )
+    assert few.variance_place == pytest.approx(place / whole, abs=0.1), "whatever the batch"
+
+
+def test_features_without_any_image_in_them_are_a_collapse() -> None:
+    """As of white pictures, where nothing can be compared with the start."""
+    white = {"feature_std": 0.0, "cosine": 1.0, "rank_me": 1.0, "variance_place": 1.0,
+             "variance_image": 0.0}  # fmt: skip
+    said = list(verdicts([line(step, **white) for step in (1, 2, 3)]).values())
+    assert [verdict.state for verdict in said] == ["healthy", "collapsing", "collapsing"]
+    assert said[-1].troubles == ("blank",)
+    assert "variance by place 100%" in str(said[-1])
+
+
+def test_features_that_mostly_tell_the_place_are_not_called_healthy() -> None:
+    place = {"variance_place": 0.8, "variance_image": 0.1}
+    states = [verdict.state for verdict in follow(*(line(n, **place) for n in (100, 200, 210)))]
+    assert states == ["healthy", "healthy", "not learning"]
+    (_, twice) = follow(line(300, **place), line(310, **place))
+    assert "regularizer_over=patches" in str(twice)
+    held = {"variance_place": 0.5, "variance_image": 0.2}
+    assert follow(line(300, **held), line(310, **held))[1].state == "healthy"
 
 
 START = {"feature_std": 0.2, "cosine": 0.9, "rank_me": 10.0}

@@ -17,6 +17,7 @@ from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS
 from dseqjepa.train.runtime import Runtime, Stopped
 from tests.children import run_ranks
+from tests.tiny import PAPER
 from tests.train.tiny_runs import Pictures, assert_same_run, metrics, run_config, tensors, train
 
 RELATIVE = 1e-5
@@ -43,7 +44,9 @@ def assert_same_curves(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("dseq", ["method.regularizer=vicreg", "method.regularizer_weight=0.1"]),
+        ("dseq", ["target.centring=place", "predictor.attention=cross"]),
+        ("dseq", [*PAPER, "method.regularizer=vicreg", "method.regularizer_weight=0.1"]),
+        ("ijepa", ["method.regularizer=sigreg", "data.photometric=0.2", "optim.clip_norm=0.05"]),
         ("ijepa", ["optim.accumulate=2", "method.loss_weighting=region"]),
         ("cjepa", ["method.regularizer_weight=0.1"]),
     ],

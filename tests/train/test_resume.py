@@ -17,11 +17,13 @@ import pytest
 from PIL import Image
 
 from dseqjepa.config import Config
+from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Stopped, Trainer
 from dseqjepa.train.pretrain import pretrain
+from tests.tiny import PAPER
 from tests.train.tiny_runs import (
     STEPS,
     Pictures,
@@ -122,6 +124,8 @@ def test_a_run_stopped_again_and_again_is_the_run_never_stopped(
     [
         ["method.curriculum.unit=region", "method.context=causal", "checkpoint.keep=1"],
         ["method.curriculum.unit=batch", "method.saliency.kind=grad_cam", "runtime.precision=bf16"],
+        ["method.regularizer=sigreg", "predictor.attention=cross", "target.blocks=2"],
+        ["target.centring=place", "data.photometric=0.2", "optim.clip_norm=0.05", *PAPER],
     ],
 )
 def test_other_recipes_go_on_as_well(
@@ -319,3 +323,31 @@ def test_a_process_killed_and_then_terminated_ends_as_if_nothing_had_been(tmp_pa
     pretrain(config, out, resume=True, console=quiet())
     pretrain(config, whole, console=quiet())
     assert_same_run(whole, out)
+
+
+def test_a_run_goes_on_with_another_spelling_of_its_folder_and_no_other_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "there"):
+        for n in range(16):
+            path = tmp_path / folder / "pictures" / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (n, 16 * n % 256, 90)).save(path)
+    (tmp_path / "here/pictures/x.heic").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "run"
+
+    def go(spelling: str, **settings: Any) -> None:
+        config = run_config("dseq", f"data.source={spelling}", "optim.epochs=2")
+        pretrain(config, out, console=quiet(), **settings)
+
+    with pytest.raises(Stopped):
+        go("pictures", stop_after=2)
+    assert "1 of 17 files in pictures are left out" in (out / "log.txt").read_text()
+    assert open_checkpoint(out).state["data_path"] == str(tmp_path / "here/pictures")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"data.source was 'pictures', is 'there/pictures'"):
+        go("there/pictures", resume=True)
+    (tmp_path / "link").symlink_to("here")
+    go("./link/pictures/", resume=True)
+    assert open_checkpoint(out).step == 4

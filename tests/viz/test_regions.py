@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dseqjepa.config import CutConfig, RegionsConfig, SaliencyConfig
 from dseqjepa.errors import InputError
 from dseqjepa.model.look import look_for_saliency
 from dseqjepa.model.vit import VisionTransformer
@@ -90,7 +91,10 @@ def test_a_picture_shows_what_the_encoder_finds_salient(class_token: bool, kind:
     assert saliency_BN is not None
     rank_BN = rank_regions(saliency_BN, (6, 8), 3, 0.02).rank_BN
     assert rank_BN.max() > 0
-    picture = regions_picture(encoder, images_BCHW, num_regions=3, min_area=0.02, kind=kind)
+    cut = CutConfig(
+        saliency=SaliencyConfig(kind=kind), regions=RegionsConfig(count=3, min_area=0.02)
+    )
+    picture = regions_picture(encoder, images_BCHW, cut)
     assert picture.tobytes() == draw_regions(images_BCHW, saliency_BN, rank_BN, (6, 8)).tobytes()
 
 

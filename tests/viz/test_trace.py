@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from dseqjepa.config import RegionsConfig
+from dseqjepa.config import CutConfig, RegionsConfig, SaliencyConfig
 from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
-from dseqjepa.model.look import saliency
+from dseqjepa.model.look import look_for_saliency, saliency
 from dseqjepa.plans.regions import otsu_foreground, rank_regions
 from dseqjepa.train.checkpoint import load_method
-from dseqjepa.viz.trace import Trace, regions_of, trace
-from tests.tiny import float_images, tiny_config
+from dseqjepa.viz.trace import Trace, shared_cut, trace
+from tests.tiny import PAPER, float_images, tiny_config
 from tests.train.tiny_runs import run_config, train
 
 KEYS = torch.arange(6) + 40
@@ -78,7 +78,7 @@ def test_the_curriculum_does_not_matter(unit: str):
 
 
 def test_saliency_foreground_and_regions_are_those_of_the_target():
-    method, images = method_of(), float_images(6)
+    method, images = method_of("dseq_vitt8_64", *PAPER), float_images(6)
     traces = trace(method, images, KEYS)
     saliency_BN = saliency(method.target, images)
     regions = rank_regions(saliency_BN, (4, 4), 5, 0.05)
@@ -97,7 +97,7 @@ def test_saliency_foreground_and_regions_are_those_of_the_target():
 
 def test_a_map_without_a_region_takes_random_blocks():
     flat = torch.zeros(1, 3, 32, 32)
-    method = method_of()
+    method = method_of("dseq_vitt8_64", *PAPER)
     method.target.pos_embed.zero_()
     (item,) = trace(method, flat, KEYS[:1])
     assert item.count == 1
@@ -108,7 +108,8 @@ def test_a_map_without_a_region_takes_random_blocks():
 
 def test_i_jepa_has_its_blocks_and_the_regions_of_its_saliency():
     method, images = method_of("ijepa_vitt8_64"), float_images(6)
-    traces = trace(method, images, KEYS, regions=RegionsConfig(count=3, min_area=0.05))
+    cut = CutConfig(saliency=SaliencyConfig(), regions=RegionsConfig(count=3, min_area=0.05))
+    traces = trace(method, images, KEYS, cut=cut)
     expected = rank_regions(saliency(method.target, images), (4, 4), 3, 0.05)
     for index, item in enumerate(traces):
         assert not item.is_ranked
@@ -117,10 +118,15 @@ def test_i_jepa_has_its_blocks_and_the_regions_of_its_saliency():
         assert len(contexts) == 1  # one context, several targets
 
 
-def test_without_cls_the_saliency_is_grad_cam():
-    method = method_of("ijepa_vitt8_64", "model.class_token=false")
-    (item,) = trace(method, float_images(1), KEYS[:1])
-    assert item.saliency_kind == "grad_cam"
+def test_without_regions_of_its_own_a_method_is_shown_by_rarity_and_clusters():
+    method, images = method_of("ijepa_vitt8_64", "model.class_token=false"), float_images(3)
+    sight = look_for_saliency(method.target, images, kind="rarity")
+    expected = rank_regions(
+        sight.saliency_BN, (4, 4), 5, 0.02, kind="clusters", features_BND=sight.content_BND
+    )
+    for index, item in enumerate(trace(method, images, KEYS[:3])):
+        assert item.saliency_kind == "rarity"
+        assert torch.equal(torch.tensor(item.rank_hw).flatten(), expected.rank_BN[index])
     own = method_of("dseq_vitt8_64", "model.class_token=false", "method.saliency.kind=grad_cam")
     (item,) = trace(own, float_images(1), KEYS[:1])
     assert item.saliency_kind == "grad_cam"
@@ -174,6 +180,9 @@ def test_a_method_is_loaded_whole(name: str, tmp_path: Path):
         load_method(tmp_path)
 
 
-def test_regions_of_a_config():
-    assert regions_of(tiny_config("dseq_vitt8_64").method).min_area == 0.05
-    assert regions_of(tiny_config("ijepa_vitt8_64").method) == RegionsConfig()
+def test_all_maps_of_a_comparison_are_cut_as_by_the_first_method_that_has_regions():
+    ijepa, dseq = (tiny_config(f"{name}_vitt8_64").method for name in ("ijepa", "dseq"))
+    other = tiny_config("dseq_vitt8_64", *PAPER).method
+    assert shared_cut([ijepa, dseq, other]) == dseq.cut
+    assert shared_cut([ijepa, other]) == other.cut
+    assert shared_cut([ijepa]) == CutConfig()

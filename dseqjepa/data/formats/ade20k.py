@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 
+from dseqjepa.data.decode import Frame, frames
 from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines
 from dseqjepa.data.images import existing_folder, is_image, visible_files
 from dseqjepa.data.source import BadImage, Split
@@ -28,7 +29,8 @@ class ADE20K(ListedFiles):
     folder above it: 20,210 images to train with, 2,000 of the validation split ("val").
 
     `label_map` gives the class of every pixel, 1 to 150, 0 for none; `objectInfo150.txt` has their
-    names. `labels["class"]` is the kind of scene, where `sceneCategories.txt` is there.
+    names. `labels["class"]` is the kind of scene, where `sceneCategories.txt` is there. An image
+    lies as its label map does: as it is stored, unless only the upright one has the map's size.
 
     Raises:
         InputError: a file is missing, or images, label maps and scenes do not fit together.
@@ -73,12 +75,20 @@ class ADE20K(ListedFiles):
     def _map(self, index: int) -> Path:
         return self._maps / _map_of(str(self.path(index).relative_to(self.root)))
 
+    def frame(self, index: int) -> Frame:
+        def size() -> tuple[int, int]:
+            with _open_map(self._map(index)) as picture:
+                return picture.height, picture.width
+
+        return size
+
     def label_map(self, index: int) -> Int64[Tensor, "H W"]:
         path = self._map(index)
         try:
-            with Image.open(path) as picture, Image.open(self.path(index)) as image:
-                if picture.size != image.size:
-                    raise ValueError(f"it is {picture.size}, its image {image.size}")
+            with _open_map(path) as picture:
+                stored, upright = frames(self.path(index))
+                if picture.size[::-1] not in (stored, upright):
+                    raise ValueError(f"it is {picture.size}, its image {stored[::-1]}")
                 label_HW = np.array(picture)
         except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
             raise BadImage(f"the label map {path}: {error}") from error
@@ -87,6 +97,10 @@ class ADE20K(ListedFiles):
                 f"the label map {path}: expected one number a pixel, 0 to {len(self.categories)}"
             )
         return torch.from_numpy(label_HW.astype(np.int64))
+
+
+def _open_map(path: Path) -> Image.Image:
+    return Image.open(path, formats=("PNG",))
 
 
 def _map_of(path: str) -> Path:

@@ -38,6 +38,8 @@ FASHION_CLASSES = (
     "ankle boot",
 )
 FASHION_SIDE = 28
+MOST_BYTES = 2**30
+"""Of a file when it is unpacked: more than any data set of small images has."""
 CIFAR_SIDE = 32
 RECONSTRUCT = np.empty(0).__reduce__()[0]
 """What a pickled array is built with; its module has had several names."""
@@ -115,9 +117,12 @@ def _read_idx(folder: Path, stem: str, *shape: int) -> UInt8[np.ndarray, "N *sha
     content = read_bytes(path)
     if path.suffix == ".gz":
         try:
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as packed:
+                content = packed.read(MOST_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"cannot read {path}: {error}") from error
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{path}: expected at most {MOST_BYTES} bytes in it, found more")
 
     # Two zero bytes, the type (8: unsigned byte) and the number of dimensions; then their sizes.
     magic = 0x0800 + dimensions

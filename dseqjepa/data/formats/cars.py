@@ -26,12 +26,15 @@ class Cars(ListedFiles):
     8,144 images to train with (`cars_train`, `devkit/cars_train_annos.mat`), 8,041 to test ("val":
     `cars_test`, `cars_test_annos_withlabels.mat` in the folder or in `devkit`).
 
+    The images lie as they are stored, because the boxes beside them do.
+
     The tree that others made of it, `train/CLASS` and `test/CLASS`, is an ordinary folder.
 
     Raises:
         InputError: a file is missing or damaged, or names images that are not there.
     """
 
+    lies = "stored"
     origin: ClassVar[str] = (
         "its page at ai.stanford.edu/~jkrause/cars is gone, Kaggle and others have copies"
     )

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -15,13 +17,20 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Bool
+from PIL import Image
 from torch import Tensor
 
+from dseqjepa.data.decode import Frame, Size
 from dseqjepa.data.formats.files import ListedFiles, check_there, inner
 from dseqjepa.data.formats.jsonscan import Element, scan, taken
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Instances, Split
 from dseqjepa.errors import InputError
+
+PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
+"""Of an image; a larger one would not be decoded."""
+MOST_GROUPS = 7
+"""Of five bits each, in a compressed run length: 2^34 pixels."""
 
 
 class Coco(ListedFiles):
@@ -33,7 +42,11 @@ class Coco(ListedFiles):
     "val" all 5,000. There are no `labels`; `instances` gives the objects of an image.
 
     Boxes are COCO's own, even where they are empty. Of the outlines only their places in the file
-    are kept in memory; they are read and drawn when asked for.
+    are kept in memory; they are read and drawn when asked for, and have been checked by then: no
+    library meets an outline that does not fit its image.
+
+    An image lies as its annotations do: as it is stored, unless only the upright one has the height
+    and width that the file gives.
 
     Raises:
         InputError: a file is missing or damaged, or its parts do not agree.
@@ -61,13 +74,18 @@ class Coco(ListedFiles):
         box_A4 = np.array(read.box, dtype=np.float64).reshape(-1, 4)
         size_A2 = np.array(read.rle_size, dtype=np.int64).reshape(-1, 2)
         size_N2 = np.array([read.images[id][1:] for id in id_N.tolist()], dtype=np.int64)
-        wrong_A = (size_A2[:, 0] >= 0) & (size_A2 != size_N2.reshape(-1, 2)[place_A]).any(1)
-        wrong_A |= ~np.isfinite(box_A4).all(1)
+        own_A2 = size_N2.reshape(-1, 2)[place_A]
+        wrong_A = (size_A2[:, 0] >= 0) & (size_A2 != own_A2).any(1)
+        side_A1 = own_A2.max(1, initial=0, keepdims=True)
+        corner_A4 = box_A4 + np.pad(box_A4[:, :2], ((0, 0), (2, 0)))
+        extent_A2 = np.array(read.extent, dtype=np.float64).reshape(-1, 2)
+        for end in (corner_A4, extent_A2):
+            wrong_A |= ((end < -side_A1) | (end > 2 * side_A1)).any(1)
         if wrong_A.any():
             first = int(np.flatnonzero(wrong_A)[0])
             raise InputError(
                 f"{file}: annotation {read.ids[first]} has a box or a mask that does not fit "
-                f"image {read.image[first]}"
+                f"image {read.image[first]} of {own_A2[first, 0]} x {own_A2[first, 1]} pixels"
             )
 
         kept_N = np.arange(len(id_N))
@@ -87,6 +105,10 @@ class Coco(ListedFiles):
         paths = [read.images[id][0] for id in self._id_N.tolist()]
         check_there(root / part, paths, file)
         super().__init__(root / part, paths)
+
+    def frame(self, index: int) -> Frame:
+        height, width = map(int, self._size_N2[index])
+        return lambda: (height, width)
 
     def instances(self, index: int) -> Instances:
         """The objects of an image; their masks need the extra `detection`."""
@@ -115,7 +137,7 @@ class Coco(ListedFiles):
                 file.seek(int(start))
                 try:
                     annotation = json.loads(file.read(int(end - start)))
-                except ValueError:
+                except (ValueError, RecursionError):
                     annotation = None
                 if not isinstance(annotation, dict) or annotation.get("id") != number:
                     raise InputError(f"{self.annotations} is not the file any more that was opened")
@@ -138,7 +160,7 @@ class _Columns:
         self.categories: dict[int, str] = {}
         self.ids, self.image, self.category = array("q"), array("q"), array("q")
         self.crowd, self.area, self.box = array("b"), array("d"), array("d")
-        self.span, self.rle_size = array("q"), array("q")
+        self.span, self.rle_size, self.extent = array("q"), array("q"), array("d")
 
     def add(self, element: Element) -> None:
         if element.member == "images":
@@ -147,6 +169,11 @@ class _Columns:
             )
             if id in self.images:
                 raise InputError(f"{self.file}: image {id} is there twice")
+            if min(height, width) < 1 or height * width > PIXELS:
+                raise InputError(
+                    f"{self.file}: image {id} is of {height} x {width} pixels, "
+                    f"expected 1 to {PIXELS} in all"
+                )
             self.images[id] = name, height, width
         elif element.member == "categories":
             id, name = taken(self.file, element, id=int, name=str)
@@ -162,8 +189,8 @@ class _Columns:
                 area=int | float,
             )
             try:
-                x, y, width, height = map(float, box)
-                size = _checked(element.value.get("segmentation"))
+                x, y, width, height = _numbers([*box, area])[:-1]
+                size, extent = _checked(element.value.get("segmentation"))
             except (TypeError, ValueError) as error:
                 raise InputError(
                     f"{self.file}: annotation {id} is damaged ({error}); expected a bbox of four "
@@ -176,25 +203,72 @@ class _Columns:
             self.area.append(area)
             self.box.extend((x, y, width, height))
             self.rle_size.extend(size)
+            self.extent.extend(extent)
             self.span.extend((element.start, element.end))
 
 
-def _checked(outline: Any) -> tuple[int, int]:
-    """Height and width that run lengths are for, -1 for polygons; `ValueError` if it is neither."""
+def _checked(outline: Any) -> tuple[Size, tuple[float, float]]:
+    """What an outline says of itself: height and width that run lengths are for, -1 for polygons;
+    the smallest and the largest coordinate of polygons, 0 for run lengths.
+
+    `ValueError` if it is neither, or damaged.
+    """
     if isinstance(outline, dict):
-        height, width = map(int, outline.get("size", ()))
-        counts = outline.get("counts")
-        if isinstance(counts, list) and sum(counts) != height * width:
+        size, counts = outline.get("size"), outline.get("counts")
+        if not (isinstance(size, list) and [type(side) for side in size] == [int, int]):
+            raise ValueError("run lengths without a size of two numbers")
+        if isinstance(counts, str):
+            counts = run_lengths(counts)
+        if not (isinstance(counts, list) and {type(count) for count in counts} <= {int}):
+            raise ValueError("run lengths that are not whole numbers")
+        height, width = size
+        if min(counts, default=0) < 0 or sum(counts) != height * width or min(size) < 1:
             raise ValueError(f"{sum(counts)} pixels in its run lengths of {height} x {width}")
-        if not isinstance(counts, str | list):
-            raise ValueError("run lengths without counts")
-        return height, width
+        return (height, width), (0.0, 0.0)
     if not isinstance(outline, list) or not outline:
         raise ValueError("no segmentation")
+    low = high = 0.0
     for polygon in outline:
         if not isinstance(polygon, list) or len(polygon) % 2:
             raise ValueError("a polygon that is no list of points")
-    return -1, -1
+        points = _numbers(polygon)
+        low, high = min(low, *points, 0.0), max(high, *points, 0.0)
+    return (-1, -1), (low, high)
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    """The values, all finite numbers; `ValueError` where one is something else, such as text."""
+    if {type(value) for value in values} <= {int, float}:
+        with suppress(OverflowError):  # a whole number may have any size
+            if math.isfinite(math.fsum(values)):
+                return values
+    raise ValueError("something else than finite numbers")
+
+
+def run_lengths(text: str) -> list[int]:
+    """What COCO's compressed form of run lengths says. `ValueError` if it is not whole.
+
+    A number is written in groups of five bits, the lowest first, as characters from `0` on; 32 says
+    that another group follows, and the highest bit of the last is its sign. From the fourth on it
+    is the difference from the number before the previous one (maskApi.c of cocoapi, rleToString).
+    """
+    groups_G = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    is_last_G = (groups_G & 32) == 0
+    end_C = np.flatnonzero(is_last_G)
+    if ((groups_G < 0) | (groups_G > 63)).any() or not is_last_G[-1:].all():
+        raise ValueError("compressed run lengths that are damaged")
+    if not len(end_C):
+        return []
+    start_C = np.concatenate([[0], end_C[:-1] + 1])
+    size_C = end_C - start_C + 1
+    if size_C.max() > MOST_GROUPS:
+        raise ValueError("a run length of more pixels than an image has")
+    place_G = np.arange(len(groups_G)) - np.repeat(start_C, size_C)
+    counts_C = np.add.reduceat((groups_G & 31) << (5 * place_G), start_C)
+    counts_C -= np.where(groups_G[end_C] & 16, 1 << (5 * size_C), 0)
+    counts_C[1::2] = counts_C[1::2].cumsum()
+    counts_C[2::2] = counts_C[2::2].cumsum()
+    return list(map(int, counts_C))
 
 
 def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.ndarray:

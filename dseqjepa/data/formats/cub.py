@@ -15,12 +15,14 @@ from dseqjepa.errors import InputError
 class CUB(ListedFiles):
     """CUB-200-2011 (Wah et al., 2011) from `CUB_200_2011` or the folder above it.
 
-    5,994 images to train with, 5,794 to test ("val"), by `train_test_split.txt`.
+    5,994 images to train with, 5,794 to test ("val"), by `train_test_split.txt`. They lie as they
+    are stored, because the boxes and parts beside them do.
 
     Raises:
         InputError: a file is missing, or two of them do not agree: it names file and line.
     """
 
+    lies = "stored"
     origin: ClassVar[str] = "www.vision.caltech.edu/datasets/cub_200_2011 has it"
 
     def __init__(self, path: Path, split: Split) -> None:

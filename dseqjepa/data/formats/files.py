@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dseqjepa.data.images import ImageFiles, existing_folder, printable
-from dseqjepa.errors import InputError
+from dseqjepa.data.images import ImageFiles, existing_folder
+from dseqjepa.errors import InputError, printable
 
 
 class ListedFiles(ImageFiles):
@@ -115,12 +115,15 @@ def mat_fields(path: Path, table: np.ndarray, *names: str) -> list[list[Any]]:
 
 
 def check_there(root: Path, paths: Sequence[str], named_by: Path) -> None:
-    """Raise `InputError` unless all `paths` below `root` are there; every folder is read once."""
+    """Raise `InputError` unless all `paths` lie below `root` and are there; every folder is read
+    once. Links are followed."""
     if not paths:
         raise InputError(f"{named_by}: expected at least one image, found none")
     there: dict[str, set[str]] = {}
     missing = []
     for path in paths:
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise InputError(f"{named_by} names {printable(path)}, which lies outside of {root}")
         folder, name = os.path.split(path)
         if folder not in there:
             found = root / folder

@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from dseqjepa.data.formats.files import ListedFiles, first_of, mat_fields, read_lines, read_mat
-from dseqjepa.data.images import class_folders, existing_folder, is_image, printable, visible_files
+from dseqjepa.data.images import class_folders, existing_folder, is_image, visible_files
 from dseqjepa.data.source import Split
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, printable
 
 WNID = re.compile(r"n\d{8}")
 NUMBERED = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")

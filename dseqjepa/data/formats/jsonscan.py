@@ -50,7 +50,9 @@ def taken(path: Path, element: Element, **kinds: type | UnionType) -> list[Any]:
     """The values of an element's fields; `InputError` where one is missing or of another kind."""
     value = element.value
     for name, kind in kinds.items():
-        if not isinstance(value.get(name), kind):
+        found = value.get(name)
+        is_huge = isinstance(found, int) and abs(found) >= 2**63
+        if not isinstance(found, kind) or isinstance(found, bool) or is_huge:
             raise InputError(
                 f"{path}: expected {', '.join(kinds)} in each of {element.member!r}, "
                 f"{name} being {kind.__name__ if isinstance(kind, type) else kind}, "

@@ -19,13 +19,15 @@ class Pets(ListedFiles):
     the folder above it.
 
     3,680 images to train with (`trainval.txt`), 3,669 to test ("val": `test.txt`). Tasks: "class",
-    the breed; "species", cat or dog.
+    the breed; "species", cat or dog. The images lie as they are stored, because the trimaps and
+    boxes beside them do.
 
     Raises:
         InputError: a file is missing, says two things of one breed, or names images that are not
             there.
     """
 
+    lies = "stored"
     origin: ClassVar[str] = "www.robots.ox.ac.uk/~vgg/data/pets has it"
 
     def __init__(self, path: Path, split: Split) -> None:

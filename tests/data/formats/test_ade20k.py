@@ -14,6 +14,7 @@ from dseqjepa.data.formats.ade20k import ADE20K
 from dseqjepa.data.scenes import CATEGORIES
 from dseqjepa.data.source import BadImage, Split
 from tests.data.minis import assert_image, edit, opened, refused, scenes
+from tests.data.turned import tag, with_orientation
 
 Folder = Callable[[str], Path]
 MAP = Path("annotations/training/ADE_train_00000003.png")
@@ -121,3 +122,40 @@ def test_other_label_maps_are_other_data(copy: Folder) -> None:
         size = picture.size
     Image.new("L", size, 1).save(path)
     assert ade(folder, "train").fingerprint() != before
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_lies_as_its_label_map_does(copy: Folder, orientation: int) -> None:
+    folder = copy("ade20k")
+    before = ade(folder, "train")
+    path, map_path = before.path(2), folder / "ADEChallengeData2016" / MAP
+    with Image.open(path) as picture:
+        stored = picture.convert("RGB").crop((0, 0, 64, 40))
+    with Image.open(map_path) as picture:
+        label = picture.crop((0, 0, 64, 40))
+        label.save(map_path)
+    new = path.with_suffix(".png")
+    tag(new, stored, orientation)
+    new.rename(path)
+    after = ade(folder, "train")
+    np.testing.assert_array_equal(after.image(2).permute(1, 2, 0), np.array(stored))
+    np.testing.assert_array_equal(after.label_map(2), np.array(label))
+    if orientation > 4:  # the size of the map says that it is of the upright image
+        with_orientation(new, stored, orientation)
+        new.rename(path)
+        np.testing.assert_array_equal(after.image(2).permute(1, 2, 0), np.array(stored))
+        np.testing.assert_array_equal(after.label_map(2), np.array(label))
+
+
+@pytest.mark.parametrize("name", ["cub", "cars", "pets"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_images_beside_boxes_and_points_lie_as_they_are_stored(
+    copy: Folder, name: str, orientation: int
+) -> None:
+    folder = copy(name)
+    source = opened(name, folder, "train")
+    path = Path(source.name(0))
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8))
+    tag(path.with_suffix(".png"), stored, orientation)
+    path.with_suffix(".png").rename(path)
+    np.testing.assert_array_equal(source.image(0).permute(1, 2, 0), np.array(stored))

@@ -6,6 +6,7 @@ import gzip
 import pickle
 import pickletools
 import struct
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
+from dseqjepa.data.formats import arrays
 from dseqjepa.data.formats.arrays import FashionMNIST
 from dseqjepa.errors import InputError
 from tests.data.minis import assert_image, opened, part, refused, scenes
@@ -241,3 +243,16 @@ def test_missing_and_broken_files_of_cifar_are_named(copy: Folder) -> None:
     refused("cifar100", folder, "val", "meta: expected a list 'coarse_label_names' of class names")
     (folder / "meta").unlink()
     refused("cifar100", folder, "val", "expected meta in .* or in .*cifar-100-python")
+
+
+def test_a_file_that_grows_without_end_is_refused_in_bounded_memory(
+    fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "MOST_BYTES", 10_000)
+    (fashion / LABELS).unlink(missing_ok=True)
+    packed = gzip.compress(bytes(50_000_000))
+    (fashion / f"{LABELS}.gz").write_bytes(packed)
+    tracemalloc.start()
+    refused("fashion-mnist", fashion, "train", "expected at most 10000 bytes in it, found more")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as mask_of
 from torchvision.datasets import CocoDetection
 
-from dseqjepa.data.formats.coco import Coco
+from dseqjepa.data.formats.coco import Coco, run_lengths
 from dseqjepa.data.miniatures.annotated import CATEGORY_IDS, coco_regions
 from dseqjepa.data.scenes import SHAPES
 from dseqjepa.data.source import Split
 from dseqjepa.errors import InputError
 from tests.data.minis import assert_image, opened, refused, scenes
+from tests.data.turned import tag
 
 Folder = Callable[[str], Path]
 TRAIN = Path("annotations/instances_train2017.json")
@@ -209,6 +211,10 @@ def first(**fields: object) -> Callable[[dict[str, Any]], object]:
     return lambda content: content["annotations"][0].update(fields)
 
 
+def rle(counts: object) -> Callable[[dict[str, Any]], object]:
+    return first(segmentation={"size": [64, 64], "counts": counts})
+
+
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a stray image": (first(image_id=5), "an annotation is of image 5, which is not listed"),
     "a stray image above": (first(image_id=5000), "is of image 5000, which is not listed"),
@@ -217,7 +223,33 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no box": (first(bbox=None), "id, image_id, category_id, bbox, area in each of 'annotations'"),
     "three numbers": (first(bbox=[1, 2, 3]), "annotation 9000 is damaged .*a bbox of four"),
     "words": (first(bbox=["a", 1, 2, 3]), "annotation 9000 is damaged .*a bbox of four"),
-    "not a number": (first(bbox=[float("nan"), 1, 2, 3]), "annotation 9000 has a box or a mask"),
+    "not a number": (first(bbox=[float("nan"), 1, 2, 3]), "9000 is damaged .*than finite numbers"),
+    "a box far away": (first(bbox=[1, 1, 1e308, 2]), "annotation 9000 has a box or a mask"),
+    "text in a polygon": (first(segmentation=[[1, 1, "9", 1, 9, 9]]), "9000 is damaged .*finite"),
+    "a polygon without end": (first(segmentation=[[1, 1, 1e308, 1, 9, 9]]), "a box or a mask"),
+    "a polygon far away": (first(segmentation=[[1, 1, 9, -1e7, 9, 9]]), "9000 has a box or a mask"),
+    "a polygon of any number": (first(segmentation=[[1, 1, 10**400, 1, 9, 9]]), "9000 is damaged"),
+    "half a pixel": (rle([0.5, 4095.5]), "9000 is damaged .run lengths that are not whole"),
+    "a negative length": (rle([-1, 4097]), "9000 is damaged .4096 pixels in its run lengths"),
+    "a huge length": (rle([2**40, 4096 - 2**40]), "9000 is damaged .4096 pixels in its run"),
+    "text too short": (rle("abc"), "9000 is damaged .compressed run lengths that are damaged"),
+    "text of another image": (rle("04"), "9000 is damaged .4 pixels in its run lengths of 64"),
+    "garbage": (rle("0\\0~"), "9000 is damaged .compressed run lengths that are damaged"),
+    "an empty text": (rle(""), "9000 is damaged .0 pixels in its run lengths"),
+    "a text of one number": (rle("o" * 40 + "0"), "9000 is damaged .a run length of more pixels"),
+    "a huge id": (first(id=2**70), "id, image_id, category_id, bbox, area in each"),
+    "a huge image": (
+        lambda content: content["images"][2].update(height=2**40),
+        "image 23 is of 1099511627776 x 64 pixels, expected 1 to",
+    ),
+    "a path that climbs": (
+        lambda content: content["images"][2].update(file_name="../../etc/hosts"),
+        "names ../../etc/hosts, which lies outside of .*train2017",
+    ),
+    "a path from the root": (
+        lambda content: content["images"][2].update(file_name="/etc/hosts"),
+        "names /etc/hosts, which lies outside of .*train2017",
+    ),
     "no outline": (first(segmentation=[]), "annotation 9000 is damaged .no segmentation"),
     "half a point": (first(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "9000 is .*no list of points"),
     "numbers alone": (first(segmentation=[1, 2, 3, 4, 5, 6]), "9000 is .*no list of points"),
@@ -242,6 +274,32 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no categories": (lambda c: c.pop("categories"), "expected a list 'categories' in it"),
     "empty categories": (lambda c: c["categories"].clear(), "of category 1, which is not listed"),
 }
+
+
+def test_compressed_run_lengths_are_those_that_the_library_writes() -> None:
+    generator = np.random.default_rng(0)
+    for density in (0.0, 0.02, 0.5, 0.98, 1.0):
+        for shape in ((1, 1), (300, 200), (7, 31)):
+            mask_HW = np.asfortranarray((generator.random(shape) < density).astype(np.uint8))
+            code = mask_of.encode(mask_HW)
+            pixels = mask_HW.ravel(order="F")
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], pixels]))).tolist()
+            counts = np.diff([0, *edges, len(pixels)]).tolist()
+            assert run_lengths(code["counts"].decode()) == counts
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_lies_as_its_annotations_do(copy: Folder, orientation: int) -> None:
+    folder = copy("coco")
+    before = coco(folder, "train")
+    path = before.path(2)
+    with Image.open(path) as picture:
+        stored = picture.convert("RGB")
+    tag(path.with_suffix(".png"), stored, orientation)
+    path.with_suffix(".png").rename(path)
+    after = coco(folder, "train")
+    np.testing.assert_array_equal(after.image(2).permute(1, 2, 0), np.array(stored))
+    assert torch.equal(after.instances(2).masks_KHW, before.instances(2).masks_KHW)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -1,0 +1,94 @@
+"""Patches of an image grouped by what they hold: k-means on features, batched and deterministic.
+
+Everything follows from the inner products of an image's patches, which are rounded to multiples of
+2**-30 once. From there sums are exact integers whatever the order in which a device adds, so that
+the same features give the same clusters on the CPU and on a GPU.
+
+Suffixes: B images, N patches, D width, K clusters.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from dseqjepa.plans.saliency import gram
+
+ROUNDS = 5
+FIXED_POINT = 2.0**30
+ALIKE = 1e-10
+"""Patches that differ from their image's mean by less than this share of their own squared length
+are rounding errors of one and the same feature."""
+
+
+def cluster_patches(
+    features_BND: Float[Tensor, "B N D"],
+    first_B: Int64[Tensor, " B"],
+    count: int,
+    *,
+    smallest: int = 1,
+    rounds: int = ROUNDS,
+) -> Int64[Tensor, "B N"]:
+    """The cluster, 0 .. count-1, of every patch: k-means (Lloyd) inside each image.
+
+    Features are centred on their image's mean and scaled to unit length. The first centre is the
+    patch `first_B`, each further one the patch farthest from all centres so far; then `rounds`
+    times centres become the means of their patches. Ties go to the lower index. An image with
+    fewer distinct features than `count` has fewer clusters: some numbers do not occur. A cluster of
+    fewer than `smallest` patches is dissolved in the end, and its patches join the nearest one that
+    is left (cluster 0 if none is).
+    """
+    inner_BNN = _inner_products(features_BND)
+    distance_BNK = _distances_to_seeds(inner_BNN, first_B, count)
+    for _ in range(rounds):
+        distance_BNK = _distances_to_means(inner_BNN, _nearest(distance_BNK).to(torch.float64))
+    small_BK = _nearest(distance_BNK).sum(dim=1) < smallest
+    return distance_BNK.masked_fill(small_BK[:, None, :], torch.inf).argmin(dim=2)
+
+
+def _nearest(distance_BNK: Float64[Tensor, "B N K"]) -> Bool[Tensor, "B N K"]:
+    """Which cluster each patch is nearest to. (`one_hot` would have the host wait.)"""
+    cluster_K = torch.arange(distance_BNK.shape[2], device=distance_BNK.device)
+    return distance_BNK.argmin(dim=2, keepdim=True) == cluster_K
+
+
+def _inner_products(features_BND: Float[Tensor, "B N D"]) -> Float64[Tensor, "B N N"]:
+    """Of centred unit vectors, as whole numbers of 2**-30; 0 for what equals the mean."""
+    features_BND = features_BND.double()
+    centred_BND = features_BND - features_BND.mean(dim=1, keepdim=True)
+    square_BN1 = centred_BND.square().sum(dim=2, keepdim=True)
+    own_BN1 = features_BND.square().sum(dim=2, keepdim=True)
+    length_BN1 = torch.where(square_BN1 > ALIKE * own_BN1, square_BN1, torch.inf).sqrt()
+    return (gram(centred_BND / length_BN1) * FIXED_POINT).round()
+
+
+def _distances_to_seeds(
+    inner_BNN: Float64[Tensor, "B N N"], first_B: Int64[Tensor, " B"], count: int
+) -> Float64[Tensor, "B N K"]:
+    """Squared distances to the first patch and to those that are chosen farthest first; infinite
+    where nothing is left to choose."""
+    square_BN = inner_BNN.diagonal(dim1=1, dim2=2)
+    row_B = torch.arange(len(first_B), device=first_B.device)
+    nearest_BN = torch.full_like(square_BN, torch.inf)
+    seed_B, is_new_B1 = first_B, torch.ones_like(first_B, dtype=torch.bool)[:, None]
+    columns = []
+    for _ in range(count):
+        to_seed_BN = square_BN + square_BN[row_B, seed_B][:, None] - 2 * inner_BNN[row_B, seed_B]
+        columns.append(torch.where(is_new_B1, to_seed_BN, torch.inf))
+        nearest_BN = nearest_BN.minimum(to_seed_BN)
+        farthest_B1, seed_B1 = nearest_BN.max(dim=1, keepdim=True)
+        seed_B, is_new_B1 = seed_B1[:, 0], farthest_B1 > 0
+    return torch.stack(columns, dim=2)
+
+
+def _distances_to_means(
+    inner_BNN: Float64[Tensor, "B N N"], member_BNK: Float64[Tensor, "B N K"]
+) -> Float64[Tensor, "B N K"]:
+    """Squared distances to the clusters' means, less each patch's own square, which they share;
+    infinite to a cluster without patches."""
+    size_B1K = member_BNK.sum(dim=1, keepdim=True)
+    to_all_BNK = inner_BNN @ member_BNK
+    between_B1K = (member_BNK * to_all_BNK).sum(dim=1, keepdim=True)
+    distance_BNK = between_B1K / size_B1K.square() - 2 * to_all_BNK / size_B1K
+    return torch.where(size_B1K > 0, distance_BNK, torch.inf)
