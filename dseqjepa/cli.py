@@ -33,7 +33,7 @@ Settings = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the config, do nothing.")]
 
-TASK_HELP = "knn, linear, lowshot, clevr, finetune, detection, segmentation"
+TASK_HELP = "knn, linear, attentive, dense, lowshot, clevr, finetune, detection, segmentation"
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 
@@ -206,10 +206,10 @@ def evaluate(
 
 def _picture_of(task: str) -> Any:
     """What draws a result; None where there is nothing to draw, or nothing to draw with."""
-    if task not in ("detection", "segmentation"):
+    if task == "finetune":
         return None
     try:
-        from dseqjepa.viz.truth import draw_result
+        from dseqjepa.viz.results import draw_result
     except InputError as error:
         print(f"without a picture: {error}")
         return None

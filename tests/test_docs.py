@@ -25,6 +25,8 @@ SHRINK = [
 """What makes a printed training command a matter of seconds; the command itself stays."""
 SHRINK_TASK = {
     "finetune": ["epochs=1"],
+    "attentive": ["epochs=1"],
+    "dense": ["patches_seen=2000", "bank=500"],
     "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
     "segmentation": ["steps=2", "width=8"],
 }

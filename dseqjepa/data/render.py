@@ -252,6 +252,13 @@ def shade(layout: Layout, instance_HW: np.ndarray, depth_HW: np.ndarray) -> np.n
     return colour_3HW
 
 
+def truth(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two maps of `render`, without its colours."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        instance_HW, depth_HW = trace(layout, size * SAMPLES)
+    return instance_HW[::SAMPLES, ::SAMPLES].copy(), depth_HW[::SAMPLES, ::SAMPLES].copy()
+
+
 def render(layout: Layout, size: int) -> Picture:
     """Render a layout as size x size pixels."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int8, UInt8
+from jaxtyping import Bool, Float32, Int8, Int64, UInt8
 from torch import Tensor
 
 from dseqjepa.data.layouts import (
@@ -34,7 +34,7 @@ from dseqjepa.data.layouts import (
     scene_keys,
 )
 from dseqjepa.data.processes import end_with_parent
-from dseqjepa.data.render import MATERIALS, render
+from dseqjepa.data.render import MATERIALS, render, truth
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
@@ -46,6 +46,11 @@ DISTANCE_EDGES = (4.6, 5.0, 5.4, 5.8, 6.2)  # six equal parts of DISTANCES
 DISTANCE_RANGES = tuple(
     f"{low} to {high}" for low, high in pairwise((DISTANCES[0], *DISTANCE_EDGES, DISTANCES[1]))
 )
+CATEGORIES = ("ground", *SHAPES)
+"""The classes of pixels, 1, 2, ...; the sky is none of them."""
+FARTHEST = 20.0
+"""Depth, in scene units, beyond which no pixel is judged: 17 % of those that are not sky,
+where the ground runs from there to thousands of units."""
 SPLITS = ("train", "val")
 SIZE_MIN, SIZE_MAX = 32, 512
 CHUNK = 32  # scenes that a worker renders at a time
@@ -118,6 +123,18 @@ def render_scene(seed: int, index: int, size: int = 64) -> Scene:
     )
 
 
+def class_map(
+    instance_HW: Int8[np.ndarray, "H W"],
+    depth_HW: Float32[np.ndarray, "H W"],
+    shapes: Sequence[str],
+) -> UInt8[np.ndarray, "H W"]:
+    """`CATEGORIES` by their numbers, where the objects of a scene have these shapes."""
+    label_HW = np.isfinite(depth_HW).astype(np.uint8)
+    for number, shape in enumerate(shapes, start=1):
+        label_HW[instance_HW == number] = 1 + CATEGORIES.index(shape)
+    return label_HW
+
+
 def split_seed(seed: int, split: str) -> int:
     """The seed of a split's own stream of scenes."""
     return int(hash_int64(seed, int(Stream.SPLIT), SPLITS.index(split)))
@@ -127,9 +144,11 @@ class Scenes:
     """`count` scenes as a `Source`. The splits of a seed are streams of different scenes.
 
     Images are rendered when asked for, once, into one array; `prepare` fills it ahead, best before
-    loader workers start. Tasks: class (shape), colour, material and distance (of the main object),
-    count (of all objects, the label 0 for one).
+    loader workers start. The class and the depth of every pixel are known. Tasks: class (shape),
+    colour, material and distance (of the main object), count (of all objects, the label 0 for one).
     """
+
+    categories = CATEGORIES
 
     def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
         """Raise `InputError` for an unknown split, no scenes, or a size outside 32 to 512."""
@@ -175,6 +194,17 @@ class Scenes:
     def scene(self, index: int) -> Scene:
         """The scene with its objects and maps, rendered afresh."""
         return render_scene(self._seed, range(len(self))[index], self.size)
+
+    def label_map(self, index: int) -> Int64[Tensor, "H W"]:
+        """The class of every pixel: 1 for the ground, 2 to 11 for the shapes, 0 for the sky."""
+        layout = draw_layout(self._seed, range(len(self))[index])
+        shapes = [body.shape for body in layout.bodies]
+        return torch.from_numpy(class_map(*truth(layout, self.size), shapes).astype(np.int64))
+
+    def depth_map(self, index: int) -> Float32[Tensor, "H W"]:
+        """Camera depth in scene units; inf in the sky and beyond `FARTHEST`."""
+        _, depth_HW = truth(draw_layout(self._seed, range(len(self))[index]), self.size)
+        return torch.from_numpy(np.where(depth_HW > FARTHEST, np.float32(np.inf), depth_HW))
 
     def name(self, index: int) -> str:
         return f"scene {index}"

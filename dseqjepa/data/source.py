@@ -91,6 +91,16 @@ class Segmentations(Source, Protocol):
         ...
 
 
+@runtime_checkable
+class Depths(Source, Protocol):
+    """Images of which every pixel's distance from the camera is known."""
+
+    def depth_map(self, index: int) -> Float32[Tensor, "H W"]:
+        """Along the optical axis, in the source's own unit; inf where it is not to be judged.
+        Raises `BadImage` as `image`."""
+        ...
+
+
 class BadImage(Exception):
     """One image that cannot be decoded. The message holds the reason, not the name."""
 

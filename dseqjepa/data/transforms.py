@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -113,6 +113,13 @@ class EvalTransform:
         self.image_size = image_size
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], key: int = 0) -> UInt8[Tensor, "3 H W"]:
+        return self._cut(image, InterpolationMode.BILINEAR)
+
+    def of_map(self, map_hw: Shaped[Tensor, "h w"]) -> Shaped[Tensor, "H W"]:
+        """The same of a map of the image's pixels, whose values are not mixed."""
+        return self._cut(map_hw[None], InterpolationMode.NEAREST_EXACT)[0]
+
+    def _cut(self, image: Tensor, mode: InterpolationMode) -> Tensor:
         height, width = image.shape[-2:]
         if (height, width) == self.image_size:
             return image
@@ -122,7 +129,7 @@ class EvalTransform:
             size = [cover_height, cover_height * width // height]
         else:
             size = [cover_width * height // width, cover_width]
-        resized = F.resize(image, size, InterpolationMode.BILINEAR, antialias=True)
+        resized = F.resize(image, size, mode, antialias=True)
         return F.center_crop(resized, list(self.image_size))
 
     def reduction(self, height: int, width: int) -> int:

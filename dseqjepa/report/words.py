@@ -14,6 +14,8 @@ from dseqjepa.presets import preset, preset_names
 from dseqjepa.report.run import Run, Score
 from dseqjepa.train import monitor
 
+NO_ENCODER = ("majority", "place alone", "raw pixels")
+"""Rows of an evaluation that no encoder has made."""
 Tone = Literal["good", "unsure", "bad", "none"]
 NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
 """What a logged line must hold for the monitor to judge it."""
@@ -206,13 +208,13 @@ def details(items: Iterable[tuple[str, str]]) -> str:
 
 
 def _role(score: Score) -> str:
-    if score.encoder == "raw pixels" or score.encoder.startswith("untrained"):
+    if score.encoder in NO_ENCODER or score.encoder.startswith("untrained"):
         return score.encoder.replace(" encoder", "")
     return "trained"
 
 
 def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
-    names = {"untrained": "the untrained encoder", "raw pixels": "raw pixels"}
+    names = {"untrained": "the untrained encoder", "majority": "the commonest answer"}
     unit = " %" if row.metric == "accuracy" else ""
     parts = []
     for other in others:

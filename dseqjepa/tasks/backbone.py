@@ -12,13 +12,15 @@ Suffixes: B images, N patches, L tokens (prefix and patches), D width, C colours
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
@@ -26,6 +28,7 @@ from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
+from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import ImportConfig, read_encoder
 
@@ -72,6 +75,8 @@ class Backbone(nn.Module):
     """The run's folder, where it is of a run."""
     seed: int | None
     """Of the pre-training, or of random weights."""
+    untrained: Callable[[], Backbone] | None
+    """Makes the encoder that training started from, or one like it; None where that is unknown."""
 
     def __init__(
         self,
@@ -100,7 +105,7 @@ class Backbone(nn.Module):
         self.has_cls = has_cls
         self.mean, self.std = mean, std
         self.name = self.weights = self.source = ""
-        self.config = self.run = self.seed = None
+        self.config = self.run = self.seed = self.untrained = None
 
     def normalized(self, images_BCHW: Tensor) -> Tensor:
         return normalize(images_BCHW, self.mean, self.std)
@@ -121,6 +126,18 @@ class Backbone(nn.Module):
                 layers.append(self.norm(x_BLD))
         heads = tuple(layer_BLD[:, 0] for layer_BLD in layers) if self.has_cls else ()
         return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
+
+    def pieces(self, feature: str) -> tuple[str, ...]:
+        """What a named feature is made of (`pieces_of`)."""
+        return pieces_of(feature, self.depth, self.has_cls)
+
+    @torch.no_grad()
+    def shape(self) -> tuple[int, int]:
+        """Number and width of the patches of an image."""
+        weight = next(self.parameters(), torch.empty(0))
+        blank_1CHW = torch.zeros(1, 3, *self.image_size, dtype=torch.uint8, device=weight.device)
+        count, width = self(blank_1CHW).patches_BND.shape[1:]
+        return count, width
 
     def digest(self) -> str:
         """A hash of every weight: two backbones of one digest give the same features."""
@@ -244,27 +261,40 @@ class FrozenTimm(Backbone):
 
 
 class Pixels(Backbone):
-    """The normalised pixels as one patch: what an encoder has to beat."""
+    """The normalised pixels, as one patch or as square ones: what an encoder has to beat."""
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
+    def __init__(self, image_size: tuple[int, int], side: int | None = None) -> None:
         height, width = image_size
         super().__init__(
             nn.Identity(),
             [],
             nn.Identity(),
-            width=3 * height * width,
-            patch_size=1,
+            width=3 * (side * side if side else height * width),
+            patch_size=side or 1,
             image_size=image_size,
             prefix=0,
             has_cls=False,
         )
         self.depth = 1
+        self.side = side
+        _label(self, RAW_PIXELS, "none", "pixels")
+
+    def pieces(self, feature: str) -> tuple[str, ...]:
+        """Whatever block or token is named, there is only this."""
+        over_patches = OVER_PATCHES.get(feature) if self.side else None
+        return over_patches or ("mean1",)
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
         raise InputError(untrainable(self.name))
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
-        return _encoded((), (self.normalized(images_BCHW).flatten(1)[:, None],))
+        pixels_BCHW = self.normalized(images_BCHW)
+        if self.side is None:
+            return _encoded((), (pixels_BCHW.flatten(1)[:, None],))
+        return _encoded((), (F.unfold(pixels_BCHW, self.side, stride=self.side).mT,))
+
+    def digest(self) -> str:
+        return f"{super().digest()}{self.side or ''}"
 
 
 def _encoded(heads: tuple[Tensor, ...], patches: tuple[Tensor, ...]) -> Encoded:
@@ -309,9 +339,10 @@ def open_backbone(
     backbone: Backbone
     if spec == "pixels":
         backbone = Pixels(image_size or PIXELS_SIZE)
-        _label(backbone, RAW_PIXELS, "none", spec)
     elif colon and kind == "timm":
         backbone = _timm(name, pretrained, image_size, seed)
+        if pretrained:
+            backbone.untrained = partial(_timm, name, False, image_size, seed)
         _label(backbone, spec, "pretrained" if pretrained else "random", spec)
     elif colon and kind == "random":
         config = load_config(name, [f"runtime.seed={seed}"])
@@ -322,6 +353,7 @@ def open_backbone(
         encoder, config = read_encoder(file, ImportConfig(), weights)
         backbone = own_backbone(encoder, config, image_size)
         _label(backbone, file.name, weights, str(file))
+        backbone.untrained = partial(_untrained, config, image_size)
         backbone.config = None  # made up from shapes, it says nothing of the pre-training
     elif Path(spec).expanduser().exists():
         checkpoint, encoder = read_checkpoint(
@@ -332,6 +364,7 @@ def open_backbone(
         label = f"{config.method.name}, step {checkpoint.step}"
         _label(backbone, label, weights, str(checkpoint.path))
         backbone.run, backbone.seed = checkpoint.run, config.runtime.seed
+        backbone.untrained = partial(_untrained, config, image_size)
     else:
         raise InputError(f"{spec} does not exist: expected {SPECS}")
     if backbone.weights == "random":
@@ -354,6 +387,10 @@ def own_backbone(
     backbone = OwnBackbone(encoder, image_size or config.data.image_size)
     backbone.config = config
     return backbone
+
+
+def _untrained(config: Config, image_size: tuple[int, int] | None) -> Backbone:
+    return own_backbone(untrained_encoder(config), config, image_size)
 
 
 def _label(backbone: Backbone, name: str, weights: str, source: str) -> None:

@@ -21,13 +21,13 @@ from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.tasks.config import ClevrConfig
-from dseqjepa.tasks.features import Rows, pieces_of
+from dseqjepa.tasks.features import NOT_FINITE, Rows, pooling_of
 from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.linear import INIT_STD, pooling_of
-from dseqjepa.tasks.results import Metric, Result, accuracy_metric
+from dseqjepa.tasks.linear import INIT_STD
+from dseqjepa.tasks.results import MAJORITY, Metric, Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn, list_name, listed
-from dseqjepa.tasks.store import features_of
+from dseqjepa.tasks.store import splits_of
 from dseqjepa.train.schedules import cosine
 
 
@@ -44,16 +44,20 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
     features = config.features
     if features == "auto":
         features = "cls" if backbone.has_cls else "last"
-    pieces = pieces_of(features, backbone.depth, backbone.has_cls)
+    pieces = backbone.pieces(features)
     sample_M, n_train, split = _split(job, config)
-    train = features_of(job, config, "train", Subset(job.train, sample_M.numpy()), pieces)
-    test = features_of(job, config, "test", job.test, pieces)
+    sample = Subset(job.train, sample_M.numpy())
+    train, test = splits_of(job, config, pieces, sample)
     fit_M, held_M = (
         (train.index_M < n_train).nonzero()[:, 0],
         (train.index_M >= n_train).nonzero()[:, 0],
     )
     rows = train.rows(pieces)
     metrics: dict[str, Metric] = {}
+    floors: dict[str, Metric] = {}
+    details: dict[str, Any] = {}
+    matrices: dict[str, Any] = {}
+    missing: dict[str, dict[str, tuple[int, int]]] = {}
     held: dict[str, float] = {}
     for task in tasks:
         label_M = train.labels[task]
@@ -64,10 +68,19 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
             config=config,
             device=job.device,
         )
-        metrics[task] = accuracy_metric(correct(head, test.rows(pieces), test.labels[task]))
+        names, label_N = class_names(job.train, task), test.labels[task]
+        found = classified(predict(head, test.rows(pieces)), label_N, label_M[fit_M], names, task)
+        metrics[task] = found.metrics["accuracy"]
+        floors[task] = found.floors[MAJORITY]["accuracy"]
+        details[task] = found.details
+        matrices |= found.examples["matrices"]
+        missing |= {
+            f"{task}, train": train.missing(sample, task),
+            f"{task}, test": test.missing(job.test, task),
+        }
         if len(held_M):
-            metric = accuracy_metric(correct(head, rows.only(held_M), label_M[held_M]))
-            held[task] = metric.value
+            right_H = predict(head, rows.only(held_M)) == label_M[held_M]
+            held[task] = 100 * right_H.double().mean().item()
     return Result(
         metrics=metrics,
         protocol={
@@ -85,7 +98,15 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
         n_test=len(test.index_M),
         n_bad=len(train.bad) + len(test.bad),
         seeds=(config.seed,),
-        details={"split": split, "validation_accuracy": held, "n_val": len(held_M)},
+        details={
+            "split": split,
+            "validation_accuracy": held,
+            "n_val": len(held_M),
+            "by_task": details,
+        },
+        floors={MAJORITY: floors},
+        missing=missing,
+        examples={"matrices": matrices},
     )
 
 
@@ -116,7 +137,7 @@ def fit(
 ) -> nn.Linear:
     """A linear layer by AdamW, whose learning rate falls to 0 by a half cosine."""
     if not bool(feature_MD.isfinite().all()):
-        raise InputError("training features are not finite: take an earlier checkpoint")
+        raise InputError(NOT_FINITE)
     head = nn.Linear(feature_MD.shape[1], classes)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
@@ -142,11 +163,7 @@ def fit(
 
 
 @torch.inference_mode()
-def correct(head: nn.Linear, rows: Rows, label_N: Int64[Tensor, " N"]) -> Tensor:
-    """For each image, whether its class is found."""
-    found = [
-        head(rows_BD.to(head.weight.device)).argmax(dim=1).cpu()
-        == label_N[start : start + len(rows_BD)]
-        for start, rows_BD in rows.blocks()
-    ]
-    return torch.cat(found)
+def predict(head: nn.Linear, rows: Rows) -> Int64[Tensor, " N"]:
+    """The class of each image."""
+    device = head.weight.device
+    return torch.cat([head(rows_BD.to(device)).argmax(dim=1).cpu() for _, rows_BD in rows.blocks()])

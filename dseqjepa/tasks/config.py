@@ -184,6 +184,15 @@ class FrozenConfig(TaskConfig):
     """Images that the encoder sees at a time."""
     cache: str = "auto"
     """Where the features are kept: a folder; `auto`: beside the result; `none`: in memory."""
+    max_bad: Fraction = 0.01
+    """The share of images of the training and of the test part that may be undecodable."""
+    baselines: bool = True
+    """Whether raw pixels and the untrained encoder are measured too, by the same protocol."""
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether raw pixels are read as patches of the encoder's size, or as one vector."""
+        return False
 
 
 class KnnConfig(FrozenConfig):
@@ -193,6 +202,8 @@ class KnnConfig(FrozenConfig):
     """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
     k: Count = 20
     temperature: Positive = 0.07
+    center: Literal["none", "place"] = "none"
+    """`place`: each patch less the mean, over the training images, of the patches at its place."""
     sweep: bool = False
     """Also try `ks` and `temperatures`, on the training images alone (leave-one-out)."""
     ks: tuple[Count, ...] = (5, 10, 20, 50, 100, 200)
@@ -202,7 +213,9 @@ class KnnConfig(FrozenConfig):
 class SweepConfig(Section):
     """Heads on frozen features, trained at once; a hold-out of the training images chooses one."""
 
-    features: tuple[str, ...] = ("last", "last2", "last4", "cls", "cls4", "cls+last4")
+    features: tuple[str, ...] = (
+        "last", "last2", "last4", "cls", "cls4", "cls+last4", "moments", "patches",
+    )  # fmt: skip
     """Layers and pooling, each as one name; `blocks`: the mean patch of every block. Those that
     need a [CLS] are left out where there is none."""
     lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
@@ -239,6 +252,86 @@ class LinearConfig(FrozenConfig):
     crop_scale: Range = (0.08, 1.0)
     flip: bool = False
     sweep: SweepConfig = SweepConfig()
+
+    @property
+    def reads_patches(self) -> bool:
+        return self.protocol == "sweep"
+
+
+class AttentiveConfig(FrozenConfig):
+    """`dseqjepa evaluate attentive`: a small head on all patches of the last blocks."""
+
+    quick: ClassVar[Mapping[str, Any]] = {
+        "crops": False, "limit": 10_000, "lrs": [1e-3, 3e-3], "weight_decays": [0.1],
+    }  # fmt: skip
+
+    blocks: Count = 1
+    """The last blocks whose patches are read, side by side."""
+    pooling: Literal["attention", "mean"] = "attention"
+    """How patches become one vector: by one learnt query, or their mean."""
+    heads: Count = 8
+    """Attention maps of the query."""
+    classifier: Literal["linear", "mlp"] = "linear"
+    """What reads that vector; `mlp`: one hidden layer of its width."""
+    crops: bool = True
+    """Encode random resized crops anew in every epoch; otherwise centre crops, once."""
+    crop_scale: Range = (0.3, 1.0)
+    flip: bool = False
+    limit: Literal["none"] | Count = "none"
+    """The most training images."""
+    epochs: Literal["auto"] | Count = "auto"
+    """`auto`: as many as show 200,000 images, from 20 to 100."""
+    batch_size: Count = 256
+    """Of all ranks together."""
+    lrs: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
+    """A head is trained for each of these and each weight decay, all at once."""
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1)
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of the training images that no head is trained on, and that chooses one."""
+
+    def steps_of(self, images: int) -> int:
+        """For so many training images."""
+        auto = min(max(round(200_000 / images), 20), 100)
+        epochs = auto if self.epochs == "auto" else self.epochs
+        return max(1, round(epochs * images / self.batch_size))
+
+    @property
+    def reads_patches(self) -> bool:
+        return True
+
+
+class DenseConfig(FrozenConfig):
+    """`dseqjepa evaluate dense`: what single patches say of the class and depth of their pixels."""
+
+    quick: ClassVar[Mapping[str, Any]] = {"limit": 2000, "bank": 20_000}
+
+    task: Literal["all", "segmentation", "depth"] = "all"
+    """What is asked; `all`: whatever the data knows."""
+    features: tuple[str, ...] = ("last",)
+    """Blocks whose patches are read: `last`, `last4`, `block7`, ...; a hold-out chooses one of
+    them, but neighbours read the first."""
+    limit: Literal["none"] | Count = "none"
+    """The most training images."""
+    lrs: tuple[Positive, ...] = (1e-2, 3e-2, 0.1)
+    """Of the linear classifier."""
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    batch_size: Count = 1024
+    """In patches."""
+    patches_seen: Count = 1_000_000
+    """By each linear classifier while it is trained."""
+    ridges: tuple[Positive, ...] = (1e-4, 1e-2, 1.0)
+    """Of the regression of depth, as a share of a feature's variance."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    bank: Count = 100_000
+    """The most training patches among which neighbours are looked for."""
+    k: Count = 20
+    temperature: Positive = 0.07
+    center: Literal["none", "place"] = "none"
+    """Of the neighbours, as in `knn`."""
+
+    @property
+    def reads_patches(self) -> bool:
+        return True
 
 
 class LowshotSweepConfig(SweepConfig):
@@ -285,6 +378,8 @@ class ClevrConfig(FrozenConfig):
 TASKS: dict[str, type[TaskConfig]] = {
     "knn": KnnConfig,
     "linear": LinearConfig,
+    "attentive": AttentiveConfig,
+    "dense": DenseConfig,
     "lowshot": LowshotConfig,
     "clevr": ClevrConfig,
     "finetune": FinetuneConfig,

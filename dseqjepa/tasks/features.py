@@ -1,16 +1,20 @@
 """Features of a whole data set, extracted once: where every evaluation of a frozen encoder starts.
 
-A piece is one pooled vector of an image: `mean1` the average patch of the last block, `mean2` of
-the one before, `cls1` the [CLS] of the last block, and so on. What a probe reads is a few pieces
-side by side (`pieces_of`). They are kept apart, so that several probes share them.
+A piece is one vector of an image: `mean1` the average patch of the last block, `mean2` of the one
+before, `std1`, `max1` and `min1` the deviation and the extremes over its patches, `cls1` its [CLS],
+`tokens1` all its patches one after the other, and `patches1` all of them reduced by a `PatchBasis`.
+What a probe reads is a few pieces side by side (`pieces_of`). They are kept apart, so that several
+probes share them.
 
 Suffixes: N images of the source, M images that could be decoded, B images of a batch, R rows asked
-for, D width of a feature, C colours, H and W pixels.
+for, D width of a feature, P patches of an image, K principal components, C colours, H and W pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,11 +24,13 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dseqjepa.data.images import Subset
 from dseqjepa.data.loader import read
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.ranks import Ranks
+from dseqjepa.tasks.sample import drawn
 
 LAST4 = ("mean4", "mean3", "mean2", "mean1")
 LAYERS_AT_LEAST = 4
@@ -33,7 +39,19 @@ CHUNK_IMAGES = 512
 """Images whose features one rank computes, and writes or sends, together. Small, so that ranks wait
 little for each other."""
 ROWS_AT_ONCE = 8192
-FEATURE = re.compile(r"(last|cls)([1-9]\d*)?|(block|blockcls)(\d+)")
+NOT_FINITE = (
+    "training features are not finite: the encoder has diverged, take an earlier checkpoint"
+)
+FEATURE = re.compile(r"(last|cls)([1-9]\d*)?|(block|blockcls)(\d+)|(moments|patches)")
+OVER_PATCHES = {
+    "moments": ("mean1", "std1", "max1", "min1"),
+    "patches": ("patches1",),
+}
+"""Features that say more of the last block's patches than their mean."""
+COMPONENTS = 24
+"""Principal components that are kept of a patch."""
+BASIS_IMAGES = 1024
+"""Training images, drawn by seed 0, from which a `PatchBasis` is estimated."""
 
 
 class Encoded(Protocol):
@@ -57,20 +75,25 @@ def pieces_of(feature: str, depth: int, has_cls: bool) -> tuple[str, ...]:
     """The pieces of a named feature, in the order in which they stand side by side.
 
     `last`: mean patch of the last block; `last4`: of the last four (all there are, if fewer);
-    `cls`, `cls4`: [CLS] of the same; `block7`, `blockcls7`: of one block, from 0 on. Joined by `+`.
+    `cls`, `cls4`: [CLS] of the same; `block7`, `blockcls7`: of one block, from 0 on; `moments`:
+    mean, deviation, maximum and minimum over the patches of the last block; `patches`: all of them,
+    each less the mean of its place, by `COMPONENTS` principal components. Joined by `+`.
 
     Raises:
         InputError: there is no such feature, block or [CLS].
     """
-    pieces = []
+    pieces: list[str] = []
     for name in feature.split("+"):
         match = FEATURE.fullmatch(name)
         if match is None:
             raise InputError(
                 f"unknown feature {name!r}: expected last, last4, cls, cls4, block7, blockcls7, "
-                "or several joined by +"
+                "moments, patches, or several joined by +"
             )
-        of_last, count, of_block, block = match.groups()
+        of_last, count, of_block, block, over = match.groups()
+        if over:
+            pieces += OVER_PATCHES[over]
+            continue
         kind = "cls" if "cls" in (of_last or of_block) else "mean"
         if kind == "cls" and not has_cls:
             raise InputError(f"feature {name}: this encoder has no [CLS]; last reads its patches")
@@ -83,26 +106,99 @@ def pieces_of(feature: str, depth: int, has_cls: bool) -> tuple[str, ...]:
     return tuple(dict.fromkeys(pieces))
 
 
+@dataclass(frozen=True, eq=False)
+class PatchBasis:
+    """What `patches1` is read by: each patch less the mean of its place, on the directions in which
+    patches of a place differ most between images. Estimated on training images alone."""
+
+    mean_PD: Float[Tensor, "P D"]
+    basis_DK: Float[Tensor, "D K"]
+
+    def of(self, patches_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B _"]:
+        mean_PD, basis_DK = (part.to(patches_BPD.device) for part in (self.mean_PD, self.basis_DK))
+        return ((patches_BPD - mean_PD) @ basis_DK).flatten(1)
+
+    def digest(self) -> str:
+        found = hashlib.sha256(self.mean_PD.numpy().tobytes())
+        found.update(self.basis_DK.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+def patch_basis(
+    encoder: Encoder, source: Source, image_size: tuple[int, int], width: int, **how: Any
+) -> PatchBasis:
+    """Means by place, and the `COMPONENTS` leading principal components (fewer where patches are
+    narrower), of the last block's patches in at most `BASIS_IMAGES` images of the source.
+
+    Args:
+        width: D, of a patch.
+        how: what `encode` takes beside.
+
+    Raises:
+        InputError: none of the images can be decoded, or features are not finite.
+    """
+    sample = Subset(source, drawn(len(source), BASIS_IMAGES, seed=0).sort().values.numpy())
+    count = 0
+    total_PD = square_DD = torch.zeros((), dtype=torch.float64)
+    chunks = chunks_of(len(sample))
+    for part in encode(encoder, sample, image_size, ("tokens1",), chunks, **how):
+        if part.kept:
+            patches_BPD = part.pieces["tokens1"].double().unflatten(1, (-1, width))
+            flat_RD = patches_BPD.flatten(0, 1)
+            count += len(patches_BPD)
+            total_PD = total_PD + patches_BPD.sum(dim=0)
+            square_DD = square_DD + flat_RD.T @ flat_RD
+    if count == 0:
+        raise InputError(f"none of {len(sample)} training images is readable")
+    mean_PD = total_PD / count
+    scatter_DD = square_DD - count * mean_PD.T @ mean_PD
+    if not bool(scatter_DD.isfinite().all()):
+        raise InputError(NOT_FINITE)
+    vectors_DK = torch.linalg.eigh(scatter_DD).eigenvectors.flip(1)[:, :COMPONENTS]
+    # A direction has two ends: the largest entry is to be positive.
+    largest_1K = vectors_DK.abs().argmax(dim=0, keepdim=True)
+    vectors_DK = vectors_DK * vectors_DK.gather(0, largest_1K).sign()
+    return PatchBasis(mean_PD.float(), vectors_DK.float().contiguous())
+
+
 def pooled(
     encoder: Encoder,
     images_BCHW: UInt8[Tensor, "B 3 H W"],
     pieces: Sequence[str],
     bf16: bool = False,
+    basis: PatchBasis | None = None,
 ) -> dict[str, Float[Tensor, "B _"]]:
-    """The pieces of a batch of images, float32; `bf16`: encoded under autocast. No gradient."""
+    """The pieces of a batch of images, float32; `bf16`: encoded under autocast. No gradient.
+
+    `basis` is what `patches1` is read by.
+    """
     deepest = max(split_piece(piece)[1] for piece in pieces)
     more = {"last": deepest} if deepest > LAYERS_AT_LEAST else {}
-    kind = images_BCHW.device.type
-    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+    device = images_BCHW.device.type
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
         encoded: Any = encoder(images_BCHW, **more)
     found = {}
     for piece in pieces:
-        pooling, number = split_piece(piece)
-        if pooling == "mean":
-            found[piece] = encoded.layers[-number].float().mean(dim=1)
-        else:
+        kind, number = split_piece(piece)
+        if kind == "cls":
             found[piece] = encoded.cls_layers[-number].float()
+        else:
+            found[piece] = _of_patches(kind, encoded.layers[-number].float(), basis)
     return found
+
+
+def _of_patches(kind: str, patches_BPD: Tensor, basis: PatchBasis | None) -> Tensor:
+    if kind == "patches":
+        assert basis is not None, "patches1 is read by a basis"
+        return basis.of(patches_BPD)
+    reading: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda x: x.mean(dim=1),
+        "std": lambda x: x.std(dim=1, correction=0),
+        "max": lambda x: x.amax(dim=1),
+        "min": lambda x: x.amin(dim=1),
+        "tokens": lambda x: x.flatten(1),
+    }
+    return reading[kind](patches_BPD)
 
 
 def split_piece(piece: str) -> tuple[str, int]:
@@ -111,12 +207,32 @@ def split_piece(piece: str) -> tuple[str, int]:
     return kind, int(piece[len(kind) :])
 
 
-class Rows:
-    """Rows of pieces side by side, read from memory or disk when they are asked for."""
+def pooling_of(pieces: Sequence[str]) -> str:
+    """In words."""
+    kinds = {split_piece(piece)[0] for piece in pieces}
+    words = {
+        "cls": "[CLS]",
+        "mean": "moments over patches" if "std" in kinds else "mean over patches",
+        "patches": f"all patches less their place's mean, {COMPONENTS} components",
+    }
+    return " and ".join(word for kind, word in words.items() if kind in kinds)
 
-    def __init__(self, parts: Sequence[Float[Tensor, "N _"]], index_M: Int64[Tensor, " M"]) -> None:
+
+class Rows:
+    """Rows of pieces side by side, read from memory or disk when they are asked for.
+
+    `less_D`, if given, is subtracted from each of them.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Float[Tensor, "N _"]],
+        index_M: Int64[Tensor, " M"],
+        less_D: Float[Tensor, " D"] | None = None,
+    ) -> None:
         self.parts = tuple(parts)
         self.index_M = index_M
+        self.less_D = less_D
         self.width = sum(part_ND.shape[1] for part_ND in self.parts)
 
     def __len__(self) -> int:
@@ -125,11 +241,16 @@ class Rows:
     def __getitem__(self, which: slice | Tensor) -> Float[Tensor, "R D"]:
         """The rows at places among the M. A copy in memory."""
         index_R = self.index_M[which]
-        return torch.cat([part_ND[index_R] for part_ND in self.parts], dim=1)
+        rows_RD = torch.cat([part_ND[index_R] for part_ND in self.parts], dim=1)
+        return rows_RD if self.less_D is None else rows_RD - self.less_D
 
     def only(self, which: Int64[Tensor, " R"]) -> Rows:
         """These rows alone; nothing is read."""
-        return Rows(self.parts, self.index_M[which])
+        return Rows(self.parts, self.index_M[which], self.less_D)
+
+    def less(self, value_D: Float[Tensor, " D"]) -> Rows:
+        """The same rows with a vector subtracted from each."""
+        return Rows(self.parts, self.index_M, value_D)
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Float[Tensor, "R D"]]]:
         """All rows in order, some at a time, each with the place of its first."""
@@ -154,6 +275,15 @@ def as_rows(features: Tensor | Rows) -> Rows:
     return features if isinstance(features, Rows) else Rows([features], torch.arange(len(features)))
 
 
+def lost(source: Source, task: str, bad: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Of each class that has images among the `bad` ones, by name: how many, and of how many."""
+    label_N, names = source.labels[task], source.classes[task]
+    gone = Counter(
+        int(label_N[index]) for index in range(len(source)) if bad and source.name(index) in bad
+    )
+    return {names[label]: (gone[label], int((label_N == label).sum())) for label in sorted(gone)}
+
+
 @dataclass(frozen=True, eq=False)
 class Extracted:
     """Features of the M images that could be decoded, in the source's order, on the CPU.
@@ -166,6 +296,10 @@ class Extracted:
     labels: Mapping[str, Int64[Tensor, " M"]]
     index_M: Int64[Tensor, " M"]
     bad: tuple[tuple[str, str], ...]
+
+    def missing(self, source: Source, task: str) -> dict[str, tuple[int, int]]:
+        """Of each class of the source that lacks images: how many, and of how many."""
+        return lost(source, task, dict(self.bad))
 
     def rows(self, pieces: Sequence[str]) -> Rows:
         """These pieces side by side."""
@@ -199,6 +333,7 @@ def extract(
     device: torch.device | str = "cpu",
     bf16: bool = False,
     ranks: Ranks | None = None,
+    basis: PatchBasis | None = None,
 ) -> Extracted:
     """Pooled features of every image (docs/evaluations.md), float32, in memory.
 
@@ -211,6 +346,7 @@ def extract(
         workers: processes that read ahead; 0 reads in this one.
         bf16: whether to encode under autocast to bfloat16.
         ranks: where given, each encodes its share and all get the whole.
+        basis: what the piece `patches1` is read by.
 
     Raises:
         InputError: no image of the source can be decoded.
@@ -227,6 +363,7 @@ def extract(
         workers=workers,
         device=device,
         bf16=bf16,
+        basis=basis,
     )
     found: dict[str, Tensor] = {}
     parts = sorted(_of_all_ranks(list(encodings), ranks), key=lambda e: e.first)
@@ -288,6 +425,7 @@ def encode(
     workers: int,
     device: torch.device | str,
     bf16: bool,
+    basis: PatchBasis | None = None,
 ) -> Iterator[Encoding]:
     """The images of these chunks, batch by batch in order. No batch reaches over the end of a
     chunk, so which chunks are left to do does not change the features of any."""
@@ -297,7 +435,7 @@ def encode(
     for batch in loader:
         found: dict[str, Tensor] = {}
         if batch.kept:
-            found = pooled(encoder, batch.images_BCHW.to(device), pieces, bf16)
+            found = pooled(encoder, batch.images_BCHW.to(device), pieces, bf16, basis)
         on_cpu = {piece: value_BD.cpu() for piece, value_BD in found.items()}
         yield Encoding(batch.first, batch.stop, batch.kept, on_cpu, batch.bad)
 

@@ -20,12 +20,12 @@ from dseqjepa.data.transforms import EvalTransform, TrainTransform
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FinetuneConfig
-from dseqjepa.tasks.dense import DropPath
 from dseqjepa.tasks.knn import class_names
+from dseqjepa.tasks.maps import DropPath
 from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Result, accuracy_metric
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.training import Recipe, fit, place_of
+from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
 
 BINS = 11
 """Magnitudes 0 to 10 of RandAugment."""
@@ -177,7 +177,8 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         return augment(train, task, index, key)
 
     losses = MixedLoss(config, model, job.device)
-    bad = fit(model, backbone, recipe, train, read_augmented, losses, place, start)
+    groups = parameter_groups(model, backbone, recipe)
+    bad = fit(model, groups, recipe, train, read_augmented, losses, place, start)
     n_train = len(train) - len(bad)
 
     transform = EvalTransform(backbone.image_size)

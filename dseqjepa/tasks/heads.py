@@ -15,7 +15,7 @@ H heads, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,14 @@ from torch import Tensor
 
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.tasks.features import Rows
+from dseqjepa.tasks.features import NOT_FINITE, Rows
 from dseqjepa.train.schedules import cosine
 
 EPSILON = 1e-5
 """Added to the variance, as BatchNorm does."""
 MOMENTUM = 0.9
 LOGITS_AT_ONCE = 2**24
+Split = tuple[Int64[Tensor, " fit"], Int64[Tensor, " held"]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ class Standardized:
         """By the moments of these rows. `InputError` where they are not finite."""
         mean_D, std_D = rows.moments()
         if not bool((mean_D + std_D).isfinite().all()):
-            raise InputError(
-                "training features are not finite: the encoder has diverged, take an earlier "
-                "checkpoint"
-            )
+            raise InputError(NOT_FINITE)
         scale_D = 1 / (std_D.square() + EPSILON).sqrt()
         return Standardized(rows, columns, mean_D.float(), scale_D.float())
 
@@ -112,22 +110,19 @@ class Heads:
         return torch.cat(parts)
 
     def score(
-        self, data: Standardized, label_N: Int64[Tensor, " N"], device: torch.device
+        self, data: Standardized, label_N: Tensor, device: torch.device
     ) -> list[tuple[float, float]]:
         """Accuracy in per cent and mean cross-entropy of each head; one that diverged has 0 and
-        infinity."""
+        infinity. Of shares (N, C) the largest is what accuracy asks for."""
         right_H = torch.zeros(len(self.settings), dtype=torch.float64)
         loss_H = right_H.clone()
         for start, stop in self._spans(len(data.rows)):
             inputs = data.take(slice(start, stop), list(self.group), device)
-            logits_BHC, label_B = self.logits(inputs), label_N[start:stop].to(device)
-            right_H += (logits_BHC.argmax(dim=2) == label_B[:, None]).sum(dim=0).cpu()
-            loss_BH = F.cross_entropy(
-                logits_BHC.flatten(0, 1),
-                label_B.repeat_interleave(logits_BHC.shape[1]),
-                reduction="none",
-            ).view(len(label_B), -1)
-            loss_H += loss_BH.double().sum(dim=0).cpu()
+            logits_BHC = self.logits(inputs)
+            target_BC = _shares(label_N[start:stop], logits_BHC.shape[2]).to(device, torch.float32)
+            right_H += (logits_BHC.argmax(dim=2) == target_BC.argmax(dim=1)[:, None]).sum(0).cpu()
+            loss_BHC = -logits_BHC.log_softmax(dim=2) * target_BC[:, None]
+            loss_H += loss_BHC.double().sum(dim=(0, 2)).cpu()
         scores = []
         for right, loss in zip(right_H.tolist(), loss_H.tolist(), strict=True):
             finite = math.isfinite(loss)
@@ -137,13 +132,18 @@ class Heads:
         return scores
 
 
+def _shares(label_B: Tensor, classes: int) -> Tensor:
+    """Labels as shares of the classes (B, C), which they may be already."""
+    return F.one_hot(label_B, classes) if label_B.ndim == 1 else label_B
+
+
 def _logits(x_BD: Tensor, weight_DHC: Tensor, bias_HC: Tensor) -> Tensor:
     return torch.addmm(bias_HC.flatten(), x_BD, weight_DHC.flatten(1)).view(-1, *bias_HC.shape)
 
 
 def fit_heads(
     data: Standardized,
-    label_M: Int64[Tensor, " M"],
+    label_M: Int64[Tensor, " M"] | Float[Tensor, "M C"],
     settings: Sequence[Setting],
     *,
     classes: int,
@@ -152,7 +152,8 @@ def fit_heads(
     seed: int,
     device: torch.device,
 ) -> Heads:
-    """Train a head for each setting, all in one pass over the features.
+    """Train a head for each setting, all in one pass over the features. A label is a class, or the
+    share of each.
 
     SGD with Nesterov momentum 0.9 from zero weights; the learning rate falls to 0 by a half cosine.
     Every head sees the same batches, whose order is a function of (seed, epoch).
@@ -170,7 +171,7 @@ def fit_heads(
         order_M = uniforms(keys_M, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True)
         for start in range(0, count, batch_size):
             index_B = order_M[start : start + batch_size].sort().values  # kinder to a disk
-            target_BC = F.one_hot(label_M[index_B], classes).to(device, torch.float32)
+            target_BC = _shares(label_M[index_B], classes).to(device, torch.float32)
             share = cosine(1.0, 0.0, step / steps)
             for name, x_BD in data.take(index_B, list(group), device).items():
                 states[name].step(x_BD, target_BC, share)
@@ -210,55 +211,81 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The head that a hold-out chose, trained again on all training images."""
+    """The heads that a hold-out chose, one a group, trained again on all training images."""
 
     setting: Setting
+    """The best of all."""
+    by_group: Mapping[str, Setting]
+    """The best of each group, in the order in which the groups came."""
     heads: Heads
     data: Standardized
     grid: list[dict[str, float | str]]
     """Every setting that was tried, with its accuracy and cross-entropy on the hold-out."""
 
+    def predict(self, rows: Rows, device: torch.device) -> dict[str, Int64[Tensor, " N"]]:
+        """The class that the head of each group gives each row."""
+        predicted_NH = self.heads.predict(self.data.of(rows), device)
+        place = {setting: number for number, setting in enumerate(self.heads.settings)}
+        return {group: predicted_NH[:, place[setting]] for group, setting in self.by_group.items()}
+
+    @property
+    def group(self) -> str:
+        """Of the best of all."""
+        return next(group for group, best in self.by_group.items() if best == self.setting)
+
 
 def choose_head(
     rows: Rows,
     columns: Mapping[str, Sequence[slice]],
-    label_M: Int64[Tensor, " M"],
+    label_M: Int64[Tensor, " M"] | Float[Tensor, "M C"],
     settings: Sequence[Setting],
     *,
     classes: int,
     epochs: int,
     batch_size: int,
-    holdout: float,
+    split: Split,
     seed: int,
     device: torch.device,
+    group_of: Callable[[str], str] = lambda feature: "",
 ) -> Chosen:
-    """Try every setting on a part of the training images, judge on the rest, and train the best on
-    all of them. The best has the highest accuracy; of equals, the lowest cross-entropy.
+    """Try every setting on a part of the training images, judge on the rest, and train the best of
+    each group on all of them. The best has the highest accuracy; of equals, the lowest
+    cross-entropy.
+
+    Args:
+        split: places to fit on and to judge on, as `split_by_class` gives them.
+        group_of: names the group of a feature.
 
     Raises:
-        InputError: fewer than two training images, or features that are not finite.
+        InputError: features that are not finite.
     """
-    fit_M, held_M = split_by_class(label_M, holdout, seed)
+    fit_M, held_M = split
     how = {"classes": classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     part = Standardized.by(rows.only(fit_M), columns)
     tried = fit_heads(part, label_M[fit_M], settings, **how, device=device)
     scores = tried.score(part.of(rows.only(held_M)), label_M[held_M], device)
     ranked = sorted(zip(scores, tried.settings, strict=True), key=lambda p: (-p[0][0], p[0][1]))
-    best = ranked[0][1]
+    groups = dict.fromkeys(group_of(setting.feature) for setting in settings)
+    by_group = {
+        group: next(setting for _, setting in ranked if group_of(setting.feature) == group)
+        for group in groups
+    }
     whole = Standardized.by(rows, columns)
-    heads = fit_heads(whole, label_M, [best], **how, device=device)
+    heads = fit_heads(whole, label_M, list(by_group.values()), **how, device=device)
     grid: list[dict[str, float | str]] = [
         {**vars(setting), "holdout_accuracy": accuracy, "holdout_loss": min(loss, 1e9)}
         for (accuracy, loss), setting in zip(scores, tried.settings, strict=True)
     ]
-    return Chosen(best, heads, whole, grid)
+    return Chosen(ranked[0][1], by_group, heads, whole, grid)
 
 
-def split_by_class(
-    label_M: Int64[Tensor, " M"], share: float, seed: int
-) -> tuple[Int64[Tensor, " fit"], Int64[Tensor, " held"]]:
+def split_by_class(label_M: Int64[Tensor, " M"], share: float, seed: int) -> Split:
     """Places to fit on and to hold out, in order: of each class the `share` of its images (rounded)
-    whose hash is smallest, and at least one image in all. A class keeps one image to fit on."""
+    whose hash is smallest, and at least one image in all. A class keeps one image to fit on.
+
+    Raises:
+        InputError: there are fewer than two images.
+    """
     count = len(label_M)
     if count < 2:
         raise InputError(f"a hold-out needs 2 images or more, found {count}")

@@ -18,13 +18,12 @@ from dseqjepa.data.images import Subset, notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.tasks.backbone import RAW_PIXELS, Backbone, Pixels, own_backbone
+from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
-from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pieces_of
-from dseqjepa.tasks.results import Metric, Result, accuracy_metric, row
+from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pooling_of
+from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified, row
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.store import features_of, reading
-from dseqjepa.train.checkpoint import untrained_encoder
+from dseqjepa.tasks.store import splits_of
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -41,10 +40,14 @@ class Neighbours(NamedTuple):
 
     def vote(self, classes: int, k: int, temperature: float) -> Int64[Tensor, " N"]:
         """The class with the largest vote; of equal votes, the smaller class."""
+        return self.votes(classes, k, temperature).argmax(dim=1)
+
+    def votes(self, classes: int, k: int, temperature: float) -> Float[Tensor, "N C"]:
+        """How much the `k` nearest speak for each class."""
         top_NK, label_NK = self.similarity_NK[:, :k], self.label_NK[:, :k]
         weight_NK = ((top_NK - top_NK[:, :1]) / temperature).exp()
         vote_NC = weight_NK.new_zeros(len(top_NK), classes)
-        return vote_NC.scatter_add_(1, label_NK, weight_NK).argmax(dim=1)
+        return vote_NC.scatter_add_(1, label_NK, weight_NK)
 
 
 def neighbours(
@@ -196,7 +199,7 @@ def compare(
         same_classes(train_source, test_source, task)
     rows = []
     for name, backbone in backbones.items():
-        pieces = _pieces(backbone, features)
+        pieces = backbone.pieces(features)
         train, test = (
             extract(backbone, part, backbone.image_size, pieces, device=device, **how)
             for part in (train_source, test_source)
@@ -241,63 +244,52 @@ def _accuracy(
     return accuracy_metric(found.vote(classes, k, temperature).cpu() == label_N)
 
 
-def _pieces(backbone: Backbone, features: str) -> tuple[str, ...]:
-    if isinstance(backbone, Pixels):
-        return ("mean1",)
-    return pieces_of(features, backbone.depth, backbone.has_cls)
-
-
 def evaluate(job: Job, config: KnnConfig) -> Result:
-    """kNN accuracy of a backbone; of a run's, beside its untrained self and the raw pixels.
+    """kNN accuracy of a backbone.
 
     With `sweep`, also that of the k and temperature that are best for training images among the
-    other training images. Errors are those of `compare`.
+    other training images. Errors are those of `features_of` and `knn_predict`.
     """
-    backbone, task = job.backbone, config.task
+    task = config.task
     same_classes(job.train, job.test, task)
-    classes = len(class_names(job.train, task))
-    pieces = _pieces(backbone, config.features)
-    others: dict[str, Backbone] = {}
-    if backbone.run is not None and backbone.config is not None:
-        untrained = own_backbone(untrained_encoder(backbone.config), backbone.config)
-        untrained.image_size = backbone.image_size
-        others = {RAW_PIXELS: Pixels(backbone.image_size), "untrained": untrained.to(job.device)}
-    k, temperature = config.k, config.temperature
-    settings: dict[str, Any] = {"k": k, "temperature": temperature}
-    rows = compare(
-        others,
-        job.train,
-        job.test,
-        [task],
-        features=config.features,
-        **reading(job, config),
-        **settings,
-    )
-    train = features_of(job, config, "train", job.train, pieces)
-    test = features_of(job, config, "test", job.test, pieces)
+    names = class_names(job.train, task)
+    pieces = job.backbone.pieces(config.features)
+    train, test = splits_of(job, config, pieces)
     label_M, label_N = train.labels[task], test.labels[task]
+    rows_M, rows_N = train.rows(pieces), test.rows(pieces)
+    if config.center == "place":
+        # A pooled or flattened feature is linear in the patches: centring these centres it.
+        mean_D, _ = rows_M.moments()
+        rows_M, rows_N = rows_M.less(mean_D.float()), rows_N.less(mean_D.float())
+    k, temperature = config.k, config.temperature
     most = max((k, *config.ks)) if config.sweep else k
-    found = neighbours(train.rows(pieces), label_M, test.rows(pieces), k=most, device=job.device)
-    metrics = {"accuracy": _accuracy(found, label_N, classes, k, temperature)}
-    details: dict[str, Any] = {"k": min(k, len(label_M))}
+    near = neighbours(rows_M, label_M, rows_N, k=most, device=job.device)
+    pred_N = near.vote(len(names), k, temperature).cpu()
+    found = classified(pred_N, label_N, label_M, names, task)
+    metrics = dict(found.metrics)
+    details: dict[str, Any] = {"k": min(k, len(label_M)), **found.details}
     swept: dict[str, Any] = {}
     if config.sweep:
         swept = {"sweep": [config.ks, config.temperatures, config.seed]}
-        grid = sweep(train.rows(pieces), label_M, classes, config, job.device)
+        grid = sweep(rows_M, label_M, len(names), config, job.device)
         best = max(grid, key=lambda entry: entry["train_accuracy"])  # the first of equals
         details |= {"sweep": grid, "chosen": best}
-        metrics["swept"] = _accuracy(found, label_N, classes, best["k"], best["temperature"])
+        metrics["swept"] = _accuracy(near, label_N, len(names), best["k"], best["temperature"])
+    protocol: dict[str, Any] = {"features": config.features, "k": k, "temperature": temperature}
+    protocol |= {"center": config.center} if config.center != "none" else {}
     return Result(
         metrics=metrics,
-        protocol={"features": config.features, **settings, "transform": "centre crop"} | swept,
+        protocol=protocol | {"transform": "centre crop"} | swept,
         labels=task,
         layers=config.features,
-        pooling="[CLS]" if config.features.startswith("cls") else "mean over patches",
+        pooling=pooling_of(pieces),
         n_train=len(label_M),
         n_test=len(label_N),
         n_bad=len(train.bad) + len(test.bad),
         details=details,
-        others=rows,
+        floors=found.floors,
+        missing={"train": train.missing(job.train, task), "test": test.missing(job.test, task)},
+        examples=found.examples,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
-from dseqjepa.tasks.features import Extracted, pieces_of, pooled
-from dseqjepa.tasks.heads import Chosen, Setting, choose_head
+from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lost, pooled, pooling_of
+from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.results import Result, accuracy_metric, digest
+from dseqjepa.tasks.results import Result, accuracy_metric, classified, digest
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.store import features_of
+from dseqjepa.tasks.store import features_of, splits_of
 from dseqjepa.train.clock import duration
 
 DECAY = 0.1
@@ -69,7 +69,7 @@ class Probe(nn.Module):
 def by_paper(job: Job, config: LinearConfig) -> Result:
     backbone, task = job.backbone, config.task
     classes = len(class_names(job.train, task))
-    pieces = pieces_of(config.features, backbone.depth, backbone.has_cls)
+    pieces = backbone.pieces(config.features)
     if len(job.train) < config.batch_size * job.ranks.world:
         raise InputError(
             f"{len(job.train)} training images are fewer than a batch of {config.batch_size} on "
@@ -89,15 +89,14 @@ def by_paper(job: Job, config: LinearConfig) -> Result:
     test = features_of(job, config, "test", job.test, pieces)
     training = Training(job, config, pieces, classes, protocol)
     training.run()
-    correct = []
-    rows, label_N = test.rows(pieces), test.labels[task]
     probe = training.probe.eval()
     with torch.inference_mode():
-        for start, rows_BD in rows.blocks():
-            pred_B = probe(rows_BD.to(job.device)).argmax(dim=1).cpu()
-            correct.append(pred_B == label_N[start : start + len(pred_B)])
+        blocks = [rows_BD.to(job.device) for _, rows_BD in test.rows(pieces).blocks()]
+        pred_N = torch.cat([probe(rows_BD).argmax(dim=1).cpu() for rows_BD in blocks])
+    label_N, label_M = test.labels[task], torch.from_numpy(job.train.labels[task])
+    found = classified(pred_N, label_N, label_M, class_names(job.train, task), task)
     return Result(
-        metrics={"accuracy": accuracy_metric(torch.cat(correct))},
+        metrics=found.metrics,
         protocol=protocol,
         labels=task,
         layers=config.features,
@@ -106,8 +105,14 @@ def by_paper(job: Job, config: LinearConfig) -> Result:
         n_test=len(label_N),
         n_bad=len(training.bad) + len(test.bad),
         seeds=(config.seed,),
-        details={"epoch_loss": training.losses},
-        unfinished=training.state,
+        details={"epoch_loss": training.losses, **found.details},
+        floors=found.floors,
+        missing={
+            "train": lost(job.train, task, training.bad),
+            "test": test.missing(job.test, task),
+        },
+        examples=found.examples,
+        unfinished=(training.state,),
     )
 
 
@@ -205,6 +210,7 @@ class Training:
         self._average_statistics()
         for bad in job.ranks.share(self.bad):
             self.bad |= bad
+        job.report_bad(self.bad, len(job.train), config.max_bad)
         job.ranks.came_on()
         sums = torch.tensor(job.ranks.share(total.tolist()), dtype=total.dtype).sum(dim=0)
         mean = float(sums[0] / sums[1])
@@ -260,8 +266,7 @@ def by_sweep(job: Job, config: LinearConfig) -> Result:
     backbone, task = job.backbone, config.task
     features = features_for(config.sweep, backbone)
     pieces = all_pieces(features, backbone)
-    train = features_of(job, config, "train", job.train, pieces)
-    test = features_of(job, config, "test", job.test, pieces)
+    train, test = splits_of(job, config, pieces)
     chosen = choose(
         config.sweep,
         backbone,
@@ -270,22 +275,36 @@ def by_sweep(job: Job, config: LinearConfig) -> Result:
         classes=len(class_names(job.train, task)),
         seed=config.seed,
         device=job.device,
+        group_of=reading_of,
     )
     label_N = test.labels[task]
-    pred_N = chosen.heads.predict(chosen.data.of(test.rows(pieces)), job.device)[:, 0]
+    predicted = chosen.predict(test.rows(pieces), job.device)
     best = chosen.setting
+    label_M, names = train.labels[task], class_names(job.train, task)
+    found = classified(predicted[chosen.group], label_N, label_M, names, task)
+    readings = {
+        reading: accuracy_metric(pred_N == label_N) for reading, pred_N in predicted.items()
+    }
     return Result(
-        metrics={"accuracy": accuracy_metric(pred_N == label_N)},
+        metrics={**found.metrics, **readings},
         protocol={"protocol": "sweep", "transform": "resize 256/224, centre crop"}
         | config.sweep.model_dump(mode="json"),
         labels=task,
         layers=best.feature,
-        pooling=pooling_of(pieces_of(best.feature, backbone.depth, backbone.has_cls)),
+        pooling=pooling_of(backbone.pieces(best.feature)),
         n_train=len(train.index_M),
         n_test=len(label_N),
         n_bad=len(train.bad) + len(test.bad),
         seeds=(config.seed,),
-        details={"chosen": vars(best), "sweep": chosen.grid},
+        details={
+            "chosen": vars(best),
+            "readings": {reading: vars(each) for reading, each in chosen.by_group.items()},
+            "sweep": chosen.grid,
+            **found.details,
+        },
+        floors=found.floors,
+        missing={"train": train.missing(job.train, task), "test": test.missing(job.test, task)},
+        examples=found.examples,
     )
 
 
@@ -299,8 +318,10 @@ def choose(
     seed: int,
     device: torch.device,
     only: Tensor | None = None,
+    group_of: Callable[[str], str] = lambda feature: "",
 ) -> Chosen:
-    """The best head of a sweep over training features, or `only` some of their rows."""
+    """The best heads of a sweep, one a group, over training features or `only` some of their rows.
+    `InputError` where they are fewer than two, or not finite."""
     features = features_for(sweep, backbone)
     pieces = all_pieces(features, backbone)
     rows = train.rows(pieces) if only is None else train.rows(pieces).only(only)
@@ -310,18 +331,25 @@ def choose(
         for lr in sweep.lrs
         for weight_decay in sweep.weight_decays
     ]
+    label_M = label_M if only is None else label_M[only]
     return choose_head(
         rows,
         _columns(features, pieces, train, backbone),
-        label_M if only is None else label_M[only],
+        label_M,
         settings,
         classes=classes,
         epochs=sweep.epochs_of(len(rows)),
         batch_size=sweep.batch_size,
-        holdout=sweep.holdout,
+        split=split_by_class(label_M, sweep.holdout, seed),
         seed=seed,
         device=device,
+        group_of=group_of,
     )
+
+
+def reading_of(feature: str) -> str:
+    """How much of the patches a feature holds: `pooled` (means and [CLS]), `moments`, `patches`."""
+    return feature if feature in OVER_PATCHES else "pooled"
 
 
 def features_for(sweep: SweepConfig, backbone: Backbone) -> list[str]:
@@ -332,7 +360,7 @@ def features_for(sweep: SweepConfig, backbone: Backbone) -> list[str]:
             continue
         blocks = [f"block{i}" for i in range(backbone.depth)]
         for feature in blocks if name == "blocks" else [name]:
-            found.setdefault(pieces_of(feature, backbone.depth, backbone.has_cls), feature)
+            found.setdefault(backbone.pieces(feature), feature)
     if not found:
         raise InputError(
             f"sweep.features {list(sweep.features)} all read a [CLS], which {backbone.name} has not"
@@ -342,8 +370,8 @@ def features_for(sweep: SweepConfig, backbone: Backbone) -> list[str]:
 
 def all_pieces(features: Sequence[str], backbone: Backbone) -> tuple[str, ...]:
     """What is to be extracted for these features."""
-    wanted = [pieces_of(feature, backbone.depth, backbone.has_cls) for feature in features]
-    return tuple(dict.fromkeys(piece for pieces in wanted for piece in pieces))
+    wanted = [piece for feature in features for piece in backbone.pieces(feature)]
+    return tuple(dict.fromkeys(wanted))
 
 
 def _columns(
@@ -355,13 +383,4 @@ def _columns(
         stop = start + train.pieces[piece].shape[1]
         place[piece] = slice(start, stop)
         start = stop
-    return {
-        feature: [place[p] for p in pieces_of(feature, backbone.depth, backbone.has_cls)]
-        for feature in features
-    }
-
-
-def pooling_of(pieces: Sequence[str]) -> str:
-    """In words."""
-    words = {"mean": "mean over patches", "cls": "[CLS]"}
-    return " and ".join(dict.fromkeys(words[piece.rstrip("0123456789")] for piece in pieces))
+    return {feature: [place[p] for p in backbone.pieces(feature)] for feature in features}

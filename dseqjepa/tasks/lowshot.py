@@ -9,6 +9,7 @@ Suffixes: M images that could be decoded, N test images.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,20 @@ from torch import Tensor
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import LowshotConfig
+from dseqjepa.tasks.features import pooling_of
 from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.linear import all_pieces, choose, features_for, pooling_of
-from dseqjepa.tasks.results import Result, accuracy_metric, mean_metric
+from dseqjepa.tasks.linear import all_pieces, choose, features_for
+from dseqjepa.tasks.results import (
+    MAJORITY,
+    Classified,
+    Metric,
+    Result,
+    classified,
+    mean_metric,
+)
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import balanced, list_name, listed
-from dseqjepa.tasks.store import features_of
+from dseqjepa.tasks.store import splits_of
 
 
 def evaluate(job: Job, config: LowshotConfig) -> Result:
@@ -35,17 +44,18 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
     """
     task = config.task
     same_classes(job.train, job.test, task)
-    classes = len(class_names(job.train, task))
+    names = class_names(job.train, task)
     samples, how = _samples(job, config)
     pieces = all_pieces(features_for(config.sweep, job.backbone), job.backbone)
     # Only what is labelled in one of the draws is encoded.
     union = torch.cat(list(samples.values())).unique()
-    train = features_of(job, config, "train", Subset(job.train, union.numpy()), pieces)
-    test = features_of(job, config, "test", job.test, pieces)
+    labelled = Subset(job.train, union.numpy())
+    train, test = splits_of(job, config, pieces, labelled)
     label_N = test.labels[task]
     place_of = {int(union[at]): row for row, at in enumerate(train.index_M.tolist())}
     draws: list[dict[str, Any]] = []
-    correct: list[Tensor] = []
+    found: list[Classified] = []
+    predicted: list[Tensor] = []
     for seed, sample in samples.items():
         rows = torch.tensor([place_of[i] for i in sample.tolist() if i in place_of])
         if len(rows) < 2:
@@ -55,29 +65,30 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
             job.backbone,
             train,
             train.labels[task],
-            classes=classes,
+            classes=len(names),
             seed=seed,
             device=job.device,
             only=rows,
         )
-        pred_N = chosen.heads.predict(chosen.data.of(test.rows(pieces)), job.device)[:, 0]
-        correct.append(pred_N == label_N)
-        metric = accuracy_metric(correct[-1])
+        pred_N = chosen.predict(test.rows(pieces), job.device)[chosen.group]
+        predicted.append(pred_N)
+        found.append(classified(pred_N, label_N, train.labels[task][rows], names, task))
         draws.append(
             {
                 "seed": seed,
-                **metric._asdict(),
+                **found[-1].metrics["accuracy"]._asdict(),
                 "labelled": len(rows),
                 "chosen": vars(chosen.setting),
             }
         )
     several = len(draws) > 1
-    accuracy = (
-        mean_metric([draw["value"] for draw in draws]) if several else accuracy_metric(correct[0])
+    # Of all draws together: per class, and who is taken for whom.
+    whole = classified(
+        torch.cat(predicted), label_N.repeat(len(draws)), train.labels[task], names, task
     )
     seeds = () if config.names != "none" else tuple(samples)
     return Result(
-        metrics={"accuracy": accuracy},
+        metrics=_over([each.metrics for each in found]),
         protocol={
             "labelled": how,
             "draws": len(draws),
@@ -94,8 +105,18 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
         if several
         else "bootstrap over test images",
         seeds=seeds,
-        details={"labelled": how, "draws": draws},
+        details={"labelled": how, "draws": draws, **whole.details},
+        floors={MAJORITY: _over([each.floors[MAJORITY] for each in found])},
+        missing={"train": train.missing(labelled, task), "test": test.missing(job.test, task)},
+        examples=whole.examples,
     )
+
+
+def _over(draws: Sequence[Mapping[str, Metric]]) -> Mapping[str, Metric]:
+    """Each metric's mean over draws; that of a single one as it is."""
+    if len(draws) == 1:
+        return draws[0]
+    return {name: mean_metric([draw[name].value for draw in draws]) for name in draws[0]}
 
 
 def _samples(job: Job, config: LowshotConfig) -> tuple[dict[int, Tensor], str]:

@@ -2,6 +2,8 @@
 
 `protocol` holds what must be equal for two numbers to stand in one column. The rest says who was
 measured (`backbone`), on what (`data`), how it was set (`config`) and where it ran.
+
+Suffixes: N test images, M training images, C classes, R resamples.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from rich.table import Table
 from rich.text import Text
 from scipy import stats
@@ -27,6 +30,11 @@ from dseqjepa.files import write_whole
 FORMAT = 1
 MANY = 4
 """The most metrics that stand side by side on a terminal."""
+MAJORITY = "majority"
+"""The row of the answer that is right most often among the training images."""
+RESAMPLES = 1000
+NOT_PER_CENT = {"depth_rmse": (0.0, math.inf)}
+"""Metrics that have a unit of their own, and what values they can have."""
 
 
 class Metric(NamedTuple):
@@ -39,11 +47,12 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a task returns; `save` adds the rest.
+    """What a task returns; `describe` adds the rest.
 
     `labels` is what was predicted ("class", ...), `protocol` what of the task must be equal for two
-    results to be comparable, `interval` what the metrics' intervals are over. `rows` are what
-    others (raw pixels, ...) got under the same protocol, in the form of `row`.
+    results to be comparable, `interval` what the metrics' intervals are over. `floors` are the
+    metrics of answers that look at no image, by the name of their row; `others` what raw pixels and
+    the untrained encoder got under the same protocol.
     """
 
     metrics: Mapping[str, Metric]
@@ -58,11 +67,15 @@ class Result:
     interval: str = "bootstrap over test images"
     seeds: Sequence[int] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    others: Sequence[Mapping[str, Any]] = ()
+    floors: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
+    others: Mapping[str, Result] = field(default_factory=dict)
+    missing: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    """By part ("train", "test") and class: the images that cannot be decoded, and all of them."""
     examples: Mapping[str, Any] = field(default_factory=dict)
     """What a picture of the result is drawn of."""
-    unfinished: Path | None = None
-    """A file that the evaluation would go on from: of no more use when the result is written."""
+    unfinished: Sequence[Path] = ()
+    """Files and folders that the evaluation would resume from: of no more use when the result is
+    written."""
 
 
 def row(encoder: str, task: str, metrics: Mapping[str, Metric], **details: Any) -> dict[str, Any]:
@@ -84,15 +97,96 @@ def accuracy_metric(correct_N: Bool[Tensor, " N"]) -> Metric:
     return Metric(100 * share, 100 * float(low) / count, 100 * float(high) / count)
 
 
-def mean_metric(values: Sequence[float]) -> Metric:
-    """Mean over draws or seeds with its 95 % interval by Student's t; no interval of one alone."""
+@dataclass(frozen=True, eq=False)
+class Classified:
+    """What there is to say of the class that each test image was given, as a `Result` takes it."""
+
+    metrics: Mapping[str, Metric]
+    """`accuracy`, and `balanced_accuracy`: the mean of the classes' own."""
+    floors: Mapping[str, Mapping[str, Metric]]
+    details: Mapping[str, Any]
+    examples: Mapping[str, Any]
+
+
+def classified(
+    predicted_N: Int64[Tensor, " N"],
+    label_N: Int64[Tensor, " N"],
+    label_M: Int64[Tensor, " M"],
+    names: Sequence[str],
+    task: str,
+) -> Classified:
+    """Metrics, per class and over all, beside those of who always says the commonest class.
+
+    Args:
+        label_M: of the training images.
+        names: of the classes; where two are alike, their numbers tell them apart.
+        task: what the labels are called.
+    """
+    classes = len(names)
+    if len(set(names)) < classes:
+        names = [f"{number} {name}" for number, name in enumerate(names)]
+    commonest = label_M.bincount(minlength=classes).argmax()
+    # Pairs and not a matrix: there may be ten thousand classes.
+    pairs, counts = (label_N * classes + predicted_N).unique(return_counts=True)
+    found: dict[str, dict[str, int]] = {}
+    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        found.setdefault(names[pair // classes], {})[names[pair % classes]] = count
+    per_class = {}
+    for true, said in found.items():
+        images = sum(said.values())
+        per_class[true] = {"accuracy": 100 * said.get(true, 0) / images, "n_test": images}
+    return Classified(
+        metrics=_accuracies(predicted_N == label_N, label_N),
+        floors={MAJORITY: _accuracies(label_N == commonest, label_N)},
+        details={"per_class": per_class, "confusion": found},
+        examples={"matrices": {task: (found, tuple(names))}},
+    )
+
+
+def _accuracies(correct_N: Bool[Tensor, " N"], label_N: Int64[Tensor, " N"]) -> dict[str, Metric]:
+    true_C = label_N.bincount()
+    right_C = label_N[correct_N].bincount(minlength=len(true_C))
+    return {
+        "accuracy": accuracy_metric(correct_N),
+        "balanced_accuracy": _balanced(right_C, true_C),
+    }
+
+
+def _balanced(right_C: Int64[Tensor, " C"], true_C: Int64[Tensor, " C"]) -> Metric:
+    """The mean accuracy over the classes that occur, its interval over resampled test images: how
+    many of each class are right and wrong in a resample is multinomial."""
+    cells_2C = torch.stack([right_C, true_C - right_C]).double().numpy()
+    shares = cells_2C.ravel() / cells_2C.sum()
+    drawn_R2C = (
+        np.random.default_rng(0)
+        .multinomial(int(true_C.sum()), shares, RESAMPLES)
+        .reshape(RESAMPLES, *cells_2C.shape)
+    )
+
+    def balanced(cells_R2C: np.ndarray) -> np.ndarray:
+        total_RC = cells_R2C.sum(axis=1)
+        share_RC = cells_R2C[:, 0] / np.maximum(total_RC, 1)
+        return 100 * (share_RC.sum(axis=1) / (total_RC > 0).sum(axis=1))
+
+    low, high = np.quantile(balanced(drawn_R2C), [0.025, 0.975])
+    return Metric(float(balanced(cells_2C[None])[0]), float(low), float(high))
+
+
+def limits_of(metric: str) -> tuple[float, float]:
+    """The least and the largest value that a metric can have."""
+    return NOT_PER_CENT.get(metric, (0.0, 100.0))
+
+
+def mean_metric(values: Sequence[float], limits: tuple[float, float] = (0.0, 100.0)) -> Metric:
+    """Mean over draws or seeds with its 95 % interval by Student's t, cut at the `limits` of what
+    is possible; no interval of one alone."""
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
         return Metric(mean)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     half = float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
-    return Metric(mean, mean - half, mean + half)
+    return Metric(mean, max(mean - half, limits[0]), min(mean + half, limits[1]))
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -170,12 +264,13 @@ def _cell_of(name: str) -> Text:
 def _cell(rows: Sequence[Mapping[str, Any]], encoder: str, task: str, metric: str) -> str:
     for r in rows:
         if (r["encoder"], r["task"]) == (encoder, task) and metric in r:
-            return text(Metric(r[metric], r[f"{metric}_low"], r[f"{metric}_high"]))
+            return text(Metric(r[metric], r[f"{metric}_low"], r[f"{metric}_high"]), metric)
     return ""
 
 
-def text(metric: Metric) -> str:
-    """`73.5 (72.9 - 74.1)`"""
+def text(metric: Metric, name: str = "accuracy") -> str:
+    """`73.5 (72.9 - 74.1)`; what is not in per cent with a digit more."""
+    digits = 2 if name in NOT_PER_CENT else 1
     if metric.low is None or metric.high is None:
-        return f"{metric.value:.1f}"
-    return f"{metric.value:.1f} ({metric.low:.1f} - {metric.high:.1f})"
+        return f"{metric.value:.{digits}f}"
+    return f"{metric.value:.{digits}f} ({metric.low:.{digits}f} - {metric.high:.{digits}f})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,13 +18,14 @@ from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.config import FrozenConfig, TaskConfig
 from dseqjepa.tasks.results import (
     FORMAT,
+    NOT_PER_CENT,
     Result,
     choose_path,
     device_name,
@@ -59,6 +61,27 @@ class Job:
     overwrite: bool = False
     held: ExitStack = field(default_factory=ExitStack)
     """What no other process may use until the result is written."""
+    told: set[str] = field(default_factory=set)
+    """The bad images that a line has named."""
+
+    def report_bad(
+        self, bad: Mapping[str, str], count: int, max_bad: float, part: str = "training"
+    ) -> None:
+        """Name the images of a `part` of the data that cannot be decoded, each once.
+
+        Raises:
+            RunError: they are more than `max_bad` of so many.
+        """
+        for name, reason in bad.items():
+            if name not in self.told:
+                self.told.add(name)
+                line = f"cannot decode {name}: {reason}"
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if len(bad) > max_bad * count:
+            raise RunError(
+                f"{len(bad)} of {count} {part} images cannot be decoded, more than "
+                f"max_bad={max_bad} allows"
+            )
 
 
 def run_task(
@@ -122,32 +145,35 @@ def run_task(
         console.print(note, highlight=False, soft_wrap=True)
     for part in (train, test):
         prepare(part)
+    fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     name = task if out is None else out.stem
     job = Job(
         backbone.to(device), train, test, folder, device, ranks, console, name, resume, overwrite
     )
     who = identity(backbone)  # before it is trained
-    ranks.check_alike(
-        weights=who["digest"],
-        train=train.fingerprint(),
-        test=test.fingerprint(),
-        resume=resume,
-        overwrite=overwrite,
-    )
+    ranks.check_alike(weights=who["digest"], **fingerprints, resume=resume, overwrite=overwrite)
     with job.held:
         with ranks.failing_together(Stopped):
-            result: Result = module.evaluate(job, config)
-        values = describe(task, job, config, result, source, who)
+            if isinstance(config, FrozenConfig):
+                from dseqjepa.tasks.baselines import beside
+
+                result: Result = beside(job, config, module.evaluate)
+            else:
+                result = module.evaluate(job, config)
+        values = describe(task, job, config, result, source, who, fingerprints)
         values["wall_s"] = round(time.perf_counter() - began, 3)
         path = out or choose_path(folder, task, values)
         if ranks.first:
+            values["warnings"] = _changed(job, fingerprints)
+            write_json(path, values)
             quick = ", preset=quick" if config.preset == "quick" else ""
             title = f"{values['title']}{quick} (95 % interval: {result.interval})"
             console.print(show(values["results"], title))
-            write_json(path, values)
+            for line in (*_missing(result), *values["warnings"]):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             print(f"written: {path}")
-            if result.unfinished is not None:
-                result.unfinished.unlink(missing_ok=True)
+            for rest in result.unfinished:
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
             if draw is not None and result.examples:
                 draw(path.with_suffix(".png"), **result.examples)
                 print(f"written: {path.with_suffix('.png')}")
@@ -162,10 +188,11 @@ def describe(
     result: Result,
     source: str,
     who: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything that the JSON of a result holds, but the time; `who` is the `identity`."""
+    """Everything that the JSON of a result holds, but the time; `who` is the `identity`, and the
+    fingerprints are those of the data before it was read."""
     backbone = job.backbone
-    fingerprints = {"train": job.train.fingerprint(), "test": job.test.fingerprint()}
     protocol = {
         "task": task,
         "labels": result.labels,
@@ -175,27 +202,25 @@ def describe(
         "data": fingerprints,
     }
     # Metrics may be named by their labels, as Clevr's are: once is enough.
-    is_plain = result.labels in ("class", "+".join(result.metrics))
+    is_plain = result.labels in ("class", "pixels", "+".join(result.metrics))
     name = task if is_plain else f"{task} {result.labels}"
-    own = row(
-        backbone.name,
-        result.labels if task == "knn" else name,
-        result.metrics,
-        layers=result.layers,
-        n_train=result.n_train,
-        n_test=result.n_test,
-        n_bad=result.n_bad,
-    )
+    name = result.labels if task == "knn" else name
+    rows = [row(floor, name, metrics) for floor, metrics in result.floors.items()]
+    for encoder, found in (*result.others.items(), (backbone.name, result)):
+        counts = {key: getattr(found, key) for key in ("n_train", "n_test", "n_bad")}
+        rows.append(row(encoder, name, found.metrics, layers=found.layers, **counts))
     return {
         "format": FORMAT,
         "task": task,
-        "title": f"{TITLES.get(task, task)}, {result.labels}, %",
+        "title": f"{TITLES.get(task, task)}, {result.labels}, %"
+        + (" (RMSE in the data's unit)" if NOT_PER_CENT.keys() & result.metrics.keys() else ""),
         "preset": config.preset,
         "metrics": {key: metric._asdict() for key, metric in result.metrics.items()},
         "interval": result.interval,
         "n_train": result.n_train,
         "n_test": result.n_test,
         "n_bad": result.n_bad,
+        "missing": result.missing,
         "seeds": list(result.seeds),
         "backbone": {
             **who,
@@ -210,16 +235,42 @@ def describe(
         "protocol": protocol,
         "config": config.model_dump(mode="json"),
         "details": dict(result.details),
-        "results": [*result.others, own],
+        "results": rows,
         "device": device_name(job.device),
         "ranks": job.ranks.world,
         **environment(),
     }
 
 
+def _missing(result: Result) -> list[str]:
+    """Which classes lack images, in words."""
+    return [
+        f"{part} images that cannot be decoded: "
+        + ", ".join(f"{gone} of {count} of {name}" for name, (gone, count) in classes.items())
+        for part, classes in result.missing.items()
+        if classes
+    ]
+
+
+def _changed(job: Job, fingerprints: Mapping[str, str]) -> list[str]:
+    """In words, what of the data is no longer what it was when the evaluation began."""
+    lines = []
+    for part, source in (("train", job.train), ("test", job.test)):
+        try:
+            is_same = source.fingerprint() == fingerprints[part]
+            why = ""
+        except InputError as error:
+            is_same, why = False, f": {error}"
+        if not is_same:
+            lines.append(f"warning: the {part} images changed while they were evaluated{why}")
+    return lines
+
+
 TITLES = {
     "knn": "kNN accuracy",
     "linear": "linear accuracy",
+    "attentive": "attentive accuracy",
+    "dense": "frozen patches",
     "lowshot": "low-shot accuracy",
     "clevr": "Clevr accuracy",
     "finetune": "fine-tuned",

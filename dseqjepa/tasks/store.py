@@ -29,7 +29,16 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FrozenConfig
-from dseqjepa.tasks.features import Encoding, Extracted, assembled, chunks_of, encode, extract
+from dseqjepa.tasks.features import (
+    Encoding,
+    Extracted,
+    PatchBasis,
+    assembled,
+    chunks_of,
+    encode,
+    extract,
+    patch_basis,
+)
 from dseqjepa.tasks.results import digest, write_json
 from dseqjepa.tasks.run import Job
 
@@ -44,10 +53,16 @@ class Store:
     folder: Path
     images: int
     chunks: Sequence[range]
+    basis: PatchBasis | None = None
+    """What `patches1` is read by: pieces by another lie beside each other."""
+
+    def _stem(self, piece: str) -> str:
+        is_reduced = self.basis is not None and piece.startswith("patches")
+        return f"{piece}-{self.basis.digest()[:16]}" if is_reduced else piece  # type: ignore[union-attr]
 
     def rows(self, piece: str, width: int, *, create: bool = False) -> np.memmap:
         """All rows of a piece, on disk."""
-        path, size = self.folder / f"{piece}.f32", self.images * width * 4
+        path, size = self.folder / f"{self._stem(piece)}.f32", self.images * width * 4
         if create:
             _allocate(path, size)
         found = path.stat().st_size if path.exists() else 0
@@ -57,7 +72,7 @@ class Store:
         return np.memmap(path, np.float32, mode, shape=(self.images, width))
 
     def marker(self, piece: str, number: int) -> Path:
-        return self.folder / "done" / f"{piece}-{number:08d}.json"
+        return self.folder / "done" / f"{self._stem(piece)}-{number:08d}.json"
 
     def missing(self, pieces: Sequence[str]) -> list[int]:
         """The chunks that lack one of the pieces."""
@@ -110,7 +125,7 @@ class Store:
             done = json.loads(path.read_text(encoding="utf-8"))
             if done.pop("sha256") != digest(done):
                 raise ValueError("its SHA-256 differs")
-        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} is damaged ({error}): remove it, and the chunk will be made anew"
             ) from None
@@ -149,6 +164,7 @@ def stored(
     bf16: bool,
     ranks: Ranks,
     console: Console,
+    basis: PatchBasis | None = None,
 ) -> Extracted:
     """Features of every image, from `folder` as far as they are there; the rest is made and kept.
 
@@ -169,7 +185,7 @@ def stored(
         "batch": batch_size,
     }
     ranks.together(lambda: _claim(folder, manifest) if ranks.first else None)
-    store = Store(folder, len(source), chunks)
+    store = Store(folder, len(source), chunks, basis)
     missing = store.missing(pieces)
     ranks.wait()  # all have looked before one of them writes
     mine = missing[ranks.rank :: ranks.world]
@@ -186,6 +202,7 @@ def stored(
         workers=workers,
         device=device,
         bf16=bf16,
+        basis=basis,
     )
     for number in mine:
         whole: list[Encoding] = []
@@ -229,20 +246,62 @@ def reading(job: Job, config: FrozenConfig) -> dict[str, Any]:
     }
 
 
+def splits_of(
+    job: Job, config: FrozenConfig, pieces: Sequence[str], train: Source | None = None
+) -> tuple[Extracted, Extracted]:
+    """The features of the training images, or of `train` in their place, and of the test images.
+
+    Errors are those of `features_of`.
+    """
+    train = job.train if train is None else train
+    basis = None
+    if any(piece.startswith("patches") for piece in pieces):
+        how = reading(job, config)
+        ranks: Ranks = how.pop("ranks")
+        backbone = job.backbone
+        # One rank's is that of all: on some devices another's would differ in its last bits.
+        basis, *_ = ranks.share(
+            patch_basis(backbone, train, backbone.image_size, backbone.shape()[1], **how)
+        )
+    return (
+        features_of(job, config, "train", train, pieces, basis),
+        features_of(job, config, "test", job.test, pieces, basis),
+    )
+
+
 def features_of(
-    job: Job, config: FrozenConfig, part: str, source: Source, pieces: Sequence[str]
+    job: Job,
+    config: FrozenConfig,
+    part: str,
+    source: Source,
+    pieces: Sequence[str],
+    basis: PatchBasis | None = None,
 ) -> Extracted:
     """The features of a source, `part` of the data, by the job's backbone: kept where the config
-    says. Raw pixels are as quickly read again."""
-    how = reading(job, config)
+    says. Raw pixels are as quickly read again, if they fit into memory.
+
+    Raises:
+        InputError: those of `stored`.
+        RunError: more images than `config.max_bad` cannot be decoded.
+    """
+    how = reading(job, config) | {"basis": basis}
     backbone = job.backbone
-    if config.cache == "none" or (config.cache == "auto" and backbone.weights == "none"):
-        return extract(backbone, source, backbone.image_size, pieces, **how)
-    if config.cache == "auto":
-        kind: dict[str, Any] = {"size": list(backbone.image_size), "precision": config.precision}
-        kind |= {"backbone": backbone.digest(), "batch": config.encode_batch, "format": FORMAT}
-        name = digest({**kind, "data": source.fingerprint()})[:16]
-        folder = job.folder / "features" / name
+    is_quick = backbone.weights == "none" and not any(p.startswith("tokens") for p in pieces)
+    if config.cache == "none" or (config.cache == "auto" and is_quick):
+        found = extract(backbone, source, backbone.image_size, pieces, **how)
     else:
-        folder = Path(config.cache).expanduser() / part
-    return stored(folder, backbone, source, pieces, console=job.console, **how)
+        if config.cache == "auto":
+            kind: dict[str, Any] = {
+                "size": list(backbone.image_size),
+                "precision": config.precision,
+                "backbone": backbone.digest(),
+                "batch": config.encode_batch,
+                "format": FORMAT,
+            }
+            name = digest({**kind, "data": source.fingerprint()})[:16]
+            folder = job.folder / "features" / name
+        else:
+            folder = Path(config.cache).expanduser() / part
+        found = stored(folder, backbone, source, pieces, console=job.console, **how)
+    job.report_bad(dict(found.bad), len(source), config.max_bad, part)
+    return found

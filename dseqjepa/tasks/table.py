@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import write_whole
-from dseqjepa.tasks.results import FORMAT, Metric, digest, mean_metric, text
+from dseqjepa.tasks.results import FORMAT, Metric, digest, limits_of, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
 KEPT = {"features", "checkpoints"}
@@ -32,13 +32,15 @@ Values = Mapping[str, Any]
 class Cell:
     """One line's number in one column."""
 
+    name: str
+    """Of the metric."""
     metric: Metric
     seeds: tuple[int | None, ...]
     files: tuple[str, ...]
 
     def __str__(self) -> str:
         count = len(self.files)
-        return text(self.metric) + (f" n={count}" if count > 1 else "")
+        return text(self.metric, self.name) + (f" n={count}" if count > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,11 @@ def collect(folders: Sequence[Path]) -> ResultTable:
 def _cell(weights: Mapping[str, tuple[Path, Values]], name: str) -> Cell:
     """The mean over the weights that one recipe gave, or the number of the only ones."""
     metrics = [Metric(**values["metrics"][name]) for _, values in weights.values()]
-    one = metrics[0] if len(metrics) == 1 else mean_metric([m.value for m in metrics])
+    one = metrics[0]
+    if len(metrics) > 1:
+        one = mean_metric([metric.value for metric in metrics], limits_of(name))
     seeds = tuple(values["backbone"]["seed"] for _, values in weights.values())
-    return Cell(one, seeds, tuple(str(path) for path, _ in weights.values()))
+    return Cell(name, one, seeds, tuple(str(path) for path, _ in weights.values()))
 
 
 def write_table(table: ResultTable, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loop of every evaluation that trains: fine-tuning, detection, segmentation.
+"""The loop of every evaluation that trains: fine-tuning, detection, segmentation, attentive heads.
 
 A step's batch is computed in parts: each of several ranks has its own, or several one after the
 other (`accumulate`). Two ranks with a part each do what one does with two, but for what a model
@@ -117,6 +117,8 @@ class Place:
     """Parts that a rank computes one after the other."""
     workers: int = 0
     console: Console = field(default_factory=Console)
+    lines: int = 50
+    """How often, at least, the loss is reported."""
     stop_after: int | None = None
     """Stop with a checkpoint after this step, as SIGTERM would have it."""
     held: ExitStack = field(default_factory=ExitStack)
@@ -155,11 +157,7 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
     Raises:
         InputError: a step's batch cannot be divided into parts of one size.
     """
-    if config.batch_size % (config.accumulate * job.ranks.world):
-        raise InputError(
-            f"batch_size ({config.batch_size}) must be a multiple of accumulate x ranks "
-            f"({config.accumulate} x {job.ranks.world})"
-        )
+    check_parts(config.batch_size, config.accumulate, job.ranks)
     settings = config.model_dump(mode="json", exclude={"workers", "accelerator", "accumulate"})
     return Place(
         folder=job.folder / f"{job.name}-training",
@@ -177,6 +175,15 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
         console=job.console,
         held=job.held,
     )
+
+
+def check_parts(batch_size: int, accumulate: int, ranks: Ranks) -> None:
+    """`InputError` where a step's batch cannot be divided into parts of one size."""
+    if batch_size % (accumulate * ranks.world):
+        raise InputError(
+            f"batch_size ({batch_size}) must be a multiple of accumulate x ranks "
+            f"({accumulate} x {ranks.world})"
+        )
 
 
 def parameter_groups(model: nn.Module, backbone: Backbone, recipe: Recipe) -> list[dict[str, Any]]:
@@ -211,7 +218,7 @@ def parameter_groups(model: nn.Module, backbone: Backbone, recipe: Recipe) -> li
 
 def fit(
     model: nn.Module,
-    backbone: Backbone,
+    groups: list[dict[str, Any]],
     recipe: Recipe,
     source: Source,
     read: Callable[[int, int], Sample],
@@ -223,7 +230,7 @@ def fit(
 
     Args:
         model: the same on all ranks.
-        backbone: the part of the model that `parameter_groups` takes by layers.
+        groups: of its parameters, each with a `scale` of the learning rate and a `weight_decay`.
         read: the sample at a place of the source for a key, the only randomness it may use.
         losses: the loss terms of a part's samples, as means over them.
         start: what `place.start()` returned.
@@ -245,7 +252,6 @@ def fit(
         size=recipe.batch_size // parts,
         seed=recipe.seed,
     )
-    groups = parameter_groups(model, backbone, recipe)
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=(0.9, 0.999), fused=place.device.type == "cuda"
     )
@@ -298,7 +304,7 @@ def fit(
 
     model.train()
     clock = _Pace(step)
-    every = min(100, max(1, recipe.steps // 50))
+    every = min(100, max(1, recipe.steps // place.lines))
     journal.start_progress(step, recipe.steps)
     devices = [place.device] if place.device.type == "cuda" else []
     try:

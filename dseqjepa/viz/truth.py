@@ -8,9 +8,8 @@ Suffixes: C colours, H and W pixels, K objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +29,12 @@ from dseqjepa.viz.canvas import (
     bare,
     colour,
     inches_of,
-    save,
     shortened,
     text_width,
     tile_table,
 )
 from dseqjepa.viz.style import INK, MUTED, PALETTE, VEIL
-from dseqjepa.viz.tiles import class_tile, photo_of
+from dseqjepa.viz.tiles import class_tile, colour_tile, heat_of, photo_of
 
 GROUPS = 2
 """Images side by side."""
@@ -162,13 +160,6 @@ def _table(
     categories: Sequence[str],
     under: float = 0.0,
 ) -> Table:
-    coloured = [int(np.flatnonzero(place == n)[0]) for n in range(1, len(PALETTE) + 1)
-                if (place == n).any()]  # fmt: skip
-    names = [categories[label - 1] for label in coloured]
-    colours = [*PALETTE[: len(coloured)]]
-    if len(categories) > len(coloured):
-        names.append("any other")
-        colours.append(OTHER[0])
     table = tile_table(
         rows,
         HEADINGS,
@@ -179,13 +170,23 @@ def _table(
         under=under,
         room=0.2 + 2 * inches_of(SMALL),
     )
-    _legend(table.page, table.below + 0.14, names, colours, _width(table, len(rows)))
+    _class_legend(table, place, categories, len(HEADINGS) * min(GROUPS, len(rows)))
     return table
 
 
-def _width(table: Table, rows: int) -> float:
-    across = 3 * min(GROUPS, rows)
-    return max(across * table.tile + (across - 1) * GAP, 5.0)
+def _class_legend(
+    table: Table, place: NDArray[np.int64], categories: Sequence[str], across: int
+) -> None:
+    """Below a table of so many tiles side by side."""
+    coloured = [int(np.flatnonzero(place == n)[0]) for n in range(1, len(PALETTE) + 1)
+                if (place == n).any()]  # fmt: skip
+    names = [categories[label - 1] for label in coloured]
+    colours = [*PALETTE[: len(coloured)]]
+    if len(categories) > len(coloured):
+        names.append("any other")
+        colours.append(OTHER[0])
+    width = max(across * table.tile + (across - 1) * GAP, 5.0)
+    _legend(table.page, table.below + 0.14, names, colours, width)
 
 
 def _legend(
@@ -264,10 +265,61 @@ def _square(tile: Image.Image) -> Image.Image:
     return square
 
 
-def draw_result(task: str, path: Path, **examples: Any) -> None:
-    """Write the picture of a result: `examples` are the arguments of the task's sheet."""
-    sheets: dict[str, Callable[..., Figure]] = {
-        "detection": detection_sheet,
-        "segmentation": segmentation_sheet,
-    }
-    save(sheets[task](**examples), path)
+def patches_sheet(
+    by_kind: Mapping[str, Sequence[tuple[str, Tensor, Tensor, Tensor]]],
+    categories: Sequence[str],
+) -> Figure:
+    """The class of every pixel, its depth, or both: a row an image.
+
+    Args:
+        by_kind: "segmentation" and "depth" -> name, image, truth and prediction of the same images.
+            A depth that is infinite is not judged.
+        categories: the names of classes 1, 2, ...
+    """
+    classes = by_kind.get("segmentation", ())
+    depths = by_kind.get("depth", ())
+    rows: list[list[Image.Image]] = []
+    place = _places([np.bincount(t.flatten().numpy()) for _, _, t, _ in classes], len(categories))
+    colours = np.concatenate([[VEIL], PALETTE, OTHER])
+    known = [truth_HW[truth_HW.isfinite()] for _, _, truth_HW, _ in depths]
+    farthest = max((float(each.max()) for each in known if len(each)), default=1.0)
+    for number in range(max(len(classes), len(depths))):
+        _, image_CHW, *_ = (classes or depths)[number]
+        photo = photo_of(image_CHW, TILE_PIXELS)
+        row = [photo]
+        if classes:
+            _, _, truth_HW, said_HW = classes[number]
+            maps = [place[label_HW.numpy()] for label_HW in (truth_HW, said_HW)]
+            maps[1] = np.where(maps[0] == 0, 0, maps[1])
+            row += [class_tile(photo, each, colours) for each in maps]
+        if depths:
+            _, _, truth_HW, said_HW = depths[number]
+            unknown_HW = ~truth_HW.isfinite().numpy()
+            row += [
+                _depth_tile(photo, each.numpy(), unknown_HW, farthest)
+                for each in (truth_HW, said_HW)
+            ]
+        rows.append([_square(tile) for tile in row])
+    headings = ["image"]
+    headings += ["class\nground truth", "class\nlinear"] if classes else []
+    headings += ["depth\nground truth", "depth\nlinear"] if depths else []
+    table = tile_table(
+        rows,
+        headings,
+        (1, 1),
+        title="What frozen patches say of their pixels",
+        caption="Pale: not labelled, or not to be judged."
+        + (f" Depth from near (dark) to {farthest:.1f} (light)." if depths else ""),
+        room=0.2 + 2 * inches_of(SMALL) if classes else 0.0,
+    )
+    if classes:
+        _class_legend(table, place, categories, len(headings))
+    return table.figure
+
+
+def _depth_tile(
+    photo: Image.Image, depth_HW: NDArray[np.floating], unknown_HW: NDArray[np.bool_], most: float
+) -> Image.Image:
+    colour_HW3 = heat_of(depth_HW, (0.0, most))
+    colour_HW3[unknown_HW] = VEIL
+    return colour_tile(photo, colour_HW3)

@@ -10,8 +10,10 @@ import pytest
 
 from dseqjepa.data import scenes
 from dseqjepa.data.scenes import (
+    CATEGORIES,
     COLOURS,
     DISTANCE_EDGES,
+    FARTHEST,
     MATERIALS,
     SHAPES,
     Scene,
@@ -181,3 +183,21 @@ def test_wrong_arguments_are_told(wrong: dict[str, object]) -> None:
     arguments = {"count": 2, "size": 64, "seed": 0, "split": "train"} | wrong
     with pytest.raises(InputError, match="expected"):
         Scenes(**arguments)  # type: ignore[arg-type]
+
+
+def test_maps_of_class_and_depth_are_those_of_the_scene() -> None:
+    scenes = Scenes(6, size=48, seed=3, split="val")
+    for index in range(6):
+        scene = scenes.scene(index)
+        label_HW, depth_HW = scenes.label_map(index).numpy(), scenes.depth_map(index).numpy()
+        for number, thing in enumerate(scene.objects, start=1):
+            seen_HW = scene.instance_HW == number
+            assert set(label_HW[seen_HW]) == {CATEGORIES.index(thing.shape) + 1}
+        assert ((label_HW == 1) == scene.ground_HW).all()
+        is_sky_HW = ~np.isfinite(scene.depth_HW)
+        assert ((label_HW == 0) == is_sky_HW).all()
+        near_HW = scene.depth_HW <= FARTHEST
+        assert (depth_HW[near_HW] == scene.depth_HW[near_HW]).all()
+        assert np.isinf(depth_HW[~near_HW]).all()
+    with pytest.raises(IndexError):
+        scenes.label_map(6)

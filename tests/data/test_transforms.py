@@ -182,3 +182,21 @@ def test_eval_keeps_the_centre_of_a_wide_image() -> None:
     image = torch.zeros(3, 32, 96, dtype=torch.uint8)
     image[:, :, 32:64] = 255
     assert (EvalTransform((32, 32))(image) == 255).all()
+
+
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (90, 90), (33, 35)])
+def test_a_map_is_cut_where_its_image_is(size: tuple[int, int]) -> None:
+    """Coordinates as an image are mixed, as a map they are not: they stay within a pixel."""
+    height, width = size
+    row_hw, column_hw = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([row_hw, column_hw, row_hw]).to(torch.uint8)
+    transform = EvalTransform((32, 32))
+    cut = transform(image)
+    for channel, map_hw in ((0, row_hw), (1, column_hw)):
+        found_HW = transform.of_map(map_hw)
+        assert found_HW.dtype == torch.int64
+        away = (found_HW - cut[channel].long()).abs()
+        assert int(away.max()) <= max(1, -(-max(size) // 32) // 2)
+    label_hw = torch.arange(32 * 32).view(32, 32)
+    assert transform.of_map(label_hw) is not None
+    assert torch.equal(transform.of_map(label_hw), label_hw)

@@ -20,7 +20,9 @@ from tests.tasks.fakes import CLASSES, Cards, Seer, make_job
 
 def run(train: Cards, folder: Path, *settings: str, **seer: Any) -> Result:
     job = make_job(Seer("noise", **seer), train, Cards(60, seed=1), folder)
-    return evaluate(job, ClevrConfig.from_settings(["epochs=2", "cache=none", *settings]))
+    return evaluate(
+        job, ClevrConfig.from_settings(["epochs=2", "cache=none", "max_bad=0.1", *settings])
+    )
 
 
 def test_the_split_is_vtabs(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from dseqjepa.data.source import BadImage
@@ -16,7 +17,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer, normalize
 from dseqjepa.tasks import features
 from dseqjepa.tasks.backbone import OwnBackbone
-from dseqjepa.tasks.features import LAST4, Rows, extract, pieces_of
+from dseqjepa.tasks.features import LAST4, Rows, extract, patch_basis, pieces_of
 
 SIZE = (16, 24)
 
@@ -80,6 +81,8 @@ def test_features_are_means_over_the_patches_of_each_image_alone(class_token: bo
         ("cls2+last", "cls2 cls1 mean1"),
         ("block0+block4", "mean5 mean1"),
         ("blockcls3", "cls2"),
+        ("moments", "mean1 std1 max1 min1"),
+        ("cls+patches", "cls1 patches1"),
     ],
 )
 def test_a_feature_is_named_by_its_pieces(feature: str, pieces: str) -> None:
@@ -160,6 +163,8 @@ def test_rows_are_what_they_would_be_in_memory() -> None:
     assert torch.equal(rows[3:9], whole_MD[3:9])
     assert torch.equal(rows[torch.tensor([7, 1])], whole_MD[[7, 1]])
     assert torch.equal(rows.only(torch.tensor([5, 2, 9]))[1:], whole_MD[[2, 9]])
+    mean_D = whole_MD.mean(dim=0)
+    assert torch.equal(rows.less(mean_D).only(torch.tensor([4]))[:], whole_MD[[4]] - mean_D)
     assert [start for start, _ in rows.blocks(10)] == [0, 10, 20]
     assert torch.equal(torch.cat([part for _, part in rows.blocks(10)]), whole_MD)
 
@@ -194,3 +199,46 @@ def test_global_random_numbers_are_left_alone() -> None:
     before = torch.get_rng_state()
     extract(make_encoder(), Noise(3), SIZE)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_moments_and_all_patches_are_what_they_say() -> None:
+    encoder, source = make_encoder(), Noise(12)
+    how = {"batch_size": 5, "workers": 0, "device": "cpu", "bf16": False}
+    basis = patch_basis(encoder, source, SIZE, 16, **how)
+    pieces = (*pieces_of("moments", 5, True), *pieces_of("patches", 5, True))
+    found = extract(encoder, source, SIZE, pieces, batch_size=4, basis=basis)
+    with torch.no_grad():
+        images = [EvalTransform(SIZE)(source.image(index)) for index in range(12)]
+        patches_MPD = encoder(torch.stack(images)).patches_BND
+    moments = [patches_MPD.mean(1), patches_MPD.std(1, correction=0), *patches_MPD.aminmax(dim=1)]
+    wanted_MD = torch.cat([moments[0], moments[1], moments[3], moments[2]], dim=1)
+    torch.testing.assert_close(found.feature(*pieces[:4]), wanted_MD)
+    # scikit-learn's components of the patches less their place's mean span the same space.
+    centred_MPD = patches_MPD - patches_MPD.mean(dim=0)
+    theirs = PCA(16).fit(centred_MPD.flatten(0, 1).numpy())
+    ours_DK = basis.basis_DK.double()
+    cosine_KK = np.abs(theirs.components_ @ ours_DK.numpy())
+    np.testing.assert_allclose(cosine_KK.diagonal()[:8], 1, atol=1e-4)
+    read_MPK = found.feature("patches1").view(12, 6, 16)
+    torch.testing.assert_close(read_MPK, centred_MPD @ basis.basis_DK, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read_MPK.mean(dim=0), torch.zeros(6, 16), atol=1e-4, rtol=0)
+
+
+def test_a_patch_is_reduced_to_its_leading_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "COMPONENTS", 3)
+    how = {"batch_size": 5, "workers": 0, "device": "cpu", "bf16": False}
+    basis = patch_basis(make_encoder(), Noise(12), SIZE, 16, **how)
+    assert basis.basis_DK.shape == (16, 3)
+    torch.testing.assert_close(basis.basis_DK.T @ basis.basis_DK, torch.eye(3), atol=1e-5, rtol=0)
+    assert bool((basis.basis_DK.abs().amax(dim=0) == basis.basis_DK.amax(dim=0)).all())
+    again = patch_basis(make_encoder(), Noise(12), SIZE, 16, **how)
+    assert basis.digest() == again.digest()
+    other = patch_basis(make_encoder(), Noise(11), SIZE, 16, **how)
+    assert basis.digest() != other.digest()
+
+
+def test_lost_images_are_counted_by_class() -> None:
+    source = Noise(7, bad=(2, 5))
+    found = extract(make_encoder(), source, SIZE)
+    assert found.missing(source, "class") == {"6": (1, 1), "15": (1, 1)}
+    assert extract(make_encoder(), Noise(3), SIZE).missing(Noise(3), "class") == {}

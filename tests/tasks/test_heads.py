@@ -114,7 +114,8 @@ def test_many_heads_at_once_are_each_alone_and_torchs_own() -> None:
 def test_a_head_that_diverges_takes_no_other_with_it() -> None:
     feature_MD, label_M = make_data()
     calm, wild = Setting("all", 0.05, 0.0), Setting("all", 3e38, 0.0)
-    how_long = {"classes": CLASSES, "epochs": 5, "batch_size": 32, "holdout": 0.2, "seed": 0}
+    split = split_by_class(label_M, 0.2, seed=0)
+    how_long = {"classes": CLASSES, "epochs": 5, "batch_size": 32, "split": split, "seed": 0}
     rows = as_rows(feature_MD)
     alone, both = (
         choose_head(rows, columns(6), label_M, settings, **how_long, device=CPU)  # type: ignore[arg-type]
@@ -133,7 +134,8 @@ def test_the_hold_out_chooses_and_all_images_train() -> None:
     settings = [Setting("half", 0.1, 0.0), Setting("all", 0.1, 0.0)]
     chosen = choose_head(
         as_rows(feature_MD), columns(6), label_M, settings,
-        classes=CLASSES, epochs=10, batch_size=32, holdout=0.2, seed=0, device=CPU,
+        classes=CLASSES, epochs=10, batch_size=32, seed=0, device=CPU,
+        split=split_by_class(label_M, 0.2, seed=0),
     )  # fmt: skip
     assert chosen.setting.feature == "all"
     assert len(chosen.grid) == 2
@@ -151,7 +153,8 @@ def test_a_feature_that_only_fits_what_it_has_seen_is_not_chosen() -> None:
     settings = [Setting("noise", 0.1, 0.0), Setting("real", 0.1, 0.0)]
     chosen = choose_head(
         rows, parts, label_M, settings,
-        classes=CLASSES, epochs=30, batch_size=32, holdout=0.25, seed=0, device=CPU,
+        classes=CLASSES, epochs=30, batch_size=32, seed=0, device=CPU,
+        split=split_by_class(label_M, 0.25, seed=0),
     )  # fmt: skip
     assert chosen.setting.feature == "real"
     fit_M, held_M = split_by_class(label_M, 0.25, seed=0)

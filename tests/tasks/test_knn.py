@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,3 +270,28 @@ def test_comparison_wants_the_same_classes_on_both_sides() -> None:
     other.classes = {**other.classes, "class": ("blue", "red")}
     with pytest.raises(InputError, match="different classes for 'class'"):
         compare({"raw pixels": Pixels(SIZE)}, Colours(5), other, ["side", "class"])
+
+
+def test_centred_by_place_is_centred_by_the_training_mean(tmp_path: Path) -> None:
+    """A pooled feature is linear in the patches, so the mean by place goes with the mean of all."""
+    from dseqjepa.tasks.knn import evaluate
+    from tests.tasks.fakes import Cards, Seer, make_job
+
+    class Shifted(Seer):
+        """What is the same in all images hides what is not, unless it is taken away."""
+
+        def forward(self, images_BCHW: Tensor, last: int = 4) -> Encoded:
+            found = super().forward(images_BCHW, last)
+            place_PD = 1e4 * torch.arange(24.0).view(3, 8) / 24
+            layers = tuple(layer_BPD + place_PD for layer_BPD in found.layers)
+            return Encoded(None, layers[-1], layers)
+
+    accuracies = {}
+    for center in ("none", "place"):
+        job = make_job(Shifted("class"), Cards(100), Cards(60, seed=1), tmp_path)
+        config = KnnConfig(center=center, cache="none")  # type: ignore[arg-type]
+        found = evaluate(job, config)
+        accuracies[center] = found.metrics["accuracy"].value
+        assert ("center" in found.protocol) == (center == "place")
+    assert accuracies["place"] == 100
+    assert accuracies["none"] < 60

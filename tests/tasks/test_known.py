@@ -19,6 +19,11 @@ EVALUATIONS = {
     "knn, swept": ("knn", ["sweep=true", "ks=[5, 20]", "temperatures=[0.07, 0.2]"]),
     "linear": ("linear", ["epochs=3", "milestones=[2]", "lr=0.1"]),
     "linear, quick": ("linear", ["preset=quick", "sweep.epochs=20", "sweep.lrs=[0.01, 0.3]"]),
+    "attentive": ("attentive", ["preset=quick", "epochs=20", "batch_size=32", "heads=2"]),
+    "attentive, mean, mlp": (
+        "attentive",
+        ["pooling=mean", "classifier=mlp", "epochs=20", "batch_size=32", "lrs=[0.01]"],
+    ),
     "lowshot": ("lowshot", ["fraction=0.2", "sweep.epochs=40", "sweep.lrs=[0.01, 0.3]"]),
     "clevr": ("clevr", ["lr=0.05", "epochs=40"]),
 }
@@ -27,7 +32,7 @@ TRAIN, TEST = 200, 400
 
 def evaluate(which: str, sees: str, folder: Path, train: Cards, test: Cards, **more: Any) -> Result:
     task, settings = EVALUATIONS[which]
-    config = TASKS[task].from_settings([*settings, "cache=none"])
+    config = TASKS[task].from_settings([*settings, "cache=none", "max_bad=0.02"])
     job = make_job(Seer(sees, **more), train, test, folder)
     result = import_module(f"dseqjepa.tasks.{task}").evaluate(job, config)
     assert isinstance(result, Result)
@@ -44,10 +49,9 @@ def test_who_sees_the_class_is_always_right(which: str, has_cls: bool, tmp_path:
         assert metric == (100, 100, 100)
     assert result.n_test == TEST - 2
     assert result.n_bad in (2, 3)  # low-shot need not come by the bad training image
-    is_cls = has_cls and which == "clevr"
-    assert (
-        result.pooling == ("[CLS]" if is_cls else "mean over patches") or which == "linear, quick"
-    )
+    if which not in ("linear, quick", "attentive", "attentive, mean, mlp"):
+        is_cls = has_cls and which == "clevr"
+        assert result.pooling == ("[CLS]" if is_cls else "mean over patches")
 
 
 @pytest.mark.parametrize("which", EVALUATIONS)
@@ -56,8 +60,14 @@ def test_who_sees_nothing_says_the_commonest_class(which: str, tmp_path: Path) -
     train, test = Cards(TRAIN), Cards(TEST, seed=1)
     result = evaluate(which, "nothing", tmp_path, train, test)
     wanted = majority(train, test)
-    for metric in result.metrics.values():
-        if which in ("linear", "linear, quick"):
+    floor = result.floors["majority"]
+    if which != "lowshot":  # whose floor is of what was drawn
+        assert floor.get("accuracy", floor.get("count")).value == pytest.approx(wanted)
+    for name, metric in result.metrics.items():
+        if name == "balanced_accuracy":
+            if not which.startswith("knn"):  # one class is always said, and always right of itself
+                assert metric.value == pytest.approx(100 / CLASSES)
+        elif which.startswith(("linear", "attentive")):
             assert metric.value == pytest.approx(wanted)
         else:  # the commonest of the neighbours, or of the labelled: one class in each draw
             shares = [100 * float((test.labels["class"] == c).mean()) for c in range(CLASSES)]

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
-from dseqjepa.tasks import linear
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
+from dseqjepa.tasks.features import pooling_of
 from dseqjepa.tasks.linear import Training, all_pieces, evaluate, features_for
 from dseqjepa.tasks.results import Result
 from tests.children import run_ranks
 from tests.tasks.fakes import CLASSES, SIZE, Cards, Seer, make_job
 from tests.train.tiny_ranks import join_ranks
 
-SMALL = ("epochs=4", "milestones=[2, 3]", "batch_size=16", "cache=none", "lr=0.05")
+SMALL = (
+    "epochs=4", "milestones=[2, 3]", "batch_size=16", "cache=none", "lr=0.05", "max_bad=0.02",
+)  # fmt: skip
 LAST4 = ("mean4", "mean3", "mean2", "mean1")
 
 
@@ -123,7 +125,7 @@ def test_a_training_that_was_killed_goes_on(
     cut = run(tmp_path / "cut", train=train)
     assert done[4:] == [3]
     assert (cut.metrics, cut.details, cut.n_bad) == (whole.metrics, whole.details, 1)
-    assert cut.unfinished == state  # `run_task` removes it when the result is written
+    assert cut.unfinished == (state,)  # `run_task` removes it when the result is written
     state.write_bytes(b"broken")
     with pytest.raises(InputError, match=r"is damaged .* remove it"):
         run(tmp_path / "cut", train=train)
@@ -157,7 +159,7 @@ def test_two_ranks_have_one_probe_and_count_every_test_image_once(tmp_path: Path
 
 def test_a_sweep_tries_what_the_backbone_has() -> None:
     sweep = SweepConfig()
-    assert features_for(sweep, Seer("noise")) == ["last", "last2", "last4"]
+    assert features_for(sweep, Seer("noise")) == ["last", "last2", "last4", "moments", "patches"]
     assert "cls+last4" in features_for(sweep, Seer("noise", has_cls=True))
     every = SweepConfig(features=("blocks", "last"))
     found = features_for(every, Seer("noise"))
@@ -176,7 +178,12 @@ def test_a_sweep_looks_at_no_test_image_before_it_has_chosen(
         job = make_job(Seer("noise"), Cards(70), Cards(40, seed=seed), tmp_path)
         config = config_of("protocol=sweep", "sweep.epochs=3", "sweep.lrs=[0.01, 0.1]")
         found.append(evaluate(job, config))
-    assert found[0].details == found[1].details
-    assert len(found[0].details["sweep"]) == 3 * 2 * 2
+    for key in ("chosen", "readings", "sweep"):
+        assert found[0].details[key] == found[1].details[key]
+    assert list(found[0].details["readings"]) == ["pooled", "moments", "patches"]
+    assert set(found[0].metrics) == {
+        "accuracy", "balanced_accuracy", "pooled", "moments", "patches",
+    }  # fmt: skip
+    assert len(found[0].details["sweep"]) == 5 * 2 * 2
     assert found[0].details["chosen"]["feature"] == found[0].layers
-    assert linear.pooling_of(("cls1", "mean1")) == "[CLS] and mean over patches"
+    assert pooling_of(("cls1", "mean1")) == "[CLS] and mean over patches"

@@ -43,7 +43,7 @@ def test_a_list_says_which_images(tmp_path: Path) -> None:
     file, train = tmp_path / "1percent.txt", Cards(300, bad=(44,))
     chosen = [3, 44, *range(100, 140)]
     file.write_text("".join(f"{index}.png\n" for index in chosen))
-    result = run(train, tmp_path, f"names={file}")
+    result = run(train, tmp_path, f"names={file}", "max_bad=0.1")
     assert set(train.read) == set(chosen)
     assert (result.n_train, result.n_bad, result.seeds) == (41, 1, ())
     assert result.details["labelled"] == "list 1percent.txt (46d8796c)"

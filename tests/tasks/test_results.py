@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dseqjepa.tasks.results import (
     Metric,
     accuracy_metric,
     choose_path,
+    classified,
     mean_metric,
     row,
     show,
@@ -46,6 +48,49 @@ def test_the_interval_over_seeds_is_students() -> None:
     assert metric.value == pytest.approx(statistics.mean(values))
     assert metric[1:] == pytest.approx(wanted)
     assert mean_metric([5.0]) == Metric(5.0)
+
+
+def test_an_interval_ends_where_the_metric_does() -> None:
+    metric = mean_metric([10.0, 100.0])
+    assert (metric.low, metric.high) == (0, 100)
+    assert mean_metric([1.0, 3.0], (0.0, math.inf)) == pytest.approx((2, 0, 2 + 12.706), abs=1e-3)
+    assert text(Metric(1.2345, 1, 2), "depth_rmse") == "1.23 (1.00 - 2.00)"
+
+
+def test_accuracy_is_told_by_class_and_as_who_is_taken_for_whom() -> None:
+    label_N = torch.tensor([0, 0, 0, 0, 1, 1, 3])
+    predicted_N = torch.tensor([0, 0, 0, 1, 1, 2, 3])
+    found = classified(predicted_N, label_N, torch.tensor([1, 1, 0]), list("abcd"), "kind")
+    assert found.metrics["accuracy"].value == pytest.approx(500 / 7)
+    assert found.metrics["balanced_accuracy"].value == pytest.approx((75 + 50 + 100) / 3)
+    assert found.details["confusion"] == {"a": {"a": 3, "b": 1}, "b": {"b": 1, "c": 1},
+                                          "d": {"d": 1}}  # fmt: skip
+    assert found.details["per_class"]["a"] == {"accuracy": 75, "n_test": 4}
+    assert "c" not in found.details["per_class"]  # no test image has it
+    floor = found.floors["majority"]
+    assert floor["accuracy"].value == pytest.approx(200 / 7)  # b is the commonest in training
+    assert floor["balanced_accuracy"].value == pytest.approx(100 / 3)
+    assert found.examples["matrices"]["kind"][1] == ("a", "b", "c", "d")
+    alike = classified(predicted_N, label_N, label_N, ["a", "a", "b", "b"], "kind")
+    assert set(alike.details["per_class"]) == {"0 a", "1 a", "3 b"}
+
+
+def test_the_interval_of_balanced_accuracy_is_that_of_resampling() -> None:
+    generator = torch.Generator().manual_seed(0)
+    label_N = torch.randint(3, (400,), generator=generator) * torch.tensor(1)
+    label_N[:300] = 0
+    wrong_N = torch.rand(400, generator=generator) < torch.tensor([0.1, 0.4, 0.6])[label_N]
+    predicted_N = torch.where(wrong_N, (label_N + 1) % 3, label_N)
+    metric = classified(predicted_N, label_N, label_N, list("abc"), "x").metrics[
+        "balanced_accuracy"
+    ]
+    drawn = torch.randint(400, (3000, 400), generator=generator)
+    shares = [
+        (~wrong_N & (label_N == c))[drawn].sum(1) / (label_N == c)[drawn].sum(1) for c in range(3)
+    ]
+    wanted = 100 * torch.stack(shares).mean(0)
+    ends = wanted.quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert metric[1:] == pytest.approx(ends, abs=1.0)
 
 
 def result(k: int = 20, weights: str = "target", step: int = 1) -> dict[str, Any]:

@@ -22,8 +22,6 @@ from dseqjepa.train.pretrain import open_training_source
 from tests.children import run_ranks
 from tests.tiny import tiny_config
 
-FROZEN = ("knn", "linear", "lowshot", "clevr")
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -96,7 +94,10 @@ def test_what_is_left_out_is_said_and_written(
 
 
 def evaluate(task: str, *typed: str) -> int:
-    sys.argv = ["dseqjepa", "evaluate", task, *typed]
+    """One of the 48 training images cannot be decoded: more than the default allows."""
+    is_set = any("max_bad" in word for word in typed) or task == "finetune"
+    settings = typed if is_set else (*typed, "max_bad=0.1")
+    sys.argv = ["dseqjepa", "evaluate", task, *settings]
     try:
         main()
     except SystemExit as stop:
@@ -112,6 +113,8 @@ def evaluate(task: str, *typed: str) -> int:
         ("linear", ["preset=quick", "sweep.epochs=3"]),
         ("lowshot", ["preset=quick", "fraction=0.2", "sweep.epochs=3"]),
         ("clevr", ["task=class", "epochs=2"]),
+        ("attentive", ["preset=quick", "epochs=2", "batch_size=8"]),
+        ("attentive", ["epochs=1", "batch_size=8", "pooling=mean", "lrs=[0.01]"]),
     ],
 )
 def test_a_result_says_all_that_is_needed_to_trust_it(
@@ -141,11 +144,24 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     assert len(backbone["digest"]) == 64
     assert found["data"]["source"] == str(here / "pictures")
     assert found["protocol"]["data"] == {k: found["data"][k] for k in ("train", "test")}
-    assert found["config"] == TASKS[task].from_settings(settings).model_dump(mode="json")
+    config = TASKS[task].from_settings(["max_bad=0.1", *settings])
+    assert found["config"] == config.model_dump(mode="json")
     assert found["versions"]["torch"]
     assert found["wall_s"] > 0
-    assert not list((here / "runs/0/evaluations").glob("*.safetensors"))  # what was gone on from
-    assert found["results"][-1]["encoder"] == "dseq, step 5"
+    kept = sorted(path.name for path in (here / "runs/0/evaluations").iterdir())
+    # Nothing is left of what it would have resumed from.
+    encoded_anew = task == "attentive" and not quick
+    features = [] if encoded_anew else ["features"]
+    assert kept == sorted([*features, f"{task}.json", f"{task}.png"])
+    encoders = ["majority", "raw pixels", "untrained", "dseq, step 5"]
+    assert [line["encoder"] for line in found["results"]] == encoders
+    assert "cannot decode" in printed
+    if task not in ("lowshot", "clevr"):  # which need not come by it
+        assert "train images that cannot be decoded: 1 of 24 of a" in printed
+        assert found["missing"] == {"train": {"a": [1, 24]}, "test": {}}
+    told = found["details"]["by_task"]["class"] if task == "clevr" else found["details"]
+    assert sum(each["n_test"] for each in told["per_class"].values()) % 20 == 0
+    assert set(told["confusion"]) == {"a", "b"}
     assert evaluate(task, "runs/0", *settings) == 0  # from the kept features
     again = json.loads((here / f"runs/0/evaluations/{task}.json").read_text())
     assert {**again, "wall_s": 0} == {**found, "wall_s": 0}
@@ -163,10 +179,13 @@ def test_runs_of_two_seeds_are_one_line_of_the_table(
     main()
     printed = capsys.readouterr().out
     assert "| dseq, step 5 |" in printed
-    assert printed.count("n=2") == 2
+    assert printed.count("n=2") == 4  # accuracy and balanced accuracy, by two protocols
     table = json.loads((here / "table.json").read_text())
-    assert [column["protocol"]["k"] for column in table["columns"]] in ([20, 5], [5, 20])
-    assert [cell["seeds"] for cell in table["lines"][0]["cells"]] == [[0, 1], [0, 1]]
+    assert [column["protocol"]["k"] for column in table["columns"]] in (
+        [20, 20, 5, 5],
+        [5, 5, 20, 20],
+    )
+    assert [cell["seeds"] for cell in table["lines"][0]["cells"]] == [[0, 1]] * 4
 
 
 def test_sweeps_of_other_values_are_other_protocols(here: Path) -> None:
@@ -189,8 +208,8 @@ def test_untrained_encoders_are_measured_on_the_same_samples(
     sys.argv = ["dseqjepa", "results", "r"]
     main()
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| untrained")]
-    assert line.count("|") == 3
-    assert "n=2" in line
+    assert line.count("|") == 4
+    assert line.count("n=2") == 2
     first, second = (json.loads((here / f"r/{seed}.json").read_text()) for seed in (0, 1))
     assert first["backbone"]["digest"] != second["backbone"]["digest"]
 
@@ -224,6 +243,15 @@ def test_other_weights_and_backbones(here: Path) -> None:
         (["lowshot", "runs/0", "names=gone.txt"], "names=gone.txt cannot be read"),
         (["clevr", "runs/0"], "expected labels for task 'count', the data has: class"),
         (["knn", "runs/0", "features=last+"], "unknown feature ''"),
+        (
+            ["attentive", "pixels", "data=pictures", "out=a.json"],
+            "raw pixels gives one patch an image, expected several to look at",
+        ),
+        (["attentive", "runs/0", "task=count"], "expected labels for task 'count'"),
+        (["attentive", "runs/0", "pooling=max"], "pooling must be 'attention' or 'mean'"),
+        (["dense", "runs/0"], "dense needs the class or depth of every pixel, which this data"),
+        (["dense", "pixels", "data=scenes", "size=10", "out=a.json"], "dense needs a grid of them"),
+        (["knn", "runs/0", "center=image"], "center must be 'none' or 'place', found 'image'"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line_and_nothing_is_written(
@@ -241,7 +269,9 @@ def evaluate_on_ranks(folder: Path, task: str, settings: list[str]) -> None:
     import os
 
     os.chdir(folder)
-    config = TASKS[task].from_settings(["accelerator=cpu", *settings])
+    config = TASKS[task].from_settings(
+        ["accelerator=cpu", *settings, *([] if task == "finetune" else ["max_bad=0.1"])]
+    )
     run_task(task, "runs/0", config, data=None, out=folder / "two.json")
 
 
@@ -262,3 +292,46 @@ def test_two_ranks_find_what_one_finds(
     assert two["ranks"] == 2
     different: dict[str, Any] = {"wall_s": 0, "ranks": 0, "config": {}, "versions": {}}
     assert {**two, **different} == {**one, **different}
+
+
+def test_a_class_that_cannot_be_read_does_not_vanish_in_silence(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (here / "pictures/val/b").iterdir():
+        path.write_bytes(b"no picture")
+    before = sorted(here.rglob("*.json"))
+    sys.argv = ["dseqjepa", "evaluate", "knn", "runs/0", "cache=none"]
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    told = capsys.readouterr()
+    assert "1 of 48 train images cannot be decoded, more than max_bad=0.01 allows" in told.err
+    assert sorted(here.rglob("*.json")) == before
+    assert evaluate("knn", "runs/0", "max_bad=0.6", "cache=none") == 0
+    printed = capsys.readouterr().out
+    assert "test images that cannot be decoded: 10 of 10 of b" in printed
+    assert printed.count("cannot decode") == 11  # each is named once
+    found = json.loads((here / "runs/0/evaluations/knn.json").read_text())
+    assert found["missing"]["test"] == {"b": [10, 10]}
+
+
+def test_a_picture_removed_in_between_costs_no_result(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dseqjepa.tasks import knn
+
+    measure = knn.evaluate
+
+    def and_removed(*arguments: Any) -> Any:
+        found = measure(*arguments)
+        (here / "pictures/val/b/3.png").unlink()
+        return found
+
+    monkeypatch.setattr(knn, "evaluate", and_removed)
+    assert evaluate("knn", "runs/0", "baselines=false") == 0
+    found = json.loads((here / "runs/0/evaluations/knn.json").read_text())
+    (warning,) = found["warnings"]
+    assert warning.startswith("warning: the test images changed while they were evaluated: cannot")
+    assert "pictures/val/b/3.png" in warning
+    assert warning in capsys.readouterr().out
+    assert [line["encoder"] for line in found["results"]] == ["majority", "dseq, step 5"]

@@ -17,7 +17,7 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks import features
 from dseqjepa.tasks.config import KnnConfig
-from dseqjepa.tasks.features import Extracted, extract
+from dseqjepa.tasks.features import Extracted, PatchBasis, extract
 from dseqjepa.tasks.store import Store, features_of, stored
 from tests.children import run_ranks
 from tests.tasks.fakes import SIZE, Cards, Seer, make_job
@@ -125,6 +125,25 @@ def test_features_of_something_else_are_refused(
     with pytest.raises(InputError, match=f"{said}: name another cache=DIR"):
         keep(tmp_path / "a", **{"source": Cards(IMAGES), **changes})
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_patches_by_another_basis_lie_beside(tmp_path: Path) -> None:
+    """Other training images make another basis; the test images' other pieces stay."""
+    source = Cards(IMAGES)
+    found = {}
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        basis = PatchBasis(torch.zeros(3, 8), torch.randn(8, 2, generator=generator))
+        for _ in range(2):  # made, then read
+            read = keep(tmp_path / "a", source, pieces=("mean1", "patches1"), basis=basis)
+            memory = extract(
+                Seer("noise"), source, SIZE, ("patches1",), batch_size=BATCH, basis=basis
+            )
+            assert torch.equal(read.feature("patches1"), memory.feature("patches1"))
+        found[seed] = read.feature("patches1")
+    assert found[0].shape == (IMAGES, 6)
+    assert not torch.equal(found[0], found[1])
+    assert len(list((tmp_path / "a").glob("patches1-*.f32"))) == 2
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

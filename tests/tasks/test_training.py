@@ -20,7 +20,7 @@ from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
-from dseqjepa.tasks.dense import DropPath
+from dseqjepa.tasks.maps import DropPath
 from dseqjepa.tasks.reading import Samples, in_order, seeded
 from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
 from dseqjepa.train.checkpoint import holds_checkpoint, save_checkpoint
@@ -53,6 +53,10 @@ class Model(nn.Module):
         return {"loss_mean": (logit_B - images_BCHW.float().mean((1, 2, 3)) / 255).square().mean()}
 
 
+def groups_of(model: Model, recipe: Recipe = RECIPE) -> list[dict[str, Any]]:
+    return parameter_groups(model, model.backbone, recipe)
+
+
 class Ten(Scenes):
     """Ten places; what lies there the readers below say."""
 
@@ -75,7 +79,7 @@ def trained(
     torch.manual_seed(0)
     model = Model(tiny_backbone())
     place = Place(folder, {"config": {"pair": (1, 2)}}, console=QUIET, **settings)
-    fit(model, model.backbone, recipe, Ten(), reader, model.losses, place, place.start())
+    fit(model, groups_of(model, recipe), recipe, Ten(), reader, model.losses, place, place.start())
     return model.state_dict()
 
 
@@ -118,7 +122,7 @@ def train_on_ranks(folder: Path, **settings: Any) -> None:
     torch.manual_seed(0)
     model = Independent(tiny_backbone())
     place = Place(folder, {}, console=QUIET, ranks=ranks, **settings)
-    bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, place.start())
+    bad = fit(model, groups_of(model), RECIPE, Ten(), reader, model.losses, place, place.start())
     assert bad == {"3": "torn"}
     save_file(model.state_dict(), folder / f"{ranks.rank}.safetensors")
 
@@ -178,7 +182,7 @@ def test_every_part_of_every_step_draws_its_own(tmp_path: Path) -> None:
         return model.losses(samples)
 
     place = Place(tmp_path, {}, console=QUIET, accumulate=2)
-    fit(model, model.backbone, RECIPE, Ten(), read, losses, place, None)
+    fit(model, groups_of(model), RECIPE, Ten(), read, losses, place, None)
     assert len(drawn) == len(set(drawn)) == 2 * RECIPE.steps
 
 
@@ -267,7 +271,7 @@ def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Model(tiny_backbone())
     place = Place(tmp_path, {}, console=QUIET)
-    bad = fit(model, model.backbone, RECIPE, Ten(), reader, model.losses, place, None)
+    bad = fit(model, groups_of(model), RECIPE, Ten(), reader, model.losses, place, None)
     assert bad == {"2": "torn", "7": "torn"}
     assert len(seen) == len(set(seen)) == RECIPE.steps * RECIPE.batch_size
     lines = (tmp_path / "bad_files.jsonl").read_text().splitlines()

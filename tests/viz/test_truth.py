@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import Instances
 from dseqjepa.viz.canvas import Rectangle
-from dseqjepa.viz.style import PALETTE
-from dseqjepa.viz.truth import _places, detection_sheet, segmentation_sheet
+from dseqjepa.viz.style import PALETTE, VEIL
+from dseqjepa.viz.truth import _places, detection_sheet, patches_sheet, segmentation_sheet
 from tests.tasks.dense_data import SceneMaps, SceneObjects
 from tests.viz.pages import assert_legible, words
 
@@ -60,6 +61,27 @@ def test_a_wrong_segmentation_is_seen() -> None:
     figure = segmentation_sheet(examples, source.categories)
     _, truth, predicted = (axes.images[0].get_array() for axes in figure.axes if axes.images)
     assert (np.asarray(truth) != np.asarray(predicted)).any()
+
+
+def test_class_and_depth_of_patches_stand_beside_each_other() -> None:
+    scenes = Scenes(2, size=48, seed=0, split="train")
+    images = [(scenes.name(i), scenes.image(i)) for i in range(2)]
+    classes = [(*images[i], scenes.label_map(i), scenes.label_map(i)) for i in range(2)]
+    depths = [(*images[i], scenes.depth_map(i), scenes.depth_map(i) + 3) for i in range(2)]
+    both = {"segmentation": classes, "depth": depths}
+    for by_kind, across in ((both, 5), ({"depth": depths}, 3), ({"segmentation": classes}, 3)):
+        figure = patches_sheet(by_kind, scenes.categories)
+        assert_legible(figure)
+        tiles = [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+        assert len(tiles) == 2 * across
+        if "segmentation" in by_kind:
+            np.testing.assert_array_equal(tiles[1], tiles[2])
+        if "depth" in by_kind:
+            truth, said = tiles[across - 2 : across]
+            assert (truth != said).any()
+            sky = (truth == VEIL).all(axis=2)
+            np.testing.assert_array_equal(sky, (said == VEIL).all(axis=2))
+            assert sky.any()
 
 
 def test_objects_lie_where_they_are_and_unsure_ones_are_left_out() -> None:

@@ -16,11 +16,10 @@ from jaxtyping import Bool
 from dseqjepa.data.formats.clevr import DISTANCE_EDGES as CLEVR_EDGES
 from dseqjepa.data.miniatures.outline import polygons, run_lengths
 from dseqjepa.data.miniatures.part import Part, save, write_lines
-from dseqjepa.data.scenes import DISTANCE_EDGES, SHAPES, Scene
+from dseqjepa.data.scenes import CATEGORIES, DISTANCE_EDGES, SHAPES, Scene, class_map
 
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
 """With gaps, as COCO's."""
-ADE_CLASSES = ("ground", *SHAPES)
 RANGE = (CLEVR_EDGES[-1] - CLEVR_EDGES[0]) / (DISTANCE_EDGES[-1] - DISTANCE_EDGES[0])
 
 
@@ -106,7 +105,7 @@ def coco_regions(scene: Scene) -> list[tuple[str, Bool[np.ndarray, "H W"], bool]
 def write_ade20k(folder: Path, train: Part, val: Part) -> None:
     """Ground and objects are labelled, the sky is not (0). A scene is of its main object's kind."""
     folder = folder / "ADEChallengeData2016"
-    pixels_C, images_2C = np.zeros(len(ADE_CLASSES)), np.zeros((2, len(ADE_CLASSES)), int)
+    pixels_C, images_2C = np.zeros(len(CATEGORIES)), np.zeros((2, len(CATEGORIES)), int)
     lines = []
     for place, (part, name, short) in enumerate(
         ((train, "training", "train"), (val, "validation", "val"))
@@ -117,7 +116,7 @@ def write_ade20k(folder: Path, train: Part, val: Part) -> None:
             save(folder / "images" / name / f"{stem}.jpg", scene.image_HW3)
             save(folder / "annotations" / name / f"{stem}.png", label_HW)
             lines.append(f"{stem} {scene.objects[0].shape}")
-            count_C = np.bincount(label_HW.ravel(), minlength=len(ADE_CLASSES) + 1)[1:]
+            count_C = np.bincount(label_HW.ravel(), minlength=len(CATEGORIES) + 1)[1:]
             pixels_C += count_C
             images_2C[place] += count_C > 0
     write_lines(folder / "sceneCategories.txt", *lines)
@@ -127,14 +126,11 @@ def write_ade20k(folder: Path, train: Part, val: Part) -> None:
         "Idx\tRatio\tTrain\tVal\tName",
         *(
             f"{c + 1}\t{share_C[c]:.4f}\t{images_2C[0, c]}\t{images_2C[1, c]}\t{name}"
-            for c, name in enumerate(ADE_CLASSES)
+            for c, name in enumerate(CATEGORIES)
         ),
     )
 
 
 def ade_labels(scene: Scene) -> np.ndarray:
     """The label map of a scene, one byte a pixel: 1 the ground, 2 to 11 the shapes, 0 the sky."""
-    label_HW = scene.ground_HW.astype(np.uint8)
-    for number, thing in enumerate(scene.objects, start=1):
-        label_HW[scene.instance_HW == number] = 1 + ADE_CLASSES.index(thing.shape)
-    return label_HW
+    return class_map(scene.instance_HW, scene.depth_HW, [thing.shape for thing in scene.objects])

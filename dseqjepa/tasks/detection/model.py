@@ -22,7 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from dseqjepa.tasks.backbone import Backbone
-from dseqjepa.tasks.dense import WINDOW, DropPath, Rescale, maps_of
+from dseqjepa.tasks.maps import WINDOW, DropPath, Rescale, maps_of
 
 ANCHOR = 8
 """An anchor's side, in steps of its map: 32 pixels where the finest has steps of 4."""

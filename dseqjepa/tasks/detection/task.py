@@ -15,7 +15,6 @@ from dseqjepa.data.formats.coco import mask_tools
 from dseqjepa.data.source import Detections, Instances
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import DetectionConfig
-from dseqjepa.tasks.dense import blocks_to_read
 from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision
 from dseqjepa.tasks.detection.model import Detector, divisor
 from dseqjepa.tasks.detection.samples import (
@@ -25,10 +24,11 @@ from dseqjepa.tasks.detection.samples import (
     read_labelled,
     read_sample,
 )
+from dseqjepa.tasks.maps import blocks_to_read
 from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.training import Recipe, fit, place_of
+from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
 
 PICTURES = 8
 
@@ -85,7 +85,8 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
     def read(index: int, key: int) -> Sample:
         return read_sample(train, index, key)
 
-    bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
+    groups = parameter_groups(model, job.backbone, recipe)
+    bad = fit(model, groups, recipe, train, read, losses, place, start)
     n_train = len(train) - len(bad)
 
     predictions: list[tuple[int, tuple[int, list[dict[str, Any]]]]] = []

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dseqjepa.tasks.backbone import Backbone
-from dseqjepa.tasks.dense import DropPath, Rescale, maps_of
+from dseqjepa.tasks.maps import DropPath, Rescale, maps_of
 from dseqjepa.tasks.segmentation.norm import BatchNorm2d
 
 POOLS = (1, 2, 3, 6)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64, Num
 from torch import Tensor
 
 from dseqjepa.keyed import Stream, hash_int64
@@ -51,13 +51,8 @@ def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMP
 
     The intervals resample images with replacement and add up their counts.
     """
-    images = len(counts_NJK)
-    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
-    drawn_RN = torch.randint(images, (resamples, images), generator=generator)
-    weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
-    weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
-    # Whole numbers below 2**53 are exact in float64.
-    counts_RJK = (weight_RN @ counts_NJK.flatten(1).double()).unflatten(1, counts_NJK.shape[1:])
+    flat_RX = resampled(counts_NJK.flatten(1), seed, resamples)
+    counts_RJK = flat_RX.unflatten(1, counts_NJK.shape[1:])
     mious_R, accuracies_R = _means(counts_RJK)
     whole_1JK = counts_NJK.sum(0, keepdim=True).double()
     (miou,), (accuracy,) = (values.tolist() for values in _means(whole_1JK))
@@ -68,6 +63,19 @@ def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMP
         _interval(accuracies_R),
         _ious(whole_1JK)[0],
     )
+
+
+def resampled(
+    counts_NX: Num[Tensor, "N X"], seed: int, resamples: int = RESAMPLES
+) -> Float64[Tensor, "R X"]:
+    """Sums over as many images as there are, drawn with replacement; a function of the seed."""
+    images = len(counts_NX)
+    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
+    drawn_RN = torch.randint(images, (resamples, images), generator=generator)
+    weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
+    weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
+    # Whole numbers below 2**53 are exact in float64.
+    return weight_RN @ counts_NX.double()
 
 
 def _ious(counts_RJK: Tensor) -> Tensor:

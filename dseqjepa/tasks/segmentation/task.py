@@ -16,7 +16,7 @@ from torch import Tensor
 from dseqjepa.data.source import Segmentations
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import SegmentationConfig
-from dseqjepa.tasks.dense import blocks_to_read
+from dseqjepa.tasks.maps import blocks_to_read
 from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
@@ -31,7 +31,7 @@ from dseqjepa.tasks.segmentation.crops import (
 from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter
 from dseqjepa.tasks.segmentation.scores import RESAMPLES, confusion, counts_of, score
 from dseqjepa.tasks.segmentation.windows import sliding_logits
-from dseqjepa.tasks.training import Recipe, fit, place_of
+from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
 
 PICTURES = 8
 
@@ -83,7 +83,8 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         label_BHW = torch.stack([sample.label_HW for sample in samples]).to(job.device)
         return model.losses(images_BCHW, label_BHW)
 
-    bad = fit(model, job.backbone, recipe, train, read, losses, place, start)
+    groups = parameter_groups(model, job.backbone, recipe)
+    bad = fit(model, groups, recipe, train, read, losses, place, start)
     n_train = len(train) - len(bad)
 
     counts: list[tuple[int, list[list[int]]]] = []

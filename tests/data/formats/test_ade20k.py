@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dseqjepa.data.formats.ade20k import ADE20K
-from dseqjepa.data.miniatures.annotated import ADE_CLASSES
+from dseqjepa.data.scenes import CATEGORIES
 from dseqjepa.data.source import BadImage, Split
 from tests.data.minis import assert_image, edit, opened, refused, scenes
 from tests.data.turned import tag, with_orientation
@@ -30,7 +30,7 @@ def ade(folder: Path, split: Split) -> ADE20K:
 def test_maps_and_kinds_of_scene_are_those_of_the_scenes(mini: Folder, split: Split) -> None:
     for folder in (mini("ade20k"), mini("ade20k") / "ADEChallengeData2016"):
         source = ade(folder, split)
-        assert source.categories == ADE_CLASSES
+        assert source.categories == CATEGORIES
         for index, scene in enumerate(scenes("ade20k", split)):
             kind = source.classes["class"][source.labels["class"][index]]
             assert kind == scene.objects[0].shape
@@ -52,7 +52,7 @@ def test_the_table_of_objects_tells_the_truth(mini: Folder) -> None:
     train = ade(folder, "train")
     maps = [train.label_map(index) for index in range(30)]
     for label, row in enumerate(rows[1:], start=1):
-        assert row[4] == ADE_CLASSES[label - 1]
+        assert row[4] == CATEGORIES[label - 1]
         assert int(row[2]) == sum(bool((label_HW == label).any()) for label_HW in maps)
     assert sum(float(row[1]) for row in rows[1:]) == pytest.approx(1, abs=1e-3)
 

@@ -19,7 +19,7 @@ from dseqjepa.tasks.detection import evaluate
 from dseqjepa.tasks.detection import task as module
 from dseqjepa.tasks.run import run_task
 from dseqjepa.train.runtime import Stopped
-from dseqjepa.viz.truth import draw_result
+from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps, SceneObjects
 from tests.tasks.jobs import job_of
 

@@ -85,7 +85,7 @@ def test_the_auxiliary_loss_weighs_two_fifths() -> None:
 
 
 def _maps(model: Segmenter, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
-    from dseqjepa.tasks.dense import maps_of
+    from dseqjepa.tasks.maps import maps_of
 
     return maps_of(model.backbone, images_BCHW)
 

@@ -18,7 +18,7 @@ from dseqjepa.tasks.run import run_task
 from dseqjepa.tasks.segmentation import evaluate
 from dseqjepa.tasks.segmentation import task as module
 from dseqjepa.train.runtime import Stopped
-from dseqjepa.viz.truth import draw_result
+from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps
 from tests.tasks.jobs import job_of
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dseqjepa.tasks.backbone import open_backbone
-from dseqjepa.tasks.dense import DropPath, Rescale, blocks_to_read, in_windows, maps_of
+from dseqjepa.tasks.maps import DropPath, Rescale, blocks_to_read, in_windows, maps_of
 from tests.tasks.dense_data import tiny_backbone
 from tests.tiny import float_images
 

@@ -1,0 +1,317 @@
+"""A small head on all patches of a frozen encoder (docs/evaluations.md).
+
+One learnt query looks at the patches of the last blocks, and a linear or a small classifier reads
+what it has gathered. A head for each learning rate and weight decay is trained at once on the same
+batches; images that none was trained on choose one.
+
+With a single query that no image changes, query and key projection are one matrix: a map's score of
+a patch is a scalar product with one learnt vector. So keys are not computed.
+
+Suffixes: M training images, N test images, B images of a batch, P patches of an image, D width of a
+patch (of several blocks side by side), A attention maps, E width of what a map gathers, H heads,
+C classes, L places in a source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from dseqjepa.data.images import Subset
+from dseqjepa.data.patience import read_image
+from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.errors import InputError
+from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
+from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lost, pooled
+from dseqjepa.tasks.heads import split_by_class
+from dseqjepa.tasks.knn import class_names, same_classes
+from dseqjepa.tasks.reading import seeded
+from dseqjepa.tasks.results import Result, classified, digest
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.sample import drawn
+from dseqjepa.tasks.store import features_of, reading
+from dseqjepa.tasks.training import Place, Recipe, check_parts, fit
+
+MOMENT_IMAGES = 256
+"""Training images whose patches say what mean 0 and deviation 1 are."""
+EPSILON = 1e-5
+WARMUP = 0.05
+"""The share of the steps in which the learning rate rises."""
+LINES = 5
+
+
+class Head(nn.Module):
+    """Logits (B, C) of standardised patches (B, P, D)."""
+
+    def __init__(self, width: int, classes: int, config: AttentiveConfig) -> None:
+        super().__init__()
+        self.is_attentive = config.pooling == "attention"
+        if self.is_attentive:
+            maps, each = config.heads, max(1, width // config.heads)
+            self.query_DA = nn.Parameter(torch.randn(width, maps) * 0.02)
+            self.value_ADE = nn.Parameter(torch.randn(maps, width, each) * width**-0.5)
+            width = maps * each
+        hidden = [nn.Linear(width, width), nn.GELU()] if config.classifier == "mlp" else []
+        last = nn.Linear(width, classes)
+        nn.init.normal_(last.weight, std=0.01)
+        nn.init.zeros_(last.bias)
+        self.classifier = nn.Sequential(*hidden, last)
+
+    def forward(self, patches_BPD: Float[Tensor, "B P D"]) -> Float[Tensor, "B C"]:
+        if not self.is_attentive:
+            return self.classifier(patches_BPD.mean(dim=1))
+        attention_BPA = (patches_BPD @ self.query_DA).softmax(dim=1)
+        gathered_BAD = attention_BPA.mT @ patches_BPD
+        return self.classifier(
+            torch.einsum("bad,ade->bae", gathered_BAD, self.value_ADE).flatten(1)
+        )
+
+
+class Heads(nn.Module):
+    """A head a setting, and what standardises the patches that they read."""
+
+    mean_D: Tensor
+    scale_D: Tensor
+
+    def __init__(
+        self, mean_D: Tensor, std_D: Tensor, classes: int, config: AttentiveConfig
+    ) -> None:
+        super().__init__()
+        self.settings = list(product(config.lrs, config.weight_decays))
+        self.register_buffer("mean_D", mean_D)
+        self.register_buffer("scale_D", 1 / (std_D.square() + EPSILON).sqrt())
+        self.heads = nn.ModuleList()
+        for _ in self.settings:
+            with seeded(config.seed):  # all from the same weights
+                self.heads.append(Head(len(mean_D), classes, config))
+
+    def forward(self, patches_BPD: Tensor) -> list[Tensor]:
+        """The logits (B, C) of every head."""
+        patches_BPD = (patches_BPD - self.mean_D) * self.scale_D
+        return [head(patches_BPD) for head in self.heads]
+
+    def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """For the optimizer. Vectors do not decay."""
+        return [
+            {"params": parameters, "scale": lr / recipe.lr, "weight_decay": decay}
+            for (lr, weight_decay), head in zip(self.settings, self.heads, strict=True)
+            for decay, parameters in (
+                (weight_decay, [p for p in head.parameters() if p.ndim > 1]),
+                (0.0, [p for p in head.parameters() if p.ndim == 1]),
+            )
+        ]
+
+    def losses(self, patches_BPD: Tensor, label_B: Tensor) -> dict[str, Tensor]:
+        """The cross-entropy of each. One that diverged counts as 0 and is left as it is."""
+        losses = [F.cross_entropy(logits_BC, label_B) for logits_BC in self(patches_BPD)]
+        return {
+            f"head{number}": torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+            for number, loss in enumerate(losses)
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """The patches of the last blocks of a backbone, side by side."""
+
+    backbone: Backbone
+    pieces: tuple[str, ...]
+    patches: int
+    bf16: bool
+
+    @staticmethod
+    def of(backbone: Backbone, config: AttentiveConfig) -> Reader:
+        patches, _ = backbone.shape()
+        if patches < 2:
+            raise InputError(
+                f"{backbone.name} gives one patch an image, expected several to look at: knn and "
+                "linear take it"
+            )
+        blocks = range(min(config.blocks, backbone.depth), 0, -1)
+        pieces = tuple(f"tokens{number}" for number in blocks)
+        return Reader(backbone, pieces, patches, config.precision == "bf16")
+
+    def of_images(self, images_BCHW: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
+        found = pooled(self.backbone, images_BCHW, self.pieces, self.bf16)
+        return self.of_rows(torch.cat([found[piece] for piece in self.pieces], dim=1))
+
+    def of_rows(self, rows_BR: Float[Tensor, "B _"]) -> Float[Tensor, "B P D"]:
+        """Pieces side by side, as `Rows` has them, patch by patch."""
+        return rows_BR.unflatten(1, (len(self.pieces), self.patches, -1)).transpose(1, 2).flatten(2)
+
+
+def evaluate(job: Job, config: AttentiveConfig) -> Result:
+    """Accuracy of the chosen head on the test images.
+
+    Raises:
+        InputError: the data has no such labels, or the backbone a single patch.
+        RunError: too many images cannot be decoded.
+    """
+    task = config.task
+    same_classes(job.train, job.test, task)
+    check_parts(config.batch_size, 1, job.ranks)
+    names = class_names(job.train, task)
+    reader = Reader.of(job.backbone, config)
+    limit = len(job.train) if config.limit == "none" else config.limit
+    chosen_L = drawn(len(job.train), limit, config.seed).sort().values
+    label_L = torch.from_numpy(job.train.labels[task])[chosen_L]
+    fit_L, held_L = split_by_class(label_L, config.holdout, config.seed)
+    fitted = Subset(job.train, chosen_L[fit_L].numpy())
+    held = Subset(job.train, chosen_L[held_L].numpy())
+
+    heads, folder, bad = train(job, config, reader, fitted, len(names))
+    judged = answers(job, config, reader, heads, held)
+    tested = answers(job, config, reader, heads, job.test)
+    bad |= dict(judged.bad)
+    job.report_bad(bad, len(chosen_L), config.max_bad)
+    job.report_bad(dict(tested.bad), len(job.test), config.max_bad, "test")
+
+    right_MH = judged.feature("mean1") == judged.labels[task][:, None]
+    accuracy_H = right_MH.double().mean(dim=0).mul(100).tolist()
+    best = accuracy_H.index(max(accuracy_H))  # the first of equals
+    pred_N, label_N = tested.feature("mean1")[:, best].long(), tested.labels[task]
+    found = classified(pred_N.clamp(min=0), label_N, label_L[fit_L], names, task)
+    grid = [
+        {"lr": lr, "weight_decay": decay, "holdout_accuracy": accuracy}
+        for (lr, decay), accuracy in zip(heads.settings, accuracy_H, strict=True)
+    ]
+    return Result(
+        metrics=found.metrics,
+        protocol=_protocol(config),
+        labels=task,
+        layers=f"last {len(reader.pieces)}",
+        pooling=f"{config.pooling}, {config.classifier}",
+        n_train=len(fitted) + len(held) - len(bad),
+        n_test=len(label_N),
+        n_bad=len(bad) + len(tested.bad),
+        seeds=(config.seed,),
+        details={"chosen": grid[best], "sweep": grid, **found.details},
+        floors=found.floors,
+        missing={
+            "train": lost(job.train, task, bad),
+            "test": tested.missing(job.test, task),
+        },
+        examples=found.examples,
+        unfinished=(folder,),
+    )
+
+
+def train(
+    job: Job, config: AttentiveConfig, reader: Reader, source: Subset, classes: int
+) -> tuple[Heads, Path, dict[str, str]]:
+    """All heads on the images of a source; the folder that the training resumes from; bad images
+    and why."""
+    mean_D, std_D = moments(job, config, reader, source)
+    heads = Heads(mean_D, std_D, classes, config).to(job.device)
+    bad: dict[str, str] = {}
+    read: Callable[[int, int], tuple[Tensor, int]]
+    encode: Callable[[Tensor], Tensor]
+    if config.crops:
+        read, encode = _crops(job, config, source), reader.of_images
+    else:
+        kept = features_of(job, config, "train", source, reader.pieces)
+        source, bad = Subset(source, kept.index_M.numpy()), dict(kept.bad)
+        rows, encode = kept.rows(reader.pieces), reader.of_rows
+        label_N = source.labels[config.task]
+
+        def read(index: int, _key: int) -> tuple[Tensor, int]:
+            return rows[index : index + 1][0], int(label_N[index])
+
+    def losses(samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+        inputs_B = torch.stack([sample for sample, _ in samples]).to(job.device)
+        label_B = torch.tensor([label for _, label in samples], device=job.device)
+        return heads.losses(encode(inputs_B), label_B)
+
+    steps = config.steps_of(len(source))
+    recipe = Recipe(
+        steps=steps,
+        batch_size=config.batch_size,
+        lr=max(config.lrs),
+        weight_decay=0.0,  # each head has its own
+        warmup_steps=round(WARMUP * steps),
+        schedule="cosine",
+        seed=config.seed,
+        bf16=config.precision == "bf16",
+    )
+    identity = {
+        "config": _protocol(config),
+        "backbone": job.backbone.digest(),
+        "image_size": list(job.backbone.image_size),
+        "data": source.fingerprint(),
+        "task": config.task,
+        "precision": config.precision,
+    }
+    place = Place(
+        folder=job.folder / f"attentive-{digest(identity)[:16]}",
+        identity=identity,
+        resume=True,
+        overwrite=job.overwrite,
+        device=job.device,
+        ranks=job.ranks,
+        workers=config.workers if config.crops else 0,
+        console=job.console,
+        lines=LINES,
+    )
+    bad |= fit(heads, heads.groups(recipe), recipe, source, read, losses, place, place.start())
+    return heads.eval(), place.folder, bad
+
+
+def moments(
+    job: Job, config: AttentiveConfig, reader: Reader, source: Subset
+) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Mean and deviation of every number of a patch, over some training images and all places."""
+    places = drawn(len(source), MOMENT_IMAGES, config.seed).sort().values.numpy()
+    backbone, how = job.backbone, reading(job, config)
+    sample = extract(backbone, Subset(source, places), backbone.image_size, reader.pieces, **how)
+    patches_BPD = reader.of_rows(sample.feature(*reader.pieces)).double()
+    if not bool(patches_BPD.isfinite().all()):
+        raise InputError(NOT_FINITE)
+    std_D, mean_D = torch.std_mean(patches_BPD, dim=(0, 1), correction=0)
+    return mean_D.float(), std_D.float()
+
+
+def _crops(
+    job: Job, config: AttentiveConfig, source: Subset
+) -> Callable[[int, int], tuple[Tensor, int]]:
+    transform = TrainTransform(job.backbone.image_size, config.crop_scale, config.flip)
+    label_N = source.labels[config.task]
+
+    def read(index: int, key: int) -> tuple[Tensor, int]:
+        (cut,) = transform.cuts(torch.tensor([key]))
+        return cut(read_image(source, index, transform.reduction)), int(label_N[index])
+
+    return read
+
+
+def answers(
+    job: Job, config: AttentiveConfig, reader: Reader, heads: Heads, source: Source
+) -> Extracted:
+    """The class that each head gives each image, as the piece `mean1` (N, H); -1 of one that
+    diverged."""
+
+    def answer(images_BCHW: Tensor) -> SimpleNamespace:
+        logits = [logits_BC.float() for logits_BC in heads(reader.of_images(images_BCHW))]
+        found = [
+            logits_BC.argmax(dim=1).where(logits_BC.isfinite().all(dim=1), -1)
+            for logits_BC in logits
+        ]
+        return SimpleNamespace(layers=(torch.stack(found, dim=1)[:, None],))
+
+    return extract(answer, source, job.backbone.image_size, ("mean1",), **reading(job, config))
+
+
+def _protocol(config: AttentiveConfig) -> dict[str, Any]:
+    """All that must be equal for two results to be comparable, beside the data."""
+    others = {*FrozenConfig.model_fields, *(() if config.crops else ("crop_scale", "flip"))}
+    return config.model_dump(mode="json", exclude=others) | {"seed": config.seed}

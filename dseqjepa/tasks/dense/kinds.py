@@ -1,0 +1,157 @@
+"""What can be asked of patches, and how an answer is judged at the pixels.
+
+Suffixes: N images, P patches of an image, C numbers said of a patch (classes, or one: log depth),
+Q pixels, J counts of an image, R resamples, h and w rows and columns of patches, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dseqjepa.data.source import Depths, Segmentations, Source
+from dseqjepa.tasks.results import Metric
+from dseqjepa.tasks.segmentation.scores import confusion, counts_of, resampled, score
+
+CLOSE = 1.25
+"""Two depths whose ratio is below this are the same to delta1 (Eigen et al., 2014)."""
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
+
+@runtime_checkable
+class Kind(Protocol):
+    """A question that has an answer for every pixel."""
+
+    name: ClassVar[str]
+
+    @property
+    def width(self) -> int:
+        """C."""
+        ...
+
+    def read(self, source: Source, index: int) -> Tensor:
+        """The truth (H, W) of an image, at its own size; raises `BadImage`."""
+        ...
+
+    def target(self, truth_HW: Tensor, grid: Grid) -> Float[Tensor, "P C"]:
+        """What is to be said of each patch; NaN where nothing is known of it."""
+        ...
+
+    def shown(self, said_CHW: Tensor) -> Tensor:
+        """An answer (H, W) in the form of the truth."""
+        ...
+
+    def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Tensor:
+        """Counts of one image, which can be summed over images."""
+        ...
+
+    def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
+        """Over all pixels of all images; intervals over resampled images."""
+        ...
+
+    def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The class of every pixel, 1, 2, ...; 0 is not judged."""
+
+    name: ClassVar[str] = "segmentation"
+    categories: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        return len(self.categories)
+
+    def read(self, source: Source, index: int) -> Tensor:
+        assert isinstance(source, Segmentations)
+        return source.label_map(index)
+
+    def target(self, truth_HW: Int64[Tensor, "H W"], grid: Grid) -> Float[Tensor, "P C"]:
+        """The share of each class among a patch's labelled pixels."""
+        label_PQ = by_patch(truth_HW, grid)
+        patches, cells = len(label_PQ), self.width + 1
+        cell_PQ = label_PQ + cells * torch.arange(patches)[:, None]
+        count_PC = cell_PQ.flatten().bincount(minlength=patches * cells).view(patches, cells)
+        count_PC = count_PC[:, 1:].float()
+        return count_PC / count_PC.sum(dim=1, keepdim=True)  # 0 / 0 where none is labelled
+
+    def shown(self, said_CHW: Tensor) -> Tensor:
+        return said_CHW.argmax(dim=0) + 1
+
+    def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Tensor:
+        return counts_of(confusion(self.shown(said_CHW), truth_HW, self.width))
+
+    def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
+        found = score(counts_NJ, seed)
+        low, high = found.miou_interval
+        return {"miou": Metric(100 * found.miou, 100 * low, 100 * high)}
+
+    def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]:
+        found = score(counts_NJ, seed)
+        pairs = zip(self.categories, found.iou_K.tolist(), strict=True)
+        return {
+            "iou": {name: None if iou != iou else 100 * iou for name, iou in pairs},
+            "pixel_accuracy": 100 * found.accuracy,
+        }
+
+
+@dataclass(frozen=True)
+class LogDepth:
+    """The logarithm of the depth of every pixel; what is infinitely far is not judged."""
+
+    name: ClassVar[str] = "depth"
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    def read(self, source: Source, index: int) -> Tensor:
+        assert isinstance(source, Depths)
+        return source.depth_map(index)
+
+    def target(self, truth_HW: Float[Tensor, "H W"], grid: Grid) -> Float[Tensor, "P 1"]:
+        """The mean over a patch's pixels."""
+        log_PQ = by_patch(truth_HW, grid).log()
+        return log_PQ.where(log_PQ.isfinite(), torch.nan).nanmean(dim=1, keepdim=True)
+
+    def shown(self, said_CHW: Tensor) -> Tensor:
+        return said_CHW[0].exp()
+
+    def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Float[Tensor, " J"]:
+        """Squared errors and pixels within `CLOSE`, each summed, and the number of pixels."""
+        known_HW = truth_HW.isfinite()
+        said_Q, true_Q = self.shown(said_CHW)[known_HW].double(), truth_HW[known_HW].double()
+        is_close_Q = torch.maximum(said_Q / true_Q, true_Q / said_Q) < CLOSE
+        pixels = torch.tensor(len(true_Q), dtype=torch.float64)
+        return torch.stack([(said_Q - true_Q).square().sum(), is_close_Q.double().sum(), pixels])
+
+    def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
+        whole_1J = counts_NJ.sum(dim=0, keepdim=True)
+        counts_RJ = torch.cat([whole_1J, resampled(counts_NJ, seed)])
+        error_R, close_R, pixels_R = counts_RJ.unbind(dim=1)
+        return {
+            "depth_rmse": _first_of((error_R / pixels_R).sqrt()),
+            "depth_delta1": _first_of(100 * close_R / pixels_R),
+        }
+
+    def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]:
+        return {"pixels": int(counts_NJ[:, 2].sum())}
+
+
+def _first_of(values_R: Tensor) -> Metric:
+    """The first value, with the interval of the others."""
+    ends = torch.tensor([0.025, 0.975], dtype=values_R.dtype)
+    low, high = values_R[1:].nanquantile(ends).tolist()
+    return Metric(float(values_R[0]), low, high)
+
+
+def by_patch(map_HW: Tensor, grid: Grid) -> Tensor:
+    """The pixels of each patch, (P, Q)."""
+    (h, w), (H, W) = grid, map_HW.shape
+    return map_HW.reshape(h, H // h, w, W // w).transpose(1, 2).reshape(h * w, -1)
