@@ -33,7 +33,7 @@ Settings = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the config, do nothing.")]
 
-TASK_HELP = "knn, linear, lowshot, clevr, finetune, detection, segmentation"
+TASK_HELP = "knn, linear, lowshot, clevr, finetune, detection, segmentation, discovery"
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 
@@ -60,7 +60,7 @@ def pretrain(
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the run is kept")
 
-    from dseqjepa.tasks.knn import probe
+    from dseqjepa.tasks.online import online_probe
     from dseqjepa.train.pretrain import open_training_source
     from dseqjepa.train.pretrain import pretrain as train
     from dseqjepa.train.runtime import Stopped, connect, place, spread
@@ -71,11 +71,6 @@ def pretrain(
     runtime = connect(config)
     source = runtime.ranks.together(lambda: open_training_source(config))
 
-    def knn_probe(encoder: Any) -> float:
-        images, seed, device = config.probe.images, config.runtime.seed, encoder.pos_embed.device
-        size = config.data.image_size
-        return probe(encoder, source, "class", size, images, seed, device=device)
-
     try:
         train(
             config,
@@ -85,7 +80,7 @@ def pretrain(
             init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
-            probe=knn_probe if "class" in source.labels else None,
+            probe=online_probe(config, source),
             runtime=runtime,
             preset=preset,
         )
@@ -206,7 +201,7 @@ def evaluate(
 
 def _picture_of(task: str) -> Any:
     """What draws a result; None where there is nothing to draw, or nothing to draw with."""
-    if task not in ("detection", "segmentation"):
+    if task not in ("detection", "segmentation", "discovery"):
         return None
     try:
         from dseqjepa.viz.truth import draw_result

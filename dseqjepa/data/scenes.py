@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from dseqjepa.data.layouts import (
 )
 from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.render import MATERIALS, render
+from dseqjepa.data.source import Objects
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
@@ -131,6 +133,8 @@ class Scenes:
     count (of all objects, the label 0 for one).
     """
 
+    located_by: Literal["masks"] = "masks"
+
     def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
         """Raise `InputError` for an unknown split, no scenes, or a size outside 32 to 512."""
         _check_size(size)
@@ -175,6 +179,18 @@ class Scenes:
     def scene(self, index: int) -> Scene:
         """The scene with its objects and maps, rendered afresh."""
         return render_scene(self._seed, range(len(self))[index], self.size)
+
+    def objects(self, index: int) -> Objects:
+        """The visible part of every object, the main one first."""
+        index = range(len(self))[index]
+        scene = self.scene(index)
+        self._images_B3HW[index] = scene.image_HW3.transpose(2, 0, 1)  # not to be rendered again
+        self._done_B[index] = True
+        number_K11 = np.arange(1, len(scene.objects) + 1)[:, None, None]
+        return Objects(
+            torch.from_numpy(scene.instance_HW == number_K11),
+            torch.ones(self.size, self.size, dtype=torch.bool),
+        )
 
     def name(self, index: int) -> str:
         return f"scene {index}"

@@ -112,7 +112,7 @@ class EvalTransform:
     def __init__(self, image_size: tuple[int, int]) -> None:
         self.image_size = image_size
 
-    def __call__(self, image: UInt8[Tensor, "3 h w"], key: int = 0) -> UInt8[Tensor, "3 H W"]:
+    def __call__(self, image: UInt8[Tensor, "C h w"], key: int = 0) -> UInt8[Tensor, "C H W"]:
         height, width = image.shape[-2:]
         if (height, width) == self.image_size:
             return image

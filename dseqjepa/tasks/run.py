@@ -21,7 +21,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
-from dseqjepa.tasks.config import FrozenConfig, TaskConfig
+from dseqjepa.tasks.config import TaskConfig, TrainedConfig
 from dseqjepa.tasks.results import (
     FORMAT,
     Result,
@@ -101,7 +101,7 @@ def run_task(
         pretrained=config.pretrained,
         image_size=size,
         seed=config.init_seed,
-        trainable=not isinstance(config, FrozenConfig),
+        trainable=isinstance(config, TrainedConfig),
     )
     if out is None and backbone.run is None:
         raise InputError(f"out=FILE.json is missing: {spec} has no run's folder to keep it in")
@@ -120,8 +120,9 @@ def run_task(
     )
     for note in notes_of(train, test):
         console.print(note, highlight=False, soft_wrap=True)
-    for part in (train, test):
-        prepare(part)
+    if config.reads_training:
+        for part in (train, test):
+            prepare(part)
     name = task if out is None else out.stem
     job = Job(
         backbone.to(device), train, test, folder, device, ranks, console, name, resume, overwrite
@@ -225,6 +226,7 @@ TITLES = {
     "finetune": "fine-tuned",
     "detection": "Mask R-CNN",
     "segmentation": "UPerNet",
+    "discovery": "objects found",
 }
 
 

@@ -35,6 +35,7 @@ from dseqjepa.viz.canvas import (
     text_width,
     tile_table,
 )
+from dseqjepa.viz.discovery import discovery_sheet
 from dseqjepa.viz.style import INK, MUTED, PALETTE, VEIL
 from dseqjepa.viz.tiles import class_tile, photo_of
 
@@ -269,5 +270,6 @@ def draw_result(task: str, path: Path, **examples: Any) -> None:
     sheets: dict[str, Callable[..., Figure]] = {
         "detection": detection_sheet,
         "segmentation": segmentation_sheet,
+        "discovery": discovery_sheet,
     }
     save(sheets[task](**examples), path)
