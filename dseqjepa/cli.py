@@ -33,7 +33,9 @@ Settings = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the config, do nothing.")]
 
-TASK_HELP = "knn, linear, attentive, dense, lowshot, clevr, finetune, detection, segmentation"
+TASK_HELP = (
+    "knn, linear, attentive, dense, discovery, lowshot, clevr, finetune, detection, segmentation"
+)
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 
 
@@ -60,7 +62,7 @@ def pretrain(
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the run is kept")
 
-    from dseqjepa.tasks.knn import probe
+    from dseqjepa.tasks.online import online_probe
     from dseqjepa.train.pretrain import open_training_source
     from dseqjepa.train.pretrain import pretrain as train
     from dseqjepa.train.runtime import Stopped, connect, place, spread
@@ -71,11 +73,6 @@ def pretrain(
     runtime = connect(config)
     source = runtime.ranks.together(lambda: open_training_source(config))
 
-    def knn_probe(encoder: Any) -> float:
-        images, seed, device = config.probe.images, config.runtime.seed, encoder.pos_embed.device
-        size = config.data.image_size
-        return probe(encoder, source, "class", size, images, seed, device=device)
-
     try:
         train(
             config,
@@ -85,7 +82,7 @@ def pretrain(
             init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
-            probe=knn_probe if "class" in source.labels else None,
+            probe=online_probe(config, source),
             runtime=runtime,
             preset=preset,
         )

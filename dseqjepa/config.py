@@ -455,11 +455,13 @@ class RuntimeConfig(Section):
 
 
 class ProbeConfig(Section):
-    """Online kNN on labelled training images, leave-one-out: no validation image is touched."""
+    """What is measured during training, on no validation image: kNN on labelled training images,
+    leave-one-out; and, where masks or boxes are known, whether objects are found."""
 
     every_epochs: int = Field(0, ge=0, le=10**9)
     """0: never."""
     images: int = Field(2000, ge=2, le=10**7)
+    """Of kNN."""
 
 
 class LogConfig(Section):

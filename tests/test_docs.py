@@ -29,8 +29,9 @@ SHRINK_TASK = {
     "dense": ["patches_seen=2000", "bank=500"],
     "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
     "segmentation": ["steps=2", "width=8"],
+    "discovery": ["images=10"],
 }
-"""The same for the evaluations that train."""
+"""The same for evaluations."""
 
 
 def blocks(language: str) -> list[tuple[Path, str]]:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from dseqjepa.data.layouts import (
 )
 from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.render import MATERIALS, render, truth
+from dseqjepa.data.source import Objects
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
@@ -149,6 +151,7 @@ class Scenes:
     """
 
     categories = CATEGORIES
+    located_by: Literal["masks"] = "masks"
 
     def __init__(self, count: int, *, size: int, seed: int, split: str) -> None:
         """Raise `InputError` for an unknown split, no scenes, or a size outside 32 to 512."""
@@ -205,6 +208,18 @@ class Scenes:
         """Camera depth in scene units; inf in the sky and beyond `FARTHEST`."""
         _, depth_HW = truth(draw_layout(self._seed, range(len(self))[index]), self.size)
         return torch.from_numpy(np.where(depth_HW > FARTHEST, np.float32(np.inf), depth_HW))
+
+    def objects(self, index: int) -> Objects:
+        """The visible part of every object, the main one first."""
+        index = range(len(self))[index]
+        scene = self.scene(index)
+        self._images_B3HW[index] = scene.image_HW3.transpose(2, 0, 1)  # not to be rendered again
+        self._done_B[index] = True
+        number_K11 = np.arange(1, len(scene.objects) + 1)[:, None, None]
+        return Objects(
+            torch.from_numpy(scene.instance_HW == number_K11),
+            torch.ones(self.size, self.size, dtype=torch.bool),
+        )
 
     def name(self, index: int) -> str:
         return f"scene {index}"

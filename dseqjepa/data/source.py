@@ -101,6 +101,29 @@ class Depths(Source, Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """Where the objects of an image are, and nothing about what they are.
+
+    `known_HW` is false where the annotations do not tell object from background: at the rim of an
+    outline, in a crowd, where a pixel has no label.
+    """
+
+    masks_KHW: Bool[Tensor, "K H W"]
+    known_HW: Bool[Tensor, "H W"]
+
+
+@runtime_checkable
+class Located(Source, Protocol):
+    """Images of which it is known where the objects are, by their masks or by their boxes."""
+
+    located_by: Literal["masks", "boxes"]
+
+    def objects(self, index: int) -> Objects:
+        """The objects of an image, in its own pixels; boxes are filled. `BadImage` as `image`."""
+        ...
+
+
 class BadImage(Exception):
     """One image that cannot be decoded. The message holds the reason, not the name."""
 

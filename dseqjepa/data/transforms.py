@@ -112,7 +112,7 @@ class EvalTransform:
     def __init__(self, image_size: tuple[int, int]) -> None:
         self.image_size = image_size
 
-    def __call__(self, image: UInt8[Tensor, "3 h w"], key: int = 0) -> UInt8[Tensor, "3 H W"]:
+    def __call__(self, image: UInt8[Tensor, "C h w"], key: int = 0) -> UInt8[Tensor, "C H W"]:
         return self._cut(image, InterpolationMode.BILINEAR)
 
     def of_map(self, map_hw: Shaped[Tensor, "h w"]) -> Shaped[Tensor, "H W"]:

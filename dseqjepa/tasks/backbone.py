@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -172,6 +173,13 @@ class OwnBackbone(Backbone):
         # They stand once among the parameters, under `blocks` and `norm`.
         encoder.blocks = nn.ModuleList()
         del encoder.norm
+
+    def whole(self) -> VisionTransformer:
+        """The encoder that it was made of, put together again: the same parameters."""
+        encoder = copy(self.stem)
+        blocks = nn.ModuleList(block.block for block in self.blocks)  # type: ignore[misc]
+        encoder._modules = {**self.stem._modules, "blocks": blocks, "norm": self.norm}
+        return encoder
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
         x_TD, _ = self.stem.embed(self.normalized(images_BCHW))

@@ -22,6 +22,8 @@ class TaskConfig(Section):
 
     quick: ClassVar[Mapping[str, Any]] = {}
     """What `preset=quick` sets, beside what is given."""
+    reads_training: ClassVar[bool] = True
+    """Whether the training images are looked at."""
 
     preset: Literal["full", "quick"] = "full"
     """`quick`: the honest small version; the result says so."""
@@ -375,6 +377,30 @@ class ClevrConfig(FrozenConfig):
     weight_decay: float = Field(0.05, ge=0)
 
 
+class DiscoveryConfig(TaskConfig):
+    """`dseqjepa evaluate discovery`: do saliency and regions find the objects? Nothing is trained.
+
+    Every saliency and every kind of regions is measured; `saliency` and `regions` choose those
+    whose numbers are the result's `metrics`.
+    """
+
+    reads_training: ClassVar[bool] = False
+    quick: ClassVar[Mapping[str, Any]] = {"images": 100}
+
+    images: Count = 500
+    """The most test images, drawn by `seed`."""
+    saliency: Literal["auto", "cls_similarity", "cls_attention", "grad_cam", "rarity"] = "auto"
+    """`auto`: the run's own, and rarity where there is none."""
+    regions: Literal["auto", "components", "clusters", "bands"] = "auto"
+    """`auto`: the run's own, and clusters where there are none."""
+    count: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    """The most regions of an image; `auto`: the run's own, else 5."""
+    min_area: Literal["auto"] | Fraction = "auto"
+    """The smallest share of the grid that a region may hold; `auto`: the run's own, else 0.02."""
+    encode_batch: Count = 64
+    """Images that the encoder sees at a time."""
+
+
 TASKS: dict[str, type[TaskConfig]] = {
     "knn": KnnConfig,
     "linear": LinearConfig,
@@ -385,5 +411,6 @@ TASKS: dict[str, type[TaskConfig]] = {
     "finetune": FinetuneConfig,
     "detection": DetectionConfig,
     "segmentation": SegmentationConfig,
+    "discovery": DiscoveryConfig,
 }
 """Every evaluation by name."""

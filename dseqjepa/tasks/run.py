@@ -22,7 +22,7 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
-from dseqjepa.tasks.config import FrozenConfig, TaskConfig
+from dseqjepa.tasks.config import FrozenConfig, TaskConfig, TrainedConfig
 from dseqjepa.tasks.results import (
     FORMAT,
     NOT_PER_CENT,
@@ -124,7 +124,7 @@ def run_task(
         pretrained=config.pretrained,
         image_size=size,
         seed=config.init_seed,
-        trainable=not isinstance(config, FrozenConfig),
+        trainable=isinstance(config, TrainedConfig),
     )
     if out is None and backbone.run is None:
         raise InputError(f"out=FILE.json is missing: {spec} has no run's folder to keep it in")
@@ -143,8 +143,9 @@ def run_task(
     )
     for note in notes_of(train, test):
         console.print(note, highlight=False, soft_wrap=True)
-    for part in (train, test):
-        prepare(part)
+    if config.reads_training:
+        for part in (train, test):
+            prepare(part)
     fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     name = task if out is None else out.stem
     job = Job(
@@ -276,6 +277,7 @@ TITLES = {
     "finetune": "fine-tuned",
     "detection": "Mask R-CNN",
     "segmentation": "UPerNet",
+    "discovery": "objects found",
 }
 
 

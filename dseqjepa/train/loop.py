@@ -7,7 +7,7 @@ the samples, their keys. A checkpoint therefore holds weights, optimizer state a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ from dseqjepa.train.schedules import Schedule
 WORTH_SAYING = 0.2
 """The share of the time spent waiting for data from which on the log mentions it."""
 
-Probe = Callable[[VisionTransformer], float]
+Probe = Callable[[VisionTransformer], tuple[Mapping[str, float], str]]
+"""An evaluation during training: numbers for `metrics.jsonl`, and what the log says."""
 
 
 class Trainer:
@@ -321,13 +322,9 @@ class Trainer:
             return
         target = whole_module(self.method.target, self.ranks, lambda: build_encoder(self.config))
         if self.ranks.first:
-            accuracy = self.probe(target)
-            self.journal.metrics(
-                {"step": self.step, "epoch": epochs_done - 1, "probe_knn": accuracy}
-            )
-            self.journal.say(
-                f"epoch {epochs_done}: kNN probe {accuracy:.1f} % (training images, leave-one-out)"
-            )
+            found, said = self.probe(target)
+            self.journal.metrics({"step": self.step, "epoch": epochs_done - 1, **found})
+            self.journal.say(f"epoch {epochs_done}: {said}")
         self.ranks.wait()
 
     def _introduce(self) -> None:

@@ -63,6 +63,11 @@ PANELS = (
         {"lambda": "lambda", "ranked_share": "ranked", "empty_share": "without region"},
     ),
     Panel("kNN probe", "accuracy, %", {"probe_knn": ""}),
+    Panel(
+        "objects found",
+        "%",
+        {"probe_auc": "AUC", "probe_pointing": "pointing", "probe_best_iou": "best IoU"},
+    ),
     Panel("learning rate", "", {"lr": ""}, at_zero=True),
     Panel("speed", "images a second", {"images_per_s": ""}, at_zero=True),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from dseqjepa.viz.canvas import Figure, save
 from dseqjepa.viz.confusion import confusion_sheet
+from dseqjepa.viz.discovery import discovery_sheet
 from dseqjepa.viz.truth import detection_sheet, patches_sheet, segmentation_sheet
 
 
@@ -17,5 +18,6 @@ def draw_result(task: str, path: Path, **examples: Any) -> None:
         "detection": detection_sheet,
         "segmentation": segmentation_sheet,
         "dense": patches_sheet,
+        "discovery": discovery_sheet,
     }
     save(sheets.get(task, confusion_sheet)(**examples), path)

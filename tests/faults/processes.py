@@ -26,8 +26,8 @@ WAIT_S = 4.0
 """`runtime.timeout_s` of the runs here."""
 
 
-def probe(encoder: Any) -> float:
-    return float(encoder.norm.weight.detach().sum())
+def probe(encoder: Any) -> tuple[dict[str, float], str]:
+    return {"probe_knn": float(encoder.norm.weight.detach().sum())}, "probed"
 
 
 def train_here(out: Path, resume: bool) -> None:

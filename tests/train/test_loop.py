@@ -232,18 +232,18 @@ def test_too_many_bad_files_stop_the_run(tmp_path: Path) -> None:
 def test_the_probe_sees_the_target_after_the_epochs_it_asks_for(tmp_path: Path) -> None:
     seen: list[Tensor] = []
 
-    def probe(encoder: VisionTransformer) -> float:
+    def probe(encoder: VisionTransformer) -> tuple[dict[str, float], str]:
         seen.append(encoder.norm.weight.detach().clone())
-        return 12.5 * len(seen)
+        return {"probe_knn": 12.5 * len(seen), "probe_auc": 50.0}, f"seen {len(seen)} times"
 
     config = run_config("ijepa", "probe.every_epochs=2", "checkpoint.every_epochs=3")
     out = train(config, tmp_path / "run", probe=probe)
     told = [line for line in metrics(out) if "probe_knn" in line]
     assert told == [
-        {"step": 10, "epoch": 1, "probe_knn": 12.5},
-        {"step": 20, "epoch": 3, "probe_knn": 25.0},
+        {"step": 10, "epoch": 1, "probe_knn": 12.5, "probe_auc": 50.0},
+        {"step": 20, "epoch": 3, "probe_knn": 25.0, "probe_auc": 50.0},
     ]
-    assert "epoch 2: kNN probe 12.5 %" in (out / "log.txt").read_text()
+    assert "epoch 2: seen 1 times" in (out / "log.txt").read_text()
     assert torch.equal(seen[-1], tensors(out)["target/norm.weight"])
     assert not torch.equal(seen[-1], tensors(out)["context/norm.weight"])
 
@@ -274,9 +274,9 @@ def test_a_file_that_goes_away_is_a_bad_file(tmp_path: Path) -> None:
         Image.fromarray(pixels_HWC).save(folder / f"{index:02d}.png")
     fingerprint = ImageFolder(folder).fingerprint()
 
-    def probe(encoder: VisionTransformer) -> float:
+    def probe(encoder: VisionTransformer) -> tuple[dict[str, float], str]:
         (folder / "07.png").unlink(missing_ok=True)
-        return 0.0
+        return {}, "a file less"
 
     settings = [f"data.source={folder}", "probe.every_epochs=1", "data.max_bad=0.1"]
     settings.append("data.cache=none")  # a remembered image is not missed

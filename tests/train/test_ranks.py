@@ -61,9 +61,10 @@ def test_two_ranks_learn_what_one_learns(tmp_path: Path, method: str, settings: 
     assert open_checkpoint(spread).state["ranks"] == 2
 
 
-def probe_of(encoder: VisionTransformer) -> float:
+def probe_of(encoder: VisionTransformer) -> tuple[dict[str, float], str]:
     assert not any(isinstance(x, DTensor) for x in encoder.parameters())
-    return float(encoder.blocks[0].mlp.fc1.weight.square().sum())
+    value = float(encoder.blocks[0].mlp.fc1.weight.square().sum())
+    return {"probe_knn": value}, f"{value}"
 
 
 def train_spread(config: Config, out: Path, resume: bool, stop_after: int | None) -> None:

@@ -7,21 +7,34 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
-from dseqjepa.data.decode import Frame, frames
-from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines
+from dseqjepa.data.decode import Frame
+from dseqjepa.data.formats.files import (
+    ListedFiles,
+    check_there,
+    inner,
+    open_map,
+    read_lines,
+    read_map,
+)
 from dseqjepa.data.images import existing_folder, is_image, visible_files
-from dseqjepa.data.source import BadImage, Split
+from dseqjepa.data.source import BadImage, Objects, Split
 from dseqjepa.errors import InputError
 
 CLASSES = 150
+STUFF = (
+    1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60, 61,
+    62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132,
+    141, 142, 146,
+)  # fmt: skip
+"""The 50 classes of which the benchmark's instance task has no objects: wall, sky, grass, ..."""
 
 
 class ADE20K(ListedFiles):
@@ -36,6 +49,7 @@ class ADE20K(ListedFiles):
         InputError: a file is missing, or images, label maps and scenes do not fit together.
     """
 
+    located_by: ClassVar[Literal["masks"]] = "masks"
     origin: ClassVar[str] = (
         "data.csail.mit.edu/places/ADEchallenge has it (ADEChallengeData2016.zip)"
     )
@@ -77,30 +91,36 @@ class ADE20K(ListedFiles):
 
     def frame(self, index: int) -> Frame:
         def size() -> tuple[int, int]:
-            with _open_map(self._map(index)) as picture:
+            with open_map(self._map(index)) as picture:
                 return picture.height, picture.width
 
         return size
 
     def label_map(self, index: int) -> Int64[Tensor, "H W"]:
         path = self._map(index)
-        try:
-            with _open_map(path) as picture:
-                stored, upright = frames(self.path(index))
-                if picture.size[::-1] not in (stored, upright):
-                    raise ValueError(f"it is {picture.size}, its image {stored[::-1]}")
-                label_HW = np.array(picture)
-        except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
-            raise BadImage(f"the label map {path}: {error}") from error
-        if label_HW.ndim != 2 or label_HW.max() > len(self.categories):
+        label_HW = read_map(path, self.path(index))
+        if label_HW.max() > len(self.categories):
             raise BadImage(
                 f"the label map {path}: expected one number a pixel, 0 to {len(self.categories)}"
             )
-        return torch.from_numpy(label_HW.astype(np.int64))
+        return label_HW
+
+    def objects(self, index: int) -> Objects:
+        """The 8-connected parts of every class that is a thing; pixels without a label are not
+        known. Neighbours of one class are one object here: the label maps do not part them."""
+        label_HW = self.label_map(index).numpy()
+        masks = [np.zeros((0, *label_HW.shape), bool)]
+        for label in np.setdiff1d(label_HW, (0, *_stuff(self.categories))):
+            part_HW, count = ndimage.label(label_HW == label, structure=np.ones((3, 3)))
+            masks.append(part_HW == np.arange(1, count + 1)[:, None, None])
+        return Objects(torch.from_numpy(np.concatenate(masks)), torch.from_numpy(label_HW > 0))
 
 
-def _open_map(path: Path) -> Image.Image:
-    return Image.open(path, formats=("PNG",))
+def _stuff(categories: tuple[str, ...]) -> tuple[int, ...]:
+    """The labels that are background. Of other than ADE20K's own classes, the ground."""
+    if len(categories) == CLASSES:
+        return STUFF
+    return tuple(label for label, name in enumerate(categories, start=1) if name == "ground")
 
 
 def _map_of(path: str) -> Path:

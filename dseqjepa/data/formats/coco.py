@@ -12,7 +12,7 @@ from array import array
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from dseqjepa.data.decode import Frame, Size
 from dseqjepa.data.formats.files import ListedFiles, check_there, inner
 from dseqjepa.data.formats.jsonscan import Element, scan, taken
 from dseqjepa.data.patience import patiently
-from dseqjepa.data.source import Instances, Split
+from dseqjepa.data.source import Instances, Objects, Split
 from dseqjepa.errors import InputError
 
 PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
@@ -52,6 +52,7 @@ class Coco(ListedFiles):
         InputError: a file is missing or damaged, or its parts do not agree.
     """
 
+    located_by: ClassVar[Literal["masks"]] = "masks"
     origin: ClassVar[str] = "cocodataset.org has it (2017 train and val images, annotations)"
 
     def __init__(self, path: Path, split: Split) -> None:
@@ -128,6 +129,13 @@ class Coco(ListedFiles):
             area_K=torch.from_numpy(self._area_A[its]).float(),
             image_id=int(self._id_N[index]),
         )
+
+    def objects(self, index: int) -> Objects:
+        """Masks of all objects that are no crowd; what only a crowd covers is not known."""
+        found = self.instances(index)
+        masks_KHW = found.masks_KHW[~found.crowd_K]
+        crowd_HW = found.masks_KHW[found.crowd_K].any(0)
+        return Objects(masks_KHW, ~crowd_HW | masks_KHW.any(0))
 
     def _again(self, its: slice) -> list[dict[str, Any]]:
         """Annotations that have been read before."""

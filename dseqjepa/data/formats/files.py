@@ -1,6 +1,6 @@
 """What the formats share: finding files, reading tables, one clear error for what is wrong.
 
-Suffixes: N images.
+Suffixes: N images, H and W pixels.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
 
+from dseqjepa.data.decode import frames
 from dseqjepa.data.images import ImageFiles, existing_folder
+from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, printable
 
 
@@ -84,6 +90,32 @@ def read_lines(path: Path, form: str) -> Iterator[Line]:
         if len(fields) != count:
             raise InputError(f"{where}: expected {form!r}, found {line[:80]!r}")
         yield Line(where, [field.strip() for field in fields])
+
+
+def open_map(path: Path) -> Image.Image:
+    return Image.open(path, formats=("PNG",))
+
+
+def read_map(path: Path, of: Path) -> Int64[Tensor, "H W"]:
+    """One whole number for every pixel of the image `of`, from a picture beside it.
+
+    Raises:
+        InputError: there is no such file.
+        BadImage: it cannot be decoded, has several channels, or another size than the image.
+    """
+    if not path.is_file():
+        raise InputError(f"expected {path} beside {of}, found no such file")
+    try:
+        with open_map(path) as picture:
+            stored, upright = frames(of)
+            if picture.size[::-1] not in (stored, upright):
+                raise ValueError(f"it is {picture.size}, its image {stored[::-1]}")
+            values = np.array(picture)
+    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
+        raise BadImage(f"the label map {path}: {error}") from error
+    if values.ndim != 2:
+        raise BadImage(f"the label map {path}: expected one number a pixel, found {values.shape}")
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def read_mat(path: Path, variable: str) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines
-from dseqjepa.data.source import Split
+from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines, read_map
+from dseqjepa.data.source import BadImage, Objects, Split
 from dseqjepa.errors import InputError
 
 SPECIES = ("cat", "dog")
+ANIMAL, RIM = 1, 3
 
 
 class Pets(ListedFiles):
@@ -28,6 +29,7 @@ class Pets(ListedFiles):
     """
 
     lies = "stored"
+    located_by: ClassVar[Literal["masks"]] = "masks"
     origin: ClassVar[str] = "www.robots.ox.ac.uk/~vgg/data/pets has it"
 
     def __init__(self, path: Path, split: Split) -> None:
@@ -53,6 +55,7 @@ class Pets(ListedFiles):
                     f"class {first[row.breed].label} at {first[row.breed].where}"
                 )
         check_there(folder / "images", [row.path for row in rows], file)
+        self._trimaps = folder / "annotations" / "trimaps"
         super().__init__(
             folder / "images",
             [row.path for row in rows],
@@ -65,6 +68,19 @@ class Pets(ListedFiles):
                 "species": SPECIES,
             },
         )
+
+    def objects(self, index: int) -> Objects:
+        """The one animal, by its trimap; the rim, which that leaves open, is not known.
+
+        Raises:
+            InputError: the trimap is not there.
+            BadImage: it is no trimap, or of another size than the image.
+        """
+        path = self._trimaps / f"{self.path(index).stem}.png"
+        trimap_HW = read_map(path, self.path(index))
+        if trimap_HW.min() < ANIMAL or trimap_HW.max() > RIM:
+            raise BadImage(f"the trimap {path}: expected 1 (animal), 2 (background) and 3 (rim)")
+        return Objects((trimap_HW == ANIMAL)[None], trimap_HW != RIM)
 
 
 class _Row(NamedTuple):

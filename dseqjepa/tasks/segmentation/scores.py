@@ -12,9 +12,7 @@ import torch
 from jaxtyping import Float, Float64, Int64, Num
 from torch import Tensor
 
-from dseqjepa.keyed import Stream, hash_int64
-
-RESAMPLES = 1000
+from dseqjepa.tasks.bootstrap import RESAMPLES, interval, resample_weights
 
 
 def confusion(
@@ -58,9 +56,9 @@ def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMP
     (miou,), (accuracy,) = (values.tolist() for values in _means(whole_1JK))
     return Scores(
         miou,
-        _interval(mious_R),
+        interval(mious_R),
         accuracy,
-        _interval(accuracies_R),
+        interval(accuracies_R),
         _ious(whole_1JK)[0],
     )
 
@@ -69,13 +67,8 @@ def resampled(
     counts_NX: Num[Tensor, "N X"], seed: int, resamples: int = RESAMPLES
 ) -> Float64[Tensor, "R X"]:
     """Sums over as many images as there are, drawn with replacement; a function of the seed."""
-    images = len(counts_NX)
-    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
-    drawn_RN = torch.randint(images, (resamples, images), generator=generator)
-    weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
-    weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
     # Whole numbers below 2**53 are exact in float64.
-    return weight_RN @ counts_NX.double()
+    return resample_weights(len(counts_NX), seed, resamples) @ counts_NX.double()
 
 
 def _ious(counts_RJK: Tensor) -> Tensor:
@@ -86,11 +79,3 @@ def _ious(counts_RJK: Tensor) -> Tensor:
 def _means(counts_RJK: Tensor) -> tuple[Tensor, Tensor]:
     right_RK, _, true_RK = counts_RJK.unbind(1)
     return _ious(counts_RJK).nanmean(1), right_RK.sum(1) / true_RK.sum(1)
-
-
-def _interval(values_R: Tensor) -> tuple[float, float]:
-    known_R = values_R[values_R.isfinite()]
-    if len(known_R) == 0:
-        return float("nan"), float("nan")
-    low, high = torch.quantile(known_R, torch.tensor([0.025, 0.975], dtype=known_R.dtype)).tolist()
-    return low, high

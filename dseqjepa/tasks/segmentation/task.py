@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dseqjepa.data.source import Segmentations
 from dseqjepa.errors import InputError
+from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.maps import blocks_to_read
 from dseqjepa.tasks.reading import in_order, joined, seeded
@@ -29,7 +30,7 @@ from dseqjepa.tasks.segmentation.crops import (
     scaled_size,
 )
 from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter
-from dseqjepa.tasks.segmentation.scores import RESAMPLES, confusion, counts_of, score
+from dseqjepa.tasks.segmentation.scores import confusion, counts_of, score
 from dseqjepa.tasks.segmentation.windows import sliding_logits
 from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
 

@@ -1,0 +1,32 @@
+"""Bootstrap intervals: test images drawn again with replacement.
+
+Suffixes: N images, R resamples.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from dseqjepa.keyed import Stream, hash_int64
+
+RESAMPLES = 1000
+
+
+def resample_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Float64[Tensor, "R N"]:
+    """How often each image is drawn in each resample: a metric of weighted images is computed of
+    all resamples at once."""
+    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
+    drawn_RN = torch.randint(images, (resamples, images), generator=generator)
+    weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
+    return weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
+
+
+def interval(values_R: Tensor) -> tuple[float, float]:
+    """The middle 95 % of the resamples in which the metric is defined; NaN if it never is."""
+    known_R = values_R[values_R.isfinite()]
+    if len(known_R) == 0:
+        return float("nan"), float("nan")
+    low, high = torch.quantile(known_R, torch.tensor([0.025, 0.975], dtype=known_R.dtype)).tolist()
+    return low, high

@@ -1,0 +1,3 @@
+"""Do saliency and regions find the objects of an image? Measured by masks or boxes, untrained."""
+
+from dseqjepa.tasks.discovery.task import evaluate as evaluate

@@ -1,0 +1,155 @@
+"""What is measured: the maps of an encoder, and those that anybody has without one.
+
+Suffixes: B images, P patches of a grid (row-major), D features of a patch, C colours, H and W
+pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from dseqjepa.config import Config, CutConfig, SaliencyConfig
+from dseqjepa.errors import InputError
+from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.model.look import KINDS, READS_CLS, look_for_saliency, target_features
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.plans.saliency import rarity
+from dseqjepa.tasks.backbone import Backbone, OwnBackbone
+
+
+class Seen(NamedTuple):
+    """A map, and the features that clusters of it are made of."""
+
+    saliency_BP: Float[Tensor, "B P"]
+    features_BPD: Float[Tensor, "B P D"]
+
+    def cpu(self) -> Seen:
+        return Seen(*(values.float().cpu() for values in self))
+
+
+Look = Callable[[Tensor], Mapping[str, Seen]]
+"""Images (uint8) to the maps of an encoder, by kind."""
+
+
+def cut_of(config: Config | None) -> CutConfig:
+    """Where a run looks and how it cuts; where its method does neither, rarity and clusters."""
+    return (config.method.cut if config is not None else None) or CutConfig()
+
+
+def kinds_of(backbone: Backbone) -> tuple[str, ...]:
+    """The saliency kinds that a backbone allows: a foreign one gives its patches alone."""
+    if not isinstance(backbone, OwnBackbone):
+        return ("rarity",)
+    return tuple(kind for kind in KINDS if backbone.has_cls or kind not in READS_CLS)
+
+
+def look_of(backbone: Backbone) -> Look:
+    """All maps of a backbone, read as its run reads them."""
+    if not isinstance(backbone, OwnBackbone):
+        return lambda images_BCHW: {"rarity": foreign_rarity(backbone, images_BCHW)}
+    config = backbone.config
+    return own_look(
+        backbone.whole(),
+        kinds_of(backbone),
+        cut_of(config).saliency,
+        config.target.blocks if config else 1,
+    )
+
+
+def own_look(
+    encoder: VisionTransformer, kinds: tuple[str, ...], own: SaliencyConfig, target_blocks: int
+) -> Look:
+    """`own` says how [CLS] is queried, and which block its own kind reads; the other kinds read
+    theirs."""
+
+    def look(images_BCHW: Tensor) -> dict[str, Seen]:
+        found = {}
+        for kind in kinds:
+            seen = look_for_saliency(
+                encoder,
+                images_BCHW,
+                kind=kind,
+                query=own.query,
+                block=own.block if kind == own.kind else -1,
+                target_blocks=target_blocks,
+                with_content=True,
+            )
+            assert seen.saliency_BN is not None
+            assert seen.content_BND is not None
+            found[kind] = Seen(seen.saliency_BN, seen.content_BND)
+        return found
+
+    return look
+
+
+def foreign_rarity(backbone: Backbone, images_BCHW: Tensor) -> Seen:
+    """Rarity of the patches of any backbone, less those of a blank image at the same place."""
+    normal_BCHW = backbone.normalized(images_BCHW)
+    normal_BCHW = torch.cat([normal_BCHW, torch.zeros_like(normal_BCHW[:1])])
+    with torch.no_grad():
+        target_BPD = target_features(backbone(normal_BCHW, 1).patches_BND.float())
+    content_BPD = target_BPD[:-1] - target_BPD[-1:]
+    return Seen(rarity(content_BPD), content_BPD)
+
+
+def baselines(
+    images_BCHW: Float[Tensor, "B C H W"],
+    index_B: Int64[Tensor, " B"],
+    grid: tuple[int, int],
+    features_BPD: Float[Tensor, "B P D"],
+    seed: int,
+) -> dict[str, Seen]:
+    """The maps that need no encoder; `random` and `centre` cut clusters of the encoder's features.
+
+    `random` are independent uniform numbers, a function of the seed and the image's place. `centre`
+    is the nearness to the centre. `pixels` is the rarity of the patches' own pixels: what of a
+    map's success is contrast.
+
+    Args:
+        images_BCHW: normalised.
+        index_B: the images' places in the data.
+    """
+    rows, columns = grid
+    device = images_BCHW.device
+    keys_B = sample_keys(seed, 0, index_B)
+    noise_BP = uniforms(keys_B, Stream.ORDER, rows * columns).float().to(device)
+    across_h = (torch.arange(rows, device=device) + 0.5) / rows - 0.5
+    across_w = (torch.arange(columns, device=device) + 0.5) / columns - 0.5
+    near_P = -(across_h[:, None].square() + across_w.square()).sqrt().flatten()
+    pixels_BPD = patches_of(images_BCHW, grid)
+    return {
+        "random": Seen(noise_BP, features_BPD),
+        "centre": Seen(near_P.expand_as(noise_BP), features_BPD),
+        "pixels": Seen(rarity(pixels_BPD), pixels_BPD),
+    }
+
+
+def patches_of(
+    images_BCHW: Float[Tensor, "B C H W"], grid: tuple[int, int]
+) -> Float[Tensor, "B P D"]:
+    """The pixels of every patch."""
+    rows, columns = grid
+    split = images_BCHW.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def grid_of(backbone: Backbone) -> tuple[int, int]:
+    """Rows and columns of its patches; `InputError` for what has none."""
+    rows, columns = (side // backbone.patch_size for side in backbone.image_size)
+    if any(side % backbone.patch_size for side in backbone.image_size):
+        height, width = backbone.image_size
+        raise InputError(
+            f"image_size {height} x {width} is not a multiple of the patch size "
+            f"{backbone.patch_size} of {backbone.name}"
+        )
+    if backbone.patch_size == 1 or rows * columns < 2:
+        raise InputError(
+            f"{backbone.name} has no patches to part: take an encoder (raw pixels are measured "
+            "beside each)"
+        )
+    return rows, columns

@@ -1,0 +1,77 @@
+"""Whether a run finds objects, seen while it trains.
+
+Suffixes: B images of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from dseqjepa.config import Config
+from dseqjepa.data.labelled import open_source
+from dseqjepa.data.source import BadImage, Located, Source
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.tasks.discovery.maps import cut_of, own_look
+from dseqjepa.tasks.discovery.measures import measure_map, measure_regions, summarise
+from dseqjepa.tasks.discovery.truth import Sample, Truth, read_sample
+from dseqjepa.tasks.sample import drawn
+
+IMAGES, BATCH = 200, 50
+FOUND = ("auc", "pointing", "best_iou", "regions")
+
+
+def discovery_probe(
+    config: Config, source: Source
+) -> Callable[[VisionTransformer], dict[str, float]] | None:
+    """A function of the target encoder; None where it is not known where the objects are.
+
+    It measures the run's own saliency and regions (rarity and clusters where the method has none)
+    on 200 images: of `scenes` those that follow the training scenes in the same stream, so that no
+    validation scene is used up; of other data training images, whose objects no training sees.
+    """
+    if not isinstance(source, Located):
+        return None
+    cut, grid = cut_of(config), config.grid
+    kind = cut.saliency.kind
+    samples: list[Sample] = []
+
+    def measure(encoder: VisionTransformer) -> dict[str, float]:
+        if not samples:  # read once, by the rank that measures
+            samples.extend(_held_out(config, source))
+        look = own_look(encoder, (kind,), cut.saliency, config.target.blocks)
+        batches = []
+        for first in range(0, len(samples), BATCH):
+            batch = samples[first : first + BATCH]
+            images_BCHW = torch.stack([sample.image_CHW for sample in batch])
+            seen = look(images_BCHW.to(encoder.pos_embed.device))[kind].cpu()
+            truth = Truth.of(batch)
+            regions = measure_regions(seen, truth, grid, cut.regions)
+            batches.append(measure_map(seen, truth, grid) | regions)
+        found = {name: torch.cat([batch[name] for batch in batches]) for name in FOUND}
+        weight_1N = torch.ones(1, len(samples), dtype=torch.float64)
+        return {name: metric.value for name, metric in summarise(FOUND, found, weight_1N).items()}
+
+    return measure
+
+
+def _held_out(config: Config, source: Source) -> Iterator[Sample]:
+    """Bad images are left out: training itself counts them."""
+    data = config.data
+    longer = open_source(
+        data.source,
+        split="pretrain",
+        size=data.size + IMAGES,
+        image_size=data.image_size,
+        seed=config.runtime.seed,
+    )
+    assert isinstance(longer, Located)
+    places: Sequence[int] = range(len(source), len(longer))
+    if not places:
+        places = drawn(len(longer), IMAGES, config.runtime.seed).tolist()
+    for index in places:
+        try:
+            yield read_sample(longer, index, data.image_size, config.grid)
+        except BadImage:
+            continue

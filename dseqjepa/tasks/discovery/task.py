@@ -1,0 +1,351 @@
+"""`dseqjepa evaluate discovery`: every map and every kind of regions against the objects.
+
+The metrics are defined in docs/evaluations.md.
+
+Suffixes: B images of a batch, N test images, P patches of a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from dseqjepa.config import CutConfig
+from dseqjepa.data.images import Subset
+from dseqjepa.data.source import Located
+from dseqjepa.errors import InputError, RunError
+from dseqjepa.model.look import KINDS
+from dseqjepa.plans.regions import KINDS as REGION_KINDS
+from dseqjepa.tasks.backbone import Backbone, OwnBackbone, open_backbone, own_backbone
+from dseqjepa.tasks.bootstrap import RESAMPLES, resample_weights
+from dseqjepa.tasks.config import DiscoveryConfig
+from dseqjepa.tasks.discovery.maps import (
+    Look,
+    Seen,
+    baselines,
+    cut_of,
+    grid_of,
+    kinds_of,
+    look_of,
+)
+from dseqjepa.tasks.discovery.measures import (
+    MAP_METRICS,
+    REGION_METRICS,
+    Measures,
+    cut_regions,
+    measure_map,
+    measure_regions,
+    summarise,
+)
+from dseqjepa.tasks.discovery.truth import Sample, Truth, read_sample
+from dseqjepa.tasks.reading import in_order, joined
+from dseqjepa.tasks.results import Metric, Result, row
+from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.sample import drawn
+from dseqjepa.train.checkpoint import untrained_encoder
+from dseqjepa.train.foreign import ImportConfig, read_encoder
+
+PICTURES = 8
+UNTRAINED, NOBODY = "untrained", "no encoder"
+HEADINGS = {
+    "auc": "AUC", "pointing": "pointing", "corloc": "CorLoc", "max_f": "max-F", "iou": "IoU",
+    "regions": "number", "region_area": "area of 1", "region1_on_object": "1 on objects",
+    "best_iou": "best IoU", "best_iou_rank": "its rank", "ece": "ECE",
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """What a line of the tables is of; `regions` is empty where it is the map alone."""
+
+    encoder: str
+    saliency: str
+    regions: str = ""
+
+
+def evaluate(job: Job, config: DiscoveryConfig) -> Result:
+    """Of every map and kind of regions, beside an untrained encoder's and those that need none.
+
+    Raises:
+        InputError: the data has neither masks nor boxes, the backbone has no patches, or not the
+            map that `saliency` names.
+        RunError: no image can be read, or none has an object.
+    """
+    backbone, test = job.backbone, job.test
+    if not isinstance(test, Located):
+        raise InputError(
+            "discovery needs the masks or boxes of objects: data=scenes, or coco:PATH, "
+            "ade20k:PATH, pets:PATH or cub:PATH"
+        )
+    grid = grid_of(backbone)
+    cut = _cut(config, backbone, grid)
+    left_out = [kind for kind in KINDS if kind not in kinds_of(backbone)]
+    if left_out:
+        why = "has no [CLS]" if isinstance(backbone, OwnBackbone) else "gives its patches alone"
+        job.console.print(f"{backbone.name} {why}: without {', '.join(left_out)}")
+    looks = _looks(job, config)
+
+    place_N = drawn(len(test), config.images, config.seed).sort().values
+    part = Subset(test, place_N.numpy())
+    bad: dict[str, str] = {}
+    found: list[tuple[int, dict[Line, Measures]]] = []
+    examples: list[tuple[Any, ...]] = []
+
+    def read(at: int) -> Sample:
+        return read_sample(test, int(place_N[at]), backbone.image_size, grid)
+
+    samples = in_order(part, read, config.workers, bad, job.console, job.ranks)
+    for batch in _batches(samples, config.encode_batch):
+        at_B = torch.tensor([at for at, _ in batch])
+        images_BCHW = torch.stack([sample.image_CHW for _, sample in batch])
+        seen = _see(job, config, looks, images_BCHW, place_N[at_B], grid)
+        truth = Truth.of([sample for _, sample in batch])
+        measured = _measure(seen, truth, grid, cut)
+        found += [(at, _one(measured, b)) for b, (at, _) in enumerate(batch)]
+        if len(examples) < PICTURES:
+            examples += _examples(batch, part, seen, backbone.name, grid, cut)
+
+    per_image = joined(found, part, bad, job.ranks)
+    lines = {line: _stacked([one[line] for one in per_image]) for line in per_image[0]}
+    own = Line(backbone.name, cut.saliency.kind, cut.regions.kind)
+    without = int(lines[own]["best_iou"].isnan().sum())
+    if without == len(per_image):
+        raise RunError(f"none of {without} images has an object")
+    weight_RN = resample_weights(len(per_image), config.seed)
+    summaries = {
+        line: summarise(REGION_METRICS if line.regions else MAP_METRICS, values, weight_RN)
+        for line, values in lines.items()
+    }
+    _print(job, summaries, len(per_image), cut)
+    return Result(
+        metrics=summaries[own._replace(regions="")] | summaries[own],
+        protocol=_protocol(config, cut, test, backbone),
+        labels=f"{cut.saliency.kind} + {cut.regions.kind}",
+        layers=_layers(backbone),
+        pooling="none",
+        n_train=0,
+        n_test=len(per_image),
+        n_bad=len(bad),
+        interval=f"bootstrap over test images, {RESAMPLES} resamples",
+        seeds=(config.seed,),
+        details={
+            "maps": [_row(line, summaries[line]) for line in lines if not line.regions],
+            "regions": [
+                _row(line, summaries[line], areas=lines[line]["areas"].mean(0).mul(100).tolist())
+                for line in lines
+                if line.regions
+            ],
+            "left_out": left_out,
+            "without_object": without,
+            "bad_images": bad,
+        },
+        examples={"examples": examples[:PICTURES], "grid": grid, "cut": cut},
+    )
+
+
+def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> CutConfig:
+    """As the settings say, else as the run does; a map that the encoder lacks is an error only
+    where it was asked for."""
+    own, kinds = cut_of(backbone.config), kinds_of(backbone)
+    kind = own.saliency.kind if own.saliency.kind in kinds else "rarity"
+    kind = kind if config.saliency == "auto" else config.saliency
+    given = {
+        "kind": config.regions, "count": config.count, "min_area": config.min_area
+    }  # fmt: skip
+    cut = own.with_(
+        saliency={"kind": kind},
+        regions={key: value for key, value in given.items() if value != "auto"},
+    )
+    if kind not in kinds:
+        raise InputError(
+            f"saliency={kind} cannot be read from {backbone.name}: choose one of {', '.join(kinds)}"
+        )
+    if cut.regions.count > grid[0] * grid[1]:
+        raise InputError(
+            f"count={cut.regions.count} regions are more than the {grid[0]} x {grid[1]} patches of "
+            f"{backbone.name}"
+        )
+    return cut
+
+
+def _looks(job: Job, config: DiscoveryConfig) -> dict[str, Look]:
+    """Of the backbone and of its untrained self, by the names that the tables give them."""
+    looks = {job.backbone.name: look_of(job.backbone)}
+    untrained = _untrained(job.backbone, config)
+    if untrained is not None:
+        looks[UNTRAINED] = look_of(untrained.to(job.device))
+    return looks
+
+
+def _untrained(backbone: Backbone, config: DiscoveryConfig) -> Backbone | None:
+    """The encoder as it was before it was trained; None for one that is not trained."""
+    if backbone.weights == "random":
+        return None
+    if not isinstance(backbone, OwnBackbone):
+        size, seed = backbone.image_size, config.init_seed
+        return open_backbone(backbone.source, image_size=size, seed=seed)
+    made = backbone.config or read_encoder(Path(backbone.source), ImportConfig(), "target")[1]
+    untrained = own_backbone(untrained_encoder(made), made, backbone.image_size)
+    return untrained.eval()
+
+
+def _batches(
+    samples: Iterator[tuple[int, Sample]], size: int
+) -> Iterator[list[tuple[int, Sample]]]:
+    batch: list[tuple[int, Sample]] = []
+    for pair in samples:
+        batch.append(pair)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _see(
+    job: Job,
+    config: DiscoveryConfig,
+    looks: Mapping[str, Look],
+    images_BCHW: Tensor,
+    index_B: Tensor,
+    grid: tuple[int, int],
+) -> dict[tuple[str, str], Seen]:
+    """Every map of a batch on the CPU, by encoder and kind; `index_B` are the images' places."""
+    images_BCHW, seen = images_BCHW.to(job.device), dict[tuple[str, str], Seen]()
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        for name, look in looks.items():
+            seen |= {(name, kind): maps for kind, maps in look(images_BCHW).items()}
+    backbone = job.backbone
+    features_BPD = seen[backbone.name, "rarity"].features_BPD
+    if features_BPD.shape[1] != grid[0] * grid[1]:
+        raise InputError(
+            f"{backbone.name} gives {features_BPD.shape[1]} patches, expected the {grid[0]} x "
+            f"{grid[1]} of its images: discovery needs an encoder that keeps them"
+        )
+    normal_BCHW = backbone.normalized(images_BCHW)
+    nobody = baselines(normal_BCHW, index_B, grid, features_BPD, config.seed)
+    seen |= {(NOBODY, kind): maps for kind, maps in nobody.items()}
+    return {key: maps.cpu() for key, maps in seen.items()}
+
+
+def _measure(
+    seen: Mapping[tuple[str, str], Seen], truth: Truth, grid: tuple[int, int], cut: CutConfig
+) -> dict[Line, Measures]:
+    measured = {}
+    for (encoder, kind), maps in seen.items():
+        measured[Line(encoder, kind)] = measure_map(maps, truth, grid)
+        for regions in REGION_KINDS:
+            how = cut.regions.with_(kind=regions)
+            measured[Line(encoder, kind, regions)] = measure_regions(maps, truth, grid, how)
+    return measured
+
+
+def _one(measured: Mapping[Line, Measures], b: int) -> dict[Line, Measures]:
+    return {
+        line: {name: values[b] for name, values in measures.items()}
+        for line, measures in measured.items()
+    }
+
+
+def _stacked(images: Sequence[Measures]) -> Measures:
+    return {name: torch.stack([one[name] for one in images]) for name in images[0]}
+
+
+def _examples(
+    batch: Sequence[tuple[int, Sample]],
+    part: Subset,
+    seen: Mapping[tuple[str, str], Seen],
+    encoder: str,
+    grid: tuple[int, int],
+    cut: CutConfig,
+) -> list[tuple[Any, ...]]:
+    """The fields of `viz.discovery.Discovered`."""
+    shown = {kind: maps for (who, kind), maps in seen.items() if who == encoder}
+    shown["pixels"] = seen[NOBODY, "pixels"]
+    own = shown[cut.saliency.kind]
+    ranks = {
+        kind: cut_regions(own, grid, cut.regions.with_(kind=kind)).rank_BN for kind in REGION_KINDS
+    }
+    return [
+        (
+            part.name(at),
+            sample.image_CHW,
+            sample.cover_P,
+            {kind: maps.saliency_BP[b] for kind, maps in shown.items()},
+            {kind: rank_BP[b] for kind, rank_BP in ranks.items()},
+        )
+        for b, (at, sample) in enumerate(batch[:PICTURES])
+    ]
+
+
+def _protocol(
+    config: DiscoveryConfig, cut: CutConfig, test: Located, backbone: Backbone
+) -> dict[str, Any]:
+    """All that must be equal for two results to be comparable, beside the data."""
+    return {
+        "saliency": cut.saliency.kind,
+        "regions": cut.regions.kind,
+        "count": cut.regions.count,
+        "min_area": cut.regions.min_area,
+        "images": config.images,
+        "seed": config.seed,
+        "image_size": list(backbone.image_size),
+        "patch_size": backbone.patch_size,
+        "objects": test.located_by,
+    }
+
+
+def _layers(backbone: Backbone) -> str:
+    config = backbone.config
+    return "last" if config is None or config.target.blocks == 1 else f"last{config.target.blocks}"
+
+
+def _row(line: Line, metrics: Mapping[str, Metric], **more: Any) -> dict[str, Any]:
+    own = {"saliency": line.saliency} | ({"regions_kind": line.regions} if line.regions else {})
+    return row(line.encoder, "discovery", metrics, **own, **more)
+
+
+def _print(
+    job: Job, summaries: Mapping[Line, Mapping[str, Metric]], images: int, cut: CutConfig
+) -> None:
+    """Two tables: the maps, and the regions that are cut from them."""
+    size = f"at most {cut.regions.count}, each {cut.regions.min_area:g} of the grid or more"
+    for names, what in (
+        (MAP_METRICS, "maps against objects, %"),
+        (
+            REGION_METRICS,
+            f"regions against objects ({size}), %, but for their number and the rank of the best "
+            "from 0",
+        ),
+    ):
+        table = Table(
+            title=f"{job.backbone.name}: {what}; {images} images, half a 95 % interval behind ±",
+            box=SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+        )
+        table.add_column("", no_wrap=True)
+        shown = [name for name in names if name in HEADINGS]
+        for name in shown:
+            table.add_column(HEADINGS[name], justify="right")
+        encoder = job.backbone.name
+        for line, summary in summaries.items():
+            if (names is MAP_METRICS) == (not line.regions):
+                if line.encoder != encoder:
+                    encoder = line.encoder
+                    table.add_section()
+                    table.add_row(f"{encoder}:")
+                cells = [_text(name, summary.get(name)) for name in shown]
+                table.add_row(f"{line.saliency} {line.regions}".rstrip(), *cells)
+        job.console.print(table)
+
+
+def _text(name: str, metric: Metric | None) -> str:
+    if metric is None or metric.low is None or metric.high is None:
+        return ""
+    digits = 2 if name == "best_iou_rank" else 1
+    return f"{metric.value:.{digits}f} ±{(metric.high - metric.low) / 2:.{digits}f}"
