@@ -376,6 +376,25 @@ def export_scenes(
 
 
 @app.command()
+def settings(
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SECTION]", help="data, method.regions, knn, ...; all if left out."
+        ),
+    ] = None,
+) -> None:
+    """Say what each setting means, its type, range and default: dseqjepa settings method.regions
+
+    Sections are those of a config (`pretrain`), or the names of evaluations (`evaluate`).
+    """
+    from dseqjepa.describe import describe_settings
+
+    for line in describe_settings(section):
+        print(line)
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
     print_config: PrintConfig = False,

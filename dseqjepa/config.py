@@ -40,7 +40,9 @@ def positive(name: str, values: Colours) -> Colours:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -83,14 +85,18 @@ def check_pixel_range(found: Literal["auto", "file"] | tuple[int, int]) -> None:
 
 
 class DataConfig(Section):
+    """Which images, and what becomes of them before the encoder."""
+
     source: str = "scenes"
     """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
     size: int = Field(20_000, ge=1, le=10**9)
     """Number of images of `scenes`; other sources bring their own."""
     image_size: Size = (224, 224)
+    """Height and width in pixels of what the encoder sees; one number means a square."""
     batch_size: int = Field(2048, ge=1, le=10**7)
     """Images in one optimizer step, over all devices and accumulation steps."""
     workers: int = Field(8, ge=0, le=256)
+    """Processes that read and decode images, per device; 0: the training process itself."""
     cache: Literal["auto", "none"] = "auto"
     """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
@@ -102,8 +108,11 @@ class DataConfig(Section):
     """What normalisation subtracts of red, green and blue, white being 1, before it divides by
     `std`."""
     std: Deviations = IMAGENET_STD
+    """What normalisation divides by, after `mean` is subtracted."""
     crop_scale: Range = (0.3, 1.0)
+    """Smallest and largest share of an image's area that a random crop holds."""
     flip: bool = False
+    """Whether half of the crops are mirrored left to right."""
     photometric: Fraction = 0.0
     """Strength of random brightness, contrast and saturation: each is scaled by up to this factor
     more or less. Training only, on the device."""
@@ -133,13 +142,20 @@ ENCODER_SIZES = {
 
 
 class ModelConfig(Section):
+    """The encoder."""
+
     name: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    """The encoder's size: sets `width`, `depth` and `heads` unless they are given."""
     patch_size: int = Field(16, ge=1, le=4096)
+    """Side of a patch in pixels."""
     class_token: bool = True
+    """Whether the encoder has a [CLS] token."""
     width: int = Field(0, ge=0, le=65536)
     """0: as the name says. The same holds for `depth` and `heads`."""
     depth: int = Field(0, ge=0, le=1000)
+    """Number of blocks; 0: as the name says."""
     heads: int = Field(0, ge=0, le=1024)
+    """Attention heads of a block; 0: as the name says."""
     mlp: int = Field(0, ge=0, le=524288)
     """Width of the hidden layer of each block's MLP; 0: four times `width`."""
     patch_init_scale: float = Field(1.0, gt=0)
@@ -162,9 +178,14 @@ class ModelConfig(Section):
 
 
 class PredictorConfig(Section):
+    """The predictor."""
+
     width: int = Field(384, ge=4, le=65536)
+    """Width of the predictor's tokens; the encoder's are projected to it."""
     depth: int = Field(6, ge=1, le=1000)
+    """Number of blocks."""
     heads: int = Field(12, ge=1, le=1024)
+    """Attention heads of a block."""
     mask_token: bool = True
     """False: queries are positions only, as in the authors' release."""
     attention: Literal["joint", "cross"] = "joint"
@@ -203,9 +224,14 @@ class BlocksConfig(Section):
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """The share of patches that `scattered` predicts."""
     targets: int = Field(4, ge=1, le=1000)
+    """Target blocks per image."""
     target_area: Range = (0.15, 0.2)
+    """Smallest and largest share of the grid that a target block holds."""
     target_aspect: Range = (0.75, 1.5)
+    """Smallest and largest height / width of a target block."""
     context_area: Range = (0.85, 1.0)
+    """Smallest and largest share of the grid that the context block holds, before targets are cut
+    out."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -220,8 +246,11 @@ class VicregConfig(Section):
     """Weights of VICReg's terms (arXiv 2105.04906) inside the regulariser."""
 
     similarity: float = Field(25.0, ge=0)
+    """Weight of the squared distance between context and target means."""
     variance: float = Field(25.0, ge=0)
+    """Weight of the hinge on each feature's standard deviation."""
     covariance: float = Field(1.0, ge=0)
+    """Weight of the squared covariances between features."""
     projector_width: int = Field(3072, ge=0, le=10**6)
     """0: the terms act on the features themselves."""
 
@@ -234,6 +263,7 @@ class SigregConfig(Section):
     knots: int = Field(17, ge=3, le=10**6)
     """Points in [0, `limit`] at which characteristic functions are compared."""
     limit: float = Field(5.0, gt=0)
+    """The largest frequency of the characteristic functions."""
 
 
 class MethodConfig(Section):
@@ -252,6 +282,7 @@ class MethodConfig(Section):
     """What it acts on: the mean context feature of each image, or all context patches, each less
     the mean at its place over the batch of all ranks."""
     regularizer_weight: float = Field(0.001, ge=0)
+    """Factor on the whole term against collapse."""
     vicreg: VicregConfig = VicregConfig()
     sigreg: SigregConfig = SigregConfig()
 
@@ -311,16 +342,25 @@ class CurriculumConfig(Section):
     """lambda, the share of ranked regions, goes from `start` to `end` over training."""
 
     unit: Literal["image", "region", "batch"] = "image"
+    """What takes ranked regions with probability lambda: an image, each of its regions, a batch."""
     start: Fraction = 0.0
+    """lambda at the first step."""
     end: Fraction = 1.0
+    """lambda at the last step."""
 
 
 class DSeqConfig(MethodConfig):
+    """DSeq-JEPA (arXiv 2511.17354): ranked regions, predicted one after the other."""
+
     title = "DSeq-JEPA"
     name: Literal["dseq"] = "dseq"
     context: Literal["prefix", "causal", "independent"] = "prefix"
+    """How regions 1..k are encoded: together (`prefix`), once with region-causal attention, or
+    each by itself."""
     prediction: Literal["sequential", "flat"] = "sequential"
+    """`sequential`: region k+1 from regions 1..k (eq. 5); `flat`: every region from the first."""
     order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
+    """In which order regions are predicted (Table 5)."""
     max_steps: int = Field(0, ge=0, le=10**6)
     """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
     context_lag: int = Field(0, ge=0, le=10**6)
@@ -372,26 +412,38 @@ class DSeqConfig(MethodConfig):
 
 
 class IJepaConfig(MethodConfig):
+    """I-JEPA (arXiv 2301.08243): random target blocks, each predicted from one context."""
+
     title = "I-JEPA"
     name: Literal["ijepa"] = "ijepa"
 
 
 class CJepaConfig(MethodConfig):
+    """C-JEPA (arXiv 2410.19560): I-JEPA with VICReg on projected features."""
+
     title = "C-JEPA"
     name: Literal["cjepa"] = "cjepa"
     regularizer: Literal["none", "vicreg", "sigreg"] = "vicreg"
+    """The term against collapse, which C-JEPA is about."""
 
 
 class OptimConfig(Section):
+    """How long, and by which rates."""
+
     epochs: int | Literal["auto"] = Field(600)
-    """`auto`: as many epochs as show `AUTO_IMAGES` images, within `AUTO_EPOCHS`."""
+    """Passes over the data; `auto`: as many as show three million images, from 30 to 600."""
     lr: float = Field(1e-3, gt=0)
+    """Learning rate of AdamW after warm-up; it does not follow `data.batch_size`."""
     start_lr: float = Field(1e-4, ge=0)
+    """Learning rate at the first step of warm-up."""
     final_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the last step; a cosine leads there."""
     warmup_epochs: float | Literal["auto"] = 15.0
     """`auto`: a tenth of the epochs."""
     weight_decay: float = Field(0.04, ge=0)
+    """Weight decay at the first step, of matrices alone."""
     final_weight_decay: float = Field(0.4, ge=0)
+    """Weight decay at the last step; a cosine leads there."""
     accumulate: int = Field(1, ge=1, le=10**6)
     """Micro-batches that make one optimizer step."""
     clip_norm: float = Field(0.0, ge=0)
@@ -417,8 +469,12 @@ AUTO_EPOCHS = (30, 600)
 
 
 class EmaConfig(Section):
+    """The moving average of the context encoder that the target encoder is."""
+
     start: Fraction = 0.996
+    """Momentum of the target encoder at the first step."""
     end: Fraction = 1.0
+    """Momentum at the last step; a line leads there."""
 
 
 class GuardConfig(Section):
@@ -433,17 +489,25 @@ class GuardConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When a run is saved, and how often it is kept."""
+
     every_steps: int = Field(0, ge=0, le=10**9)
     """0: only at epochs."""
     every_epochs: int = Field(1, ge=1, le=10**9)
+    """Epochs between checkpoints."""
     keep: int = Field(2, ge=1, le=10**6)
     """The newest so many stay, and that of step 0."""
 
 
 class RuntimeConfig(Section):
+    """What a run runs on."""
+
     seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random: initialisation, order of samples, crops, masks."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the forward and backward pass; weights stay in float32."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The kind of device; `auto` takes a GPU where there is one."""
     attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = "auto"
     """What computes attention (`model/attention.py`); `auto` takes the quickest."""
     devices: int = Field(1, ge=1, le=1024)
@@ -465,18 +529,28 @@ class ProbeConfig(Section):
 
 
 class LogConfig(Section):
+    """How often a run says how it does."""
+
     every_steps: int = Field(50, ge=1, le=10**9)
+    """Steps between lines of metrics.jsonl and of the log."""
 
 
 class MiniatureConfig(Section):
+    """Scenes written in the format of a benchmark (`dseqjepa scenes export`)."""
+
     size: int | None = Field(None, le=16384)
     """Pixels of a side; 64, where the format has no size of its own."""
     count: int = Field(200, ge=10, le=10**7)
+    """Training scenes."""
     val_count: int = Field(50, ge=10, le=10**7)
+    """Validation scenes."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the scenes."""
 
 
 class Config(Section):
+    """A whole run."""
+
     data: DataConfig = DataConfig()
     model: ModelConfig
     predictor: PredictorConfig = PredictorConfig()

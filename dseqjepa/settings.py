@@ -123,7 +123,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         elif kind == "missing" and isinstance(item["loc"][-1], str):
             says[key] = f"{key} is missing"
         elif kind.startswith("union_tag"):
-            tags = (repr(_tag(model)) for model in _sections(section, name))
+            tags = (repr(_tag(model)) for model in sections_of(section, name))
             says[key] = f"{key}.name must be {' or '.join(tags)}, found {found.get('name')!r}"
         else:
             word = WORDS.get(kind.partition("_")[0], message.removeprefix("Input should be "))
@@ -144,7 +144,7 @@ def _walk(location: Iterable[int | str], root: type[BaseModel]) -> tuple[str, ty
         elif inner:
             section = inner[0]
             keys.append(str(part))
-            inner = _sections(section, str(part))
+            inner = sections_of(section, str(part))
     return ".".join(keys), section
 
 
@@ -152,7 +152,7 @@ def _leaves(section: type[BaseModel], prefix: str = "") -> set[str]:
     """The dotted keys of all plain values below a section, of every member of its unions."""
     found = set()
     for key in section.model_fields:
-        inner = _sections(section, key)
+        inner = sections_of(section, key)
         for model in inner:
             found |= _leaves(model, f"{prefix}{key}.")
         if not inner:
@@ -160,7 +160,7 @@ def _leaves(section: type[BaseModel], prefix: str = "") -> set[str]:
     return found
 
 
-def _sections(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
+def sections_of(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
     """The models that a key of a section may hold: none for a plain value, some for a union."""
     if key not in section.model_fields:
         return []

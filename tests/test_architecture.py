@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "train.log",
         "train.folder",
     },
+    "describe": {"errors", "settings", "config", "tasks.config"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "preflight": EVALUATION | {"train", "viz"},
@@ -58,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {
         "arguments",
         "ending",
+        "describe",
         "kernels",
         "presets",
         "methods",

@@ -28,6 +28,7 @@ class TaskConfig(Section):
     preset: Literal["full", "quick"] = "full"
     """`quick`: the honest small version; the result says so."""
     weights: Literal["target", "context"] = "target"
+    """Which encoder of a run is evaluated."""
     pretrained: bool = False
     """Of `timm:NAME`: fetch its weights. Otherwise they are random."""
     image_size: Literal["auto"] | Size = "auto"
@@ -43,8 +44,11 @@ class TaskConfig(Section):
     data_seed: int = Field(0, ge=0, lt=2**31)
     """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
     workers: int = Field(0, ge=0, le=256)
+    """Processes that read and decode images; 0: this one."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The kind of device; `auto` takes a GPU where there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the encoder's forward pass (and backward, where it is trained)."""
 
     @model_validator(mode="after")
     def _pixels(self) -> Self:
@@ -66,7 +70,9 @@ class TrainedConfig(TaskConfig):
     accumulate: Count = 1
     """Parts into which a rank divides its share of the batch, so that it fits into memory."""
     lr: Positive = 1e-4
+    """Learning rate of AdamW after warm-up."""
     weight_decay: float = Field(0.05, ge=0)
+    """Weight decay, of matrices alone."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The factor of the learning rate from each block to the one below."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -96,10 +102,13 @@ class FinetuneConfig(TrainedConfig):
     epochs: Literal["auto"] | Count = "auto"
     """`auto`: 100, 50 and 50."""
     warmup_epochs: float = Field(5, ge=0)
+    """Epochs in which the learning rate rises linearly."""
     batch_size: int = Field(1024, ge=2)
+    """Images of a step, of all ranks together."""
     lr: Literal["auto"] | Positive = "auto"  # type: ignore[assignment]
     """`auto`: 5e-4, 1e-3 and 1e-3 for 256 images, in proportion to `batch_size`."""
     final_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the last step."""
     layer_decay: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"  # type: ignore[assignment]
     """`auto`: 0.65, 0.75 and 0.75."""
     drop_path: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"  # type: ignore[assignment]
@@ -109,13 +118,17 @@ class FinetuneConfig(TrainedConfig):
     mixup: float = Field(0.8, ge=0)
     """Alpha of its beta distribution; 0 for none. Of mixup and CutMix one a batch, at random."""
     cutmix: float = Field(1.0, ge=0)
+    """Alpha of CutMix's beta distribution; 0 for none."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each label that is spread over all classes."""
     rand_augment: int = Field(9, ge=0, le=10)
     """Magnitude of two random operations, of 10; 0 for none."""
     erase: Fraction = 0.25
     """The share of images of which a random rectangle is replaced by noise."""
     crop_scale: Range = (0.08, 1.0)
+    """Smallest and largest share of an image's area that a random crop holds."""
     flip: bool = True
+    """Whether half of the crops are mirrored left to right."""
 
 
 class DetectionConfig(TrainedConfig):
@@ -127,8 +140,11 @@ class DetectionConfig(TrainedConfig):
     }  # fmt: skip
 
     epochs: Count = 25
+    """Epochs of training."""
     warmup_epochs: float = Field(1, ge=0)
+    """Epochs in which the learning rate rises linearly."""
     weight_decay: float = Field(0.1, ge=0)
+    """Weight decay, of matrices alone."""
     longest_side: Count = 1024
     """Pixels to which images are brought; then they are padded to multiples of 32."""
     window: Count = 14
@@ -140,7 +156,9 @@ class DetectionConfig(TrainedConfig):
     width: Count = 256
     """Channels of the feature pyramid."""
     head_width: Count = 1024
+    """Width of the box head's hidden layers."""
     mask_width: Count = 256
+    """Channels of the mask head."""
     proposals: Count = 512
     """Regions of an image that the heads are trained on."""
 
@@ -155,7 +173,9 @@ class SegmentationConfig(TrainedConfig):
     }  # fmt: skip
 
     steps: Count = 160_000
+    """Training steps."""
     warmup_steps: int = Field(1500, ge=0)
+    """Steps in which the learning rate rises linearly."""
     crop: Count = 512
     """Side of the training crops, and of the windows in which test images are seen."""
     stride: Count = 341
@@ -167,6 +187,7 @@ class SegmentationConfig(TrainedConfig):
     width: Count = 512
     """Channels of UPerNet."""
     auxiliary_width: Count = 256
+    """Channels of the auxiliary head."""
 
     @model_validator(mode="after")
     def _check_windows(self) -> Self:
@@ -203,13 +224,17 @@ class KnnConfig(FrozenConfig):
     features: str = "last"
     """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
     k: Count = 20
+    """Neighbours that vote."""
     temperature: Positive = 0.07
+    """Neighbours vote with weight exp(cosine / temperature)."""
     center: Literal["none", "place"] = "none"
     """`place`: each patch less the mean, over the training images, of the patches at its place."""
     sweep: bool = False
     """Also try `ks` and `temperatures`, on the training images alone (leave-one-out)."""
     ks: tuple[Count, ...] = (5, 10, 20, 50, 100, 200)
+    """Numbers of neighbours that `sweep` tries."""
     temperatures: tuple[Positive, ...] = (0.02, 0.04, 0.07, 0.1, 0.2)
+    """Temperatures that `sweep` tries."""
 
 
 class SweepConfig(Section):
@@ -221,11 +246,15 @@ class SweepConfig(Section):
     """Layers and pooling, each as one name; `blocks`: the mean patch of every block. Those that
     need a [CLS] are left out where there is none."""
     lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+    """Learning rates: a head is trained for each, and each weight decay."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    """Weight decays: a head is trained for each, and each learning rate."""
     epochs: Literal["auto"] | Count = "auto"
     """`auto`: as many as show 400,000 images, from 10 to 300."""
     batch_size: Count = 256
+    """Images of a step."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of training images that chooses a head and trains none."""
 
     def epochs_of(self, images: int) -> int:
         """For so many training images."""
@@ -244,15 +273,21 @@ class LinearConfig(FrozenConfig):
     features: str = "last4"
     """What `paper` reads."""
     epochs: Count = 28
+    """Epochs of `protocol=paper`."""
     lr: Positive = 0.01
+    """Learning rate of SGD in `protocol=paper`."""
     milestones: tuple[int, ...] = (8, 16, 24)
     """Epochs after which the learning rate is a tenth."""
     weight_decay: float = Field(5e-4, ge=0)
+    """Weight decay in `protocol=paper`."""
     momentum: Fraction = 0.9
+    """Nesterov momentum in `protocol=paper`."""
     batch_size: Count = 32
     """On each rank."""
     crop_scale: Range = (0.08, 1.0)
+    """Smallest and largest share of an image's area that a random crop holds."""
     flip: bool = False
+    """Whether half of the crops are mirrored left to right."""
     sweep: SweepConfig = SweepConfig()
 
     @property
@@ -278,7 +313,9 @@ class AttentiveConfig(FrozenConfig):
     crops: bool = True
     """Encode random resized crops anew in every epoch; otherwise centre crops, once."""
     crop_scale: Range = (0.3, 1.0)
+    """Smallest and largest share of an image's area that a random crop holds."""
     flip: bool = False
+    """Whether half of the crops are mirrored left to right."""
     limit: Literal["none"] | Count = "none"
     """The most training images."""
     epochs: Literal["auto"] | Count = "auto"
@@ -288,6 +325,7 @@ class AttentiveConfig(FrozenConfig):
     lrs: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
     """A head is trained for each of these and each weight decay, all at once."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1)
+    """Weight decays: a head is trained for each, and each learning rate."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share of the training images that no head is trained on, and that chooses one."""
 
@@ -317,6 +355,7 @@ class DenseConfig(FrozenConfig):
     lrs: tuple[Positive, ...] = (1e-2, 3e-2, 0.1)
     """Of the linear classifier."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    """Of the linear classifier."""
     batch_size: Count = 1024
     """In patches."""
     patches_seen: Count = 1_000_000
@@ -324,10 +363,13 @@ class DenseConfig(FrozenConfig):
     ridges: tuple[Positive, ...] = (1e-4, 1e-2, 1.0)
     """Of the regression of depth, as a share of a feature's variance."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of training images that chooses a classifier and trains none."""
     bank: Count = 100_000
     """The most training patches among which neighbours are looked for."""
     k: Count = 20
+    """Neighbours that vote."""
     temperature: Positive = 0.07
+    """Neighbours vote with weight exp(cosine / temperature)."""
     center: Literal["none", "place"] = "none"
     """Of the neighbours, as in `knn`."""
 
@@ -340,8 +382,11 @@ class LowshotSweepConfig(SweepConfig):
     """Fewer images bear stronger decay, and a larger part of them to judge by."""
 
     features: tuple[str, ...] = ("last4",)
+    """Layers and pooling, each as one name."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3, 1e-2, 0.1)
+    """Weight decays: a head is trained for each, and each learning rate."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The share of labelled images that chooses a head and trains none."""
 
 
 class LowshotConfig(FrozenConfig):
@@ -368,13 +413,19 @@ class ClevrConfig(FrozenConfig):
     features: str = "auto"
     """`auto`: the final [CLS], or the mean patch where there is none."""
     train_count: Count = 800
+    """Training images."""
     val_count: Count = 200
+    """Validation images."""
     names: str = "none"
     """A file with the names of the training and then the validation images, one a line."""
     epochs: Count = 100
+    """Epochs of the linear classifier."""
     batch_size: Count = 256
+    """Images of a step."""
     lr: Positive = 1e-3
+    """Learning rate of AdamW."""
     weight_decay: float = Field(0.05, ge=0)
+    """Weight decay."""
 
 
 class DiscoveryConfig(TaskConfig):

@@ -1,0 +1,107 @@
+"""What every setting means, as its config class declares it.
+
+Defaults are those of the classes; a preset has values of its own (`dseqjepa presets NAME
+--print-config`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from textwrap import wrap
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dseqjepa.config import Config
+from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.settings import sections_of
+from dseqjepa.tasks.config import TASKS
+
+WIDTH = 100
+INDENT = 6 * " "
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def describe_settings(section: str | None = None) -> Iterator[str]:
+    """Lines about the settings of a section, and of the sections in it; of all if None.
+
+    Raises:
+        InputError: there is no such section; the nearest one is named.
+    """
+    known = dict(_walk("", Config)) | {name: [task] for name, task in TASKS.items()}
+    for name, task in TASKS.items():
+        known |= dict(_walk(f"{name}.", task))
+    if section is not None and section not in known:
+        raise InputError(f"there is no section {section!r}{did_you_mean(section, known)}")
+    return _lines(known, section)
+
+
+def _lines(known: dict[str, list[type[BaseModel]]], section: str | None) -> Iterator[str]:
+    for name, models in known.items():
+        if section is not None and name != section and not name.startswith(f"{section}."):
+            continue
+        seen: set[str] = set()
+        for model in models:
+            which = f" name={model.model_fields['name'].default}" if len(models) > 1 else ""
+            yield f"{name}{which}: {_sentence(model.__doc__ or '')}"
+            for key, field in model.model_fields.items():
+                if key not in seen and not sections_of(model, key):
+                    kind = f"{_type(field.annotation)}{_bounds(field.metadata)}"
+                    yield f"  {key}  {kind}, default {_text(field)}"
+                    yield from _indented(field.description or "")
+                seen.add(key)
+        yield ""
+
+
+def _walk(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:
+    """Every section below a model: its dotted name, and the classes that it may be of."""
+    for key in model.model_fields:
+        if inner := sections_of(model, key):
+            yield f"{prefix}{key}", inner
+            below: dict[str, list[type[BaseModel]]] = {}
+            for each in inner:
+                below |= dict(_walk(f"{prefix}{key}.", each))
+            yield from below.items()
+
+
+def _indented(text: str) -> list[str]:
+    return wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is tuple:
+        inner = [_type(each) if each is not Ellipsis else "..." for each in get_args(annotation)]
+        return f"[{', '.join(inner)}]"
+    if metadata := getattr(annotation, "__metadata__", None):
+        return _type(get_args(annotation)[0]) + _bounds(metadata)
+    if parts := [each for each in get_args(annotation) if each is not type(None)]:
+        return " | ".join(map(_type, parts))
+    names = {"int": "whole number", "float": "number", "str": "text", "bool": "true | false"}
+    return names.get(getattr(annotation, "__name__", ""), str(annotation))
+
+
+def _bounds(metadata: Any) -> str:
+    found = [
+        f"{sign} {getattr(each, name)}"
+        for item in metadata
+        for each in (item.metadata if isinstance(item, FieldInfo) else [item])
+        for name, sign in BOUNDS.items()
+        if getattr(each, name, None) is not None
+    ]
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _text(field: FieldInfo) -> str:
+    if field.is_required():
+        return "none: has to be given"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
