@@ -13,6 +13,7 @@ def write(out: Path, kind: str, seed: int, ranks: list[float], *, done: bool = T
     folder = out / kind / str(seed)
     folder.mkdir(parents=True)
     start = {"lr": 1e-3, "feature_std": 0.2, "cosine": 0.5, "skill": 0.3, "skipped": seed}
+    start |= {"variance_place": 0.25, "variance_image": 0.5}
     lines = [{**start, "step": 1 + 40 * n, "rank_me": rank} for n, rank in enumerate(ranks)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if done:
@@ -27,7 +28,7 @@ def test_the_tables_tell_the_spread_and_the_first_alarm(tmp_path: Path) -> None:
     numbers, alarms = health.table(tmp_path).split("\n\n")
     assert [row for row in numbers.splitlines() if row.startswith("| scenes-dseq ")] == [
         "| scenes-dseq | 2 | 1.00 / 1.00 / 1.00 | 0.50 / 0.50 / 0.50 | 1.50 / 2.25 / 3.00 "
-        "| 0.30 / 0.30 / 0.30 | 0, 1 |"
+        "| 0.30 / 0.30 / 0.30 | 0.25 / 0.25 / 0.25 | 0.50 / 0.50 / 0.50 | 0, 1 |"
     ]
     assert "| scenes-dseq | nothing | 2 | 0 | - | - |" in alarms
     broken = health.KINDS["momentum-0"].broken
