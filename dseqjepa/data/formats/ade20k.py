@@ -25,7 +25,7 @@ from dseqjepa.data.formats.files import (
     read_map,
 )
 from dseqjepa.data.images import existing_folder, is_image, visible_files
-from dseqjepa.data.source import BadImage, Objects, Split
+from dseqjepa.data.source import Objects, Split
 from dseqjepa.errors import InputError
 
 CLASSES = 150
@@ -97,13 +97,7 @@ class ADE20K(ListedFiles):
         return size
 
     def label_map(self, index: int) -> Int64[Tensor, "H W"]:
-        path = self._map(index)
-        label_HW = read_map(path, self.path(index))
-        if label_HW.max() > len(self.categories):
-            raise BadImage(
-                f"the label map {path}: expected one number a pixel, 0 to {len(self.categories)}"
-            )
-        return label_HW
+        return read_map(self._map(index), self.path(index), 0, len(self.categories))
 
     def objects(self, index: int) -> Objects:
         """The 8-connected parts of every class that is a thing; pixels without a label are not

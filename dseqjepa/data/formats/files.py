@@ -96,12 +96,12 @@ def open_map(path: Path) -> Image.Image:
     return Image.open(path, formats=("PNG",))
 
 
-def read_map(path: Path, of: Path) -> Int64[Tensor, "H W"]:
-    """One whole number for every pixel of the image `of`, from a picture beside it.
+def read_map(path: Path, of: Path, low: int, high: int) -> Int64[Tensor, "H W"]:
+    """One number, `low` to `high`, for every pixel of the image `of`, from a picture beside it.
 
     Raises:
         InputError: there is no such file.
-        BadImage: it cannot be decoded, has several channels, or another size than the image.
+        BadImage: it cannot be decoded, has another size than the image, or holds something else.
     """
     if not path.is_file():
         raise InputError(f"expected {path} beside {of}, found no such file")
@@ -113,8 +113,8 @@ def read_map(path: Path, of: Path) -> Int64[Tensor, "H W"]:
             values = np.array(picture)
     except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
         raise BadImage(f"the label map {path}: {error}") from error
-    if values.ndim != 2:
-        raise BadImage(f"the label map {path}: expected one number a pixel, found {values.shape}")
+    if values.ndim != 2 or values.min() < low or values.max() > high:
+        raise BadImage(f"the label map {path}: expected one number a pixel, {low} to {high}")
     return torch.from_numpy(values.astype(np.int64))
 
 

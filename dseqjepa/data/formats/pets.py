@@ -8,11 +8,12 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from dseqjepa.data.formats.files import ListedFiles, check_there, inner, read_lines, read_map
-from dseqjepa.data.source import BadImage, Objects, Split
+from dseqjepa.data.source import Objects, Split
 from dseqjepa.errors import InputError
 
 SPECIES = ("cat", "dog")
 ANIMAL, RIM = 1, 3
+"""In a trimap; 2 is the background."""
 
 
 class Pets(ListedFiles):
@@ -77,9 +78,7 @@ class Pets(ListedFiles):
             BadImage: it is no trimap, or of another size than the image.
         """
         path = self._trimaps / f"{self.path(index).stem}.png"
-        trimap_HW = read_map(path, self.path(index))
-        if trimap_HW.min() < ANIMAL or trimap_HW.max() > RIM:
-            raise BadImage(f"the trimap {path}: expected 1 (animal), 2 (background) and 3 (rim)")
+        trimap_HW = read_map(path, self.path(index), ANIMAL, RIM)
         return Objects((trimap_HW == ANIMAL)[None], trimap_HW != RIM)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from dseqjepa.config import Config
-from dseqjepa.data.labelled import open_source
+from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage, Located, Source
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.discovery.maps import cut_of, own_look
@@ -56,22 +56,15 @@ def discovery_probe(
     return measure
 
 
-def _held_out(config: Config, source: Source) -> Iterator[Sample]:
+def _held_out(config: Config, source: Located) -> Iterator[Sample]:
     """Bad images are left out: training itself counts them."""
-    data = config.data
-    longer = open_source(
-        data.source,
-        split="pretrain",
-        size=data.size + IMAGES,
-        image_size=data.image_size,
-        seed=config.runtime.seed,
-    )
-    assert isinstance(longer, Located)
-    places: Sequence[int] = range(len(source), len(longer))
-    if not places:
-        places = drawn(len(longer), IMAGES, config.runtime.seed).tolist()
+    data, seed = config.data, config.runtime.seed
+    places: Sequence[int] = drawn(len(source), IMAGES, seed).tolist()
+    if isinstance(source, Scenes):
+        places = range(len(source), len(source) + IMAGES)
+        source = Scenes(places.stop, size=source.size, seed=seed, split="train")
     for index in places:
         try:
-            yield read_sample(longer, index, data.image_size, config.grid)
+            yield read_sample(source, index, data.image_size, config.grid)
         except BadImage:
             continue

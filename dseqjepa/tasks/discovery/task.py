@@ -22,6 +22,7 @@ from dseqjepa.data.source import Located
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.model.look import KINDS
 from dseqjepa.plans.regions import KINDS as REGION_KINDS
+from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, OwnBackbone, open_backbone, own_backbone
 from dseqjepa.tasks.bootstrap import RESAMPLES, resample_weights
 from dseqjepa.tasks.config import DiscoveryConfig
@@ -44,7 +45,7 @@ from dseqjepa.tasks.discovery.measures import (
     summarise,
 )
 from dseqjepa.tasks.discovery.truth import Sample, Truth, read_sample
-from dseqjepa.tasks.reading import in_order, joined
+from dseqjepa.tasks.reading import in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -53,6 +54,7 @@ from dseqjepa.train.foreign import ImportConfig, read_encoder
 
 PICTURES = 8
 UNTRAINED, NOBODY = "untrained", "no encoder"
+PLACE = "place"
 HEADINGS = {
     "auc": "AUC", "pointing": "pointing", "corloc": "CorLoc", "max_f": "max-F", "iou": "IoU",
     "regions": "number", "region_area": "area of 1", "region1_on_object": "1 on objects",
@@ -93,7 +95,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
     place_N = drawn(len(test), config.images, config.seed).sort().values
     part = Subset(test, place_N.numpy())
     bad: dict[str, str] = {}
-    found: list[tuple[int, dict[Line, Measures]]] = []
+    found: list[dict[str, Tensor]] = []
     examples: list[tuple[Any, ...]] = []
 
     def read(at: int) -> Sample:
@@ -105,23 +107,21 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
         images_BCHW = torch.stack([sample.image_CHW for _, sample in batch])
         seen = _see(job, config, looks, images_BCHW, place_N[at_B], grid)
         truth = Truth.of([sample for _, sample in batch])
-        measured = _measure(seen, truth, grid, cut)
-        found += [(at, _one(measured, b)) for b, (at, _) in enumerate(batch)]
+        found.append({PLACE: at_B, **_flat(_measure(seen, truth, grid, cut))})
         if len(examples) < PICTURES:
             examples += _examples(batch, part, seen, backbone.name, grid, cut)
 
-    per_image = joined(found, part, bad, job.ranks)
-    lines = {line: _stacked([one[line] for one in per_image]) for line in per_image[0]}
+    lines = _gathered(found, part, bad, job.ranks)
     own = Line(backbone.name, cut.saliency.kind, cut.regions.kind)
-    without = int(lines[own]["best_iou"].isnan().sum())
-    if without == len(per_image):
+    count, without = len(lines[own]["best_iou"]), int(lines[own]["best_iou"].isnan().sum())
+    if without == count:
         raise RunError(f"none of {without} images has an object")
-    weight_RN = resample_weights(len(per_image), config.seed)
+    weight_RN = resample_weights(count, config.seed)
     summaries = {
         line: summarise(REGION_METRICS if line.regions else MAP_METRICS, values, weight_RN)
         for line, values in lines.items()
     }
-    _print(job, summaries, len(per_image), cut)
+    _print(job, summaries, count, cut)
     return Result(
         metrics=summaries[own._replace(regions="")] | summaries[own],
         protocol=_protocol(config, cut, test, backbone),
@@ -129,7 +129,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
         layers=_layers(backbone),
         pooling="none",
         n_train=0,
-        n_test=len(per_image),
+        n_test=count,
         n_bad=len(bad),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
@@ -245,15 +245,37 @@ def _measure(
     return measured
 
 
-def _one(measured: Mapping[Line, Measures], b: int) -> dict[Line, Measures]:
+def _flat(measured: Mapping[Line, Measures]) -> dict[str, Tensor]:
+    """By one text each, as ranks exchange tensors."""
     return {
-        line: {name: values[b] for name, values in measures.items()}
+        "\n".join((*line, name)): values
         for line, measures in measured.items()
+        for name, values in measures.items()
     }
 
 
-def _stacked(images: Sequence[Measures]) -> Measures:
-    return {name: torch.stack([one[name] for one in images]) for name in images[0]}
+def _gathered(
+    found: Sequence[Mapping[str, Tensor]], part: Subset, bad: dict[str, str], ranks: Ranks
+) -> dict[Line, Measures]:
+    """The batches of all ranks, in the order of the images; `bad` gets what all met.
+
+    Raises:
+        RunError: nothing was found anywhere.
+    """
+    mine = {key: torch.cat([batch[key] for batch in found]) for key in (found[0] if found else ())}
+    for theirs in ranks.share(bad):
+        bad |= theirs
+    shares = [share for share in ranks.share_tensors(mine) if share]
+    if not shares:
+        raise RunError(f"none of the {len(part)} test images can be read")
+    keys = mine or shares[0]  # in the order of the tables, which exchanged tensors lose
+    whole = {key: torch.cat([share[key] for share in shares]) for key in keys}
+    order_N = whole.pop(PLACE).argsort()
+    lines: dict[Line, Measures] = {}
+    for key, values in whole.items():
+        *line, name = key.split("\n")
+        lines.setdefault(Line(*line), {})[name] = values[order_N]
+    return lines
 
 
 def _examples(

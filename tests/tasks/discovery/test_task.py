@@ -25,6 +25,7 @@ from dseqjepa.tasks.discovery.maps import baselines, look_of, patches_of
 from dseqjepa.tasks.discovery.measures import MAP_METRICS, REGION_METRICS
 from dseqjepa.tasks.run import Job, run_task
 from dseqjepa.train.checkpoint import save_checkpoint
+from dseqjepa.train.pretrain import open_training_source
 from tests.children import run_ranks
 from tests.tasks.jobs import job_of
 from tests.tiny import float_images, tiny_config
@@ -47,7 +48,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )  # fmt: skip
     method = build_method(trained)
     encoders = {"target": method.target.state_dict(), "context": method.encoder.state_dict()}
-    state = {"config": trained.model_dump(mode="json")}
+    state = {
+        "config": trained.model_dump(mode="json"),
+        "data_fingerprint": open_training_source(trained).fingerprint(),
+        "data_path": "scenes",
+    }
     save_checkpoint(tmp_path / "run/checkpoints", 5, encoders, state, keep=1)
     return tmp_path / "run"
 
