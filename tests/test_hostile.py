@@ -30,8 +30,9 @@ RUNS_WHAT_IT_READS = {
     "cloudpickle.loads", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load",
     "eval", "exec", "compile", "__import__", "runpy.run_path", "runpy.run_module",
     "importlib.util.spec_from_file_location", "numpy.load", "np.load",
-    "dist.all_gather_object", "dist.broadcast_object_list", "dist.gather_object",
-    "dist.scatter_object_list", "dist.send_object_list", "dist.recv_object_list",
+    "torch.distributed.all_gather_object", "torch.distributed.broadcast_object_list",
+    "torch.distributed.gather_object", "torch.distributed.scatter_object_list",
+    "torch.distributed.send_object_list", "torch.distributed.recv_object_list",
 }  # fmt: skip
 UNPACKS = {"shutil.unpack_archive", "tarfile.open", "tarfile.TarFile", "py7zr.SevenZipFile"}
 METHODS = {"extract", "extractall"}  # of an archive

@@ -101,11 +101,17 @@ HEALTH = (
 )
 REGIONS = (
     Spec(
-        "Regions and steps per image",
-        "How many regions an image is cut into, and how many prediction steps it has: one fewer "
-        "with ranked regions, the number of blocks with random ones.",
-        "per image",
-        (Curve("regions", "regions"), Curve("steps_per_image", "steps")),
+        "Regions of an image",
+        "How many regions an image is cut into, the left-over one included.",
+        "regions",
+        (Curve("regions", "regions"),),
+    ),
+    Spec(
+        "Prediction steps of an image",
+        "One fewer than regions where they are ranked, the number of targets where blocks are "
+        "random.",
+        "steps",
+        (Curve("steps_per_image", "steps"),),
     ),
     Spec(
         "Images on ranked regions",

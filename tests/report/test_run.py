@@ -81,12 +81,14 @@ def test_values_that_are_no_numbers_are_left_out(runs: Runs):
 def test_evaluations_are_read_with_their_intervals(made: Runs):
     run = read(made[0])
     assert [evaluation.file for evaluation in run.evaluations] == [f"{CLASS}.json", "knn.json"]
-    raw, untrained, trained = run.evaluations[1].scores
+    scores = [score for score in run.evaluations[1].scores if score.metric == "accuracy"]
+    majority, raw, untrained, trained = scores
+    assert majority.encoder == "majority"
     assert [score.task for score in (raw, untrained, trained)] == ["class"] * 3
     assert (raw.encoder, untrained.encoder, trained.encoder) == (
         "raw pixels", "untrained", "dseq, step 15",
     )  # fmt: skip
-    wanted = json.loads((made[0] / "evaluations" / "knn.json").read_text())["results"][2]
+    wanted = json.loads((made[0] / "evaluations" / "knn.json").read_text())["results"][3]
     assert (trained.metric, trained.value) == ("accuracy", wanted["accuracy"])
     assert (trained.low, trained.high) == (wanted["accuracy_low"], wanted["accuracy_high"])
     assert trained.details["n_test"] == str(wanted["n_test"])
