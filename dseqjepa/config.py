@@ -334,7 +334,7 @@ class RegionsConfig(Section):
 class CutConfig(Section):
     """Where to look and how to cut: what ranked regions are made by."""
 
-    saliency: SaliencyConfig = SaliencyConfig(kind="rarity")
+    saliency: SaliencyConfig = SaliencyConfig(kind="rarity", block=0)
     regions: RegionsConfig = RegionsConfig(kind="clusters", min_area=0.02)
 
 
