@@ -34,7 +34,7 @@ Settings = Annotated[
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the config, do nothing.")]
 
 TASK_HELP = (
-    "knn, linear, attentive, dense, discovery, lowshot, clevr, finetune, detection, segmentation"
+    "knn, linear, attentive, dense, lowshot, clevr, finetune, detection, segmentation, discovery"
 )
 RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 

@@ -135,7 +135,7 @@ SETTINGS = {
     "runtime.seed=-1": "runtime.seed must be greater than or equal to 0",
     "runtime.precision=fp64": "runtime.precision must be 'fp32' or 'bf16'",
     "model.name=vit_giant": "model.name must be 'vit_nano', ",
-    "model.class_token=false": "or keep the token",
+    "method.saliency.kind=cls_attention model.class_token=false": "or keep the token",
     "method.name=mae": "method.name must be 'dseq' or 'ijepa' or 'cjepa'",
     "method.context_lag=1 method.prediction=flat": "context_lag needs prediction=sequential",
     "method.name=ijepa method.saliency.kind=grad_cam": "unknown key 'method.saliency'",

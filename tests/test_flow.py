@@ -48,7 +48,8 @@ def test_from_one_command_to_an_evaluated_encoder(
     for name in ("raw pixels", "untrained", "dseq, step 8"):
         assert name in table
     result = json.loads((run / "evaluations" / "knn.json").read_text())
-    assert len(result["results"]) == 3
+    assert result["results"][0]["encoder"] == "majority"
+    assert len(result["results"]) == 4
     assert all(0 <= row["accuracy"] <= 100 for row in result["results"])
 
     again = tmp_path / "again"

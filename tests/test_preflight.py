@@ -164,7 +164,7 @@ def good() -> Audit:
 
 CASES: list[tuple[list[str], dict[str, object], str]] = [
     ([], {"memory": 2 * 10**10}, "a step needs 20.00 GB and 10.00 GB are free"),
-    (["data.workers=4000"], {}, r"data\.workers=4000, and this machine has \d+ cores"),
+    (["data.workers=256"], {}, r"data\.workers=256, and this machine has \d+ cores"),
     ([], {"end": replace(PACE, waiting=0.4)}, "wait for data 40% of the time: "),
     ([], {"other_precision": 1.5}, r"precision=bf16 is 1\.5 times as fast on this CPU as fp32"),
     (["runtime.precision=bf16"], {"other_precision": 2.0}, r"fp32 is 2\.0 times .* as bf16"),

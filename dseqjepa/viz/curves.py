@@ -55,7 +55,8 @@ PANELS = (
         {"variance_place": "by place", "variance_image": "by image", "variance_rest": "left over"},
         at_zero=True,
     ),
-    Panel("per image", "mean", {"regions": "regions", "steps_per_image": "steps"}),
+    Panel("regions", "of an image, mean", {"regions": ""}),
+    Panel("prediction steps", "of an image, mean", {"steps_per_image": ""}),
     Panel("size of a region", "share of the grid", {"region_area": ""}, at_zero=True),
     Panel(
         "curriculum",

@@ -31,6 +31,7 @@ KINDS = {
     "cls_similarity": "similarity to [CLS]",
     "cls_attention": "attention of [CLS]",
     "grad_cam": "label-free Grad-CAM",
+    "rarity": "rarity of its content",
 }
 ACROSS = 5
 TILE = (WIDTH - (ACROSS - 1) * GAP) / ACROSS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def lens_shows(page: Page, item: Trace, step: int) -> None:
     words = page.locator("#lens-words").inner_text()
     assert f"({target} patch" in words
     assert f"({context} of 64 patches)" in words
-    assert f"Loss {truth.loss:.4g}." in words
+    said = re.search(r"Loss ([0-9.]+)\.", words)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(truth.loss, abs=2e-4)  # the last digit is rounded
     rows = page.locator("#lens-steps tbody tr")
     assert rows.count() == len(item.steps)
     assert rows.nth(step).locator("td").last.inner_text() == f"{truth.loss:.4g}"
@@ -230,7 +233,8 @@ def test_evaluations_stand_in_the_table(page: Page, made: Runs):
     for row in results:
         value, low, high = (row[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
         assert f"{value:.1f} ({low:.1f} to {high:.1f})" in text
-        assert f"n_test {row['n_test']}" in text
+        if "n_test" in row:  # the commonest answer was not measured on images
+            assert f"n_test {row['n_test']}" in text
 
 
 def test_hostile_names_are_text(browser: Browser, both: Path):

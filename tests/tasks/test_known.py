@@ -61,7 +61,7 @@ def test_who_sees_nothing_says_the_commonest_class(which: str, tmp_path: Path) -
     result = evaluate(which, "nothing", tmp_path, train, test)
     wanted = majority(train, test)
     floor = result.floors["majority"]
-    if which != "lowshot":  # whose floor is of what was drawn
+    if which not in ("lowshot", "clevr"):  # whose floor is of what was drawn
         assert floor.get("accuracy", floor.get("count")).value == pytest.approx(wanted)
     for name, metric in result.metrics.items():
         if name == "balanced_accuracy":

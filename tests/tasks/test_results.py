@@ -134,7 +134,7 @@ def test_the_table_has_a_line_an_encoder_and_a_column_a_metric() -> None:
         "class",
         "class swept",
     ]
-    cells = [list(column.cells) for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
     assert cells == [
         ["raw pixels", "mine"],
         ["50.0 (40.0 - 60.0)", "70.0 (65.0 - 75.0)"],

@@ -230,9 +230,9 @@ def test_a_locale_without_a_letter_and_a_name_that_is_no_text_end_nothing(tmp_pa
     journal.bad_file(name, "naïve")
     shown.flush()
     said = cast(io.BytesIO, shown.buffer).getvalue().decode()
-    assert said == "cannot decode \\udcff.png: na\\xefve\n"
+    assert said == "cannot decode \\xff.png: na\\xefve\n"
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert log == "cannot decode \\udcff.png: naïve\n"
+    assert log == "cannot decode \\xff.png: naïve\n"
     bad = json.loads((tmp_path / "bad_files.jsonl").read_text())
     assert bad == {"path": name, "reason": "naïve"}
 

@@ -119,7 +119,7 @@ def test_another_seed_gives_another_run(finished: Path, tmp_path: Path) -> None:
         ([], [0, 5, 10, 15, 20]),
         (["checkpoint.every_epochs=3"], [0, 15, 20]),
         (["checkpoint.every_epochs=3", "checkpoint.every_steps=7"], [0, 7, 14, 15, 20]),
-        (["checkpoint.keep=2"], [15, 20]),
+        (["checkpoint.keep=2"], [0, 15, 20]),
     ],
 )
 def test_checkpoints_come_when_asked_and_at_both_ends(

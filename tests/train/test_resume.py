@@ -201,8 +201,8 @@ def test_bad_files_are_named_once_whatever_the_cuts(tmp_path: Path) -> None:
 def test_the_probe_is_neither_lost_nor_repeated(tmp_path: Path) -> None:
     config = run_config("ijepa", *UNEVEN, "probe.every_epochs=1", "checkpoint.every_epochs=9")
 
-    def probe(encoder: VisionTransformer) -> float:
-        return float(encoder.norm.weight.detach().sum())
+    def probe(encoder: VisionTransformer) -> tuple[dict[str, float], str]:
+        return {"probe_knn": float(encoder.norm.weight.detach().sum())}, "a sum"
 
     whole, out = train(config, tmp_path / "whole", probe=probe), tmp_path / "run"
     for batch in (7, 7, 2):  # after steps 6, 10 and 9, of which steps 4, 8 and 8 were saved

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dseqjepa.config import Config
-from dseqjepa.data.source import BadImage
+from dseqjepa.data.source import BadImage, Source
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS
 from dseqjepa.train.pretrain import pretrain
@@ -64,7 +64,7 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def train(config: Config, out: Path, source: Pictures | None = None, **settings: Any) -> Path:
+def train(config: Config, out: Path, source: Source | None = None, **settings: Any) -> Path:
     """Run to the end, or to the exception that ends it; `out` again."""
     pretrain(config, out, source=source or Pictures(), console=quiet(), **settings)
     return out

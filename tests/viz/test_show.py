@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dseqjepa.cli import main
+from dseqjepa.train.pretrain import open_training_source
 from dseqjepa.viz.show import PICTURES
 from tests.train.tiny_runs import run_config, train
 
@@ -38,7 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("wide", "dseq", ("data.image_size=[32,48]",)),
     ):
         source = f"data.source={here / 'pictures'}"
-        train(run_config(method, source, "optim.epochs=2", *settings), here / name)
+        config = run_config(method, source, "optim.epochs=2", "data.batch_size=5", *settings)
+        train(config, here / name, open_training_source(config))
     (here / "file").write_text("a file")
     return here
 

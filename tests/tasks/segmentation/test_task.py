@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dseqjepa.data.miniatures.export import export
-from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import SegmentationConfig
@@ -21,6 +20,7 @@ from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps
 from tests.tasks.jobs import job_of
+from tests.train.tiny_runs import Pictures
 
 TINY = [
     "preset=quick", "steps=6", "batch_size=2", "crop=32", "stride=21", "scale=[128,32]", "width=8",
@@ -105,9 +105,9 @@ def test_bad_images_are_counted_and_left_out(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_one_line_before_anything_is_written(tmp_path: Path) -> None:
-    scenes = Scenes(4, size=32, seed=0, split="train")
+    plain = Pictures()
     with pytest.raises(InputError, match="class of every pixel: data=ade20k:PATH"):
-        evaluate(job_of(tmp_path, scenes, scenes), config())
+        evaluate(job_of(tmp_path, plain, plain), config())
     with pytest.raises(InputError, match=r"crop \(40\) must be a multiple of two patches, 16 px"):
         evaluate(job_of(tmp_path, TRAIN, TEST), config("crop=40"))
     with pytest.raises(InputError, match=r"stride \(64\) must not be more than crop \(32\)"):
