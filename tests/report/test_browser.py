@@ -92,7 +92,8 @@ def lens_shows(page: Page, item: Trace, step: int) -> None:
     assert float(said[1]) == pytest.approx(truth.loss, abs=2e-4)  # the last digit is rounded
     rows = page.locator("#lens-steps tbody tr")
     assert rows.count() == len(item.steps)
-    assert rows.nth(step).locator("td").last.inner_text() == f"{truth.loss:.4g}"
+    shown = float(rows.nth(step).locator("td").last.inner_text())
+    assert shown == pytest.approx(truth.loss, abs=2e-4)
     assert rows.nth(step).locator("input").is_checked()
     hidden = page.locator("#lens-step rect title", has_text="hidden").count()
     assert hidden == 64 - int((truth.target_hw | truth.context_hw).sum())
