@@ -31,12 +31,13 @@ class DSeqJepa(Method):
         self.steps_per_image = max(self.ranked_steps, self.random_targets)
 
     def look(self, images_BCHW: Images) -> Look:
+        regions = self.config.regions
         return look_for_saliency(
             self.target,
             images_BCHW,
             **self.config.saliency.model_dump(),
             target_blocks=self.target_blocks,
-            with_content=self.config.regions.kind == "clusters",
+            with_content=regions.source == "ranked" and regions.kind == "clusters",
         )
 
     def draw(

@@ -119,6 +119,18 @@ def test_random_regions_flat_is_ijepa_and_sequential_grows():
             assert torch.equal(context[step], context[step - 1] | target[step - 1])
 
 
+def test_content_is_encoded_only_where_clusters_are_cut():
+    def content(*overrides: str):  # type: ignore[no-untyped-def]
+        method = build_method(
+            tiny_config("dseq_vitt8_64", "method.saliency.kind=grad_cam", *overrides)
+        )
+        return method.look(float_images(2)).content_BND
+
+    assert content() is not None
+    assert content("method.regions.source=random") is None
+    assert content("method.regions.kind=bands") is None
+
+
 @pytest.mark.parametrize("order", ["inverse", "random", "spatial"])
 def test_orders_permute_the_regions_and_change_nothing_else(order: str):
     plain, other = drawn(1.0), drawn(1.0, f"method.order={order}")

@@ -17,7 +17,7 @@ from dseqjepa.config import Config, CutConfig, SaliencyConfig
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.model.look import KINDS, READS_CLS, look_for_saliency, target_features
-from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.model.vit import VisionTransformer, patchify
 from dseqjepa.plans.saliency import rarity
 from dseqjepa.tasks.backbone import Backbone, OwnBackbone
 
@@ -121,21 +121,12 @@ def baselines(
     across_h = (torch.arange(rows, device=device) + 0.5) / rows - 0.5
     across_w = (torch.arange(columns, device=device) + 0.5) / columns - 0.5
     near_P = -(across_h[:, None].square() + across_w.square()).sqrt().flatten()
-    pixels_BPD = patches_of(images_BCHW, grid)
+    pixels_BPD = patchify(images_BCHW, images_BCHW.shape[2] // rows)
     return {
         "random": Seen(noise_BP, features_BPD),
         "centre": Seen(near_P.expand_as(noise_BP), features_BPD),
         "pixels": Seen(rarity(pixels_BPD), pixels_BPD),
     }
-
-
-def patches_of(
-    images_BCHW: Float[Tensor, "B C H W"], grid: tuple[int, int]
-) -> Float[Tensor, "B P D"]:
-    """The pixels of every patch."""
-    rows, columns = grid
-    split = images_BCHW.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
-    return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int]:

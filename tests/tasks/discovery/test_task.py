@@ -17,11 +17,12 @@ from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.methods import build_method
 from dseqjepa.model.look import KINDS, look_for_saliency
+from dseqjepa.model.vit import patchify
 from dseqjepa.plans.regions import KINDS as REGION_KINDS
 from dseqjepa.tasks.backbone import own_backbone
 from dseqjepa.tasks.config import DiscoveryConfig
 from dseqjepa.tasks.discovery import evaluate
-from dseqjepa.tasks.discovery.maps import baselines, look_of, patches_of
+from dseqjepa.tasks.discovery.maps import baselines, look_of
 from dseqjepa.tasks.discovery.measures import MAP_METRICS, REGION_METRICS
 from dseqjepa.tasks.run import Job, run_task
 from dseqjepa.train.checkpoint import save_checkpoint
@@ -117,7 +118,7 @@ def test_chance_and_centre_are_as_on_paper() -> None:
 
 def test_patches_hold_their_own_pixels() -> None:
     images = torch.arange(2 * 3 * 8 * 12).view(2, 3, 8, 12).float()
-    patches = patches_of(images, (2, 3))
+    patches = patchify(images, 4)
     assert patches.shape == (2, 6, 48)
     assert torch.equal(patches[1, 4].view(3, 4, 4), images[1, :, 4:, 4:8])
 
