@@ -66,19 +66,19 @@ def _inner_products(features_BND: Float[Tensor, "B N D"]) -> Float64[Tensor, "B 
 def _distances_to_seeds(
     inner_BNN: Float64[Tensor, "B N N"], first_B: Int64[Tensor, " B"], count: int
 ) -> Float64[Tensor, "B N K"]:
-    """Squared distances to the first patch and to those that are chosen farthest first; infinite
-    where nothing is left to choose."""
+    """Squared distances to the first patch and to those that are chosen farthest first. Where every
+    patch is a copy of a seed the next one repeats a seed, and no patch is nearer to it than to that
+    earlier one: its cluster stays empty."""
     square_BN = inner_BNN.diagonal(dim1=1, dim2=2)
     row_B = torch.arange(len(first_B), device=first_B.device)
     nearest_BN = torch.full_like(square_BN, torch.inf)
-    seed_B, is_new_B1 = first_B, torch.ones_like(first_B, dtype=torch.bool)[:, None]
+    seed_B = first_B
     columns = []
     for _ in range(count):
         to_seed_BN = square_BN + square_BN[row_B, seed_B][:, None] - 2 * inner_BNN[row_B, seed_B]
-        columns.append(torch.where(is_new_B1, to_seed_BN, torch.inf))
+        columns.append(to_seed_BN)
         nearest_BN = nearest_BN.minimum(to_seed_BN)
-        farthest_B1, seed_B1 = nearest_BN.max(dim=1, keepdim=True)
-        seed_B, is_new_B1 = seed_B1[:, 0], farthest_B1 > 0
+        seed_B = nearest_BN.argmax(dim=1)
     return torch.stack(columns, dim=2)
 
 

@@ -12,6 +12,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from dseqjepa.errors import InputError
+from dseqjepa.plans import clusters
 from dseqjepa.plans.clusters import cluster_patches
 from dseqjepa.plans.regions import rank_regions
 from dseqjepa.plans.saliency import rarity
@@ -74,6 +75,29 @@ def test_summing_in_another_order_changes_nothing() -> None:
     place = int((order_N == 0).nonzero())
     got_BN = cluster_patches(features_BND[:, order_N], torch.full((40,), place), 5)
     assert torch.equal(got_BN, cluster_patches(features_BND, first_B, 5)[:, order_N])
+
+
+def test_distances_are_the_same_bits_in_any_order_of_summation() -> None:
+    features_BND = make_features(20, 49)
+    order_N = torch.randperm(49, generator=torch.Generator().manual_seed(2))
+    inner_BNN = clusters._inner_products(features_BND)
+    member_BNK = torch.eye(5, dtype=torch.float64)[torch.arange(49) % 5].expand(20, 49, 5)
+    plain_BNK = clusters._distances_to_means(inner_BNN, member_BNK)
+    other_BNK = clusters._distances_to_means(
+        inner_BNN[:, order_N][:, :, order_N], member_BNK[:, order_N]
+    )
+    assert torch.equal(other_BNK, plain_BNK[:, order_N])
+
+
+def test_copies_that_differ_by_rounding_alone_start_no_cluster_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(4)
+    kinds_3D = torch.randn(3, 8, generator=generator)
+    noise_BND = 1e-6 * torch.randn(20, 16, 8, generator=generator)
+    features_BND = kinds_3D[torch.arange(16) % 3] + noise_BND
+    regions = rank_regions(
+        make_saliency(20, 16), (4, 4), 5, 0.0, kind="clusters", features_BND=features_BND
+    )
+    assert regions.count_B.tolist() == [3] * 20
 
 
 def test_small_clusters_join_the_nearest_one() -> None:
