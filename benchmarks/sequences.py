@@ -5,7 +5,7 @@ Fig. 4?
 
 RUN is a trained encoder with [CLS]; beside it stands its untrained self. Maps are those of crops of
 seven photographs that scikit-image and scikit-learn bring along, and random ones; grids are 8 x 8
-to 28 x 28 (the image is so many patches large, positions are interpolated). Writes
+to 28 x 28 (image sizes follow from the grid, positions are interpolated). Writes
 docs/pictures/sequences.png and regions-cut.png (`--out`), and prints the tables of docs/regions.md.
 
 Suffixes: B images, N patches, C colours, H and W pixels, 3 colours last.
@@ -95,7 +95,7 @@ def encoder_maps(encoder: VisionTransformer, images_BCHW: Tensor) -> Iterator[tu
 
 
 def random_maps(side: int, count: int) -> Iterator[tuple[str, Maps]]:
-    """White noise, and noise of a coarse grid of so many bumps a side, bicubically enlarged."""
+    """White noise, and bicubically enlarged noise of a coarse grid, named by its bumps per side."""
     generator = torch.Generator().manual_seed(SEED)
     yield "white noise", Maps(torch.randn(count, side * side, generator=generator))
     for bumps in BUMPS:

@@ -211,7 +211,7 @@ class TargetConfig(Section):
     """What the predictor has to guess."""
 
     blocks: int = Field(1, ge=1, le=1000)
-    """Targets are the mean of the outputs of so many last blocks, each after the final norm."""
+    """How many last blocks are averaged into the targets, each after the final norm."""
     centring: Literal["none", "place"] = "none"
     """`place`: each target less the mean over the batch at its place, then normalised again."""
 
@@ -496,7 +496,7 @@ class CheckpointConfig(Section):
     every_epochs: int = Field(1, ge=1, le=10**9)
     """Epochs between checkpoints."""
     keep: int = Field(2, ge=1, le=10**6)
-    """The newest so many stay, and that of step 0."""
+    """How many of the newest are kept; that of step 0 always is."""
 
 
 class RuntimeConfig(Section):

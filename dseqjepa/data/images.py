@@ -360,7 +360,7 @@ def is_image(path: str, root: Path | None = None) -> bool:
 
 
 def evenly(count: int) -> list[int]:
-    """At most `SAMPLE` places among so many, at even distances."""
+    """At most `SAMPLE` of the places, evenly spaced."""
     few = min(SAMPLE, count)
     return [place * count // few for place in range(few)]
 

@@ -58,7 +58,7 @@ def look_for_saliency(
         query: as in `SaliencyConfig`.
         block: the 0-based block that is read. -1 reads 10/12 of the way up (block 10 of 12) for the
             [CLS] readings and Grad-CAM, and the patch features themselves for rarity.
-        target_blocks: patch features are the mean of so many last blocks.
+        target_blocks: how many last blocks are averaged into the patch features.
         with_content: whether to return `Look.content_BND` (rarity returns it anyway).
 
     Raises:

@@ -70,7 +70,7 @@ class Job:
         """Name the images of a `part` of the data that cannot be decoded, each once.
 
         Raises:
-            RunError: they are more than `max_bad` of so many.
+            RunError: they are more than `max_bad` of `count`.
         """
         for name, reason in bad.items():
             if name not in self.told:

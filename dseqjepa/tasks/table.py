@@ -194,7 +194,7 @@ class _Data(BaseModel):
 
 
 class _Stored(BaseModel):
-    """What a table needs of a result, as it stands in the file."""
+    """What a table needs of a result file."""
 
     task: str
     preset: str

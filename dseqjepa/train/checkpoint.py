@@ -32,7 +32,7 @@ from dseqjepa.model.vit import VisionTransformer, build_encoder
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{8,})")
 AGAIN = 20
-"""How often an encoder is looked for whose run goes on, and drops what was about to be read."""
+"""How often to look for an encoder whose run, still training, drops what was about to be read."""
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 class Dropped(InputError):
-    """The run that wrote a checkpoint goes on, and has removed it before it was read."""
+    """The run that wrote a checkpoint is still training and removed it before it was read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"checkpoint {path} was removed while it was read: try again")

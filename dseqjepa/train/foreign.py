@@ -4,7 +4,7 @@ A foreign file is a pickle. It is read with `weights_only=True`, which builds te
 containers and runs nothing, and only when a person names it: to import it, or to evaluate it as
 it is. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
 as DSeq-JEPA's release has it, DINO's `student` and `teacher`, and the state dict of any plain ViT
-with timm's names. What stands beside the encoder, such as a classifier, is left out.
+with timm's names. Other parts of the file, such as a classifier, are left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ENCODERS = {
 WRAPPERS = ("model", "state_dict")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 NOT_OF_ENCODERS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "decoder", "mask_token")
-"""What stands beside an encoder in files of others, and is left out."""
+"""Other parts of foreign files, which are left out."""
 ADVICE = ("weights_only", "add_safe_globals", "safe_globals")
 """Words of torch's advice to run a file after all."""
 HEAD_WIDTH = 64
@@ -55,7 +55,7 @@ HEADS = {(1408, 40): 16}
 MLP = "blocks.0.mlp.fc1.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_KEYS = 5000
-"""Of an encoder: 400 blocks have so many."""
+"""Most keys of an encoder's file: those of 400 blocks."""
 NOT_WEIGHTS = {
     b"version https://git-lfs": "a pointer of Git LFS in place of weights: run git lfs pull",
     b"<!doctype": "a web page in place of weights: download the file itself",

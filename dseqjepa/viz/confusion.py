@@ -28,7 +28,7 @@ from dseqjepa.viz.tiles import heat_of
 MOST = 30
 """The most classes that are shown: those of which most images are taken for others."""
 NUMBERED = 12
-"""Up to so many classes, the shares stand in the cells."""
+"""Up to this many classes, cells show their shares."""
 CELL, SMALL_CELL = 0.42, 0.22
 NAME = 1.5
 """The most inches of a class's name."""

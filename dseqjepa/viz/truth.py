@@ -177,7 +177,7 @@ def _table(
 def _class_legend(
     table: Table, place: NDArray[np.int64], categories: Sequence[str], across: int
 ) -> None:
-    """Below a table of so many tiles side by side."""
+    """Below a table with this many tiles side by side."""
     coloured = [int(np.flatnonzero(place == n)[0]) for n in range(1, len(PALETTE) + 1)
                 if (place == n).any()]  # fmt: skip
     names = [categories[label - 1] for label in coloured]
