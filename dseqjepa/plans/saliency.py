@@ -50,9 +50,9 @@ def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
     if N < 2:
         return content_BND.new_zeros(B, N).float()
     # Distances from inner products cancel where patches are alike: hence float64.
-    gram_BNN = gram(content_BND)
-    square_BN = gram_BNN.diagonal(dim1=1, dim2=2)
-    squared_BNN = square_BN[:, :, None] + square_BN[:, None, :] - 2 * gram_BNN
+    squared_BNN = gram(content_BND)
+    square_BN = squared_BNN.diagonal(dim1=1, dim2=2).clone()
+    squared_BNN.mul_(-2).add_(square_BN[:, :, None]).add_(square_BN[:, None, :])
     squared_BNN.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest = max(1, (N - 1) // RARE_SHARE)
     near_BNM = squared_BNN.float().topk(nearest, dim=2, largest=False, sorted=False).values
