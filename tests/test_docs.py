@@ -32,6 +32,7 @@ SHRINK_TASK = {
     "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
     "segmentation": ["steps=2", "width=8"],
     "discovery": ["images=10"],
+    "lowshot": ["draws=2"],
 }
 """The same for evaluations."""
 

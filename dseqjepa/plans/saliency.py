@@ -42,9 +42,10 @@ def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
     """How far a patch lies from its nearest neighbours in feature space.
 
     The mean Euclidean distance of each patch to the nearest third (at least one) of the other
-    patches of its own image: background repeats itself, what is rare stands out. Content features
-    are target features less those of a blank image at the same place (`model.look.Look`), without
-    which the map mostly tells places apart. A single patch has rarity 0.
+    patches of its own image: background repeats itself, what is rare stands out. Content is what
+    the encoder makes of a patch less what it makes of a blank one at the same place
+    (`model.look.look_for_saliency`), without which the map mostly tells places apart. A single
+    patch has rarity 0.
     """
     B, N, _ = content_BND.shape
     if N < 2:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dseqjepa.config import CutConfig, MethodConfig
+from dseqjepa.errors import InputError
 from dseqjepa.methods.base import Method
 from dseqjepa.methods.losses import smooth_l1_by_token
 from dseqjepa.model.look import look_and_cut, target_features
@@ -88,12 +89,16 @@ def trace(
             if None); not read otherwise.
 
     Raises:
-        InputError: saliency that is not finite.
+        InputError: features or saliency that are not finite.
     """
     device = method.target.pos_embed.device
     images_BCHW, keys_B = images_BCHW.to(device), keys_B.to(device)
     grid = method.target.grid_of(images_BCHW)
     sight = method.look(images_BCHW)
+    if not sight.patches_BND.isfinite().all():
+        raise InputError(
+            "features are not finite: the run has diverged; show an earlier step of it"
+        )
     draw = method.draw_at_end(sight, grid, keys_B)
 
     shown, seen, found = method.cut or cut or CutConfig(), sight, draw.regions
