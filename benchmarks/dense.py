@@ -32,7 +32,7 @@ def dense_loss(
     """The prediction loss of a plan; `steps` is how many sequences every image costs."""
     context_BMN, target_BMN = _by_image(plan, target_BND, steps)
     context_SN, target_SN = context_BMN.flatten(0, 1), target_BMN.flatten(0, 1)
-    all_SN = torch.arange(context_SN.shape[1]).expand_as(context_SN)
+    all_SN = torch.arange(context_SN.shape[1], device=context_SN.device).expand_as(context_SN)
     pixels_SNP = _pixels(method, images_BCHW).repeat_interleave(steps, dim=0)
     context_SND = _encode(method.encoder, pixels_SNP, all_SN, context_SN)
     return _compare(method, context_SND, all_SN, context_SN, target_SN, target_BND, steps)
@@ -95,7 +95,7 @@ def _compare(
     """Predict each sequence's target from its context; the mean loss over predicted patches."""
     query_SQ, wanted_SQ = _padded_indices(target_SN)
     values_SQD = _predict(method.predictor, context_SCD, patch_SC, real_SC, query_SQ, wanted_SQ)
-    image_S = torch.arange(len(target_BND)).repeat_interleave(steps)
+    image_S = torch.arange(len(target_BND), device=target_BND.device).repeat_interleave(steps)
     target_SQD = target_BND[image_S[:, None], query_SQ]
     loss_V = smooth_l1_by_token(values_SQD[wanted_SQ], target_SQD[wanted_SQ])
     return loss_V.sum() / max(len(loss_V), 1)

@@ -68,15 +68,17 @@ def typical_saliency(
 
 
 class Bench:
-    """One method with its optimizer on one fixed batch of random images."""
+    """One method with its optimizer on one fixed batch of random images, on a device."""
 
-    def __init__(self, config: Config, batch: int) -> None:
+    def __init__(self, config: Config, batch: int, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(SEED)
         size = (batch, 3, *config.data.image_size)
         self.config = config
-        self.images_BCHW = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-        self.keys_B = sample_keys(SEED, 0, torch.arange(batch))
-        self.method: Method = build_method(config)
+        images_BCHW = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        self.device = device
+        self.images_BCHW = images_BCHW.to(device)
+        self.keys_B = sample_keys(SEED, 0, torch.arange(batch)).to(device)
+        self.method: Method = build_method(config).to(device)
         self.optimizer = build_optimizer(self.method)
         set_rates(self.optimizer, 1e-4, 0.04)
         self.grid = self.method.encoder.grid_of(self.images_BCHW)
@@ -86,6 +88,7 @@ class Bench:
 
     def _see(self, saliency_BN: Tensor) -> None:
         look = self.method.look
+        saliency_BN = saliency_BN.to(self.device)
 
         def look_elsewhere(images_BCHW: Tensor) -> Look:
             return replace(look(images_BCHW), saliency_BN=saliency_BN)
@@ -94,7 +97,7 @@ class Bench:
 
     def autocast(self) -> torch.autocast:
         half = self.config.runtime.precision == "bf16"
-        return torch.autocast("cpu", torch.bfloat16, enabled=half)
+        return torch.autocast(self.device, torch.bfloat16, enabled=half)
 
     def packed_loss(self) -> Tensor:
         with self.autocast():
