@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dseqjepa.methods import Method
+from dseqjepa.methods.base import Method
 from dseqjepa.methods.losses import smooth_l1_by_token
 from dseqjepa.model.vit import Block, Predictor, VisionTransformer, normalize, patchify
 from dseqjepa.plans.plan import Plan

@@ -33,11 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ending": {"errors"},
     "settings": {"errors"},
     "config": {"errors", "settings"},
-    "presets": {"errors", "settings", "config"},
     "plans": BASE,
     "data": BASE,
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
+    "presets": {"errors", "settings", "config", "methods.dseqjepa"},
     "train": MODEL | {"methods", "data"},
     "tasks": EVALUATION
     | {
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "describe": {"errors", "settings", "config", "tasks.config"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
-    "preflight": EVALUATION | {"train", "viz"},
+    "preflight": EVALUATION | {"methods", "train", "viz"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
     | {

@@ -9,7 +9,6 @@ have a context.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
 from dseqjepa.model.photometric import photometric
 from dseqjepa.model.vit import Images, Predictor, build_encoder, patchify
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
-from dseqjepa.plans.plan import Plan, true_places
+from dseqjepa.plans.plan import Plan, from_candidates, true_places
 from dseqjepa.plans.regions import Regions
 from dseqjepa.ranks import mean_row, sum_over_ranks
 
@@ -74,11 +73,12 @@ class Draw:
     plan: Plan
     metrics: dict[str, Tensor]
     regions: Regions | None = None
-    """The ordered regions that ranked steps were made of; None for a method without."""
+    """The regions that steps were made of, by their order; None for a method without."""
 
 
-class Method(nn.Module, ABC):
-    """A context encoder, its EMA target, a predictor, and a way to plan."""
+class Method(nn.Module):
+    """A context encoder, its EMA target, a predictor, and a way to plan: I-JEPA's random blocks,
+    unless a subclass draws otherwise."""
 
     context_mode = "prefix"
     steps_per_image: int
@@ -107,6 +107,7 @@ class Method(nn.Module, ABC):
         self.by_region = config.method.loss_weighting == "region"
         self.blocks = config.method.blocks
         self.random_targets = 1 if self.blocks.kind == "scattered" else self.blocks.targets
+        self.steps_per_image = self.random_targets
         self.seed = config.runtime.seed
         self.prediction_weight = config.method.prediction_weight
         self.regularizer_weight = config.method.regularizer_weight
@@ -117,11 +118,13 @@ class Method(nn.Module, ABC):
         elif config.method.regularizer == "sigreg":
             self.regularizer = Sigreg(config.method.sigreg)
 
-    @abstractmethod
     def draw(
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Draw:
         """The plan of a batch: a pure function of what was seen, progress and the keys."""
+        blocks = self.random_blocks(keys_B, grid)
+        context_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
+        return Draw(from_candidates(context_BMN, blocks.target_BMN), {})
 
     def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
         """The draw that a curriculum leads to, wherever this one may end."""

@@ -97,7 +97,7 @@ def build_lens(run: Run, images: int, shared: CutConfig) -> Lens:
         "grid": list(run.config.grid),
         "pictures": list(chosen.pictures),
         "origin": "held out of training" if chosen.are_held_out else "seen in training",
-        "ranks": run.config.method.cut is not None,
+        "ranks": traces[0].regions_are_own,
         "saliency": traces[0].saliency_kind.replace("_", " "),
         "checkpoints": looks,
     }

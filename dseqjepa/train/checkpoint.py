@@ -26,7 +26,8 @@ from torch import Tensor
 from dseqjepa.config import Config, validate
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.files import UNFINISHED, remove, sync
-from dseqjepa.methods import Method, build_method
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 
 FORMAT = 1

@@ -23,8 +23,8 @@ from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.files import write_whole
-from dseqjepa.methods import Method, build_method
-from dseqjepa.methods.base import Step
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method, Step
 from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
 from dseqjepa.ranks import gather_rows
 from dseqjepa.train.checkpoint import (
