@@ -25,11 +25,11 @@ from dseqjepa.methods.losses import (
     mean_by_row,
     smooth_l1_by_token,
 )
-from dseqjepa.model.cross import CrossPredictor, pack_cross
+from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.look import Look, look, target_features
-from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
+from dseqjepa.model.packing import Contexts, pack_contexts
 from dseqjepa.model.photometric import photometric
-from dseqjepa.model.vit import Images, Predictor, build_encoder, patchify
+from dseqjepa.model.vit import AnyPredictor, Images, Predictor, build_encoder, patchify
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
 from dseqjepa.plans.plan import Plan, from_candidates, true_places
 from dseqjepa.plans.regions import Regions
@@ -90,7 +90,7 @@ class Method(nn.Module):
         self.encoder = build_encoder(config)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         kind = CrossPredictor if predictor.attention == "cross" else Predictor
-        self.predictor = kind(
+        self.predictor: AnyPredictor = kind(
             grid=self.encoder.grid,
             encoder_width=config.model.width,
             width=predictor.width,
@@ -166,22 +166,10 @@ class Method(nn.Module):
         context_TD = self.encoder.encode_patches(
             pixels_TP, contexts.patch_T, contexts.sequences, grid
         )
-        if isinstance(self.predictor, CrossPredictor):
-            cross = pack_cross(plan, contexts)
-            row_V, patch_V = cross.row_V, cross.patch_V[: len(cross.row_V)]
-            values_VD = self.predictor.across(context_TD, contexts.patch_T, cross, grid)
-        else:
-            queries = pack_queries(plan, contexts)
-            row_V, patch_V = queries.row_V, queries.patch_V
-            values_VD = self.predictor(
-                context_TD,
-                queries.source_U,
-                queries.patch_U,
-                queries.query_V,
-                queries.sequences,
-                grid,
-            )
-        return Predictions(values_VD[: len(row_V)], row_V, patch_V), contexts, context_TD
+        queries = self.predictor.pack(plan, contexts)
+        row_V, patch_V = queries.row_V, queries.patch_V
+        values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
+        return Predictions(values_UD[: len(row_V)], row_V, patch_V), contexts, context_TD
 
     def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Images]:
         """What the context encoder and what the target encoder sees of a batch."""

@@ -271,7 +271,7 @@ class Trainer:
             return {}
         place_ND = total[:-1].view_as(results[0].place_ND)
         shares = variance_shares(pooled_RD, place_ND, total[-1].item())
-        return measure(pooled_RD).to_dict() | shares.to_dict()
+        return measure(pooled_RD)._asdict() | shares._asdict()
 
     def _log(self, epoch: int, step: int, results: list[Step], norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()

@@ -24,7 +24,6 @@ from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
 from dseqjepa.train.clock import Clock, Watch
@@ -167,11 +166,7 @@ class _Stage:
             with torch.no_grad(), self.trainer.fabric.autocast():
                 plan = method.plan(images_BCHW, progress=share, keys_B=batch.keys_B.to(device))
             total += count_tokens(
-                plan,
-                len(images_BCHW),
-                method.context_mode,
-                class_token=bool(method.encoder.prefix),
-                cross=isinstance(method.predictor, CrossPredictor),
+                plan, len(images_BCHW), method.context_mode, method.encoder, method.predictor
             )
         return total
 

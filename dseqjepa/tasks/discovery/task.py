@@ -27,8 +27,8 @@ from dseqjepa.tasks.backbone import Backbone, OwnBackbone, open_backbone, own_ba
 from dseqjepa.tasks.bootstrap import RESAMPLES, resample_weights
 from dseqjepa.tasks.config import DiscoveryConfig
 from dseqjepa.tasks.discovery.maps import (
-    Look,
-    Seen,
+    MapReader,
+    SaliencyMap,
     baselines,
     cut_of,
     grid_of,
@@ -173,7 +173,7 @@ def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> 
     return cut
 
 
-def _looks(job: Job, config: DiscoveryConfig) -> dict[str, Look]:
+def _looks(job: Job, config: DiscoveryConfig) -> dict[str, MapReader]:
     """Of the backbone and of its untrained self, by the names that the tables give them."""
     looks = {job.backbone.name: look_of(job.backbone)}
     untrained = _untrained(job.backbone, config)
@@ -210,13 +210,13 @@ def _batches(
 def _see(
     job: Job,
     config: DiscoveryConfig,
-    looks: Mapping[str, Look],
+    looks: Mapping[str, MapReader],
     images_BCHW: Tensor,
     index_B: Tensor,
     grid: tuple[int, int],
-) -> dict[tuple[str, str], Seen]:
+) -> dict[tuple[str, str], SaliencyMap]:
     """Every map of a batch on the CPU, by encoder and kind; `index_B` are the images' places."""
-    images_BCHW, seen = images_BCHW.to(job.device), dict[tuple[str, str], Seen]()
+    images_BCHW, seen = images_BCHW.to(job.device), dict[tuple[str, str], SaliencyMap]()
     with torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for name, look in looks.items():
             seen |= {(name, kind): maps for kind, maps in look(images_BCHW).items()}
@@ -234,7 +234,7 @@ def _see(
 
 
 def _measure(
-    seen: Mapping[tuple[str, str], Seen], truth: Truth, grid: tuple[int, int], cut: CutConfig
+    seen: Mapping[tuple[str, str], SaliencyMap], truth: Truth, grid: tuple[int, int], cut: CutConfig
 ) -> dict[Line, Measures]:
     measured = {}
     for (encoder, kind), maps in seen.items():
@@ -281,7 +281,7 @@ def _gathered(
 def _examples(
     batch: Sequence[tuple[int, Sample]],
     part: Subset,
-    seen: Mapping[tuple[str, str], Seen],
+    seen: Mapping[tuple[str, str], SaliencyMap],
     encoder: str,
     grid: tuple[int, int],
     cut: CutConfig,
