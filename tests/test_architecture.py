@@ -20,7 +20,7 @@ MOST_LINES = 105
 
 BASE = {"errors", "files", "keyed", "provenance", "rendezvous", "ranks"}
 MODEL = BASE | {"config", "plans", "model"}
-EVALUATION = MODEL | {"data", "train.checkpoint", "train.trained_on"}
+EVALUATION = MODEL | {"data", "train.checkpoint", "train.metrics", "train.trained_on"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),

@@ -47,7 +47,7 @@ class Step(NamedTuple):
     """How many predicted patches (or regions) the loss is a mean of: micro-batches are joined in
     this proportion. No gradient."""
     metrics: dict[str, Tensor]
-    """Scalars, except `loss_by_rank` and `count_by_rank`: one value a step number, from step 1."""
+    """Scalars, except `loss_by_step` and `count_by_step`: one value a step number, from step 1."""
     pooled_BD: Float[Tensor, "B D"]
     """Mean target feature of each image; no gradient. What the health monitor looks at."""
     place_ND: Float[Tensor, "N D"]
@@ -264,14 +264,14 @@ class Method(nn.Module):
     ) -> dict[str, Tensor]:
         """What a plan cost and gave: loss by step, tokens, and the loss of the mean prediction."""
         steps = self.steps_per_image
-        by_rank = mean_by_row(loss_S, plan.step_S - 1, steps)
+        by_step = mean_by_row(loss_S, plan.step_S - 1, steps)
         mean_1D = mean_row(target_VD)
         mean_loss = smooth_l1_by_token(mean_1D.expand_as(target_VD), target_VD)
         if self.by_region:
             mean_loss = mean_by_row(mean_loss, row_V, len(plan))
         return {
-            "loss_by_rank": by_rank,
-            "count_by_rank": torch.zeros_like(by_rank).index_add(
+            "loss_by_step": by_step,
+            "count_by_step": torch.zeros_like(by_step).index_add(
                 0, plan.step_S - 1, torch.ones_like(loss_S)
             ),
             "mean_prediction_loss": mean_loss.sum() / max(len(mean_loss), 1),
