@@ -211,6 +211,16 @@ def test_a_file_says_what_it_is_and_its_functions_are_short(module: str) -> None
             assert lines <= MOST_LINES, f"{node.name} has {lines} lines: split it"
 
 
+def test_no_two_classes_share_a_name() -> None:
+    """A word means one thing; what only its own file knows of begins with an underscore."""
+    found: dict[str, list[str]] = {}
+    for module, path in FILES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_only_commands_print_and_no_error_is_swallowed(module: str) -> None:
     source = FILES[module].read_text()

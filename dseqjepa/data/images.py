@@ -22,8 +22,8 @@ from dseqjepa.data.decode import (
     ENDINGS,
     FULL,
     SAMPLE,
-    Facts,
     Frame,
+    Header,
     Levels,
     decode,
     decode_reduced,
@@ -98,7 +98,7 @@ class ImageFiles:
     def _sample(self) -> list[Path]:
         return list(map(self.path, evenly(len(self))))
 
-    def facts(self, index: int) -> Facts:
+    def facts(self, index: int) -> Header:
         """What the header of an image's file says."""
         return facts(self.path(index))
 

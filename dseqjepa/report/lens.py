@@ -39,7 +39,7 @@ LEVELS = 255
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class LensImages:
     """The images of a lens, as the page shows them and as the encoder sees them."""
 
     pictures: Sequence[Mapping[str, str]]
@@ -116,7 +116,7 @@ def _data_of(run: Run) -> str:
     raise InputError("no checkpoint can be read")
 
 
-def choose_images(config: Config, count: int) -> Chosen:
+def choose_images(config: Config, count: int) -> LensImages:
     """A seeded choice of the images that a run's config names, held-out ones if there are any.
 
     Raises:
@@ -146,7 +146,7 @@ def choose_images(config: Config, count: int) -> Chosen:
         indices.append(index)
     size = (0, 3, *config.data.image_size)
     images_BCHW = torch.stack(seen) if seen else torch.empty(size, dtype=torch.uint8)
-    return Chosen(pictures, images_BCHW, indices, are_held_out)
+    return LensImages(pictures, images_BCHW, indices, are_held_out)
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:

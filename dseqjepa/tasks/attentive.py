@@ -78,7 +78,7 @@ class Head(nn.Module):
         )
 
 
-class Heads(nn.Module):
+class QueryHeads(nn.Module):
     """A head a setting, and what standardises the patches that they read."""
 
     mean_D: Tensor
@@ -209,11 +209,11 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
 
 def train(
     job: Job, config: AttentiveConfig, reader: Reader, source: Subset, classes: int
-) -> tuple[Heads, Path, dict[str, str]]:
+) -> tuple[QueryHeads, Path, dict[str, str]]:
     """All heads on the images of a source; the folder that the training resumes from; bad images
     and why."""
     mean_D, std_D = moments(job, config, reader, source)
-    heads = Heads(mean_D, std_D, classes, config).to(job.device)
+    heads = QueryHeads(mean_D, std_D, classes, config).to(job.device)
     bad: dict[str, str] = {}
     read: Callable[[int, int], tuple[Tensor, int]]
     encode: Callable[[Tensor], Tensor]
@@ -295,7 +295,7 @@ def _crops(
 
 
 def answers(
-    job: Job, config: AttentiveConfig, reader: Reader, heads: Heads, source: Source
+    job: Job, config: AttentiveConfig, reader: Reader, heads: QueryHeads, source: Source
 ) -> Extracted:
     """The class that each head gives each image, as the piece `mean1` (N, H); -1 of one that
     diverged."""
