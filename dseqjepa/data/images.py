@@ -34,7 +34,7 @@ from dseqjepa.data.decode import (
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean, printable
-from dseqjepa.keyed import Stream, hash_int64, uniforms
+from dseqjepa.keyed import Stream, hash_int64, shuffled
 
 MOST_KINDS = 6
 """Endings of files left out that are named."""
@@ -247,7 +247,7 @@ def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset
         raise InputError(f"a hold-out needs 2 images or more, found {count}")
     held_out = min(max(round(fraction * count), 1), count - 1)
     keys_N = hash_int64(seed, torch.arange(count))
-    order_N = uniforms(keys_N, Stream.SPLIT, 1)[:, 0].argsort(stable=True).numpy()
+    order_N = shuffled(keys_N, Stream.SPLIT).numpy()
     return (
         Subset(source, np.sort(order_N[held_out:])),
         Subset(source, np.sort(order_N[:held_out])),

@@ -24,7 +24,7 @@ from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source, Split
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, printable
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.report.run import Run, step_of
 from dseqjepa.train.checkpoint import described, load_method
 from dseqjepa.train.trained_on import trained_on
@@ -124,7 +124,7 @@ def choose_images(config: Config, count: int) -> LensImages:
     """
     source, are_held_out = _source(config)
     keys_N = sample_keys(config.runtime.seed, 0, torch.arange(len(source)))
-    order = uniforms(keys_N, Stream.SPLIT, 1)[:, 0].argsort(stable=True).tolist()
+    order = shuffled(keys_N, Stream.SPLIT).tolist()
     pictures: list[dict[str, str]] = []
     seen, indices = [], []
     fit = EvalTransform(config.data.image_size)

@@ -31,13 +31,14 @@ from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
+from dseqjepa.files import json_digest
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
 from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lost, pooled
 from dseqjepa.tasks.heads import split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import seeded
-from dseqjepa.tasks.results import Result, classified, digest
+from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import features_of, reading
@@ -253,7 +254,7 @@ def train(
         "precision": config.precision,
     }
     place = Place(
-        folder=job.folder / f"attentive-{digest(identity)[:16]}",
+        folder=job.folder / f"attentive-{json_digest(identity)[:16]}",
         identity=identity,
         resume=True,
         overwrite=job.overwrite,

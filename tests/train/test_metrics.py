@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dseqjepa.files import json_digest
 from dseqjepa.report.run import read_run, step_loss
-from dseqjepa.train import checkpoint
 from dseqjepa.train.metrics import read_metrics
 from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.curves import read_metrics as rows_of_curves
@@ -46,7 +46,7 @@ def test_a_run_of_an_older_version_is_read_and_resumed_under_the_new_names(
     for file in old.glob("checkpoints/step-*/state.json"):
         state = json.loads(with_old_names(file.read_text()))
         del state["sha256"]
-        file.write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+        file.write_text(json.dumps({**state, "sha256": json_digest(state)}))
     assert "loss_by_rank" in path.read_text()
 
     def rows(out: Path) -> list[tuple[int, list[float]]]:
