@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dseqjepa.methods import Method
+from dseqjepa.methods.base import Method
 from dseqjepa.methods.losses import smooth_l1_by_token
 from dseqjepa.model.vit import Block, Predictor, VisionTransformer, normalize, patchify
 from dseqjepa.plans.plan import Plan
@@ -94,6 +94,7 @@ def _compare(
 ) -> Tensor:
     """Predict each sequence's target from its context; the mean loss over predicted patches."""
     query_SQ, wanted_SQ = _padded_indices(target_SN)
+    assert isinstance(method.predictor, Predictor)
     values_SQD = _predict(method.predictor, context_SCD, patch_SC, real_SC, query_SQ, wanted_SQ)
     image_S = torch.arange(len(target_BND), device=target_BND.device).repeat_interleave(steps)
     target_SQD = target_BND[image_S[:, None], query_SQ]

@@ -29,8 +29,8 @@ from dseqjepa.config import Config
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import RunError
-from dseqjepa.methods import Method, build_method
-from dseqjepa.methods.ijepa import IJepa
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
 from dseqjepa.model.look import Look
 from dseqjepa.model.vit import Images
 from dseqjepa.presets import load_config
@@ -59,7 +59,7 @@ LATE = 40
 """From this step on, when healthy runs have left the state of the start."""
 
 
-class NoStopGradient(IJepa):
+class NoStopGradient(Method):
     """The target is the context encoder itself, and its gradient flows: the textbook collapse."""
 
     def look(self, images_BCHW: Images) -> Look:
@@ -69,7 +69,7 @@ class NoStopGradient(IJepa):
         return Look(patches_BND, None)
 
 
-class BlindTarget(IJepa):
+class BlindTarget(Method):
     """The target forgets what the pixels are after every step: it sees positions alone."""
 
     def update_target(self, momentum: float) -> None:

@@ -31,10 +31,9 @@ def of_peak(name: str, effort: Effort, *, model: str, precision: str) -> Row:
     batch = batch_of(model, precision, effort)
     bench = Bench(benchmark_config("dseq", model, precision), batch)
     plan = bench.method.plan(bench.images_BCHW, progress=1.0, keys_B=bench.keys_B)
-    tokens = count_tokens(
-        plan, batch, bench.method.context_mode, class_token=bool(bench.method.encoder.prefix)
-    )
-    flops = step_flops(bench.method.encoder, bench.method.predictor, tokens)
+    encoder, predictor = bench.method.encoder, bench.method.predictor
+    tokens = count_tokens(plan, batch, bench.method.context_mode, encoder, predictor)
+    flops = step_flops(encoder, predictor, tokens)
     products = _products(bench.config, tokens.encoder + batch, DTYPE[precision])
 
     def rates() -> tuple[float, float]:

@@ -38,8 +38,8 @@ def point(label: str, batch: int, *overrides: str) -> Point:
     bench = Bench(benchmark_config("dseq", "vitt8_64", "bf16", *overrides), batch)
     method = bench.method
     plan = method.plan(bench.images_BCHW, progress=1.0, keys_B=bench.keys_B)
-    counted = count_tokens(plan, batch, method.context_mode, class_token=True)
     encoder, predictor = method.encoder, method.predictor
+    counted = count_tokens(plan, batch, method.context_mode, encoder, predictor)
     narrow = predictor.embed.out_features
     cheaper = narrow**2 * len(predictor.blocks) / (encoder.width**2 * encoder.depth)
     whole = batch * (encoder.grid[0] * encoder.grid[1] + 1)

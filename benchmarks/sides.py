@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from dense import dense_loss, padded_loss
 from torch import Tensor
 
-from dseqjepa.config import Config, DSeqConfig
+from dseqjepa.config import Config
 from dseqjepa.keyed import sample_keys
-from dseqjepa.methods import Method, build_method
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
+from dseqjepa.methods.dseqjepa import DSeqConfig
 from dseqjepa.model.look import Look, target_features
 from dseqjepa.plans.plan import from_candidates, steps_of_ranks
 from dseqjepa.plans.regions import rank_regions

@@ -145,19 +145,18 @@ def _watched(trainer: Trainer) -> Iterator[dict[str, list[float]]]:
 
         return call
 
-    packing = {name: getattr(base, name) for name in ("pack_contexts", "pack_queries")}
+    pack_contexts, predictor = base.pack_contexts, trainer.method.predictor
     trainer._train_step = timed("step", trainer._train_step, opens=True)  # type: ignore[method-assign]
     trainer.method.forward = timed("arithmetic", trainer.method.forward)  # type: ignore[method-assign]
     trainer.fabric.backward = timed("arithmetic", trainer.fabric.backward)  # type: ignore[method-assign]
     trainer.optimizer.step = timed("arithmetic", trainer.optimizer.step)  # type: ignore[method-assign]
     trainer.method.draw = timed("planning", trainer.method.draw)  # type: ignore[method-assign]
-    for name, function in packing.items():
-        setattr(base, name, timed("planning", function))
+    predictor.pack = timed("planning", predictor.pack)  # type: ignore[method-assign]
+    base.pack_contexts = timed("planning", pack_contexts)
     try:
         yield spent
     finally:
-        for name, function in packing.items():
-            setattr(base, name, function)
+        base.pack_contexts = pack_contexts
 
 
 def benchmarks() -> dict[str, Benchmark]:

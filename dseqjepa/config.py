@@ -9,6 +9,7 @@ data.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
@@ -18,9 +19,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     model_validator,
 )
+from pydantic_core import CoreSchema, SchemaValidator, core_schema
 
 from dseqjepa.errors import InputError
 from dseqjepa.settings import apply_override, explain
@@ -266,8 +269,17 @@ class SigregConfig(Section):
     """The largest frequency of the characteristic functions."""
 
 
+METHODS = {
+    "dseq": "dseqjepa.methods.dseqjepa:DSeqConfig",
+    "ijepa": "dseqjepa.methods.ijepa:IJepaConfig",
+    "cjepa": "dseqjepa.methods.ijepa:CJepaConfig",
+}
+"""Every method by its name: where its config class is, which says all else. It is imported when it
+is needed."""
+
+
 class MethodConfig(Section):
-    """What every method has."""
+    """What every method has; a class of its own declares each (docs/tour.md shows how)."""
 
     title: ClassVar[str]
     """The method's name as people write it."""
@@ -285,11 +297,29 @@ class MethodConfig(Section):
     """Factor on the whole term against collapse."""
     vicreg: VicregConfig = VicregConfig()
     sigreg: SigregConfig = SigregConfig()
+    name: str
+    """The method, by its name in `METHODS`."""
+
+    def build(self, config: Config) -> Any:
+        """The `methods.base.Method` of a run. It loads torch, so it is imported in here."""
+        raise NotImplementedError
 
     @property
     def cut(self) -> CutConfig | None:
-        """How the method cuts images into ranked regions; None for a method without."""
+        """How the method cuts what the encoder sees into ranked regions; None if it does not."""
         return None
+
+    @classmethod
+    def beside(cls, other: MethodConfig) -> Self:
+        """This method in a recipe that was written for another: what all methods have is kept."""
+        if isinstance(other, cls):
+            return other
+        return cls.model_validate(other.model_dump(include={*MethodConfig.model_fields} - {"name"}))
+
+    @classmethod
+    def kinds(cls) -> list[type[MethodConfig]]:
+        """The classes that a setting of this type may be of: every method, where none is meant."""
+        return [method_config(name) for name in METHODS] if cls is MethodConfig else [cls]
 
     def check_within(self, config: Config) -> None:
         """Raise `ValueError` where the method contradicts other sections."""
@@ -304,6 +334,27 @@ class MethodConfig(Section):
                         f"method.vicreg.{key}=0, or regularizer_over=pooled"
                     )
         return self
+
+
+def method_config(name: str) -> type[MethodConfig]:
+    """The config class of a method that `METHODS` names."""
+    module, _, kind = METHODS[name].partition(":")
+    found: type[MethodConfig] = getattr(import_module(module), kind)
+    return found
+
+
+def _by_name(value: Any) -> MethodConfig:
+    """The config of the method that `value` names: pydantic's tagged union, of which only the
+    member that is asked for is imported."""
+    if isinstance(value, MethodConfig):
+        return value
+    members: dict[str, CoreSchema] = dict.fromkeys(METHODS, core_schema.any_schema())
+    name = value.get("name") if isinstance(value, Mapping) else None
+    if isinstance(name, str) and name in METHODS:
+        members[name] = method_config(name).__pydantic_core_schema__
+    union = core_schema.tagged_union_schema(members, discriminator="name")
+    method: MethodConfig = SchemaValidator(union).validate_python(value)
+    return method
 
 
 class SaliencyConfig(Section):
@@ -336,95 +387,6 @@ class CutConfig(Section):
 
     saliency: SaliencyConfig = SaliencyConfig(kind="rarity")
     regions: RegionsConfig = RegionsConfig(kind="clusters", min_area=0.02)
-
-
-class CurriculumConfig(Section):
-    """lambda, the share of ranked regions, goes from `start` to `end` over training."""
-
-    unit: Literal["image", "region", "batch"] = "image"
-    """What takes ranked regions with probability lambda: an image, each of its regions, a batch."""
-    start: Fraction = 0.0
-    """lambda at the first step."""
-    end: Fraction = 1.0
-    """lambda at the last step."""
-
-
-class DSeqConfig(MethodConfig):
-    """DSeq-JEPA (arXiv 2511.17354): ranked regions, predicted one after the other."""
-
-    title = "DSeq-JEPA"
-    name: Literal["dseq"] = "dseq"
-    context: Literal["prefix", "causal", "independent"] = "prefix"
-    """How regions 1..k are encoded: together (`prefix`), once with region-causal attention, or
-    each by itself."""
-    prediction: Literal["sequential", "flat"] = "sequential"
-    """`sequential`: region k+1 from regions 1..k (eq. 5); `flat`: every region from the first."""
-    order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
-    """In which order regions are predicted (Table 5)."""
-    max_steps: int = Field(0, ge=0, le=10**6)
-    """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
-    context_lag: int = Field(0, ge=0, le=10**6)
-    """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
-    saliency: SaliencyConfig = SaliencyConfig()
-    regions: RegionsConfig = RegionsConfig()
-    curriculum: CurriculumConfig = CurriculumConfig()
-
-    @property
-    def cut(self) -> CutConfig:
-        return CutConfig(saliency=self.saliency, regions=self.regions)
-
-    def check_within(self, config: Config) -> None:
-        if self.context == "causal" and config.runtime.attention == "varlen":
-            raise ValueError(
-                "runtime.attention=varlen knows no region-causal contexts "
-                "(method.context=causal): use auto or flex"
-            )
-        if self.saliency.kind.startswith("cls_") and not config.model.class_token:
-            raise ValueError(
-                f"method.saliency.kind={self.saliency.kind} reads [CLS] and "
-                "model.class_token=false removes it: use rarity or grad_cam, or keep the token"
-            )
-        if self.saliency.block >= config.model.depth:
-            raise ValueError(
-                f"method.saliency.block ({self.saliency.block}) must be below the encoder's depth "
-                f"({config.model.depth})"
-            )
-        clusters = self.regions.count if self.regions.kind == "clusters" else 0
-        patches = config.grid[0] * config.grid[1]
-        if self.regions.source == "ranked" and clusters > patches:
-            raise ValueError(
-                f"method.regions.count ({clusters}) clusters need as many patches, and "
-                f"data.image_size has {patches}: lower it, or take larger images"
-            )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.regions.source == "random" and self.order != "saliency":
-            raise ValueError("order needs regions.source=ranked: random regions have no saliency")
-        if self.prediction == "flat" and self.context_lag:
-            raise ValueError("context_lag needs prediction=sequential: flat has one context")
-        if self.regions.kind == "clusters" and self.regions.min_area * self.regions.count > 1:
-            raise ValueError(
-                f"regions.min_area ({self.regions.min_area}) leaves no room for "
-                f"{self.regions.count} clusters: at most 1 / regions.count"
-            )
-        return self
-
-
-class IJepaConfig(MethodConfig):
-    """I-JEPA (arXiv 2301.08243): random target blocks, each predicted from one context."""
-
-    title = "I-JEPA"
-    name: Literal["ijepa"] = "ijepa"
-
-
-class CJepaConfig(MethodConfig):
-    """C-JEPA (arXiv 2410.19560): I-JEPA with VICReg on projected features."""
-
-    title = "C-JEPA"
-    name: Literal["cjepa"] = "cjepa"
-    regularizer: Literal["none", "vicreg", "sigreg"] = "vicreg"
-    """The term against collapse, which C-JEPA is about."""
 
 
 class OptimConfig(Section):
@@ -554,7 +516,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig
     predictor: PredictorConfig = PredictorConfig()
-    method: Annotated[DSeqConfig | IJepaConfig | CJepaConfig, Field(discriminator="name")]
+    method: Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_by_name)]
     target: TargetConfig = TargetConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()

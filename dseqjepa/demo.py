@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dseqjepa.config import Config, CutConfig
+from dseqjepa.config import Config
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
+from dseqjepa.keyed import sample_keys
 from dseqjepa.report.page import missing_packages, write_report
 from dseqjepa.tasks.backbone import RAW_PIXELS, Pixels, own_backbone
 from dseqjepa.tasks.knn import compare
 from dseqjepa.tasks.results import show, write_json
-from dseqjepa.train.checkpoint import load_encoder, untrained_encoder
+from dseqjepa.train.checkpoint import load_encoder, load_method, untrained_encoder
 from dseqjepa.train.pretrain import pretrain
 from dseqjepa.viz.regions import regions_picture
 
@@ -46,7 +47,6 @@ def run_demo(config: Config, out: Path) -> None:
     run = out / "run"
     pretrain(config, run, overwrite=True, source=train, console=console)
 
-    trained = load_encoder(run)
     backbones = {
         RAW_PIXELS: Pixels(size),
         "untrained encoder": own_backbone(untrained_encoder(config), config),
@@ -57,8 +57,8 @@ def run_demo(config: Config, out: Path) -> None:
     write_json(run / "evaluations" / "knn.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
-    picture = regions_picture(trained, images_BCHW, config.method.cut or CutConfig())
-    picture.save(out / "regions.png")
+    keys_B = sample_keys(seed, 0, torch.arange(PICTURES))
+    regions_picture(load_method(run), images_BCHW, keys_B).save(out / "regions.png")
     if absent := missing_packages():
         console.print(f"no report: {' and '.join(absent)} missing (pip install 'dseqjepa[report]')")
     else:

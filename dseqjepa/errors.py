@@ -21,16 +21,20 @@ class RunError(RuntimeError):
     """A run that had started and cannot go on: exit code 1."""
 
 
-FEW = 40
+FEW, NEAREST = 40, 5
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest known one, else all if few."""
+    """The end of a message about an unknown word: the nearest known one, else all, or of many the
+    nearest ones."""
     known = sorted(words)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}" if 0 < len(known) <= FEW else ""
+    if len(known) > FEW:
+        near = difflib.get_close_matches(word, known, n=NEAREST, cutoff=0.0)
+        return f"; nearest of {len(known)}: {', '.join(near)}"
+    return f"; known: {', '.join(known)}" if known else ""
 
 
 def printable(text: object) -> str:

@@ -1,11 +1,15 @@
-"""Files that are there whole or not at all, and that outlast a power cut."""
+"""Files that are there whole or not at all, and that outlast a power cut; their hashes."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 UNFINISHED = ".tmp-"
 """What the name of a file or a folder begins with while it is being written."""
@@ -49,3 +53,8 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

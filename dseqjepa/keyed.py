@@ -5,7 +5,9 @@ whatever was drawn before, so a resumed run, another number of workers or anothe
 draws the same masks and crops for the same sample without any generator state to save.
 
 The mixing function is SplitMix64's finaliser (Steele, Lea and Flood, 2014), on 64-bit integers with
-wrap-around. Suffixes: B images, C counters.
+wrap-around.
+
+Suffixes: B images, N images of a data set, C counters.
 """
 
 from __future__ import annotations
@@ -77,3 +79,8 @@ def uniforms(keys_B: Int64[Tensor, " B"], stream: Stream, count: int) -> Float[T
     counter_C = torch.arange(count, device=keys_B.device)
     bits_BC = hash_int64(keys_B[:, None], int(stream), counter_C[None, :])
     return ((bits_BC >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) / 2**53
+
+
+def shuffled(keys_N: Int64[Tensor, " N"], stream: Stream) -> Int64[Tensor, " N"]:
+    """The places 0 to N - 1 in random order: each place by the number that its key draws."""
+    return uniforms(keys_N, stream, 1)[:, 0].argsort(stable=True)

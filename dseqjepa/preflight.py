@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dseqjepa.config import Config, CutConfig
+from dseqjepa.config import Config
 from dseqjepa.data.audit import Audit, audit
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, printable
-from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.train.checkpoint import Checkpoint, encoder_of, untrained_encoder
+from dseqjepa.methods import build_method
+from dseqjepa.train.checkpoint import Checkpoint, load_encoders
 from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
 from dseqjepa.train.rehearsal import Pace, Rehearsal, rehearse
 from dseqjepa.train.runtime import connect
@@ -219,15 +219,15 @@ def cost_table(config: Config, pace: Rehearsal) -> Table:
 
 
 def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) -> None:
-    """Saliency and regions of the first crops of the run, by the encoder that it starts with."""
-    encoder: VisionTransformer = (
-        untrained_encoder(config) if weights is None else encoder_of(weights, "target")
-    )
+    """Saliency and regions of the first crops of the run, by the weights that it starts with."""
+    method = build_method(config).eval()
+    if weights is not None:
+        load_encoders(method, weights)
     transform = TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
     size = min(PICTURES, len(source))
     loader = Loader(source, transform, batch_size=size, seed=config.runtime.seed, workers=0)
-    images_BCHW = next(loader.batches(0)).images_BCHW
-    regions_picture(encoder, images_BCHW, config.method.cut or CutConfig()).save(out, format="png")
+    batch = next(loader.batches(0))
+    regions_picture(method, batch.images_BCHW, batch.keys_B).save(out, format="png")
 
 
 def _each(pace: Pace, part: str) -> float:

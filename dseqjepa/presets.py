@@ -1,7 +1,7 @@
 """Presets: functions that return configs, `METHOD_BACKBONE` by name.
 
-A backbone function (`vitb16_in1k`) returns the recipe with DSeq-JEPA as its method; `ijepa` and
-`cjepa` change the method and nothing else, so that two presets of one backbone differ in what is
+A backbone function (`vitb16_in1k`) returns the recipe with DSeq-JEPA as its method; the name of
+another changes the method and nothing else, so that two presets of one backbone differ in what is
 compared. A name without a method means DSeq-JEPA.
 """
 
@@ -12,13 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dseqjepa.config import (
-    CJepaConfig,
+    METHODS,
     Config,
-    CurriculumConfig,
     DataConfig,
-    DSeqConfig,
     EmaConfig,
-    IJepaConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -28,9 +25,11 @@ from dseqjepa.config import (
     RuntimeConfig,
     SaliencyConfig,
     VicregConfig,
+    method_config,
     validate,
 )
 from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.methods.dseqjepa import CurriculumConfig, DSeqConfig
 from dseqjepa.settings import apply_override, read_yaml
 
 
@@ -181,23 +180,6 @@ def dseq_vitb16_release() -> Config:
     )
 
 
-def _shared(config: Config) -> dict[str, object]:
-    """What a method keeps of another's section: blocks, loss and regulariser."""
-    shared = config.method.model_dump(include=set(IJepaConfig.model_fields) - {"name"})
-    return dict(shared)
-
-
-def ijepa(config: Config) -> Config:
-    """The same recipe with I-JEPA (arXiv 2301.08243) as its method."""
-    return config.with_(method=IJepaConfig.model_validate(_shared(config)))
-
-
-def cjepa(config: Config) -> Config:
-    """The same recipe with C-JEPA (arXiv 2410.19560): I-JEPA and VICReg on projected features."""
-    method = CJepaConfig(blocks=config.method.blocks, loss_weighting=config.method.loss_weighting)
-    return config.with_(method=method)
-
-
 BACKBONES: tuple[Callable[[], Config], ...] = (
     vitt_demo,
     vitt8_64,
@@ -209,11 +191,6 @@ BACKBONES: tuple[Callable[[], Config], ...] = (
     vith14_in1k,
     vith16_448_in1k,
 )
-METHODS: dict[str, Callable[[Config], Config]] = {
-    "dseq": lambda config: config,
-    "ijepa": ijepa,
-    "cjepa": cjepa,
-}
 
 
 def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -245,7 +222,8 @@ def preset_names() -> dict[str, str]:
 def preset(name: str) -> Config:
     """The config of a preset; `InputError` names the nearest one where there is none."""
     method, backbone = _parts(name)
-    return METHODS[method](backbone())
+    config = backbone()
+    return config.with_(method=method_config(method).beside(config.method))
 
 
 def describe(name: str) -> str:

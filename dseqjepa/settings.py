@@ -166,7 +166,8 @@ def sections_of(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
         return []
     annotation = section.model_fields[key].annotation
     options = get_args(annotation) or (annotation,)
-    return [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    kinds = [kind for kind in options if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [each for kind in kinds for each in (kind.kinds() if hasattr(kind, "kinds") else [kind])]
 
 
 def _tag(model: type[BaseModel]) -> str:

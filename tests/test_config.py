@@ -10,9 +10,11 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dseqjepa.config import Config, DSeqConfig, IJepaConfig, differences, flattened, validate
+from dseqjepa.config import METHODS, Config, differences, flattened, validate
 from dseqjepa.errors import InputError
-from dseqjepa.presets import METHODS, load_config, preset_names
+from dseqjepa.methods.dseqjepa import DSeqConfig
+from dseqjepa.methods.ijepa import IJepaConfig
+from dseqjepa.presets import load_config, preset_names
 
 PRESETS = tuple(preset_names())
 BASE = "dseq_vitb16_in1k"

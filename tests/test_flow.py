@@ -36,7 +36,7 @@ def test_from_one_command_to_an_evaluated_encoder(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert [line["step"] for line in logged] == [1, 2, 4, 6, 8]
-    wanted = {"step", "epoch", "images", "loss", "loss_by_rank", "lr", "wd", "momentum", "lambda"}
+    wanted = {"step", "epoch", "images", "loss", "loss_by_step", "lr", "wd", "momentum", "lambda"}
     assert wanted | {"regions", "images_per_s"} <= logged[0].keys()
 
     encoder = dj.load_encoder(run)

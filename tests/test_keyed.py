@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dseqjepa.keyed import Stream, hash_int64, sample_keys, uniforms
+from dseqjepa.keyed import Stream, hash_int64, sample_keys, shuffled, uniforms
 
 MASK = 2**64 - 1
 
@@ -149,3 +149,14 @@ def test_one_bit_of_a_key_flips_half_of_the_bits_of_the_hash() -> None:
         flipped = hash_int64(base) ^ hash_int64(base ^ (1 << bit if bit < 63 else -(2**63)))
         share = sum(bin(value & MASK).count("1") for value in flipped.tolist()) / (64 * 2000)
         assert share == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_shuffled_order_is_a_permutation_by_the_keys_alone():
+    keys = sample_keys(3, 0, torch.arange(500))
+    order = shuffled(keys, Stream.SHUFFLE)
+    assert sorted(order.tolist()) == list(range(500))
+    assert torch.equal(order, shuffled(keys.clone(), Stream.SHUFFLE))
+    assert not torch.equal(order, shuffled(keys, Stream.SPLIT))
+    # Without some of the places the others keep their order.
+    fewer = shuffled(keys[100:], Stream.SHUFFLE) + 100
+    assert torch.equal(order[order >= 100], fewer)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from dseqjepa.config import CJepaConfig, Config, DSeqConfig, IJepaConfig, differences
+from dseqjepa.config import METHODS, Config, differences
 from dseqjepa.errors import InputError
-from dseqjepa.presets import BACKBONES, METHODS, describe, dseq_vitb16_release, preset, preset_names
+from dseqjepa.methods.dseqjepa import DSeqConfig
+from dseqjepa.methods.ijepa import CJepaConfig, IJepaConfig
+from dseqjepa.presets import BACKBONES, describe, dseq_vitb16_release, preset, preset_names
 
 FUNCTIONS = (*BACKBONES, dseq_vitb16_release)
 

@@ -16,7 +16,7 @@ from dseqjepa.data.images import ImageFiles, notes_of
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, hash_int64, uniforms
+from dseqjepa.keyed import Stream, hash_int64, shuffled
 
 SAMPLE = 500
 
@@ -133,7 +133,7 @@ def bound(bad: int, sample: int, images: int) -> float:
 
 def _sample(images: int, sample: int, seed: int) -> list[int]:
     keys_N = hash_int64(seed, torch.arange(images))
-    order_N = uniforms(keys_N, Stream.AUDIT, 1)[:, 0].argsort(stable=True)
+    order_N = shuffled(keys_N, Stream.AUDIT)
     return sorted(order_N[:sample].tolist())
 
 

@@ -112,7 +112,7 @@ def decode_reduced(
     return Decoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), height, width, by)
 
 
-class Facts(NamedTuple):
+class Header(NamedTuple):
     """What a file's header says that its 8-bit pixels do not."""
 
     is_deep: bool
@@ -122,13 +122,13 @@ class Facts(NamedTuple):
     """Pages, or frames of an animation."""
 
 
-def facts(path: Path) -> Facts:
+def facts(path: Path) -> Header:
     """Look at a file's header; `BadImage` where it is no image."""
     with _opened(path) as (_, picture):
         raw = [str(tile[3]) for tile in picture.tile]
         is_grey = _is_deep(picture)
         is_deep = is_grey or any(";16" in text for text in raw)
-        return Facts(is_deep, is_grey, getattr(picture, "n_frames", 1))
+        return Header(is_deep, is_grey, getattr(picture, "n_frames", 1))
 
 
 def is_picture(path: Path) -> bool:

@@ -22,8 +22,8 @@ from dseqjepa.data.decode import (
     ENDINGS,
     FULL,
     SAMPLE,
-    Facts,
     Frame,
+    Header,
     Levels,
     decode,
     decode_reduced,
@@ -34,7 +34,7 @@ from dseqjepa.data.decode import (
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean, printable
-from dseqjepa.keyed import Stream, hash_int64, uniforms
+from dseqjepa.keyed import Stream, hash_int64, shuffled
 
 MOST_KINDS = 6
 """Endings of files left out that are named."""
@@ -98,7 +98,7 @@ class ImageFiles:
     def _sample(self) -> list[Path]:
         return list(map(self.path, evenly(len(self))))
 
-    def facts(self, index: int) -> Facts:
+    def facts(self, index: int) -> Header:
         """What the header of an image's file says."""
         return facts(self.path(index))
 
@@ -247,7 +247,7 @@ def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset
         raise InputError(f"a hold-out needs 2 images or more, found {count}")
     held_out = min(max(round(fraction * count), 1), count - 1)
     keys_N = hash_int64(seed, torch.arange(count))
-    order_N = uniforms(keys_N, Stream.SPLIT, 1)[:, 0].argsort(stable=True).numpy()
+    order_N = shuffled(keys_N, Stream.SPLIT).numpy()
     return (
         Subset(source, np.sort(order_N[held_out:])),
         Subset(source, np.sort(order_N[:held_out])),

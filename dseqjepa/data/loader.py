@@ -27,7 +27,7 @@ from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import Transform
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 
 Request = tuple[int, Int64[np.ndarray, " B"]]
 """An epoch and the indices of one batch."""
@@ -187,7 +187,7 @@ class Loader:
     def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
         index_N = torch.arange(len(self._reader.source))
         keys_N = sample_keys(self._reader.seed, epoch, index_N)
-        return uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).numpy()
+        return shuffled(keys_N, Stream.SHUFFLE).numpy()
 
 
 def start_worker(_number: int) -> None:

@@ -1,19 +1,20 @@
-"""The methods, by the name that a config gives them."""
+"""The methods: a config class declares each, and `base.py` has what they share."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from dseqjepa.config import Config
-from dseqjepa.methods.base import Method
-from dseqjepa.methods.dseqjepa import DSeqJepa
-from dseqjepa.methods.ijepa import IJepa
 
-METHODS: dict[str, type[Method]] = {"dseq": DSeqJepa, "ijepa": IJepa, "cjepa": IJepa}
+if TYPE_CHECKING:
+    from dseqjepa.methods.base import Method
 
 
 def build_method(config: Config) -> Method:
     """The method of a config, initialised from `runtime.seed` alone."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        return METHODS[config.method.name](config)
+        method: Method = config.method.build(config)
+    return method

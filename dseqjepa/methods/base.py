@@ -9,7 +9,6 @@ have a context.
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,13 +25,13 @@ from dseqjepa.methods.losses import (
     mean_by_row,
     smooth_l1_by_token,
 )
-from dseqjepa.model.cross import CrossPredictor, pack_cross
+from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.look import Look, look, target_features
-from dseqjepa.model.packing import Contexts, pack_contexts, pack_queries
+from dseqjepa.model.packing import Contexts, pack_contexts
 from dseqjepa.model.photometric import photometric
-from dseqjepa.model.vit import Images, Predictor, build_encoder, patchify
+from dseqjepa.model.vit import AnyPredictor, Images, Predictor, build_encoder, patchify
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
-from dseqjepa.plans.plan import Plan, true_places
+from dseqjepa.plans.plan import Plan, from_candidates, true_places
 from dseqjepa.plans.regions import Regions
 from dseqjepa.ranks import mean_row, sum_over_ranks
 
@@ -48,7 +47,7 @@ class Step(NamedTuple):
     """How many predicted patches (or regions) the loss is a mean of: micro-batches are joined in
     this proportion. No gradient."""
     metrics: dict[str, Tensor]
-    """Scalars, except `loss_by_rank` and `count_by_rank`: one value a step number, from step 1."""
+    """Scalars, except `loss_by_step` and `count_by_step`: one value a step number, from step 1."""
     pooled_BD: Float[Tensor, "B D"]
     """Mean target feature of each image; no gradient. What the health monitor looks at."""
     place_ND: Float[Tensor, "N D"]
@@ -74,11 +73,12 @@ class Draw:
     plan: Plan
     metrics: dict[str, Tensor]
     regions: Regions | None = None
-    """The ordered regions that ranked steps were made of; None for a method without."""
+    """The regions that steps were made of, by their order; None for a method without."""
 
 
-class Method(nn.Module, ABC):
-    """A context encoder, its EMA target, a predictor, and a way to plan."""
+class Method(nn.Module):
+    """A context encoder, its EMA target, a predictor, and a way to plan: I-JEPA's random blocks,
+    unless a subclass draws otherwise."""
 
     context_mode = "prefix"
     steps_per_image: int
@@ -90,7 +90,7 @@ class Method(nn.Module, ABC):
         self.encoder = build_encoder(config)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         kind = CrossPredictor if predictor.attention == "cross" else Predictor
-        self.predictor = kind(
+        self.predictor: AnyPredictor = kind(
             grid=self.encoder.grid,
             encoder_width=config.model.width,
             width=predictor.width,
@@ -107,6 +107,7 @@ class Method(nn.Module, ABC):
         self.by_region = config.method.loss_weighting == "region"
         self.blocks = config.method.blocks
         self.random_targets = 1 if self.blocks.kind == "scattered" else self.blocks.targets
+        self.steps_per_image = self.random_targets
         self.seed = config.runtime.seed
         self.prediction_weight = config.method.prediction_weight
         self.regularizer_weight = config.method.regularizer_weight
@@ -117,11 +118,13 @@ class Method(nn.Module, ABC):
         elif config.method.regularizer == "sigreg":
             self.regularizer = Sigreg(config.method.sigreg)
 
-    @abstractmethod
     def draw(
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Draw:
         """The plan of a batch: a pure function of what was seen, progress and the keys."""
+        blocks = self.random_blocks(keys_B, grid)
+        context_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
+        return Draw(from_candidates(context_BMN, blocks.target_BMN), {})
 
     def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
         """The draw that a curriculum leads to, wherever this one may end."""
@@ -163,22 +166,10 @@ class Method(nn.Module, ABC):
         context_TD = self.encoder.encode_patches(
             pixels_TP, contexts.patch_T, contexts.sequences, grid
         )
-        if isinstance(self.predictor, CrossPredictor):
-            cross = pack_cross(plan, contexts)
-            row_V, patch_V = cross.row_V, cross.patch_V[: len(cross.row_V)]
-            values_VD = self.predictor.across(context_TD, contexts.patch_T, cross, grid)
-        else:
-            queries = pack_queries(plan, contexts)
-            row_V, patch_V = queries.row_V, queries.patch_V
-            values_VD = self.predictor(
-                context_TD,
-                queries.source_U,
-                queries.patch_U,
-                queries.query_V,
-                queries.sequences,
-                grid,
-            )
-        return Predictions(values_VD[: len(row_V)], row_V, patch_V), contexts, context_TD
+        queries = self.predictor.pack(plan, contexts)
+        row_V, patch_V = queries.row_V, queries.patch_V
+        values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
+        return Predictions(values_UD[: len(row_V)], row_V, patch_V), contexts, context_TD
 
     def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Images]:
         """What the context encoder and what the target encoder sees of a batch."""
@@ -273,14 +264,14 @@ class Method(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """What a plan cost and gave: loss by step, tokens, and the loss of the mean prediction."""
         steps = self.steps_per_image
-        by_rank = mean_by_row(loss_S, plan.step_S - 1, steps)
+        by_step = mean_by_row(loss_S, plan.step_S - 1, steps)
         mean_1D = mean_row(target_VD)
         mean_loss = smooth_l1_by_token(mean_1D.expand_as(target_VD), target_VD)
         if self.by_region:
             mean_loss = mean_by_row(mean_loss, row_V, len(plan))
         return {
-            "loss_by_rank": by_rank,
-            "count_by_rank": torch.zeros_like(by_rank).index_add(
+            "loss_by_step": by_step,
+            "count_by_step": torch.zeros_like(by_step).index_add(
                 0, plan.step_S - 1, torch.ones_like(loss_S)
             ),
             "mean_prediction_loss": mean_loss.sum() / max(len(mean_loss), 1),

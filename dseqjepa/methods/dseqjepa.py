@@ -1,158 +1,98 @@
-"""DSeq-JEPA (arXiv 2511.17354): discriminative regions, predicted one after the other.
-
-Suffixes: B images, N patches, K regions, M steps an image at most.
-"""
+"""DSeq-JEPA (arXiv 2511.17354) and its settings; how it draws is in `ordered.py`."""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Self
 
-from dseqjepa.config import Config, DSeqConfig
-from dseqjepa.keyed import Stream, moment_key, uniforms
-from dseqjepa.methods.base import Draw, Method
-from dseqjepa.model.look import Look, cut, look_for_saliency
-from dseqjepa.model.vit import Images
-from dseqjepa.plans.blocks import Blocks, sample_rectangles
-from dseqjepa.plans.plan import from_candidates, paint, steps_of_ranks
-from dseqjepa.plans.regions import Regions, order_regions
+from pydantic import Field, model_validator
 
+from dseqjepa.config import (
+    Config,
+    CutConfig,
+    Fraction,
+    MethodConfig,
+    RegionsConfig,
+    SaliencyConfig,
+    Section,
+)
 
-class DSeqJepa(Method):
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.method, DSeqConfig)
-        self.config = config.method
-        self.context_mode = self.config.context
-        ranked = self.config.regions.source == "ranked"
-        regions = self.config.regions.count if ranked else self.random_targets + 1
-        self.ranked_steps = min(regions - 1, self.config.max_steps or regions)
-        self.steps_per_image = max(self.ranked_steps, self.random_targets)
-
-    def look(self, images_BCHW: Images) -> Look:
-        regions = self.config.regions
-        return look_for_saliency(
-            self.target,
-            images_BCHW,
-            **self.config.saliency.model_dump(),
-            target_blocks=self.target_blocks,
-            with_content=regions.source == "ranked" and regions.kind == "clusters",
-        )
-
-    def draw(
-        self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
-    ) -> Draw:
-        """Ranked regions for a growing share of the images, I-JEPA's blocks for the others.
-
-        An image in which no region survives takes the blocks, and is counted.
-        """
-        return self._draw(sight, grid, self._lambda(progress), progress, keys_B)
-
-    def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
-        """Every image by its ranked regions: lambda is 1."""
-        return self._draw(sight, grid, 1.0, 1.0, keys_B)
-
-    def _draw(
-        self,
-        sight: Look,
-        grid: tuple[int, int],
-        share: float,
-        progress: float,
-        keys_B: Int64[Tensor, " B"],
-    ) -> Draw:
-        blocks = self.random_blocks(keys_B, grid)
-        if self.config.regions.source == "random":
-            rank_BN, count_B = self._blocks_as_regions(blocks)
-            found = {}
-        else:
-            # The loss says where a map is not finite; the plan of its batch does not count.
-            regions = cut(sight, grid, self.config.regions)
-            found = {"region_area": _mean_area(regions)}
-            regions = order_regions(regions, self.config.order, grid, keys_B)
-            rank_BN, count_B = regions.rank_BN, regions.count_B
-        usable_B = count_B > 1
-        if self.config.curriculum.unit == "region":
-            rank_BN = self._replace_regions(rank_BN, count_B, grid, share, keys_B)
-            ranked_B = usable_B
-        else:
-            ranked_B = usable_B & self._wants_ranked(share, progress, keys_B)
-
-        context_BMN, target_BMN = steps_of_ranks(
-            rank_BN,
-            self.ranked_steps,
-            prediction=self.config.prediction,
-            lag=self.config.context_lag,
-        )
-        if self.config.regions.source == "random" and self.config.prediction == "flat":
-            target_BMN = blocks.target_BMN[:, : self.ranked_steps]  # as I-JEPA has them: overlaps
-        random_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
-        pick_B11 = ranked_B[:, None, None]
-        plan = from_candidates(
-            torch.where(pick_B11, self._fill(context_BMN), self._fill(random_BMN)),
-            torch.where(pick_B11, self._fill(target_BMN), self._fill(blocks.target_BMN)),
-        )
-        metrics = {
-            "lambda": torch.tensor(share),
-            "regions": count_B.double().mean(),
-            "ranked_share": ranked_B.double().mean(),
-            "empty_share": (~usable_B).double().mean(),
-            **found,
-        }
-        return Draw(plan, metrics, Regions(rank_BN, count_B, self.ranked_steps + 1))
-
-    def _lambda(self, progress: float) -> float:
-        curriculum = self.config.curriculum
-        return curriculum.start + (curriculum.end - curriculum.start) * progress
-
-    def _wants_ranked(
-        self, share: float, progress: float, keys_B: Int64[Tensor, " B"]
-    ) -> Bool[Tensor, " B"]:
-        """The curriculum's draw: one an image, or one for everything at this point of training."""
-        if self.config.curriculum.unit == "batch":
-            keys_B = moment_key(self.seed, progress, keys_B.device).expand_as(keys_B)
-        return uniforms(keys_B, Stream.PATH, 1)[:, 0] < share
-
-    def _replace_regions(
-        self,
-        rank_BN: Int64[Tensor, "B N"],
-        count_B: Int64[Tensor, " B"],
-        grid: tuple[int, int],
-        share: float,
-        keys_B: Int64[Tensor, " B"],
-    ) -> Int64[Tensor, "B N"]:
-        """The paper's Algorithm 1: a region stays with probability lambda, else a rectangle."""
-        K = self.config.regions.count
-        order_K = torch.arange(K, device=rank_BN.device)
-        rectangle_BKN = sample_rectangles(
-            keys_B,
-            grid,
-            K,
-            area=self.blocks.target_area,
-            aspect=self.blocks.target_aspect,
-            stream=Stream.RECTANGLES,
-        )
-        keep_BK = uniforms(keys_B, Stream.KEEP, K) < share
-        region_BKN = rank_BN[:, None, :] == order_K[None, :, None]
-        mask_BKN = torch.where(keep_BK[:, :, None], region_BKN, rectangle_BKN)
-        return paint(mask_BKN & (order_K < count_B[:, None])[:, :, None])
-
-    def _blocks_as_regions(
-        self, blocks: Blocks
-    ) -> tuple[Int64[Tensor, "B N"], Int64[Tensor, " B"]]:
-        """Table 4's random regions: the context block first, then the target blocks."""
-        rank_BN = paint(torch.cat([blocks.context_BN[:, None], blocks.target_BMN], dim=1))
-        count_B = 1 + blocks.target_BMN.any(dim=2).sum(dim=1)
-        return rank_BN, count_B * blocks.context_BN.any(dim=1)
-
-    def _fill(self, mask_BMN: Bool[Tensor, "B M N"]) -> Bool[Tensor, "B steps N"]:
-        """Empty steps up to the most that an image may have."""
-        B, M, N = mask_BMN.shape
-        return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
+if TYPE_CHECKING:
+    from dseqjepa.methods.base import Method
 
 
-def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
-    """The mean share of the grid that a region of an image holds, the left-over apart, and 0 for an
-    image without; mean over the images, so that ranks can be averaged."""
-    cut_BN = regions.rank_BN < regions.count_B[:, None] - 1
-    return (cut_BN.double().mean(dim=1) / (regions.count_B - 1).clamp(min=1)).mean()
+class CurriculumConfig(Section):
+    """lambda, the share of ranked regions, goes from `start` to `end` over training."""
+
+    unit: Literal["image", "region", "batch"] = "image"
+    """What takes ranked regions with probability lambda: an image, each of its regions, a batch."""
+    start: Fraction = 0.0
+    """lambda at the first step."""
+    end: Fraction = 1.0
+    """lambda at the last step."""
+
+
+class DSeqConfig(MethodConfig):
+    """DSeq-JEPA (arXiv 2511.17354): ranked regions, predicted one after the other."""
+
+    title = "DSeq-JEPA"
+    name: Literal["dseq"] = "dseq"
+    context: Literal["prefix", "causal", "independent"] = "prefix"
+    """How regions 1..k are encoded: together (`prefix`), once with region-causal attention, or
+    each by itself."""
+    prediction: Literal["sequential", "flat"] = "sequential"
+    """`sequential`: region k+1 from regions 1..k (eq. 5); `flat`: every region from the first."""
+    order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
+    """In which order regions are predicted (Table 5)."""
+    max_steps: int = Field(0, ge=0, le=10**6)
+    """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
+    context_lag: int = Field(0, ge=0, le=10**6)
+    """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
+    saliency: SaliencyConfig = SaliencyConfig()
+    regions: RegionsConfig = RegionsConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+
+    def build(self, config: Config) -> Method:
+        from dseqjepa.methods.ordered import DSeqJepa
+
+        return DSeqJepa(config, self)
+
+    @property
+    def cut(self) -> CutConfig:
+        return CutConfig(saliency=self.saliency, regions=self.regions)
+
+    def check_within(self, config: Config) -> None:
+        if self.context == "causal" and config.runtime.attention == "varlen":
+            raise ValueError(
+                "runtime.attention=varlen knows no region-causal contexts "
+                "(method.context=causal): use auto or flex"
+            )
+        if self.saliency.kind.startswith("cls_") and not config.model.class_token:
+            raise ValueError(
+                f"method.saliency.kind={self.saliency.kind} reads [CLS] and "
+                "model.class_token=false removes it: use rarity or grad_cam, or keep the token"
+            )
+        if self.saliency.block >= config.model.depth:
+            raise ValueError(
+                f"method.saliency.block ({self.saliency.block}) must be below the encoder's depth "
+                f"({config.model.depth})"
+            )
+        clusters = self.regions.count if self.regions.kind == "clusters" else 0
+        patches = config.grid[0] * config.grid[1]
+        if self.regions.source == "ranked" and clusters > patches:
+            raise ValueError(
+                f"method.regions.count ({clusters}) clusters need as many patches, and "
+                f"data.image_size has {patches}: lower it, or take larger images"
+            )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.regions.source == "random" and self.order != "saliency":
+            raise ValueError("order needs regions.source=ranked: random regions have no saliency")
+        if self.prediction == "flat" and self.context_lag:
+            raise ValueError("context_lag needs prediction=sequential: flat has one context")
+        if self.regions.kind == "clusters" and self.regions.min_area * self.regions.count > 1:
+            raise ValueError(
+                f"regions.min_area ({self.regions.min_area}) leaves no room for "
+                f"{self.regions.count} clusters: at most 1 / regions.count"
+            )
+        return self

@@ -1,27 +1,39 @@
-"""I-JEPA (arXiv 2301.08243): random target blocks, each predicted from one context block.
-
-C-JEPA (arXiv 2410.19560) is the same with a regulariser, which its config switches on.
-"""
+"""I-JEPA (arXiv 2301.08243), random blocks each predicted from one context, and C-JEPA, the same
+with a regulariser."""
 
 from __future__ import annotations
 
-from jaxtyping import Int64
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Self
 
-from dseqjepa.config import Config
-from dseqjepa.methods.base import Draw, Method
-from dseqjepa.model.look import Look
-from dseqjepa.plans.plan import from_candidates
+from dseqjepa.config import Config, MethodConfig
+
+if TYPE_CHECKING:
+    from dseqjepa.methods.base import Method
 
 
-class IJepa(Method):
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.steps_per_image = self.random_targets
+class _BlocksConfig(MethodConfig):
+    def build(self, config: Config) -> Method:
+        from dseqjepa.methods.base import Method
 
-    def draw(
-        self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
-    ) -> Draw:
-        blocks = self.random_blocks(keys_B, grid)
-        context_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
-        return Draw(from_candidates(context_BMN, blocks.target_BMN), {})
+        return Method(config)
+
+
+class IJepaConfig(_BlocksConfig):
+    """I-JEPA (arXiv 2301.08243): random target blocks, each predicted from one context."""
+
+    title = "I-JEPA"
+    name: Literal["ijepa"] = "ijepa"
+
+
+class CJepaConfig(_BlocksConfig):
+    """C-JEPA (arXiv 2410.19560): I-JEPA with VICReg on projected features."""
+
+    title = "C-JEPA"
+    name: Literal["cjepa"] = "cjepa"
+    regularizer: Literal["none", "vicreg", "sigreg"] = "vicreg"
+    """The term against collapse, which C-JEPA is about."""
+
+    @classmethod
+    def beside(cls, other: MethodConfig) -> Self:
+        """Blocks and loss are kept; the regulariser is C-JEPA's own."""
+        return cls(blocks=other.blocks, loss_weighting=other.loss_weighting)

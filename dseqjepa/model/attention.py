@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dseqjepa.model.sequences import Bucket, Layout, Sequences
+from dseqjepa.model.sequences import Bucket, PaddedLayout, Sequences
 
 MATMUL_UP_TO = {torch.bfloat16: 1024, torch.float32: 256, torch.float64: 256}
 """The longest sequence for which `matmul` beats `sdpa` on a CPU, forward and backward together. In
@@ -74,7 +74,7 @@ class _Matmul(torch.autograd.Function):
     """Attention of all buckets: one gather in, products bucket by bucket, one gather out."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_RC: Tensor, layout: Layout, heads: int) -> Tensor:
+    def forward(ctx: Any, qkv_RC: Tensor, layout: PaddedLayout, heads: int) -> Tensor:
         padded_RC = qkv_RC.index_select(0, layout.take)
         out_RC = padded_RC.new_empty(layout.padded * heads, padded_RC.shape[1])
         keep = ctx.needs_input_grad[0]

@@ -5,8 +5,8 @@ context anew for each of its targets. Here the context's keys and values are com
 block, and mask tokens neither see each other nor change the context: all targets of a context can
 be predicted together.
 
-Suffixes: T context tokens, W predictor width, V mask tokens, K gathered keys, C distinct contexts,
-L longest query or key list of a context, H heads, E head width.
+Suffixes: T context tokens, W predictor width, V predicted tokens, U the same with idle ones, K
+gathered keys, C distinct contexts, L longest query or key list of a context, H heads, E head width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dseqjepa.model.linear import Linear
 from dseqjepa.model.packing import Contexts, pad_idle
 from dseqjepa.model.sequences import upload
-from dseqjepa.model.vit import Mlp, Predictor
+from dseqjepa.model.vit import AnyPredictor, Mlp
 from dseqjepa.plans.plan import Plan, true_places
 
 
@@ -29,17 +29,18 @@ from dseqjepa.plans.plan import Plan, true_places
 class CrossQueries:
     """The mask tokens of a plan, and which context tokens each of them reads."""
 
-    patch_V: Int64[Tensor, " V"]
-    """With a few idle ones at the end, like the encoder's tokens; nobody reads those."""
     row_V: Int64[Tensor, " predicted"]
     """The step of each predicted token, an index into the plan."""
+    patch_V: Int64[Tensor, " predicted"]
+    patch_U: Int64[Tensor, " U"]
+    """The same with a few idle ones at the end, like the encoder's tokens; nobody reads those."""
     key_CL: Int64[Tensor, "C keys"]
     """The context tokens of each distinct context, an index into T; the last repeats as padding."""
     unseen_CL: Bool[Tensor, "C keys"]
     """True at padding."""
     query_CL: Int64[Tensor, "C queries"]
-    """The mask tokens of each distinct context, an index into V; the last repeats as padding."""
-    slot_V: Int64[Tensor, " V"]
+    """The mask tokens of each distinct context, an index into U; the last repeats as padding."""
+    slot_U: Int64[Tensor, " U"]
     """Where each mask token stands in `query_CL` flattened."""
 
 
@@ -57,17 +58,18 @@ def pack_cross(plan: Plan, contexts: Contexts) -> CrossQueries:
     device = place_V.device
     key_CL = upload(_rectangle(keys_C), device)
     query_CL = _rectangle(queries_C)
-    patch_V = pad_idle(place_V % N)
-    slot_V = np.zeros(len(patch_V), dtype=np.int64)
+    patch_U = pad_idle(place_V % N)
+    slot_U = np.zeros(len(patch_U), dtype=np.int64)
     real_CL = np.arange(query_CL.shape[1]) < queries_C[:, None]
-    slot_V[: len(place_V)] = real_CL.ravel().nonzero()[0]
+    slot_U[: len(place_V)] = real_CL.ravel().nonzero()[0]
     return CrossQueries(
-        patch_V=patch_V,
         row_V=place_V // N,
+        patch_V=place_V % N,
+        patch_U=patch_U,
         key_CL=token_K[key_CL],
         unseen_CL=upload(np.arange(key_CL.shape[1]) >= keys_C[:, None], device),
         query_CL=upload(query_CL, device),
-        slot_V=upload(slot_V, device),
+        slot_U=upload(slot_U, device),
     )
 
 
@@ -93,39 +95,57 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(width, mlp_ratio * width)
 
     def forward(
-        self, x_VW: Float[Tensor, "V W"], context_TW: Float[Tensor, "T W"], cross: CrossQueries
-    ) -> Float[Tensor, "V W"]:
-        query_VHE = self.q(self.norm1(x_VW)).unflatten(1, (self.heads, -1))
+        self, x_UW: Float[Tensor, "U W"], context_TW: Float[Tensor, "T W"], cross: CrossQueries
+    ) -> Float[Tensor, "U W"]:
+        query_UHE = self.q(self.norm1(x_UW)).unflatten(1, (self.heads, -1))
         pair_TXHE = self.kv(self.norm_context(context_TW)).unflatten(1, (2, self.heads, -1))
         key_CHLE, value_CHLE = pair_TXHE[cross.key_CL].permute(2, 0, 3, 1, 4).unbind()
         out_CHLE = F.scaled_dot_product_attention(
-            query_VHE[cross.query_CL].transpose(1, 2),
+            query_UHE[cross.query_CL].transpose(1, 2),
             key_CHLE,
             value_CHLE,
             attn_mask=~cross.unseen_CL[:, None, None, :],
         )
-        out_VW = out_CHLE.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, cross.slot_V)
-        x_VW = x_VW + self.proj(out_VW)
-        return x_VW + self.mlp(self.norm2(x_VW))
+        out_UW = out_CHLE.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, cross.slot_U)
+        x_UW = x_UW + self.proj(out_UW)
+        return x_UW + self.mlp(self.norm2(x_UW))
 
 
-class CrossPredictor(Predictor):
-    """The predictor of `predictor.attention=cross`; arguments are those of `Predictor`."""
+class CrossPredictor(AnyPredictor):
+    """The predictor of `predictor.attention=cross`."""
+
+    projections = (20.0, 4.0)
 
     def block(self, width: int, heads: int) -> nn.Module:
         return CrossBlock(width, heads)
 
-    def across(
+    def pack(self, plan: Plan, contexts: Contexts) -> CrossQueries:
+        return pack_cross(plan, contexts)
+
+    def predict(
+        self,
+        context_TD: Float[Tensor, "T D"],
+        contexts: Contexts,
+        queries: CrossQueries,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "U D"]:
+        values_UD: Tensor = self(context_TD, contexts.patch_T, queries, grid)
+        return values_UD
+
+    def count(self, context_S: np.ndarray, target_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return target_S, target_S * context_S
+
+    def forward(
         self,
         context_TD: Float[Tensor, "T D"],
         patch_T: Int64[Tensor, " T"],
         cross: CrossQueries,
         grid: tuple[int, int],
-    ) -> Float[Tensor, "V D"]:
+    ) -> Float[Tensor, "U D"]:
         """Predicted target features of the mask tokens; `patch_T` is a context token's patch."""
         position_NW = self.positions(grid)
         context_TW = self.embed(context_TD) + position_NW[patch_T.clamp(min=0)]
-        x_VW = self.mask(context_TW) + position_NW[cross.patch_V]
+        x_UW = self.mask(context_TW) + position_NW[cross.patch_U]
         for block in self.blocks:
-            x_VW = block(x_VW, context_TW, cross)
-        return self.read_out(x_VW)
+            x_UW = block(x_UW, context_TW, cross)
+        return self.read_out(x_UW)

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.packing import pack_contexts
-from dseqjepa.model.vit import Predictor, VisionTransformer
+from dseqjepa.model.vit import AnyPredictor, VisionTransformer
 from dseqjepa.plans.plan import Plan
 
 
@@ -45,21 +44,19 @@ class Tokens:
 
 
 def count_tokens(
-    plan: Plan, images: int, mode: str, *, class_token: bool, cross: bool = False
+    plan: Plan, images: int, mode: str, encoder: VisionTransformer, predictor: AnyPredictor
 ) -> Tokens:
     """The packed tokens of a plan for `images` images in a context mode; [CLS] is one, idle ones do
-    not count. `cross`: for a predictor that reads contexts by cross-attention."""
-    contexts = pack_contexts(plan, mode, class_token=class_token)
+    not count."""
+    contexts = pack_contexts(plan, mode, class_token=bool(encoder.prefix))
     encoder_Q = contexts.sequences.lengths[: -1 if contexts.idle else None]
     target_S = plan.counts.target_S
-    context_S = plan.counts.context_S
-    predictor_S = target_S if cross else context_S + target_S
-    pairs_S = target_S * context_S if cross else predictor_S**2
+    predictor_S, pairs_S = predictor.count(plan.counts.context_S, target_S)
     sums = (encoder_Q, encoder_Q**2, predictor_S, pairs_S, target_S)
     return Tokens(images, *(int(values.sum()) for values in sums))
 
 
-def step_flops(encoder: VisionTransformer, predictor: Predictor, tokens: Tokens) -> float:
+def step_flops(encoder: VisionTransformer, predictor: AnyPredictor, tokens: Tokens) -> float:
     """FLOPs of the forward and backward pass of a batch, its target included."""
     grid = encoder.grid[0] * encoder.grid[1]
     length = grid + encoder.prefix
@@ -77,12 +74,11 @@ def step_flops(encoder: VisionTransformer, predictor: Predictor, tokens: Tokens)
     return target + 2 * embed * tokens.encoder + 3 * (context + blocks + join + read_out)
 
 
-def _predictor_block(predictor: Predictor, tokens: Tokens) -> float:
+def _predictor_block(predictor: AnyPredictor, tokens: Tokens) -> float:
     width = predictor.embed.out_features
-    if isinstance(predictor, CrossPredictor):
-        projections = 20.0 * tokens.predictor + 4.0 * tokens.encoder
-        return projections * width**2 + 4.0 * tokens.predictor_pairs * width
-    return block_flops(width, tokens.predictor, tokens.predictor_pairs)
+    own, context = predictor.projections
+    projections = own * tokens.predictor + context * tokens.encoder
+    return projections * width**2 + 4.0 * tokens.predictor_pairs * width
 
 
 def block_flops(width: int, tokens: int, pairs: int, hidden: int = 0) -> float:

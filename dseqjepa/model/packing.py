@@ -13,8 +13,8 @@ reaches an earlier patch through it.
 
 Behind the tokens come a few idle ones, in a sequence of their own, which nobody reads: see `_idle`.
 
-Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens, U predictor tokens,
-V predicted tokens; T and U with the idle ones.
+Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens and U predictor tokens
+(both with the idle ones), V predicted tokens.
 """
 
 from __future__ import annotations

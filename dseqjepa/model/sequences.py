@@ -2,8 +2,8 @@
 
 Tokens of all sequences lie one after the other, without padding. Attention that works on rectangles
 sorts sequences into buckets of similar length, each padded to its own longest: only attention sees
-that padding. A `Layout` says how to get from packed to padded rows and back; both ways are gathers,
-because a scatter at random places is many times slower on a CPU.
+that padding. A `PaddedLayout` says how to get from packed to padded rows and back; both ways are
+gathers, because a scatter at random places is many times slower on a CPU.
 
 Suffixes: T packed tokens, S sequences, L longest sequence of a bucket, H heads, X the three of
 query, key and value, P padded tokens of all buckets.
@@ -45,7 +45,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PaddedLayout:
     """Where each token's heads stand in the padded rectangles.
 
     A row is one head of one token. Packed rows are in (T, X, H) order for what goes in and (T, H)
@@ -74,7 +74,7 @@ class Sequences:
     device: torch.device
     rank_T: Int64[Tensor, " T"] | None = None
     """Where given, a token sees only tokens of its sequence whose rank is not above its own."""
-    _layouts: dict[int, Layout] = field(default_factory=dict)
+    _layouts: dict[int, PaddedLayout] = field(default_factory=dict)
 
     @staticmethod
     def equal(count: int, length: int, *, device: torch.device | str = "cpu") -> Sequences:
@@ -135,7 +135,7 @@ class Sequences:
             _compile=compiled,
         )
 
-    def layout(self, heads: int) -> Layout:
+    def layout(self, heads: int) -> PaddedLayout:
         """The rectangles for attention with so many heads; made once and kept."""
         if heads not in self._layouts:
             self._layouts[heads] = _lay_out(self, heads)
@@ -169,7 +169,7 @@ def _groups(lengths: Lengths) -> Iterator[np.ndarray]:
         first = last
 
 
-def _lay_out(sequences: Sequences, heads: int) -> Layout:
+def _lay_out(sequences: Sequences, heads: int) -> PaddedLayout:
     lengths, device = sequences.lengths, sequences.device
     start_S = lengths.cumsum() - lengths
     head_H = np.arange(heads)
@@ -199,7 +199,7 @@ def _lay_out(sequences: Sequences, heads: int) -> Layout:
         hidden_S1LL = _hidden(sequences.rank_T, upload(token_SL, device), blank_SL)
         buckets.append(Bucket(count, length, padded, hidden_S1LL, blank_SL))
         padded += count * length
-    return Layout(
+    return PaddedLayout(
         buckets=tuple(buckets),
         padded=padded,
         take=upload(np.concatenate(take).astype(np.int32), device),

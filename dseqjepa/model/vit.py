@@ -10,9 +10,12 @@ H heads, C head width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
@@ -21,7 +24,9 @@ from torch import Tensor, nn
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Colours, Config
 from dseqjepa.model.attention import attend
 from dseqjepa.model.linear import Linear, linear
+from dseqjepa.model.packing import Contexts, Queries, pack_queries
 from dseqjepa.model.sequences import Sequences
+from dseqjepa.plans.plan import Plan
 
 MOST_NORMALIZED = 20.0
 """White is some 2.6 deviations above the mean, and bytes go up to 255."""
@@ -324,14 +329,17 @@ def build_encoder(config: Config) -> VisionTransformer:
     )
 
 
-class Predictor(nn.Module):
-    """A narrow ViT over context features and mask tokens that reads out at the mask tokens.
+class AnyPredictor(nn.Module, ABC):
+    """What both predictors have in common, and how the rest of the package talks to either.
 
     `mask_token=False` leaves the learned token out: queries are positions only. `output_norm`
     passes predictions through a LayerNorm without affine, as targets are.
     """
 
     positions_ND: Tensor
+    projections: tuple[float, float]
+    """FLOPs of a block's linear layers, in squares of its width: for each token of the predictor,
+    and for each context token."""
 
     def __init__(
         self,
@@ -357,8 +365,71 @@ class Predictor(nn.Module):
         self.proj = Linear(width, encoder_width)
         initialize(self)
 
+    @abstractmethod
+    def block(self, width: int, heads: int) -> nn.Module:
+        """One of its blocks."""
+
+    @abstractmethod
+    def pack(self, plan: Plan, contexts: Contexts) -> Any:
+        """What `predict` needs to know of a plan: the steps `row_V` and patches `patch_V` of its
+        predicted tokens, and more of its own."""
+
+    @abstractmethod
+    def predict(
+        self,
+        context_TD: Float[Tensor, "T D"],
+        contexts: Contexts,
+        queries: Any,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "U D"]:
+        """Predicted target features of the tokens that `pack` found, and of idle ones after."""
+
+    @abstractmethod
+    def count(self, context_S: np.ndarray, target_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of each step that has so many context and target patches, and how often one
+        of them reads a token."""
+
+    def mask(self, like_UW: Float[Tensor, "U W"]) -> Float[Tensor, "1 W"]:
+        """What a query is before its position is added."""
+        if self.has_mask_token:
+            return self.mask_token.to(like_UW.dtype)
+        return like_UW.new_zeros(1, like_UW.shape[1])
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "N W"]:
+        if grid == self.grid:
+            return self.positions_ND
+        width = self.positions_ND.shape[1]
+        return sincos_positions(width, grid).to(self.positions_ND.device)
+
+    def read_out(self, x_VW: Float[Tensor, "V W"]) -> Float[Tensor, "V D"]:
+        values_VD = self.proj(self.norm(x_VW))
+        return F.layer_norm(values_VD, values_VD.shape[-1:]) if self.output_norm else values_VD
+
+
+class Predictor(AnyPredictor):
+    """A narrow ViT over context features and mask tokens that reads out at the mask tokens."""
+
+    projections = (24.0, 0.0)
+
     def block(self, width: int, heads: int) -> nn.Module:
         return Block(width, heads)
+
+    def pack(self, plan: Plan, contexts: Contexts) -> Queries:
+        return pack_queries(plan, contexts)
+
+    def predict(
+        self,
+        context_TD: Float[Tensor, "T D"],
+        contexts: Contexts,
+        queries: Queries,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "U D"]:
+        q = queries
+        values_UD: Tensor = self(context_TD, q.source_U, q.patch_U, q.query_V, q.sequences, grid)
+        return values_UD
+
+    def count(self, context_S: np.ndarray, target_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return context_S + target_S, (context_S + target_S) ** 2
 
     def forward(
         self,
@@ -381,19 +452,3 @@ class Predictor(nn.Module):
         for block in self.blocks:
             x_UW = block(x_UW, sequences)
         return self.read_out(x_UW.index_select(0, query_V))
-
-    def mask(self, like_UW: Float[Tensor, "U W"]) -> Float[Tensor, "1 W"]:
-        """What a query is before its position is added."""
-        if self.has_mask_token:
-            return self.mask_token.to(like_UW.dtype)
-        return like_UW.new_zeros(1, like_UW.shape[1])
-
-    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "N W"]:
-        if grid == self.grid:
-            return self.positions_ND
-        width = self.positions_ND.shape[1]
-        return sincos_positions(width, grid).to(self.positions_ND.device)
-
-    def read_out(self, x_VW: Float[Tensor, "V W"]) -> Float[Tensor, "V D"]:
-        values_VD = self.proj(self.norm(x_VW))
-        return F.layer_norm(values_VD, values_VD.shape[-1:]) if self.output_norm else values_VD

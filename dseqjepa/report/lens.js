@@ -199,9 +199,9 @@ class Lens {
     const lines = this.outline(borders(h, w, (index) => rank[index], undefined), "#fff", 2);
     const { name, label } = this.lens.pictures[this.image];
     const many = `${this.look.count} region${this.look.count === 1 ? "" : "s"}`;
-    const what = hot ? `saliency (${this.lens.saliency})` : "regions, 1 the most salient";
+    const what = hot ? `saliency (${this.lens.saliency})` : "regions in order";
     this.canvas("regions", `${label || "Image"} ${name}: ${what}; ${many}.`, [...cells, lines, ...numbers]);
-    this.get("regions-caption").textContent = hot ? `Saliency, low to high` : `${many}, 1 the most salient`;
+    this.get("regions-caption").textContent = hot ? `Saliency, low to high` : `${many}, in order`;
   }
 
   drawStep() {

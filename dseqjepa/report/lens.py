@@ -24,7 +24,7 @@ from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source, Split
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, printable
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.report.run import Run, step_of
 from dseqjepa.train.checkpoint import described, load_method
 from dseqjepa.train.trained_on import trained_on
@@ -39,7 +39,7 @@ LEVELS = 255
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class LensImages:
     """The images of a lens, as the page shows them and as the encoder sees them."""
 
     pictures: Sequence[Mapping[str, str]]
@@ -97,7 +97,7 @@ def build_lens(run: Run, images: int, shared: CutConfig) -> Lens:
         "grid": list(run.config.grid),
         "pictures": list(chosen.pictures),
         "origin": "held out of training" if chosen.are_held_out else "seen in training",
-        "ranks": run.config.method.cut is not None,
+        "ranks": traces[0].regions_are_own,
         "saliency": traces[0].saliency_kind.replace("_", " "),
         "checkpoints": looks,
     }
@@ -116,7 +116,7 @@ def _data_of(run: Run) -> str:
     raise InputError("no checkpoint can be read")
 
 
-def choose_images(config: Config, count: int) -> Chosen:
+def choose_images(config: Config, count: int) -> LensImages:
     """A seeded choice of the images that a run's config names, held-out ones if there are any.
 
     Raises:
@@ -124,7 +124,7 @@ def choose_images(config: Config, count: int) -> Chosen:
     """
     source, are_held_out = _source(config)
     keys_N = sample_keys(config.runtime.seed, 0, torch.arange(len(source)))
-    order = uniforms(keys_N, Stream.SPLIT, 1)[:, 0].argsort(stable=True).tolist()
+    order = shuffled(keys_N, Stream.SPLIT).tolist()
     pictures: list[dict[str, str]] = []
     seen, indices = [], []
     fit = EvalTransform(config.data.image_size)
@@ -146,7 +146,7 @@ def choose_images(config: Config, count: int) -> Chosen:
         indices.append(index)
     size = (0, 3, *config.data.image_size)
     images_BCHW = torch.stack(seen) if seen else torch.empty(size, dtype=torch.uint8)
-    return Chosen(pictures, images_BCHW, indices, are_held_out)
+    return LensImages(pictures, images_BCHW, indices, are_held_out)
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:

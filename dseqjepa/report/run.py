@@ -15,10 +15,10 @@ from typing import Any
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError, printable
 from dseqjepa.presets import load_config
+from dseqjepa.train.metrics import is_step, read_metrics
 
-MOST_STEPS = 10**15
 Line = Mapping[str, float]
-"""The finite numbers of a line of metrics.jsonl by name; those of `loss_by_rank` by `step_loss`."""
+"""The finite numbers of a line of metrics.jsonl by name; those of `loss_by_step` by `step_loss`."""
 
 
 @dataclass(frozen=True)
@@ -144,38 +144,20 @@ def _check_is_run(path: Path) -> None:
 def _read_metrics(path: Path) -> tuple[list[Line], list[str]]:
     if not path.is_file():
         return [], ["The run has no metrics.jsonl: nothing was logged yet."]
-    lines: list[Line] = []
-    damaged = []
-    with path.open(errors="replace", encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            line = _numbers(text)
-            if line is None:
-                damaged.append(number)
-            else:
-                lines.append(line)
+    values, damaged = read_metrics(path)
+    lines = [_numbers(line) for line in values]
     if not damaged:
         return lines, []
-    which = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
+    which = ", ".join(map(str, list(damaged)[:8])) + (", ..." if len(damaged) > 8 else "")
     many = f"{len(damaged)} lines of metrics.jsonl are" if len(damaged) > 1 else "A line is"
     return lines, [f"{many} damaged and left out (metrics.jsonl, line {which})."]
 
 
-def _numbers(text: str) -> Line | None:
-    """The finite numbers of a line; None where it is not a line of metrics."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(values, dict) or not _is_step(values.get("step")):
-        return None
-    by_rank = values.get("loss_by_rank")
-    for number, value in enumerate(by_rank if isinstance(by_rank, list) else (), start=1):
-        values[step_loss(number)] = value
+def _numbers(values: Mapping[str, Any]) -> Line:
+    by_step = values.get("loss_by_step")
+    losses = enumerate(by_step if isinstance(by_step, list) else (), start=1)
+    values = {**values, **{step_loss(number): value for number, value in losses}}
     return {key: value for key, value in values.items() if _is_number(value)}
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_STEPS
 
 
 def _is_number(value: object) -> bool:
@@ -243,6 +225,6 @@ def _total_steps(checkpoints: Sequence[Path]) -> int | None:
             steps = json.loads((folder / "state.json").read_text(encoding="utf-8"))["steps"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # the lens says which checkpoint is damaged
-        if _is_step(steps):
+        if is_step(steps):
             return steps
     return None

@@ -22,7 +22,7 @@ NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
 
 
 @dataclass(frozen=True)
-class Verdict:
+class HealthSummary:
     """The health monitor's judgement of the last logged step."""
 
     tone: Tone
@@ -60,11 +60,11 @@ def what_it_was(run: Run) -> str:
     return f"{text}, in {duration(seconds)}." if seconds else f"{text}."
 
 
-def verdict(run: Run) -> Verdict:
+def verdict(run: Run) -> HealthSummary:
     """The monitor's words for the last logged step, and when it judged otherwise before."""
     judged = list(monitor.verdicts(line for line in run.steps if line.keys() >= NEEDED).items())
     if not judged:
-        return Verdict("none", "Nothing was logged that tells of its health.", "", "")
+        return HealthSummary("none", "Nothing was logged that tells of its health.", "", "")
     sentence, _, figures = str(judged[-1][1]).partition(" [")
     tone = _tone(judged[-1][1])
     spans = [
@@ -78,7 +78,7 @@ def verdict(run: Run) -> Verdict:
         more = f"It is judged so from step {spans[-1][1][0]:,} on."
     elif bad := [_span(steps) for key, steps in spans if key == "bad"]:
         more += f" It was judged otherwise before: an alarm at {_listing(bad)}."
-    return Verdict(
+    return HealthSummary(
         tone, sentence[:1].upper() + sentence[1:] + ".", figures.rstrip("]"), more.strip()
     )
 

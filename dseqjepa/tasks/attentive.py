@@ -31,13 +31,14 @@ from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
+from dseqjepa.files import json_digest
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
 from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lost, pooled
 from dseqjepa.tasks.heads import split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import seeded
-from dseqjepa.tasks.results import Result, classified, digest
+from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import features_of, reading
@@ -78,7 +79,7 @@ class Head(nn.Module):
         )
 
 
-class Heads(nn.Module):
+class QueryHeads(nn.Module):
     """A head a setting, and what standardises the patches that they read."""
 
     mean_D: Tensor
@@ -209,11 +210,11 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
 
 def train(
     job: Job, config: AttentiveConfig, reader: Reader, source: Subset, classes: int
-) -> tuple[Heads, Path, dict[str, str]]:
+) -> tuple[QueryHeads, Path, dict[str, str]]:
     """All heads on the images of a source; the folder that the training resumes from; bad images
     and why."""
     mean_D, std_D = moments(job, config, reader, source)
-    heads = Heads(mean_D, std_D, classes, config).to(job.device)
+    heads = QueryHeads(mean_D, std_D, classes, config).to(job.device)
     bad: dict[str, str] = {}
     read: Callable[[int, int], tuple[Tensor, int]]
     encode: Callable[[Tensor], Tensor]
@@ -253,7 +254,7 @@ def train(
         "precision": config.precision,
     }
     place = Place(
-        folder=job.folder / f"attentive-{digest(identity)[:16]}",
+        folder=job.folder / f"attentive-{json_digest(identity)[:16]}",
         identity=identity,
         resume=True,
         overwrite=job.overwrite,
@@ -295,7 +296,7 @@ def _crops(
 
 
 def answers(
-    job: Job, config: AttentiveConfig, reader: Reader, heads: Heads, source: Source
+    job: Job, config: AttentiveConfig, reader: Reader, heads: QueryHeads, source: Source
 ) -> Extracted:
     """The class that each head gives each image, as the piece `mean1` (N, H); -1 of one that
     diverged."""

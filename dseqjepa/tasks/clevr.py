@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.tasks.config import ClevrConfig
 from dseqjepa.tasks.features import NOT_FINITE, Rows, pooling_of
 from dseqjepa.tasks.knn import class_names, same_classes
@@ -151,7 +151,7 @@ def fit(
     steps = config.epochs * -(-count // config.batch_size)
     for epoch in range(config.epochs):
         keys_M = sample_keys(config.seed, epoch, torch.arange(count))
-        order_M = uniforms(keys_M, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True).to(device)
+        order_M = shuffled(keys_M, Stream.SHUFFLE).to(device)
         for index_B in order_M.split(config.batch_size):
             optimizer.param_groups[0]["lr"] = cosine(config.lr, 0.0, step / steps)
             loss = F.cross_entropy(head(feature_MD[index_B]), label_M[index_B])

@@ -54,7 +54,7 @@ BASIS_IMAGES = 1024
 """Training images, drawn by seed 0, from which a `PatchBasis` is estimated."""
 
 
-class Encoded(Protocol):
+class EncoderOutput(Protocol):
     """What an encoder has to return; `tasks.backbone.Encoded` is it, `model.vit.Features` too."""
 
     @property
@@ -67,7 +67,7 @@ class Encoded(Protocol):
     def layers(self) -> Sequence[Tensor]: ...
 
 
-Encoder = Callable[..., Encoded]
+Encoder = Callable[..., EncoderOutput]
 """Takes uint8 images (B, 3, H, W) and normalises them itself."""
 
 

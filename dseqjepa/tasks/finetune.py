@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class LabelledImage:
     image_CHW: Tensor
     label: int
 
@@ -98,14 +98,14 @@ class Augment:
         )
         self.magnitude = config.rand_augment
 
-    def __call__(self, source: Source, task: str, index: int, key: int) -> Sample:
+    def __call__(self, source: Source, task: str, index: int, key: int) -> LabelledImage:
         decoded = read_image(source, index, self.crop.reduction)
         (cut,) = self.crop.cuts(torch.tensor([key]))
         image_CHW = cut(decoded)
         if self.magnitude:
             with seeded(key):
                 image_CHW = self.operations(image_CHW)
-        return Sample(image_CHW, int(source.labels[task][index]))
+        return LabelledImage(image_CHW, int(source.labels[task][index]))
 
 
 class MixedLoss:
@@ -122,7 +122,7 @@ class MixedLoss:
             mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
-    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def __call__(self, samples: list[LabelledImage]) -> dict[str, Tensor]:
         images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(self.device)
         target = torch.tensor([sample.label for sample in samples], device=self.device)
         images_BCHW = self.model.backbone.normalized(images_BCHW)
@@ -173,7 +173,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         model = Classifier(backbone, len(classes), config.pooling, drop_path).to(job.device)
     augment = Augment(config, backbone)
 
-    def read_augmented(index: int, key: int) -> Sample:
+    def read_augmented(index: int, key: int) -> LabelledImage:
         return augment(train, task, index, key)
 
     losses = MixedLoss(config, model, job.device)
@@ -183,9 +183,9 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
 
     transform = EvalTransform(backbone.image_size)
 
-    def read(index: int) -> Sample:
+    def read(index: int) -> LabelledImage:
         image_CHW = transform(read_image(test, index).image_CHW)
-        return Sample(image_CHW, int(test.labels[task][index]))
+        return LabelledImage(image_CHW, int(test.labels[task][index]))
 
     found: list[tuple[int, bool]] = []
     model.eval()
@@ -221,7 +221,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
 
 @torch.inference_mode()
 def _correct(
-    model: Classifier, batch: list[Sample], config: FinetuneConfig, device: torch.device
+    model: Classifier, batch: list[LabelledImage], config: FinetuneConfig, device: torch.device
 ) -> list[bool]:
     images_BCHW = torch.stack([sample.image_CHW for sample in batch]).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled, uniforms
 from dseqjepa.tasks.features import NOT_FINITE, Rows
 from dseqjepa.train.schedules import cosine
 
@@ -168,7 +168,7 @@ def fit_heads(
     step = 0
     for epoch in range(epochs):
         keys_M = sample_keys(seed, epoch, torch.arange(count))
-        order_M = uniforms(keys_M, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True)
+        order_M = shuffled(keys_M, Stream.SHUFFLE)
         for start in range(0, count, batch_size):
             index_B = order_M[start : start + batch_size].sort().values  # kinder to a disk
             target_BC = _shares(label_M[index_B], classes).to(device, torch.float32)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dseqjepa.data.images import Subset, notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pooling_of
@@ -164,7 +164,7 @@ def probe(
 def draw(count: int, wanted: int, seed: int) -> Int64[Tensor, " R"]:
     """At most `wanted` of `count` places, in order, always the same for a seed."""
     keys_M = sample_keys(seed, 0, torch.arange(count))
-    order_M = uniforms(keys_M, Stream.SPLIT, 1)[:, 0].argsort(stable=True)
+    order_M = shuffled(keys_M, Stream.SPLIT)
     return order_M[:wanted].sort().values
 
 

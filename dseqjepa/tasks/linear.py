@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import json_digest
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
 from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lost, pooled, pooling_of
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.results import Result, accuracy_metric, classified, digest
+from dseqjepa.tasks.results import Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.store import features_of, splits_of
 from dseqjepa.train.clock import duration
@@ -151,7 +152,7 @@ class Training:
             "task": config.task,
             "precision": config.precision,
         }
-        self.state: Path = job.folder / f"linear-{digest(kind)[:16]}.safetensors"
+        self.state: Path = job.folder / f"linear-{json_digest(kind)[:16]}.safetensors"
 
     def _blank(self) -> Tensor:
         height, width = self.job.backbone.image_size

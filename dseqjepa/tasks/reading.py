@@ -20,7 +20,7 @@ from dseqjepa.data.loader import start_worker
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import RunError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.ranks import Ranks
 
 Sample = TypeVar("Sample")
@@ -92,7 +92,7 @@ class Samples(Dataset[tuple[list[Sample], dict[str, str]]], Generic[Sample]):
     def _order_of(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
             keys_N = sample_keys(self.seed, epoch, torch.arange(self.count))
-            order_N = uniforms(keys_N, Stream.SHUFFLE, 1)[:, 0].argsort(stable=True)
+            order_N = shuffled(keys_N, Stream.SHUFFLE)
             self._order = (epoch, order_N)
         return self._order[1]
 

@@ -8,7 +8,6 @@ Suffixes: N test images, M training images, C classes, R resamples.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from dseqjepa.errors import InputError, printable
-from dseqjepa.files import write_whole
+from dseqjepa.files import json_digest, write_whole
 
 FORMAT = 1
 MANY = 4
@@ -189,11 +188,6 @@ def mean_metric(values: Sequence[float], limits: tuple[float, float] = (0.0, 100
     return Metric(mean, max(mean - half, limits[0]), min(mean + half, limits[1]))
 
 
-def digest(values: Mapping[str, Any]) -> str:
-    """A hash of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def choose_path(folder: Path, task: str, values: Mapping[str, Any]) -> Path:
     """`folder`/TASK.json; another name where that holds what this result does not replace: one of
     another protocol, other weights, or another image size."""
@@ -210,7 +204,7 @@ def choose_path(folder: Path, task: str, values: Mapping[str, Any]) -> Path:
 
 def _kind(values: Mapping[str, Any]) -> str:
     backbone = values["backbone"]
-    return digest(
+    return json_digest(
         {
             "protocol": values["protocol"],
             **{key: backbone[key] for key in ("weights", "digest", "image_size")},

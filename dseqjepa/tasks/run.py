@@ -19,6 +19,7 @@ from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import json_digest
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
@@ -29,7 +30,6 @@ from dseqjepa.tasks.results import (
     Result,
     choose_path,
     device_name,
-    digest,
     row,
     show,
     write_json,
@@ -295,7 +295,7 @@ def identity(backbone: Backbone) -> dict[str, Any]:
         "weights": backbone.weights,
         "source": backbone.source,
         "digest": backbone.digest(),
-        "group": digest({**kind, "image_size": [height, width]})[:16],
+        "group": json_digest({**kind, "image_size": [height, width]})[:16],
         "seed": backbone.seed,
         "settings": None if settings is None else flattened(settings),
         "image_size": [height, width],

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import json_digest
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FrozenConfig
@@ -39,7 +40,7 @@ from dseqjepa.tasks.features import (
     extract,
     patch_basis,
 )
-from dseqjepa.tasks.results import digest, write_json
+from dseqjepa.tasks.results import write_json
 from dseqjepa.tasks.run import Job
 
 FORMAT = 2
@@ -96,7 +97,7 @@ class Store:
                 rows_ND[kept] = torch.cat(values).numpy()
                 rows_ND.flush()
                 done["rows_sha256"] = _hash(rows_ND, chunk)
-            done["sha256"] = digest(done)
+            done["sha256"] = json_digest(done)
             write_json(self.marker(piece, number), done)
 
     def open(self, pieces: Sequence[str], source: Source) -> Extracted:
@@ -123,7 +124,7 @@ class Store:
         path = self.marker(piece, number)
         try:
             done = json.loads(path.read_text(encoding="utf-8"))
-            if done.pop("sha256") != digest(done):
+            if done.pop("sha256") != json_digest(done):
                 raise ValueError("its SHA-256 differs")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
@@ -298,7 +299,7 @@ def features_of(
                 "batch": config.encode_batch,
                 "format": FORMAT,
             }
-            name = digest({**kind, "data": source.fingerprint()})[:16]
+            name = json_digest({**kind, "data": source.fingerprint()})[:16]
             folder = job.folder / "features" / name
         else:
             folder = Path(config.cache).expanduser() / part

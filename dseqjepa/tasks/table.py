@@ -19,8 +19,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dseqjepa.errors import InputError, printable
-from dseqjepa.files import write_whole
-from dseqjepa.tasks.results import FORMAT, Metric, digest, limits_of, mean_metric, text
+from dseqjepa.files import json_digest, write_whole
+from dseqjepa.tasks.results import FORMAT, Metric, limits_of, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
 KEPT = {"features", "checkpoints"}
@@ -73,7 +73,7 @@ class ResultTable:
         for name, cells in self.lines.items():
             for number, cell in sorted(cells.items()):
                 seeds = " ".join("" if seed is None else str(seed) for seed in cell.seeds)
-                key = digest(self.protocols[number])[:8]
+                key = json_digest(self.protocols[number])[:8]
                 texts = map(_no_formula, (name, self.columns[number]))
                 writer.writerow([*texts, *cell.metric, len(cell.files), seeds, key])
         return file.getvalue()
@@ -121,7 +121,7 @@ def collect(folders: Sequence[Path]) -> ResultTable:
         backbone, protocol = values["backbone"], values["protocol"]
         names.setdefault(backbone["group"], backbone)
         for metric in values["metrics"]:
-            column = (digest(protocol), metric)
+            column = (json_digest(protocol), metric)
             keys.setdefault(column, values)
             weights = places.setdefault(backbone["group"], {}).setdefault(column, {})
             if backbone["digest"] in weights:
@@ -223,7 +223,7 @@ def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]
                 notes.append(f"{path} is of another version of dseqjepa")
                 continue
             _Stored.model_validate(values)
-            digest(values)  # which has to go as deep as the file does
+            json_digest(values)  # which has to go as deep as the file does
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -277,7 +277,8 @@ def _recipe(backbone: Values) -> tuple[Any, ...]:
     if settings is None:
         return (backbone["group"],)
     decided = {key: value for key, value in settings.items() if key not in BY_DATA}
-    return _method(backbone), str(backbone["weights"]), str(backbone["image_size"]), digest(decided)
+    weights, image_size = str(backbone["weights"]), str(backbone["image_size"])
+    return _method(backbone), weights, image_size, json_digest(decided)
 
 
 def _method(backbone: Values) -> str:
@@ -317,7 +318,7 @@ def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
         mine = values["protocol"]
         unlike = [key for key in mine if any(twin.get(key) != mine[key] for twin in twins)]
         said = [
-            f"{key}={digest(mine[key])[:6] if isinstance(mine[key], dict) else mine[key]}"
+            f"{key}={json_digest(mine[key])[:6] if isinstance(mine[key], dict) else mine[key]}"
             for key in unlike
         ]
         titles.append(f"{title}, {', '.join(said)}" if said else title)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -32,7 +32,7 @@ from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import TrainedConfig
-from dseqjepa.tasks.reading import SUBSTITUTES, Samples, read_ahead
+from dseqjepa.tasks.reading import SUBSTITUTES, Sample, Samples, read_ahead
 from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import (
     Checkpoint,
@@ -48,7 +48,6 @@ from dseqjepa.train.optimizer import load_optimizer_state, optimizer_state
 from dseqjepa.train.runtime import Stopped, StopRequest
 from dseqjepa.train.schedules import cosine, linear
 
-Sample = TypeVar("Sample")
 Losses = dict[str, Tensor]
 """Loss terms by name; their sum is what is minimised."""
 

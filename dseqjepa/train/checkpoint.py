@@ -25,8 +25,9 @@ from torch import Tensor
 
 from dseqjepa.config import Config, validate
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.files import UNFINISHED, remove, sync
-from dseqjepa.methods import Method, build_method
+from dseqjepa.files import UNFINISHED, json_digest, remove, sync
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 
 FORMAT = 1
@@ -52,7 +53,7 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """A hash of all that the checkpoint holds."""
-        return _digest(self.state)
+        return json_digest(self.state)
 
     @property
     def config(self) -> Config:
@@ -149,7 +150,7 @@ def _write(
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         sync(path)
     manifest = {"format": FORMAT, "step": step, **state, "files": files}
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = json_digest(manifest)
     (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(temporary / "state.json")
     sync(temporary)
@@ -297,7 +298,7 @@ def described(folder: Path) -> Checkpoint:
             f"checkpoint {folder}: expected format {FORMAT}, found {found}"
             + ("; it is of a newer version of dseqjepa: update" if newer else "")
         )
-    if state.pop("sha256", None) != _digest(state):
+    if state.pop("sha256", None) != json_digest(state):
         raise InputError(f"checkpoint {folder}: state.json is damaged (its SHA-256 differs)")
     return Checkpoint(folder, state)
 
@@ -396,10 +397,6 @@ def encoder_of(checkpoint: Checkpoint, weights: str) -> VisionTransformer:
 def untrained_encoder(config: Config) -> VisionTransformer:
     """The encoder with which a run of this config starts: the baseline of every evaluation."""
     return build_method(config).target.eval()
-
-
-def _digest(state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

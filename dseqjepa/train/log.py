@@ -19,6 +19,7 @@ from torch import Tensor
 from dseqjepa.errors import printable
 from dseqjepa.files import write_whole
 from dseqjepa.ranks import Ranks
+from dseqjepa.train.metrics import current
 
 CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
 """The metrics that tell the time: two identical runs differ in these alone."""
@@ -26,7 +27,7 @@ CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
 
 BY_TOKEN = frozenset({"loss", "prediction_loss", "mean_prediction_loss"})
 """Means over the predicted patches (or regions): joined in proportion to how many there were."""
-BY_SUM = frozenset({"encoder_tokens", "predicted_tokens", "count_by_rank"})
+BY_SUM = frozenset({"encoder_tokens", "predicted_tokens", "count_by_step"})
 """Counts, of which the parts of a step are added up. Everything else is a mean over images."""
 
 
@@ -38,7 +39,8 @@ class Window:
 
     def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
         self.sums: dict[str, Tensor] = {
-            key: torch.tensor(value, dtype=torch.float64) for key, value in (sums or {}).items()
+            key: torch.tensor(value, dtype=torch.float64)
+            for key, value in current(sums or {}).items()
         }
 
     @staticmethod
@@ -59,8 +61,8 @@ class Window:
         for key, value in metrics.items():
             if key in BY_TOKEN:
                 value = value * weight
-            elif key == "loss_by_rank":
-                value = value * metrics["count_by_rank"]
+            elif key == "loss_by_step":
+                value = value * metrics["count_by_step"]
             elif key not in BY_SUM:
                 value = value * share
             values[key] = value
@@ -85,15 +87,15 @@ class Window:
         return whole
 
     def means(self) -> dict[str, Any]:
-        """Mean of every metric over the window, as plain numbers; None for a rank not seen."""
+        """Mean of every metric over the window, as plain numbers; None for a step not seen."""
         sums = self.to_json()
         steps, weight = sums.pop("steps"), max(sums.pop("weight"), 1)
-        counts = sums.pop("count_by_rank")
-        by_rank = [
-            s / n if n else None for s, n in zip(sums.pop("loss_by_rank"), counts, strict=True)
+        counts = sums.pop("count_by_step")
+        by_step = [
+            s / n if n else None for s, n in zip(sums.pop("loss_by_step"), counts, strict=True)
         ]
         means = {k: value / (weight if k in BY_TOKEN else steps) for k, value in sums.items()}
-        return means | {"loss_by_rank": by_rank}
+        return means | {"loss_by_step": by_step}
 
 
 class Journal:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,8 +24,8 @@ from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.files import write_whole
-from dseqjepa.methods import Method, build_method
-from dseqjepa.methods.base import Step
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method, Step
 from dseqjepa.model.vit import VisionTransformer, build_encoder, set_attention
 from dseqjepa.ranks import gather_rows
 from dseqjepa.train.checkpoint import (
@@ -44,6 +45,7 @@ from dseqjepa.train.optimizer import (
     optimizer_state,
     set_rates,
 )
+from dseqjepa.train.parts import MeanOverParts
 from dseqjepa.train.runtime import (
     Runtime,
     Stopped,
@@ -60,6 +62,17 @@ WORTH_SAYING = 0.2
 
 Probe = Callable[[VisionTransformer], tuple[Mapping[str, float], str]]
 """An evaluation during training: numbers for `metrics.jsonl`, and what the log says."""
+
+
+class Taken(NamedTuple):
+    """What one step was."""
+
+    parts: list[Step]
+    """Its micro-batches."""
+    loss: float
+    """Over all of them and all ranks."""
+    norm: float
+    """Of the gradient."""
 
 
 class Trainer:
@@ -182,55 +195,68 @@ class Trainer:
                 self.journal.say(f"stopped {by}at step {self.step}; resume=true goes on")
                 raise Stopped
 
-    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: Clock) -> None:
-        step, schedule = self.step, self.schedule
-        set_rates(self.optimizer, schedule.lr(step), schedule.weight_decay(step))
-        parts = self.micro_batches * self.ranks.world
-        total = torch.zeros((), device=self.fabric.device)
+    def take_step(
+        self,
+        batches: Iterator[Batch],
+        accept: Callable[[float, float], bool] = lambda loss, norm: True,
+    ) -> Taken:
+        """One optimizer step on the next micro-batches of `batches`, and the EMA after it.
+
+        It neither logs, saves nor guards: `step`, from which all rates follow, moves on by one.
+
+        Args:
+            accept: whether to take a step of such a loss and norm of the gradient. One that is not
+                accepted changes no weight.
+        """
+        schedule, device = self.schedule, self.fabric.device
+        set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         unit = self.loader.batch_size * math.prod(self.config.grid)
-        results = []
+        mean = MeanOverParts(self.micro_batches, self.ranks, unit, device)
+        parts: list[Step] = []
         with self.fabric.autocast():  # around all parts: a trained weight is cast once a step
-            for index in range(self.micro_batches):
-                batch = self._next(batches, clock)
-                images_BCHW = batch.images_BCHW.to(self.fabric.device, non_blocking=True)
-                keys_B = batch.keys_B.to(self.fabric.device, non_blocking=True)
-                last = index == self.micro_batches - 1
+            for batch in islice(batches, self.micro_batches):
+                images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
+                keys_B = batch.keys_B.to(device, non_blocking=True)
+                last = len(parts) == self.micro_batches - 1
                 with self.fabric.no_backward_sync(self.module, enabled=not last):
-                    progress = schedule.progress(step)
-                    result = self.module(images_BCHW, progress=progress, keys_B=keys_B)
-                    # Of several parts the sums, in units that all share, so that neither
-                    # overflows; the total then makes them the mean over all.
-                    scale = result.weight / unit if parts > 1 else 1
-                    with torch.autocast(self.fabric.device.type, enabled=False):
-                        self.fabric.backward(result.loss * scale)
-                total = total + result.weight
-                results.append(result._replace(loss=result.loss.detach()))
+                    progress = schedule.progress(self.step)
+                    part = self.module(images_BCHW, progress=progress, keys_B=keys_B)
+                    with torch.autocast(device.type, enabled=False):
+                        self.fabric.backward(mean.scale(part.loss, part.weight))
+                parts.append(part._replace(loss=part.loss.detach()))
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        if parts > 1:
-            total = self.ranks.total(total)
-            # The ranks' gradients come averaged: times their number they are the sum.
-            torch._foreach_mul_(gradients, self.ranks.world * unit / total.clamp(min=1))
-        losses = [result.loss for result in results]
-        loss, norm = loss_and_norm(self.fabric, losses, gradients)
-        wrong = self.guard.judge(loss, norm)
-        if not wrong:
+        mean.finish(gradients)
+        loss, norm = loss_and_norm(self.fabric, [part.loss for part in parts], gradients)
+        if accept(loss, norm):
             limit = self.config.optim.clip_norm
             if limit and norm > limit:
                 torch._foreach_mul_(gradients, limit / norm)
             self.optimizer.step()
-            self.method.update_target(schedule.momentum(step))
-            for result in results:
-                metrics = {"loss": result.loss, **result.metrics}
-                self.window.add(metrics, result.weight, 1 / parts)
+            self.method.update_target(schedule.momentum(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        return Taken(parts, loss, norm)
+
+    def _train_step(self, epoch: int, batches: Iterator[Batch], clock: Clock) -> None:
+        step, wrong = self.step, ""
+
+        def accept(loss: float, norm: float) -> bool:
+            nonlocal wrong
+            wrong = self.guard.judge(loss, norm)
+            return not wrong
+
+        arriving = (self._next(batches, clock) for _ in range(self.micro_batches))
+        taken = self.take_step(arriving, accept)
         clock.count(self.config.data.batch_size)
         if wrong:
             self._skipped(epoch, step, wrong)
-        elif (
-            step == 0 or self.step % self.config.log.every_steps == 0 or self.step == schedule.steps
-        ):
-            self._log(epoch, step, results, norm, clock)
+        else:
+            share = 1 / (self.micro_batches * self.ranks.world)
+            for part in taken.parts:
+                self.window.add({"loss": part.loss, **part.metrics}, part.weight, share)
+            every = self.config.log.every_steps
+            if step == 0 or self.step % every == 0 or self.step == self.schedule.steps:
+                self._log(epoch, step, taken.parts, taken.norm, clock)
         self.journal.advance(self.step)
 
     def _skipped(self, epoch: int, step: int, reason: str) -> None:
@@ -271,7 +297,7 @@ class Trainer:
             return {}
         place_ND = total[:-1].view_as(results[0].place_ND)
         shares = variance_shares(pooled_RD, place_ND, total[-1].item())
-        return measure(pooled_RD).to_dict() | shares.to_dict()
+        return measure(pooled_RD)._asdict() | shares._asdict()
 
     def _log(self, epoch: int, step: int, results: list[Step], norm: float, clock: Clock) -> None:
         means = self.window.over(self.ranks).means()

@@ -11,8 +11,8 @@ Suffixes: B images, N patches of an image, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Health:
+class Health(NamedTuple):
     feature_std: float
     """Standard deviation over images, mean over the features."""
     cosine: float
@@ -29,12 +28,8 @@ class Health:
     rank_me: float
     """RankMe (arXiv 2210.02885): exp of the entropy of the singular values, at most min(B, D)."""
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Variance:
+class Variance(NamedTuple):
     """Where the variance of the target features of single patches lies; the shares sum to 1."""
 
     variance_place: float
@@ -43,9 +38,6 @@ class Variance:
     """Between images: what all patches of an image share."""
     variance_rest: float
     """What is left: what a patch shows, beyond its place and its image's mean."""
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @torch.no_grad()

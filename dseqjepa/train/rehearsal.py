@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,11 +24,9 @@ from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
-from dseqjepa.train.clock import Clock, Watch
-from dseqjepa.train.log import Journal
+from dseqjepa.train.clock import Clock
 from dseqjepa.train.loop import Trainer
 
 WARM_UP, STEPS = 1, 4
@@ -87,30 +85,6 @@ class Rehearsal:
         return 2 / (1 / self.start.images_per_s + 1 / self.end.images_per_s)
 
 
-class _Unwritten(Journal):
-    """Says nothing and writes nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(Path(), Console(file=io.StringIO()), quiet=True)
-
-    def bad_file(self, path: str, reason: str) -> None:
-        pass
-
-    def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
-        pass
-
-
-class _Stopwatch(Clock):
-    """Runs on where the trainer, having logged, would begin anew."""
-
-    def begin(self) -> None:
-        super().restart()
-
-    def restart(self) -> None:
-        if not hasattr(self, "began"):
-            self.begin()
-
-
 class _Stage:
     """A trainer that can be asked for any step."""
 
@@ -119,33 +93,38 @@ class _Stage:
     ) -> None:
         alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
         data = {"batch_size": batch, "cache": "none", "max_bad": 1.0}
-        config = config.with_(**alone, data=data, log={"every_steps": 10**9})
+        config = config.with_(**alone, data=data)
         reset_peak()
         start = Start(init_from=weights)
         self.trainer = Trainer(config, source, Path(), start, console=Console(file=io.StringIO()))
-        self.trainer.journal = _Unwritten()
-        self.trainer.watch = Watch(self.trainer.journal.say, self.trainer.loader.reading)
         self.batches = _endless(self.trainer.loader)
 
     def time(self, share: float, steps: int) -> tuple[float, float]:
         """(images a second, share of the time spent waiting) of steps at a share of the run."""
         trainer = self.trainer
-        last = trainer.schedule.steps - 1
-        place = max(min(round(share * last), last - 1), 1)  # the first and the last step are logged
-        clock = _Stopwatch()
+        place = round(share * (trainer.schedule.steps - 1))
+        clock = Clock()
         began = time.perf_counter()
         for number in range(WARM_UP + steps):
             if number == WARM_UP:
                 self._settle()
-                clock.begin()
+                clock.restart()
             trainer.step = place
-            trainer._train_step(0, self.batches, clock)
+            trainer.take_step(self._arriving(clock))
+            clock.count(trainer.loader.batch_size)
             late = time.perf_counter() - began > LONGEST
             if late and number >= WARM_UP:
                 break
         self._settle()
         seen = clock.read()
         return seen["images_per_s"], seen["data_wait_share"]
+
+    def _arriving(self, clock: Clock) -> Iterator[Batch]:
+        while True:
+            began = time.perf_counter()
+            batch = next(self.batches)
+            clock.waited += time.perf_counter() - began
+            yield batch
 
     def _settle(self) -> None:
         if self.trainer.fabric.device.type == "cuda":
@@ -167,17 +146,12 @@ class _Stage:
             with torch.no_grad(), self.trainer.fabric.autocast():
                 plan = method.plan(images_BCHW, progress=share, keys_B=batch.keys_B.to(device))
             total += count_tokens(
-                plan,
-                len(images_BCHW),
-                method.context_mode,
-                class_token=bool(method.encoder.prefix),
-                cross=isinstance(method.predictor, CrossPredictor),
+                plan, len(images_BCHW), method.context_mode, method.encoder, method.predictor
             )
         return total
 
     def close(self) -> None:
         """End the loader's processes, and let go of the modules."""
-        self.trainer.watch.close()
         self.trainer.loader.close()
         del self.trainer, self.batches
         gc.collect()

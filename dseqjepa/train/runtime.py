@@ -45,7 +45,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class Launch:
     """Which of how many processes this is, as whoever started it says."""
 
     rank: int
@@ -56,7 +56,7 @@ class Place:
     """Makes Fabric's description of it."""
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place:
+def place(environment: Mapping[str, str] = os.environ) -> Launch:
     """By the variables of `torchrun`, or of `srun` around several tasks, or else alone."""
 
     def number(key: str, default: int = 0) -> int:
@@ -79,7 +79,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
                 f"RANK={rank}, WORLD_SIZE={world} and LOCAL_WORLD_SIZE={on_node} do not fit: ranks "
                 "are counted from 0, and every node has as many"
             )
-        return Place(rank, world, on_node, TorchElasticEnvironment)
+        return Launch(rank, world, on_node, TorchElasticEnvironment)
     # A batch script without `srun` also has SLURM_NTASKS, but it is not in a step.
     world = number("SLURM_STEP_NUM_TASKS", 1)
     if world > 1:
@@ -90,8 +90,8 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
                 "set --nodes and --ntasks-per-node"
             )
         rank = number("SLURM_PROCID")
-        return Place(rank, world, on_node, lambda: SLURMEnvironment(auto_requeue=False))
-    return Place(0, 1, 1, LightningEnvironment)
+        return Launch(rank, world, on_node, lambda: SLURMEnvironment(auto_requeue=False))
+    return Launch(0, 1, 1, LightningEnvironment)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
     return Runtime(fabric, Ranks(runtime.timeout_s, here.on_node == here.world))
 
 
-def _problem(runtime: RuntimeConfig, here: Place) -> str:
+def _problem(runtime: RuntimeConfig, here: Launch) -> str:
     """Why this process cannot do what the settings say; "" where it can."""
     present: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
@@ -195,7 +195,7 @@ def _problem(runtime: RuntimeConfig, here: Place) -> str:
 
 
 def _meet(
-    here: Place, timeout_s: float, alike: Mapping[str, Any], problem: str
+    here: Launch, timeout_s: float, alike: Mapping[str, Any], problem: str
 ) -> torch.distributed.Store:
     """With the address that torchrun or SLURM says."""
     cluster = here.cluster()
@@ -205,7 +205,7 @@ def _meet(
     return meet(here.rank, here.world, here.on_node, timeout_s, words, problem)
 
 
-def _init_group(fabric: Fabric, here: Place, store: Any, timeout: timedelta) -> None:
+def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) -> None:
     """The group of torch over a store of our own, which Fabric then finds there."""
     device = fabric.device
     torch.distributed.init_process_group(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dseqjepa.config import Config
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS
+from dseqjepa.train.metrics import read_metrics
 from dseqjepa.train.pretrain import pretrain
 from dseqjepa.train.runtime import Stopped
 
@@ -130,5 +130,5 @@ def _metrics(one: Path, other: Path) -> Row:
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines, _ = read_metrics(out / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in CLOCK_KEYS} for line in lines]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dseqjepa.errors import InputError
+from dseqjepa.train import metrics as metrics_file
 from dseqjepa.viz.canvas import (
     SMALL,
     TEXT,
@@ -44,7 +44,7 @@ PANELS = (
         {"prediction_loss": "prediction", "mean_prediction_loss": "predicting the mean"},
         at_zero=True,
     ),
-    Panel("loss by prediction step", "Smooth-L1", {"loss_by_rank": "step"}),
+    Panel("loss by prediction step", "Smooth-L1", {"loss_by_step": "step"}),
     Panel("skill: 1 - loss / loss of the mean", "share", {"skill": ""}),
     Panel("RankMe of the targets", "dimensions", {"rank_me": ""}, at_zero=True),
     Panel("standard deviation over images", "of a feature", {"feature_std": ""}, at_zero=True),
@@ -85,18 +85,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl: curves need the folder of a run")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}: line {number} is no JSON ({error})") from None
-        if not isinstance(row, dict) or "step" not in row:
-            raise InputError(f"{path}: line {number} has no step")
-        rows.append(row)
+    rows, damaged = metrics_file.read_metrics(path)
+    damaged.pop(len(rows) + len(damaged), None)
+    for number, problem in damaged.items():
+        raise InputError(f"{path}: line {number} {problem}")
     if not rows:
         raise InputError(f"{path} holds no metrics: let the run log a step")
     return rows

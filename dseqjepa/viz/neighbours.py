@@ -19,7 +19,7 @@ from dseqjepa.viz.tiles import photo_of
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbours:
+class Nearest:
     """The `K` nearest of each image, nearest first."""
 
     index_BK: Int64[Tensor, "B K"]
@@ -28,17 +28,17 @@ class Neighbours:
 
 def nearest(
     query_BD: Float[Tensor, "B D"], feature_MD: Float[Tensor, "M D"], count: int
-) -> Neighbours:
+) -> Nearest:
     """By cosine similarity; of equally near ones the first, and all there are if fewer."""
     cosine_BM = F.normalize(query_BD.double(), dim=1) @ F.normalize(feature_MD.double(), dim=1).T
     order_BM = cosine_BM.argsort(dim=1, descending=True, stable=True)
     index_BK = order_BM[:, :count]
-    return Neighbours(index_BK, cosine_BM.gather(1, index_BK).float())
+    return Nearest(index_BK, cosine_BM.gather(1, index_BK).float())
 
 
 def neighbour_sheet(
     images_BCHW: UInt8[Tensor, "B 3 _ _"],
-    found: Mapping[str, Neighbours],
+    found: Mapping[str, Nearest],
     thumbnails: Mapping[int, UInt8[Tensor, "3 _ _"]],
     notes: Mapping[int, str],
 ) -> Figure:

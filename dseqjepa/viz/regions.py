@@ -11,14 +11,13 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dseqjepa.config import CutConfig
 from dseqjepa.errors import InputError
-from dseqjepa.model.look import look_and_cut
-from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.methods.base import Method
 from dseqjepa.viz.style import INK, PAPER
 from dseqjepa.viz.tiles import heat_tile, photo_of, region_tile
+from dseqjepa.viz.trace import draw_to_show
 
-HEADINGS = ("image", "saliency", "regions, 1 = most salient")
+HEADINGS = ("image", "saliency", "regions, in order")
 
 
 def draw_regions(
@@ -72,22 +71,12 @@ def draw_regions(
 
 @torch.no_grad()
 def regions_picture(
-    encoder: VisionTransformer,
-    images_BCHW: UInt8[Tensor, "B 3 _ _"],
-    cut: CutConfig,
-    *,
-    columns: int = 3,
-    cell: int = 192,
+    method: Method, images_BCHW: UInt8[Tensor, "B 3 _ _"], keys_B: Int64[Tensor, " B"]
 ) -> Image.Image:
-    """`draw_regions` of what an encoder finds salient, cut as `cut` says, with the errors of
-    `look_and_cut` and `draw_regions`."""
-    images_BCHW = images_BCHW.to(encoder.pos_embed.device)
-    sight, regions = look_and_cut(encoder, images_BCHW, cut)
-    assert sight.saliency_BN is not None
-    grid = encoder.grid_of(images_BCHW)
-    return draw_regions(
-        images_BCHW, sight.saliency_BN, regions.rank_BN, grid, columns=columns, cell=cell
-    )
+    """`draw_regions` of what a method draws at the end of any curriculum (`draw_to_show`)."""
+    drawing = draw_to_show(method, images_BCHW, keys_B)
+    grid = method.target.grid_of(images_BCHW)
+    return draw_regions(images_BCHW, drawing.saliency_BN, drawing.regions.rank_BN, grid)
 
 
 def _check(

@@ -38,8 +38,8 @@ TILE = (WIDTH - (ACROSS - 1) * GAP) / ACROSS
 HEAD = inches_of(TEXT) + 0.05
 NOTE = inches_of(SMALL) + 0.04
 CAPTION = (
-    "Saliency is scaled to this image. The foreground is what lies above Otsu's threshold; its "
-    "connected parts are the regions, 1 the most salient, the last what is left over. A prediction "
+    "Saliency is scaled to this image. The foreground is what lies above Otsu's threshold. Regions "
+    "are numbered in order; where they are cut, the last is what is left over. A prediction "
     "step shows the patches that the context encoder sees as they are, and the loss at each patch "
     "that is predicted as heat; greyed patches are neither."
 )
@@ -77,7 +77,7 @@ def image_sheet(
                 mask_tile(photo, item.foreground_hw),
                 f"{100 * item.foreground_hw.mean():.0f} % of the patches",
             ),
-            ("regions", class_tile(photo, item.rank_hw), f"{regions}, 1 = most salient"),
+            ("regions", class_tile(photo, item.rank_hw), f"{regions}, in order"),
         ]
         grid = item.rank_hw.shape
         for column, (head, tile, note) in enumerate(cells):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dseqjepa.config import CutConfig, MethodConfig
 from dseqjepa.errors import InputError
-from dseqjepa.methods.base import Method
+from dseqjepa.methods.base import Draw, Method
 from dseqjepa.methods.losses import smooth_l1_by_token
-from dseqjepa.model.look import look_and_cut, target_features
+from dseqjepa.model.look import Look, look_and_cut, target_features
 from dseqjepa.model.vit import Images
 from dseqjepa.plans.plan import Plan
-from dseqjepa.plans.regions import otsu_foreground
+from dseqjepa.plans.regions import Regions, otsu_foreground
 
 Bools = NDArray[np.bool_]
 
@@ -48,13 +48,15 @@ class Trace:
     saliency_hw: NDArray[np.float32]
     """As the encoder gives it, in no unit: only differences inside one map mean something."""
     saliency_kind: str
-    """As `method.saliency.kind` has it."""
+    """One of `model.look.KINDS`."""
     foreground_hw: Bools
     """The patches above Otsu's threshold of the saliency."""
     rank_hw: NDArray[np.int64]
     """Each patch's region, 0 first. With random regions, `count` or more is in no region."""
     count: int
     """Regions; 1 where none was found, and then the steps are random blocks."""
+    regions_are_own: bool
+    """Whether the method draws regions; otherwise they are cut to be shown."""
     is_ranked: bool
     """Whether the steps follow the regions; random blocks otherwise."""
     steps: list[PredictionStep]
@@ -64,6 +66,42 @@ def shared_cut(configs: Sequence[MethodConfig]) -> CutConfig:
     """How the first method that has regions cuts them; the defaults where none has. So are all maps
     of a comparison cut alike."""
     return next((config.cut for config in configs if config.cut is not None), CutConfig())
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What a method draws at the end of any curriculum, and a map and regions whatever it draws."""
+
+    sight: Look
+    """What the method itself sees."""
+    draw: Draw
+    saliency_BN: Float[Tensor, "B N"]
+    saliency_kind: str
+    regions: Regions
+
+
+@torch.no_grad()
+def draw_to_show(
+    method: Method,
+    images_BCHW: Images,
+    keys_B: Int64[Tensor, " B"],
+    cut: CutConfig | None = None,
+) -> Drawing:
+    """Saliency and regions are the method's own. What it has none of is read and cut by `cut`
+    (None: the defaults of `CutConfig`). Arguments and errors are those of `trace`."""
+    sight = method.look(images_BCHW)
+    if not sight.patches_BND.isfinite().all():
+        raise InputError(
+            "features are not finite: the run has diverged; show an earlier step of it"
+        )
+    draw = method.draw_at_end(sight, method.target.grid_of(images_BCHW), keys_B)
+    shown, saliency_BN, regions = method.cut or cut or CutConfig(), sight.saliency_BN, draw.regions
+    if saliency_BN is None or regions is None:
+        seen, cut_regions = look_and_cut(method.target, images_BCHW, shown)
+        saliency_BN = seen.saliency_BN if saliency_BN is None else saliency_BN
+        regions = regions or cut_regions
+    assert saliency_BN is not None
+    return Drawing(sight, draw, saliency_BN, shown.saliency.kind, regions)
 
 
 @torch.no_grad()
@@ -94,20 +132,9 @@ def trace(
     device = method.target.pos_embed.device
     images_BCHW, keys_B = images_BCHW.to(device), keys_B.to(device)
     grid = method.target.grid_of(images_BCHW)
-    sight = method.look(images_BCHW)
-    if not sight.patches_BND.isfinite().all():
-        raise InputError(
-            "features are not finite: the run has diverged; show an earlier step of it"
-        )
-    draw = method.draw_at_end(sight, grid, keys_B)
-
-    shown, seen, found = method.cut or cut or CutConfig(), sight, draw.regions
-    if found is None:
-        seen, found = look_and_cut(method.target, images_BCHW, shown)
-    saliency_BN = seen.saliency_BN
-    assert saliency_BN is not None
-
-    loss_SN = _losses(method, images_BCHW, draw.plan, target_features(sight.patches_BND))
+    drawing = draw_to_show(method, images_BCHW, keys_B, cut)
+    draw, found, saliency_BN = drawing.draw, drawing.regions, drawing.saliency_BN
+    loss_SN = _losses(method, images_BCHW, draw.plan, target_features(drawing.sight.patches_BND))
     foreground_BN = otsu_foreground(saliency_BN)
     traces = []
     for image in range(len(images_BCHW)):
@@ -115,10 +142,11 @@ def trace(
         traces.append(
             Trace(
                 saliency_hw=_grid(saliency_BN[image].float(), grid),
-                saliency_kind=shown.saliency.kind,
+                saliency_kind=drawing.saliency_kind,
                 foreground_hw=_grid(foreground_BN[image], grid),
                 rank_hw=_grid(found.rank_BN[image], grid),
                 count=count,
+                regions_are_own=draw.regions is not None,
                 is_ranked=draw.regions is not None and count > 1,
                 steps=_steps(draw.plan, image, loss_SN, grid),
             )

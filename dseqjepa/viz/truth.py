@@ -47,7 +47,7 @@ MOST = 20
 OTHER = np.array([(125, 125, 125)])
 
 
-class Labelled(NamedTuple):
+class Segmented(NamedTuple):
     """An image with a class for every pixel, 1 to the number of categories; 0 is ignored."""
 
     name: str
@@ -72,10 +72,10 @@ def segmentation_sheet(
     """Image, true and predicted class of every pixel, two images a row.
 
     Args:
-        examples: the fields of `Labelled`.
+        examples: the fields of `Segmented`.
         categories: the names of classes 1, 2, ...
     """
-    shown = [Labelled(*example) for example in examples]
+    shown = [Segmented(*example) for example in examples]
     pixels = [np.bincount(item.truth_HW.flatten().numpy(), minlength=1) for item in shown]
     place = _places(pixels, len(categories))
     colours = np.concatenate([[VEIL], PALETTE, OTHER])

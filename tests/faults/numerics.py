@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dseqjepa.config import Config
-from dseqjepa.methods import dseqjepa as dseq_module
+from dseqjepa.methods import ordered as dseq_module
 from dseqjepa.model.look import Look, look_for_saliency
 from dseqjepa.train.loop import Trainer
 from dseqjepa.train.monitor import verdicts

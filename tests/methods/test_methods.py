@@ -193,7 +193,7 @@ def test_the_loss_is_the_mean_over_patches_or_over_regions(preset: str, weightin
         values = [v.mean() for v, k in zip(by_step, plan.step_S, strict=True) if k == number + 1]
         if values:
             torch.testing.assert_close(
-                step.metrics["loss_by_rank"][number], torch.stack(values).mean()
+                step.metrics["loss_by_step"][number], torch.stack(values).mean()
             )
 
 

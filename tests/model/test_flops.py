@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
 from dseqjepa.model import packing
-from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.model.vit import set_attention
 from tests.tiny import PAPER, float_images, tiny_config
@@ -39,9 +38,8 @@ def method_and_tokens(preset: str, *overrides: str) -> tuple[Method, Tokens]:
     method = build_method(tiny_config(preset, "method.regularizer=none", *paper, *overrides))
     set_attention(method, "matmul")  # torch does not count its own attention on a CPU
     plan = method.plan(float_images(6), progress=1.0, keys_B=KEYS)
-    class_token = bool(method.encoder.prefix)
-    cross = isinstance(method.predictor, CrossPredictor)
-    return method, count_tokens(plan, 6, method.context_mode, class_token=class_token, cross=cross)
+    mode, encoder, predictor = method.context_mode, method.encoder, method.predictor
+    return method, count_tokens(plan, 6, mode, encoder, predictor)
 
 
 def counted(method: Method) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,44 @@ def test_the_choice_follows_from_the_make_of_the_cpu(
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert mkl_is_slow.__wrapped__() is slow
+
+
+def gone(*_: object) -> torch.Tensor:
+    raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+
+def changed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x @ weight.T  # its bias has moved elsewhere
+
+
+def another(*_: object) -> torch.Tensor:
+    raise TypeError("_linear_pointwise() missing 1 required argument")
+
+
+@pytest.mark.parametrize("product", [gone, changed, another])
+def test_without_torchs_operator_its_public_one_is_taken(
+    product: Callable[..., torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU on which oneDNN would be the quicker one."""
+    cpu = tmp_path / "cpuinfo"
+    cpu.write_text("vendor_id : AuthenticAMD")
+    monkeypatch.setattr(module, "CPUINFO", cpu)
+    for part in ("mkl", "mkldnn"):
+        monkeypatch.setattr(getattr(torch.backends, part), "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(module, "_product", lambda x, weight, bias=None: x @ weight.T + bias)
+    mkl_is_slow.cache_clear()
+    assert mkl_is_slow()
+    monkeypatch.setattr(module, "_product", product)
+    mkl_is_slow.cache_clear()
+    try:
+        assert not mkl_is_slow()
+        x, weight, bias = tensors(5, 24)
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    finally:
+        mkl_is_slow.cache_clear()
+
+
+@needs_onednn
+def test_this_torch_has_the_operator():
+    assert module._has_operator()

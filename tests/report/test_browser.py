@@ -197,7 +197,7 @@ def test_the_numbers_of_the_curves_are_those_of_the_metrics(page: Page, made: Ru
     at_end = {name: f"{lines[-1][key]:.4g}" for name, key in keys.items()}
     assert legend(page, "Prediction loss") == at_end
     assert legend(page, "Skill") == {"skill": f"{lines[-1]['skill']:.4g}"}
-    by_step = lines[-1]["loss_by_rank"]
+    by_step = lines[-1]["loss_by_step"]
     shown = legend(page, "Loss by prediction step")
     for number, loss in enumerate(by_step, start=1):
         if loss is not None:

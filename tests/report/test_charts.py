@@ -56,7 +56,7 @@ def test_one_run_has_a_curve_for_every_metric(made: tuple[Path, Path]):
             if chart["title"] == "Loss by prediction step":
                 index = int(series["name"].removeprefix("step ")) - 1
                 values = [
-                    (line["step"], line["loss_by_rank"][index]) for line in lines if "loss" in line
+                    (line["step"], line["loss_by_step"][index]) for line in lines if "loss" in line
                 ]
                 assert points == [point for point in values if point[1] is not None]
             else:

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from dseqjepa.config import CutConfig
+from dseqjepa.files import json_digest
 from dseqjepa.keyed import sample_keys
 from dseqjepa.presets import load_config
 from dseqjepa.report.lens import build_lens, choose_images
 from dseqjepa.report.run import Run, read_run
-from dseqjepa.train import checkpoint
 from dseqjepa.train.checkpoint import load_method
 from dseqjepa.viz.trace import trace
 from tests.report.hostile import CLASS, OTHER, PICTURE
@@ -100,7 +100,7 @@ def redirect(run: Path, spec: str) -> None:
         state = json.loads(path.read_text())
         state["config"]["data"]["source"] = state["data_path"] = spec
         del state["sha256"]
-        path.write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+        path.write_text(json.dumps({**state, "sha256": json_digest(state)}))
 
 
 def test_a_strangers_run_shows_no_pictures_of_the_folder_that_it_names(runs: Runs, tmp_path: Path):

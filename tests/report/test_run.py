@@ -27,9 +27,9 @@ def test_every_number_of_the_metrics_is_there(made: Runs):
     assert len(run.steps) + len(run.probes) == len(logged)
     assert len(run.probes) == 5
     for line, was in zip(run.steps, (item for item in logged if "loss" in item), strict=True):
-        by_rank = was.pop("loss_by_rank")
+        by_step = was.pop("loss_by_step")
         assert {key: line[key] for key in was} == was
-        for number, loss in enumerate(by_rank, start=1):
+        for number, loss in enumerate(by_step, start=1):
             assert line.get(step_loss(number)) == loss
     assert run.notes == []
     assert run.start == "random initialisation"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
 from dseqjepa.tasks import attentive
-from dseqjepa.tasks.attentive import Head, Heads, Reader, evaluate, train
+from dseqjepa.tasks.attentive import Head, QueryHeads, Reader, evaluate, train
 from dseqjepa.tasks.backbone import Encoded, Pixels
 from dseqjepa.tasks.config import AttentiveConfig
 from dseqjepa.tasks.reading import seeded
@@ -127,7 +127,7 @@ def test_standardised_patches_have_no_mean_and_unit_deviation(tmp_path: Path) ->
     torch.testing.assert_close(
         standard_BPD.square().mean((0, 1)), torch.ones(16), atol=1e-4, rtol=0
     )
-    assert isinstance(Heads(mean_D, std_D, CLASSES, config), nn.Module)
+    assert isinstance(QueryHeads(mean_D, std_D, CLASSES, config), nn.Module)
 
 
 def test_a_training_that_was_killed_is_resumed(

@@ -16,7 +16,7 @@ from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
 from dseqjepa.tasks import finetune
 from dseqjepa.tasks.config import FinetuneConfig
-from dseqjepa.tasks.finetune import Augment, Classifier, MixedLoss, Sample, Sizes, evaluate
+from dseqjepa.tasks.finetune import Augment, Classifier, LabelledImage, MixedLoss, Sizes, evaluate
 from dseqjepa.tasks.run import run_task
 from dseqjepa.train.runtime import Stopped
 from tests.tasks.dense_data import tiny_backbone
@@ -174,7 +174,7 @@ def test_an_augmentation_is_a_function_of_its_key() -> None:
 def test_the_loss_of_what_is_not_mixed_is_smoothed_cross_entropy() -> None:
     model = Classifier(tiny_backbone(), 10, "mean", 0.0).eval()
     torch.nn.init.normal_(model.head.weight)
-    samples = [Sample(TRAIN.image(i), int(TRAIN.labels["class"][i])) for i in range(6)]
+    samples = [LabelledImage(TRAIN.image(i), int(TRAIN.labels["class"][i])) for i in range(6)]
     label_B = torch.tensor([sample.label for sample in samples])
     logits_BK = model(torch.stack([sample.image_CHW for sample in samples]))
     for smoothing in (0.0, 0.1):
@@ -201,7 +201,8 @@ def test_mixed_images_have_mixed_labels(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(model, "forward", forward)
     monkeypatch.setattr(finetune.F, "cross_entropy", entropy)
     samples = [
-        Sample(torch.full((3, 32, 32), 100 * (k % 2), dtype=torch.uint8), k % 2) for k in range(8)
+        LabelledImage(torch.full((3, 32, 32), 100 * (k % 2), dtype=torch.uint8), k % 2)
+        for k in range(8)
     ]
     kinds = set()
     for seed in range(12):

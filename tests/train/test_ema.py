@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from dseqjepa.methods import Method, build_method
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
 from tests.tiny import tiny_config
 
 

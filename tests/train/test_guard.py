@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dseqjepa.config import GuardConfig
 from dseqjepa.errors import RunError
-from dseqjepa.methods import dseqjepa as dseq_module
+from dseqjepa.methods import ordered as dseq_module
 from dseqjepa.methods.base import Method, Step
 from dseqjepa.model.look import Look, look_for_saliency
 from dseqjepa.train.checkpoint import open_checkpoint

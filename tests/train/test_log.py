@@ -18,18 +18,18 @@ from dseqjepa.train.log import Journal, Window
 from tests.train.tiny_runs import quiet
 
 
-def step(loss: float, by_rank: list[float], counts: list[int]) -> dict[str, Tensor]:
+def step(loss: float, by_step: list[float], counts: list[int]) -> dict[str, Tensor]:
     return {
         "loss": torch.tensor(loss),
-        "loss_by_rank": torch.tensor(by_rank),
-        "count_by_rank": torch.tensor(counts, dtype=torch.float32),
+        "loss_by_step": torch.tensor(by_step),
+        "count_by_step": torch.tensor(counts, dtype=torch.float32),
     }
 
 
 def random_step(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    loss, *by_rank = torch.rand(4, generator=generator).tolist()
-    return step(loss, by_rank, torch.randint(0, 9, (3,), generator=generator).tolist())
+    loss, *by_step = torch.rand(4, generator=generator).tolist()
+    return step(loss, by_step, torch.randint(0, 9, (3,), generator=generator).tolist())
 
 
 WEIGHT = torch.tensor(5.0)
@@ -45,7 +45,7 @@ def test_losses_are_means_over_what_was_predicted_and_the_rest_over_steps() -> N
         "loss": 1.5,
         "regions": 4.5,
         "predicted_tokens": 20.0,
-        "loss_by_rank": [5.0, 0.5, None],
+        "loss_by_step": [5.0, 0.5, None],
     }
 
 

@@ -81,7 +81,7 @@ def test_metrics_say_what_was_promised(finished: Path) -> None:
         assert line["lr"] == schedule.lr(step)
         assert line["wd"] == schedule.weight_decay(step)
         assert line["momentum"] == schedule.momentum(step)
-        assert len(line["loss_by_rank"]) == 4
+        assert len(line["loss_by_step"]) == 4
         assert 1 <= line["regions"] <= 5
         for key in ("loss", "images_per_s", "data_wait_share", "rank_me", "skill", "regularizer"):
             assert np.isfinite(line[key]), key

@@ -73,7 +73,7 @@ def test_shares_of_variance_are_those_that_the_features_were_made_of(
     whole = place + image + rest
     assert shares.variance_place == pytest.approx(place / whole, abs=0.02)
     assert shares.variance_image == pytest.approx(image / whole, abs=0.02)
-    assert sum(shares.to_dict().values()) == pytest.approx(1)
+    assert sum(shares._asdict().values()) == pytest.approx(1)
     few = variance_shares(
         feature_BND[:8].mean(1), feature_BND[:8].sum(0), feature_BND[:8].square().sum().item()
     )
@@ -127,7 +127,7 @@ SOUND = {
 
 
 def test_independent_features_are_healthy() -> None:
-    first, now = (measure(gaussian(seed=seed)).to_dict() for seed in (0, 1))
+    first, now = (measure(gaussian(seed=seed))._asdict() for seed in (0, 1))
     (verdict,) = follow(line(300, **now))
     assert verdict.state == "healthy"
     monitor = Monitor()
@@ -150,7 +150,7 @@ def test_a_sign_that_lasts_is_an_alarm_and_names_itself_alone(key: str) -> None:
 
 def test_constant_features_are_a_collapse() -> None:
     for value in (0.0, 1.0, -3.0):
-        constant = measure(torch.full((64, 32), value)).to_dict()
+        constant = measure(torch.full((64, 32), value))._asdict()
         assert constant["feature_std"] == pytest.approx(0, abs=1e-6)
         assert constant["rank_me"] == pytest.approx(1, abs=0.01)
         verdict = follow(line(10, **constant), line(20, **constant))[1]

@@ -12,7 +12,6 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dseqjepa.train.checkpoint import Start
-from dseqjepa.train.clock import Clock, Watch
 from dseqjepa.train.loop import Trainer
 from tests.train.tiny_runs import Pictures, run_config
 
@@ -36,12 +35,9 @@ def casts_of_a_step(out: Path, *overrides: str) -> tuple[Trainer, Counter[str]]:
     """The trainer after one step, and how often the step cast each parameter."""
     config = run_config("dseq", "runtime.precision=bf16", *overrides)
     trainer = Trainer(config, Pictures(), out, Start(), console=Console(file=io.StringIO()))
-    trainer.watch = Watch(lambda text: None, trainer.loader.reading)
-    out.mkdir()
     place = {p.data_ptr(): name for name, p in trainer.method.named_parameters()}
     with Casts() as casts:
-        trainer._train_step(0, trainer.loader.batches(0), Clock())
-    trainer.watch.close()
+        trainer.take_step(trainer.loader.batches(0))
     return trainer, Counter({place[k]: n for k, n in casts.seen.items() if k in place})
 
 

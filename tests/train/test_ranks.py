@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.tensor import DTensor
 
 from dseqjepa.config import Config
-from dseqjepa.methods import Method
+from dseqjepa.methods.base import Method
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS

@@ -46,7 +46,7 @@ def test_every_number_of_the_file_is_drawn_and_no_other(runs: dict[str, Path]) -
         for key, name in panel.series.items():
             if key.startswith("probe_"):
                 assert panel.title not in drawn
-            elif key == "loss_by_rank":
+            elif key == "loss_by_step":
                 for step in range(4):
                     points = [
                         (row["step"], row[key][step]) for row in rows if row[key][step] is not None
@@ -72,11 +72,11 @@ def test_two_runs_share_the_charts_and_differ_in_dashes(runs: dict[str, Path]) -
 
 def test_a_probe_has_its_chart_and_gaps_stay_gaps() -> None:
     rows: list[dict[str, Any]] = [
-        {"step": 1, "loss_by_rank": [0.5, None]},
+        {"step": 1, "loss_by_step": [0.5, None]},
         {"step": 2, "probe_knn": 12.5},
-        {"step": 3, "loss_by_rank": [0.4, 0.3]},
+        {"step": 3, "loss_by_step": [0.4, 0.3]},
     ]
-    assert series_of(rows, "loss_by_rank") == {"1": ([1, 3], [0.5, 0.4]), "2": ([3], [0.3])}
+    assert series_of(rows, "loss_by_step") == {"1": ([1, 3], [0.5, 0.4]), "2": ([3], [0.3])}
     assert series_of(rows, "probe_knn") == {"": ([2], [12.5])}
     assert series_of(rows, "cosine") == {}
     figure = curves({"a run": rows})

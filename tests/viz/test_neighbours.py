@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dseqjepa.viz.canvas import TILE_PIXELS
-from dseqjepa.viz.neighbours import Neighbours, nearest, neighbour_sheet
+from dseqjepa.viz.neighbours import Nearest, nearest, neighbour_sheet
 from dseqjepa.viz.tiles import photo_of
 from tests.viz.pages import assert_legible, small_images, words
 
@@ -39,7 +39,7 @@ def test_equal_ones_keep_their_order_and_few_images_are_few_neighbours() -> None
 def test_the_sheet_shows_each_neighbour_with_its_cosine_and_class(encoders: int) -> None:
     images = small_images(3, (32, 48))
     data = small_images(6, (32, 48), seed=5)
-    near = Neighbours(
+    near = Nearest(
         torch.tensor([[5, 0, 2], [1, 2, 3], [4, 3, 0]]),
         torch.tensor([[0.991, 0.9, 0.8], [0.7, 0.6, 0.5], [0.4, 0.3, -0.2]]),
     )

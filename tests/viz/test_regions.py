@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dseqjepa.config import CutConfig, RegionsConfig, SaliencyConfig
 from dseqjepa.errors import InputError
+from dseqjepa.methods import build_method
 from dseqjepa.model.look import look_for_saliency
-from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.plans.regions import rank_regions
 from dseqjepa.viz.regions import draw_regions, regions_picture
 from dseqjepa.viz.style import PAPER
 from dseqjepa.viz.tiles import heat_tile, region_tile
+from tests.tiny import tiny_config
 from tests.viz.pages import Grid, make_ranks, without_numbers
 
 MARGIN, GAP = 24, 6  # of the default cell of 192 pixels
@@ -81,20 +81,20 @@ def test_the_same_input_gives_the_same_bytes() -> None:
 
 @pytest.mark.parametrize(("class_token", "kind"), [(True, "cls_similarity"), (False, "grad_cam")])
 def test_a_picture_shows_what_the_encoder_finds_salient(class_token: bool, kind: str) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        encoder = VisionTransformer(
-            image_size=(48, 64), patch_size=8, width=16, depth=3, heads=2, class_token=class_token
+    method = build_method(
+        tiny_config(
+            "dseq_vitt8_64", "data.image_size=[48,64]", "model.depth=3",
+            f"model.class_token={class_token}", f"method.saliency.kind={kind}",
+            "method.regions.kind=components", "method.regions.count=3",
+            "method.regions.min_area=0.02",
         )
+    )  # fmt: skip
     images_BCHW, _, _ = make_batch((6, 8), 2, side=8)
-    saliency_BN = look_for_saliency(encoder, images_BCHW, kind=kind).saliency_BN
+    saliency_BN = look_for_saliency(method.target, images_BCHW, kind=kind).saliency_BN
     assert saliency_BN is not None
     rank_BN = rank_regions(saliency_BN, (6, 8), 3, 0.02).rank_BN
     assert rank_BN.max() > 0
-    cut = CutConfig(
-        saliency=SaliencyConfig(kind=kind), regions=RegionsConfig(count=3, min_area=0.02)
-    )
-    picture = regions_picture(encoder, images_BCHW, cut)
+    picture = regions_picture(method, images_BCHW, torch.arange(2))
     assert picture.tobytes() == draw_regions(images_BCHW, saliency_BN, rank_BN, (6, 8)).tobytes()
 
 

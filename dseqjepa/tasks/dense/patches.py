@@ -39,7 +39,7 @@ Example = tuple[str, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class PatchRows:
     """The images of one part of the data that could be decoded, patch by patch."""
 
     source: Source
@@ -68,8 +68,8 @@ class Part:
 class Patches:
     """Both parts, by one backbone."""
 
-    train: Part
-    test: Part
+    train: PatchRows
+    test: PatchRows
     grid: Grid
     columns: Mapping[str, list[slice]]
     """Where each feature stands in the rows."""
@@ -83,7 +83,7 @@ class Patches:
         by_feature = {name: _tokens(backbone, name) for name in config.features}
         pieces = tuple(dict.fromkeys(piece for each in by_feature.values() for piece in each))
 
-        def part(name: str, source: Source, wanted: int) -> Part:
+        def part(name: str, source: Source, wanted: int) -> PatchRows:
             place_L = drawn(len(source), wanted, config.seed).sort().values
             chosen = source if len(place_L) == len(source) else Subset(source, place_L.numpy())
             found = features_of(job, config, name, chosen, pieces)
@@ -91,7 +91,7 @@ class Patches:
             values = [found.pieces[piece].view(-1, width) for piece in pieces]
             row_R = (found.index_M[:, None] * patches + torch.arange(patches)).flatten()
             rows, bad = Rows(values, row_R), dict(found.bad)
-            return Part(source, place_L[found.index_M], rows, len(chosen), bad)
+            return PatchRows(source, place_L[found.index_M], rows, len(chosen), bad)
 
         train, test = job.train, job.test
         limit = len(train) if config.limit == "none" else config.limit

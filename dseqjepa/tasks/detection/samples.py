@@ -22,7 +22,7 @@ SURE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class DetectionSample:
     """An image and its objects, as torchvision's detectors take them."""
 
     image_CHW: Tensor
@@ -39,7 +39,7 @@ def read_labelled(source: Detections, index: int) -> tuple[Tensor, Instances]:
     return image_CHW, found
 
 
-def read_sample(source: Detections, index: int, key: int) -> Sample:
+def read_sample(source: Detections, index: int, key: int) -> DetectionSample:
     """An image, mirrored for half of the keys, with the objects that can be learnt: neither crowds
     nor boxes without extent."""
     image_CHW, found = read_labelled(source, index)
@@ -56,7 +56,7 @@ def read_sample(source: Detections, index: int, key: int) -> Sample:
         "labels": found.label_K[keep_K],
         "masks": masks_KHW.to(torch.uint8),
     }
-    return Sample(image_CHW.contiguous(), target)
+    return DetectionSample(image_CHW.contiguous(), target)
 
 
 def as_instances(output: Mapping[str, Tensor], image_id: int) -> tuple[Instances, Tensor]:

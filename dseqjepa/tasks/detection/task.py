@@ -18,7 +18,7 @@ from dseqjepa.tasks.config import DetectionConfig
 from dseqjepa.tasks.detection.coco import RESAMPLES, Kind, average_precision
 from dseqjepa.tasks.detection.model import Detector, divisor
 from dseqjepa.tasks.detection.samples import (
-    Sample,
+    DetectionSample,
     as_instances,
     as_results,
     read_labelled,
@@ -74,7 +74,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
             score_threshold=config.score_threshold,
         ).to(job.device)
 
-    def losses(samples: list[Sample]) -> dict[str, Tensor]:
+    def losses(samples: list[DetectionSample]) -> dict[str, Tensor]:
         images = [sample.image_CHW.to(job.device) for sample in samples]
         targets = [
             {key: value.to(job.device) for key, value in sample.target.items()}
@@ -82,7 +82,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         ]
         return model.losses(images, targets)
 
-    def read(index: int, key: int) -> Sample:
+    def read(index: int, key: int) -> DetectionSample:
         return read_sample(train, index, key)
 
     groups = parameter_groups(model, job.backbone, recipe)

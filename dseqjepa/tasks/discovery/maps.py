@@ -22,17 +22,17 @@ from dseqjepa.plans.saliency import rarity
 from dseqjepa.tasks.backbone import Backbone, OwnBackbone
 
 
-class Seen(NamedTuple):
+class SaliencyMap(NamedTuple):
     """A map, and the features that clusters of it are made of."""
 
     saliency_BP: Float[Tensor, "B P"]
     features_BPD: Float[Tensor, "B P D"]
 
-    def cpu(self) -> Seen:
-        return Seen(*(values.float().cpu() for values in self))
+    def cpu(self) -> SaliencyMap:
+        return SaliencyMap(*(values.float().cpu() for values in self))
 
 
-Look = Callable[[Tensor], Mapping[str, Seen]]
+MapReader = Callable[[Tensor], Mapping[str, SaliencyMap]]
 """Images (uint8) to the maps of an encoder, by kind."""
 
 
@@ -48,7 +48,7 @@ def kinds_of(backbone: Backbone) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if backbone.has_cls or kind not in READS_CLS)
 
 
-def look_of(backbone: Backbone) -> Look:
+def look_of(backbone: Backbone) -> MapReader:
     """All maps of a backbone, read as its run reads them."""
     if not isinstance(backbone, OwnBackbone):
         return lambda images_BCHW: {"rarity": foreign_rarity(backbone, images_BCHW)}
@@ -63,11 +63,11 @@ def look_of(backbone: Backbone) -> Look:
 
 def own_look(
     encoder: VisionTransformer, kinds: tuple[str, ...], own: SaliencyConfig, target_blocks: int
-) -> Look:
+) -> MapReader:
     """`own` says how [CLS] is queried, and which block its own kind reads; the other kinds read
     theirs."""
 
-    def look(images_BCHW: Tensor) -> dict[str, Seen]:
+    def look(images_BCHW: Tensor) -> dict[str, SaliencyMap]:
         found = {}
         for kind in kinds:
             seen = look_for_saliency(
@@ -81,20 +81,20 @@ def own_look(
             )
             assert seen.saliency_BN is not None
             assert seen.content_BND is not None
-            found[kind] = Seen(seen.saliency_BN, seen.content_BND)
+            found[kind] = SaliencyMap(seen.saliency_BN, seen.content_BND)
         return found
 
     return look
 
 
-def foreign_rarity(backbone: Backbone, images_BCHW: Tensor) -> Seen:
+def foreign_rarity(backbone: Backbone, images_BCHW: Tensor) -> SaliencyMap:
     """Rarity of the patches of any backbone, less those of a blank image at the same place."""
     normal_BCHW = backbone.normalized(images_BCHW)
     normal_BCHW = torch.cat([normal_BCHW, torch.zeros_like(normal_BCHW[:1])])
     with torch.no_grad():
         target_BPD = target_features(backbone(normal_BCHW, 1).patches_BND.float())
     content_BPD = target_BPD[:-1] - target_BPD[-1:]
-    return Seen(rarity(content_BPD), content_BPD)
+    return SaliencyMap(rarity(content_BPD), content_BPD)
 
 
 def baselines(
@@ -103,7 +103,7 @@ def baselines(
     grid: tuple[int, int],
     features_BPD: Float[Tensor, "B P D"],
     seed: int,
-) -> dict[str, Seen]:
+) -> dict[str, SaliencyMap]:
     """The maps that need no encoder; `random` and `centre` cut clusters of the encoder's features.
 
     `random` are independent uniform numbers, a function of the seed and the image's place. `centre`
@@ -123,9 +123,9 @@ def baselines(
     near_P = -(across_h[:, None].square() + across_w.square()).sqrt().flatten()
     pixels_BPD = patchify(images_BCHW, images_BCHW.shape[2] // rows)
     return {
-        "random": Seen(noise_BP, features_BPD),
-        "centre": Seen(near_P.expand_as(noise_BP), features_BPD),
-        "pixels": Seen(rarity(pixels_BPD), pixels_BPD),
+        "random": SaliencyMap(noise_BP, features_BPD),
+        "centre": SaliencyMap(near_P.expand_as(noise_BP), features_BPD),
+        "pixels": SaliencyMap(rarity(pixels_BPD), pixels_BPD),
     }
 
 

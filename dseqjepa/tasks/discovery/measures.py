@@ -17,7 +17,7 @@ from dseqjepa.config import RegionsConfig
 from dseqjepa.plans.regions import Regions, otsu_foreground, rank_regions
 from dseqjepa.tasks.bootstrap import interval
 from dseqjepa.tasks.discovery import metrics
-from dseqjepa.tasks.discovery.maps import Seen
+from dseqjepa.tasks.discovery.maps import SaliencyMap
 from dseqjepa.tasks.discovery.truth import MOST, Truth
 from dseqjepa.tasks.results import Metric
 
@@ -34,7 +34,7 @@ Measures = dict[str, Tensor]
 Weights = Float64[Tensor, "R N"]
 
 
-def measure_map(seen: Seen, truth: Truth, grid: tuple[int, int]) -> Measures:
+def measure_map(seen: SaliencyMap, truth: Truth, grid: tuple[int, int]) -> Measures:
     """The ingredients of `MAP_METRICS`."""
     map_BP, object_BP, judged_BP = seen.saliency_BP, truth.object_BP, truth.judged_BP
     foreground_BP = otsu_foreground(map_BP)
@@ -47,7 +47,7 @@ def measure_map(seen: Seen, truth: Truth, grid: tuple[int, int]) -> Measures:
     }
 
 
-def cut_regions(seen: Seen, grid: tuple[int, int], how: RegionsConfig) -> Regions:
+def cut_regions(seen: SaliencyMap, grid: tuple[int, int], how: RegionsConfig) -> Regions:
     """Errors are those of `rank_regions`."""
     return rank_regions(
         seen.saliency_BP,
@@ -60,7 +60,7 @@ def cut_regions(seen: Seen, grid: tuple[int, int], how: RegionsConfig) -> Region
 
 
 def measure_regions(
-    seen: Seen, truth: Truth, grid: tuple[int, int], how: RegionsConfig
+    seen: SaliencyMap, truth: Truth, grid: tuple[int, int], how: RegionsConfig
 ) -> Measures:
     """The ingredients of `REGION_METRICS`."""
     found = cut_regions(seen, grid, how)

@@ -15,7 +15,7 @@ from dseqjepa.data.source import BadImage, Located, Source
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.discovery.maps import cut_of, own_look
 from dseqjepa.tasks.discovery.measures import measure_map, measure_regions, summarise
-from dseqjepa.tasks.discovery.truth import Sample, Truth, read_sample
+from dseqjepa.tasks.discovery.truth import LocatedImage, Truth, read_sample
 from dseqjepa.tasks.sample import drawn
 
 IMAGES, BATCH = 200, 50
@@ -35,7 +35,7 @@ def discovery_probe(
         return None
     cut, grid = cut_of(config), config.grid
     kind = cut.saliency.kind
-    samples: list[Sample] = []
+    samples: list[LocatedImage] = []
 
     def measure(encoder: VisionTransformer) -> dict[str, float]:
         if not samples:  # read once, by the rank that measures
@@ -56,7 +56,7 @@ def discovery_probe(
     return measure
 
 
-def _held_out(config: Config, source: Located) -> Iterator[Sample]:
+def _held_out(config: Config, source: Located) -> Iterator[LocatedImage]:
     """Bad images are left out: training itself counts them."""
     data, seed = config.data, config.runtime.seed
     places: Sequence[int] = drawn(len(source), IMAGES, seed).tolist()

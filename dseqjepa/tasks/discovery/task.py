@@ -27,8 +27,8 @@ from dseqjepa.tasks.backbone import Backbone, OwnBackbone, open_backbone, own_ba
 from dseqjepa.tasks.bootstrap import RESAMPLES, resample_weights
 from dseqjepa.tasks.config import DiscoveryConfig
 from dseqjepa.tasks.discovery.maps import (
-    Look,
-    Seen,
+    MapReader,
+    SaliencyMap,
     baselines,
     cut_of,
     grid_of,
@@ -44,7 +44,7 @@ from dseqjepa.tasks.discovery.measures import (
     measure_regions,
     summarise,
 )
-from dseqjepa.tasks.discovery.truth import Sample, Truth, read_sample
+from dseqjepa.tasks.discovery.truth import LocatedImage, Truth, read_sample
 from dseqjepa.tasks.reading import in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
@@ -62,7 +62,7 @@ HEADINGS = {
 }  # fmt: skip
 
 
-class Line(NamedTuple):
+class RowKey(NamedTuple):
     """What a line of the tables is of; `regions` is empty where it is the map alone."""
 
     encoder: str
@@ -98,7 +98,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
     found: list[dict[str, Tensor]] = []
     examples: list[tuple[Any, ...]] = []
 
-    def read(at: int) -> Sample:
+    def read(at: int) -> LocatedImage:
         return read_sample(test, int(place_N[at]), backbone.image_size, grid)
 
     samples = in_order(part, read, config.workers, bad, job.console, job.ranks)
@@ -112,7 +112,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
             examples += _examples(batch, part, seen, backbone.name, grid, cut)
 
     lines = _gathered(found, part, bad, job.ranks)
-    own = Line(backbone.name, cut.saliency.kind, cut.regions.kind)
+    own = RowKey(backbone.name, cut.saliency.kind, cut.regions.kind)
     count, without = len(lines[own]["best_iou"]), int(lines[own]["best_iou"].isnan().sum())
     if without == count:
         raise RunError(f"none of {without} images has an object")
@@ -173,7 +173,7 @@ def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> 
     return cut
 
 
-def _looks(job: Job, config: DiscoveryConfig) -> dict[str, Look]:
+def _looks(job: Job, config: DiscoveryConfig) -> dict[str, MapReader]:
     """Of the backbone and of its untrained self, by the names that the tables give them."""
     looks = {job.backbone.name: look_of(job.backbone)}
     untrained = _untrained(job.backbone, config)
@@ -195,9 +195,9 @@ def _untrained(backbone: Backbone, config: DiscoveryConfig) -> Backbone | None:
 
 
 def _batches(
-    samples: Iterator[tuple[int, Sample]], size: int
-) -> Iterator[list[tuple[int, Sample]]]:
-    batch: list[tuple[int, Sample]] = []
+    samples: Iterator[tuple[int, LocatedImage]], size: int
+) -> Iterator[list[tuple[int, LocatedImage]]]:
+    batch: list[tuple[int, LocatedImage]] = []
     for pair in samples:
         batch.append(pair)
         if len(batch) == size:
@@ -210,13 +210,13 @@ def _batches(
 def _see(
     job: Job,
     config: DiscoveryConfig,
-    looks: Mapping[str, Look],
+    looks: Mapping[str, MapReader],
     images_BCHW: Tensor,
     index_B: Tensor,
     grid: tuple[int, int],
-) -> dict[tuple[str, str], Seen]:
+) -> dict[tuple[str, str], SaliencyMap]:
     """Every map of a batch on the CPU, by encoder and kind; `index_B` are the images' places."""
-    images_BCHW, seen = images_BCHW.to(job.device), dict[tuple[str, str], Seen]()
+    images_BCHW, seen = images_BCHW.to(job.device), dict[tuple[str, str], SaliencyMap]()
     with torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for name, look in looks.items():
             seen |= {(name, kind): maps for kind, maps in look(images_BCHW).items()}
@@ -234,18 +234,18 @@ def _see(
 
 
 def _measure(
-    seen: Mapping[tuple[str, str], Seen], truth: Truth, grid: tuple[int, int], cut: CutConfig
-) -> dict[Line, Measures]:
+    seen: Mapping[tuple[str, str], SaliencyMap], truth: Truth, grid: tuple[int, int], cut: CutConfig
+) -> dict[RowKey, Measures]:
     measured = {}
     for (encoder, kind), maps in seen.items():
-        measured[Line(encoder, kind)] = measure_map(maps, truth, grid)
+        measured[RowKey(encoder, kind)] = measure_map(maps, truth, grid)
         for regions in REGION_KINDS:
             how = cut.regions.with_(kind=regions)
-            measured[Line(encoder, kind, regions)] = measure_regions(maps, truth, grid, how)
+            measured[RowKey(encoder, kind, regions)] = measure_regions(maps, truth, grid, how)
     return measured
 
 
-def _flat(measured: Mapping[Line, Measures]) -> dict[str, Tensor]:
+def _flat(measured: Mapping[RowKey, Measures]) -> dict[str, Tensor]:
     """By one text each, as ranks exchange tensors."""
     return {
         "\n".join((*line, name)): values
@@ -256,7 +256,7 @@ def _flat(measured: Mapping[Line, Measures]) -> dict[str, Tensor]:
 
 def _gathered(
     found: Sequence[Mapping[str, Tensor]], part: Subset, bad: dict[str, str], ranks: Ranks
-) -> dict[Line, Measures]:
+) -> dict[RowKey, Measures]:
     """The batches of all ranks, in the order of the images; `bad` gets what all met.
 
     Raises:
@@ -271,17 +271,17 @@ def _gathered(
     keys = mine or shares[0]  # in the order of the tables, which exchanged tensors lose
     whole = {key: torch.cat([share[key] for share in shares]) for key in keys}
     order_N = whole.pop(PLACE).argsort()
-    lines: dict[Line, Measures] = {}
+    lines: dict[RowKey, Measures] = {}
     for key, values in whole.items():
         *line, name = key.split("\n")
-        lines.setdefault(Line(*line), {})[name] = values[order_N]
+        lines.setdefault(RowKey(*line), {})[name] = values[order_N]
     return lines
 
 
 def _examples(
-    batch: Sequence[tuple[int, Sample]],
+    batch: Sequence[tuple[int, LocatedImage]],
     part: Subset,
-    seen: Mapping[tuple[str, str], Seen],
+    seen: Mapping[tuple[str, str], SaliencyMap],
     encoder: str,
     grid: tuple[int, int],
     cut: CutConfig,
@@ -327,13 +327,13 @@ def _layers(backbone: Backbone) -> str:
     return "last" if config is None or config.target.blocks == 1 else f"last{config.target.blocks}"
 
 
-def _row(line: Line, metrics: Mapping[str, Metric], **more: Any) -> dict[str, Any]:
+def _row(line: RowKey, metrics: Mapping[str, Metric], **more: Any) -> dict[str, Any]:
     own = {"saliency": line.saliency} | ({"regions_kind": line.regions} if line.regions else {})
     return row(line.encoder, "discovery", metrics, **own, **more)
 
 
 def _print(
-    job: Job, summaries: Mapping[Line, Mapping[str, Metric]], images: int, cut: CutConfig
+    job: Job, summaries: Mapping[RowKey, Mapping[str, Metric]], images: int, cut: CutConfig
 ) -> None:
     """Two tables: the maps, and the regions that are cut from them."""
     size = f"at most {cut.regions.count}, each {cut.regions.min_area:g} of the grid or more"

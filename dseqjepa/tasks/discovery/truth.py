@@ -22,7 +22,7 @@ MOST = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class LocatedImage:
     """An image as the encoder sees it, and the shares of its patches: `known_P`, of which it is
     known whether an object covers them; `cover_P`, which any does; `main_P`, which the largest
     does. `boxes_O4` are the objects' boxes in patches."""
@@ -36,7 +36,7 @@ class Sample:
 
 def read_sample(
     source: Located, index: int, image_size: tuple[int, int], grid: tuple[int, int]
-) -> Sample:
+) -> LocatedImage:
     """An image and its objects, both brought to `image_size` by the one `EvalTransform`.
 
     Raises:
@@ -55,7 +55,7 @@ def read_sample(
     share_LP = F.adaptive_avg_pool2d(share_LHW, grid).flatten(1)
     objects_OP = share_LP[2:]
     largest = objects_OP.sum(1).argmax() if len(objects_OP) else None
-    return Sample(
+    return LocatedImage(
         transform(image_CHW),
         share_LP[0],
         share_LP[1],
@@ -85,7 +85,7 @@ class Truth:
     boxes: list[Float[Tensor, "_ 4"]]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Truth:
+    def of(cls, samples: Sequence[LocatedImage]) -> Truth:
         return cls(
             torch.stack([sample.known_P for sample in samples]),
             torch.stack([sample.cover_P for sample in samples]),
