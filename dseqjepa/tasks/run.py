@@ -18,11 +18,12 @@ from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.config import FrozenConfig, TaskConfig, TrainedConfig
+from dseqjepa.tasks.reading import check_bad
 from dseqjepa.tasks.results import (
     FORMAT,
     NOT_PER_CENT,
@@ -77,11 +78,7 @@ class Job:
                 self.told.add(name)
                 line = f"cannot decode {name}: {reason}"
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if len(bad) > max_bad * count:
-            raise RunError(
-                f"{len(bad)} of {count} {part} images cannot be decoded, more than "
-                f"max_bad={max_bad} allows"
-            )
+        check_bad(bad, count, max_bad, part)
 
 
 def run_task(

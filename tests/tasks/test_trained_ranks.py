@@ -65,7 +65,7 @@ def evaluate(folder: Path, task: str, *settings: str) -> None:
     (own / "test").mkdir()
     train = Everything(own / "train", task, 8, "train")
     test = Everything(own / "test", task, 7, "val")
-    config = TASKS[task].from_settings([*SETTINGS[task], *settings])
+    config = TASKS[task].from_settings([*SETTINGS[task], "max_bad=0.2", *settings])
     job = job_of(folder, train, test, ranks=ranks)
     # What is dropped, and what is normalised, depends on the parts; the latter must not on ranks.
     if task == "segmentation":
