@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from dseqjepa.config import (
     CJepaConfig,
@@ -229,9 +230,23 @@ def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Co
         values = read_yaml(Path(name))
     else:
         values = preset(name).model_dump()
+    overrides = list(overrides)
     for override in overrides:
         apply_override(values, override)
+    _check_minutes(values, {override.partition("=")[0] for override in overrides})
     return validate(values)
+
+
+def _check_minutes(values: dict[str, Any], typed: set[str]) -> None:
+    """Let `optim.minutes` set the epochs, whatever a preset has; `InputError` where both are
+    typed."""
+    if "optim.minutes" not in typed or values["optim"]["minutes"] == "none":
+        return
+    lengths = ("optim.epochs", "optim.warmup_epochs")
+    for key in lengths:
+        if key in typed:
+            raise InputError(f"optim.minutes sets {' and '.join(lengths)}: leave out {key}")
+        apply_override(values, f"{key}=auto")
 
 
 def preset_names() -> dict[str, str]:

@@ -114,13 +114,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
     metrics, by_category, evaluator = {}, {}, ""
     kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
     for name, kind in kinds.items():
-        scores = average_precision(
-            test.annotations,
-            results,
-            image_ids,
-            kind,
-            seed=config.seed,
-        )
+        scores = average_precision(test.annotations, results, image_ids, kind, seed=config.seed)
         for ending, value in scores.values.items():
             low, high = scores.intervals[ending]
             metrics[name + ending] = Metric(100 * value, 100 * low, 100 * high)
