@@ -13,20 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
-from dseqjepa.config import Config, differences
+from dseqjepa.config import Config, RuntimeConfig, differences
+from dseqjepa.data.cache import available_memory
 from dseqjepa.data.labelled import located, open_source, prepare
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
+from dseqjepa.methods import build_method
 from dseqjepa.provenance import record
 from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, Start, holds_checkpoint, open_checkpoint
 from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loop import Probe, Trainer
-from dseqjepa.train.rehearsal import time_epochs
-from dseqjepa.train.runtime import Runtime, Stopped, connect
+from dseqjepa.train.rehearsal import state_bytes, time_epochs
+from dseqjepa.train.runtime import Runtime, Stopped, connect, place
 
 FREE_ON_RESUME = (
     "data.workers",
@@ -176,8 +179,10 @@ def open_training_source(config: Config) -> Source:
 def fitting(config: Config, source: Source) -> Config:
     """The config with every `auto` settled for this data.
 
-    Raises `InputError` where nothing can be decoded, or there are too few images.
+    Raises `InputError` where nothing can be decoded, there are too few images, or the model cannot
+    be held in memory.
     """
+    _check_memory(config)
     _check_some_decode(source, config.data.source)
     if len(source) < config.data.batch_size:
         raise InputError(
@@ -185,6 +190,41 @@ def fitting(config: Config, source: Source) -> Config:
             f"{config.data.batch_size}: lower it to {len(source)} or less, or give more images"
         )
     return config.resolved(len(source))
+
+
+LARGE = {
+    "encoder": "model.width, model.depth or model.mlp",
+    "predictor": "predictor.width or predictor.depth",
+    "regularizer": "method.vicreg.projector_width",
+}
+"""What makes a part of a method large."""
+
+
+def _check_memory(config: Config) -> None:
+    """`InputError` where the weights alone, and what is kept for each, are more than there is."""
+    with torch.device("meta"):  # shapes without values
+        method = build_method(config)
+    needed, there = state_bytes(method), _memory(config.runtime)
+    if not there or needed <= there:
+        return
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()
+    }
+    largest = max(LARGE.keys() & parts.keys(), key=lambda name: parts[name])
+    raise InputError(
+        f"the model needs {needed / 1e9:.3g} GB for weights, gradients and optimizer, and "
+        f"{there / 1e9:.3g} GB are there: lower {LARGE[largest]}"
+    )
+
+
+def _memory(runtime: RuntimeConfig) -> int:
+    """Bytes for one copy of a model's state; 0 where the system does not say."""
+    here = place()
+    if runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        ranks = here.world if runtime.strategy == "fsdp" else 1
+        return ranks * torch.cuda.get_device_properties(0).total_memory
+    ranks = 1 if runtime.strategy == "fsdp" else here.on_node
+    return available_memory() // ranks
 
 
 def _check_some_decode(source: Source, name: str) -> None:

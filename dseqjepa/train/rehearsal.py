@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +24,7 @@ from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.methods import Method
 from dseqjepa.model.cross import CrossPredictor
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
@@ -247,7 +247,7 @@ def rehearse(
     first = _Stage(_alone(config, min(batch, FIRST_BATCH)), source, weights)
     small = first.trainer.loader.batch_size
     speed, _ = first.time(0.5, 3)
-    state = _state_bytes(first.trainer)
+    state = state_bytes(first.trainer.method)
     a_image = max(first.memory(before) - state, 0) / small
     free = _free(first.trainer.fabric.device)
     on_cpu = first.trainer.fabric.device.type == "cpu"
@@ -359,9 +359,9 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         yield from loader.batches(epoch)
 
 
-def _state_bytes(trainer: Trainer) -> int:
+def state_bytes(method: Method) -> int:
     """Weights and target, and for what is trained its gradient and the two moments of AdamW."""
-    parameters: list[Any] = list(trainer.method.parameters())
+    parameters = list(method.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     return size + 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
 
