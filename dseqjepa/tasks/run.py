@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig, flattened
+from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
@@ -110,7 +111,8 @@ def run_task(
     alike = {key: value for key, value in words.items() if key != "workers"}
     runtime = join(RuntimeConfig(accelerator=config.accelerator), alike)
     device, ranks = runtime.fabric.device, runtime.ranks
-    console = Console(quiet=not ranks.first, markup=False)  # names of others may look like it
+    # Names of others may look like markup.
+    console = LastingConsole(quiet=not ranks.first, markup=False)
     size = None if config.image_size == "auto" else config.image_size
     module = import_module(f"dseqjepa.tasks.{task}")
     if out is not None and out.is_dir():
