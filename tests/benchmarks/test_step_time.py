@@ -105,6 +105,7 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
         for precision in ("fp32", "bf16"):
             base = f"{model}_{precision}"
             assert {base, f"{base}_a05", f"{base}_a05_causal", f"ijepa_{base}"} <= set(names)
+            assert {f"ijepa_truncated_{base}", f"ijepa_token_{base}"} <= set(names)
 
 
 @pytest.mark.parametrize(
