@@ -5,8 +5,9 @@ full-length sequence: all patches go through the encoder and attention is masked
 context; the predictor sees all of them again, masked, and the step's queries, padded to the longest
 target of the batch. An image with fewer steps than the batch allows still costs as many, as it does
 in the release. What the masks keep out cannot change the result, so loss and gradients equal those
-of the packed computation (a test holds both to that). `padded_loss` is the usual I-JEPA: one
-context an image, encoded once, and four targets, all padded to the longest of the batch.
+of the packed computation (a test holds both to that). `padded_loss` is I-JEPA without loss of
+context: one an image, encoded once, and four targets, all padded to the longest of the batch; what
+the usual code cuts away stands in `truncated.py`.
 
 Attention is torch's `scaled_dot_product_attention` with a mask, mixed precision plain autocast.
 
@@ -33,8 +34,8 @@ def dense_loss(
     context_BMN, target_BMN = _by_image(plan, target_BND, steps)
     context_SN, target_SN = context_BMN.flatten(0, 1), target_BMN.flatten(0, 1)
     all_SN = torch.arange(context_SN.shape[1], device=context_SN.device).expand_as(context_SN)
-    pixels_SNP = _pixels(method, images_BCHW).repeat_interleave(steps, dim=0)
-    context_SND = _encode(method.encoder, pixels_SNP, all_SN, context_SN)
+    pixels_SNP = pixels_of(method, images_BCHW).repeat_interleave(steps, dim=0)
+    context_SND = encode(method.encoder, pixels_SNP, all_SN, context_SN)
     return _compare(method, context_SND, all_SN, context_SN, target_SN, target_BND, steps)
 
 
@@ -45,8 +46,10 @@ def padded_loss(
     context_BMN, target_BMN = _by_image(plan, target_BND, steps)
     patch_BC, real_BC = _padded_indices(context_BMN.any(dim=1))
     width = 3 * method.encoder.patch_size**2
-    pixels_BCP = _pixels(method, images_BCHW).gather(1, patch_BC[:, :, None].expand(-1, -1, width))
-    context_BCD = _encode(method.encoder, pixels_BCP, patch_BC, real_BC)
+    pixels_BCP = pixels_of(method, images_BCHW).gather(
+        1, patch_BC[:, :, None].expand(-1, -1, width)
+    )
+    context_BCD = encode(method.encoder, pixels_BCP, patch_BC, real_BC)
     context_SCD, patch_SC, real_SC = (
         x.repeat_interleave(steps, dim=0) for x in (context_BCD, patch_BC, real_BC)
     )
@@ -63,11 +66,11 @@ def _by_image(plan: Plan, target_BND: Tensor, steps: int) -> tuple[Tensor, Tenso
     return context_BMN, target_BMN
 
 
-def _pixels(method: Method, images_BCHW: Tensor) -> Tensor:
+def pixels_of(method: Method, images_BCHW: Tensor) -> Tensor:
     return patchify(normalize(images_BCHW), method.encoder.patch_size)
 
 
-def _encode(
+def encode(
     encoder: VisionTransformer, pixels_SCP: Tensor, patch_SC: Tensor, seen_SC: Tensor
 ) -> Tensor:
     """Features of all given patches; those outside the context mean nothing."""

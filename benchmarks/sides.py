@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from dense import dense_loss, padded_loss
 from torch import Tensor
+from truncated import Cut, truncated_loss
 
 from dseqjepa.config import Config
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
 from dseqjepa.methods.dseqjepa import DSeqConfig
+from dseqjepa.model.flops import count_tokens
 from dseqjepa.model.look import Look, target_features
 from dseqjepa.plans.plan import from_candidates, steps_of_ranks
 from dseqjepa.plans.regions import rank_regions
@@ -112,6 +114,19 @@ class Bench:
     def padded_loss(self) -> Tensor:
         """I-JEPA with contexts and targets padded to the longest of the batch."""
         return self._other_loss(padded_loss)
+
+    def truncated_loss(self, cut: Cut) -> Tensor:
+        """I-JEPA with contexts cut to the shortest of the batch, as in facebookresearch's code."""
+        with self.autocast():
+            target_BND = target_features(self.method.look(self.images_BCHW).patches_BND)
+            return truncated_loss(self.method, self.images_BCHW, target_BND, cut)
+
+    def context_tokens(self) -> int:
+        """Context patches of the batch, as the packed side encodes them: each once."""
+        look = self.method.look(self.images_BCHW)
+        plan = self.method.draw(look, self.grid, 1.0, self.keys_B).plan
+        images, mode = len(self.images_BCHW), self.method.context_mode
+        return count_tokens(plan, images, mode, class_token=False).encoder
 
     def _other_loss(self, compute: Callable[..., Tensor]) -> Tensor:
         with self.autocast():

@@ -4,6 +4,9 @@
     MODEL_PRECISION_a05         the same with alpha 0.05
     MODEL_PRECISION_a05_causal  region-causal contexts against prefix contexts, both packed
     ijepa_MODEL_PRECISION       I-JEPA against contexts and targets padded to the batch's longest
+    ijepa_truncated_MODEL_PRECISION  the same against contexts cut to the batch's shortest, as in
+                                facebookresearch's code: less of each image is seen
+    ijepa_token_MODEL_PRECISION the same, the time of each context token
     overhead_MODEL_PRECISION    the share of a real run's step that is not model arithmetic
 
 The ratio is other / ours; of `overhead` it is the share itself. Without `--only` those of `USUAL`
@@ -21,9 +24,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from harness import Benchmark, Effort, Row, main, paired, speedup
+from harness import Benchmark, Effort, Row, main, paired, seconds, speedup
 from rich.console import Console
 from sides import MODELS, Bench, benchmark_config
+from truncated import typical_cut
 
 import dseqjepa.methods.base as base
 from dseqjepa.data.labelled import prepare
@@ -87,6 +91,26 @@ def ijepa(name: str, effort: Effort, *, model: str, precision: str) -> Row:
         effort,
         f"padded / packed step, batch {batch}",
     )
+
+
+def truncated(
+    name: str, effort: Effort, *, model: str, precision: str, by_token: bool = False
+) -> Row:
+    batch = 2 * batch_of(model, precision, effort)
+    bench = Bench(benchmark_config("ijepa", model, precision), batch)
+    cut = typical_cut(bench.config.method.blocks, batch, bench.grid)
+    ours, other = bench.packed_loss, partial(bench.truncated_loss, cut)
+    what = f"batch {batch}, {1 - cut.kept / cut.drawn:.0%} of the context cut"
+    if not by_token:
+        what = f"truncated / packed step, {what}"
+        return speedup(name, lambda: bench.step(ours), lambda: bench.step(other), effort, what)
+    pairs = []
+    for number in range(effort.warmup + effort.repeats):
+        pair = seconds(lambda: bench.step(ours)), seconds(lambda: bench.step(other))
+        if number >= effort.warmup:
+            pairs.append((1e6 * pair[0] / bench.context_tokens(), 1e6 * pair[1] / cut.kept))
+    what = f"time of a context token, truncated / packed, {what}"
+    return paired(name, pairs, [b / a for a, b in pairs], "us a token", what)
 
 
 def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
@@ -169,6 +193,8 @@ def benchmarks() -> dict[str, Benchmark]:
             named[f"{base_name}_a05"] = partial(against_dense, min_area=0.05, **kind)
             named[f"{base_name}_a05_causal"] = partial(causal, **kind)
             named[f"ijepa_{base_name}"] = partial(ijepa, **kind)
+            named[f"ijepa_truncated_{base_name}"] = partial(truncated, **kind)
+            named[f"ijepa_token_{base_name}"] = partial(truncated, by_token=True, **kind)
             if model != "vitb16_224":  # the larger the model, the smaller the share
                 named[f"overhead_{base_name}"] = partial(overhead, **kind)
     return named

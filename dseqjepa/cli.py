@@ -203,8 +203,6 @@ def evaluate(
 
 def _picture_of(task: str) -> Any:
     """What draws a result; None where there is nothing to draw, or nothing to draw with."""
-    if task == "finetune":
-        return None
     try:
         from dseqjepa.viz.results import draw_result
     except InputError as error:

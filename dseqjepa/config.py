@@ -394,6 +394,9 @@ class OptimConfig(Section):
 
     epochs: int | Literal["auto"] = Field(600)
     """Passes over the data; `auto`: as many as show three million images, from 30 to 600."""
+    minutes: Literal["none"] | Annotated[float, Field(gt=0, le=10**6)] = "none"
+    """The time that a run may take: it measures its own steps and sets `epochs` by them. Where
+    `epochs` is a number they have been set."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate of AdamW after warm-up; it does not follow `data.batch_size`."""
     start_lr: float = Field(1e-4, ge=0)
@@ -424,6 +427,11 @@ class OptimConfig(Section):
                 f"warmup_epochs ({self.warmup_epochs}) must not exceed epochs ({self.epochs})"
             )
         return self
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether `epochs` is still to be set by `minutes`."""
+        return self.minutes != "none" and self.epochs == "auto"
 
 
 AUTO_IMAGES = 3_000_000

@@ -24,6 +24,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, printable
 from dseqjepa.methods import build_method
+from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, load_encoders
 from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
 from dseqjepa.train.rehearsal import Pace, Rehearsal, rehearse
@@ -60,18 +61,29 @@ def preflight(
         _check_file(file)
     connect(config.with_(runtime={"devices": 1}))  # is there such a device?
     source = open_training_source(config)
-    config = fitting(config, source)
+    is_timed, config = config.optim.is_timed, fitting(config, source)
     weights = starting_weights(config, init_from)
     console = console or Console()
-    with console.status("looking at the data, rehearsing some steps"):
+    with console.status("looking at the data"):
         prepare(source)
         data = audit(source, config.data.image_size, seed=config.runtime.seed)
-        pace = rehearse(config, source, weights)
+    console.print(data_table(config, data))
+    chosen = []
+    with console.status("rehearsing") as status:
+
+        def tell(phase: str) -> None:
+            status.update(f"rehearsing: {phase}")
+            if not console.is_terminal:
+                console.print(f"rehearsing: {phase}")
+
+        pace = rehearse(config, source, weights, tell)
+    if is_timed:
+        config, line = within_minutes(config, pace.epoch_times(config))
+        assert config.optim.epochs != "auto"
+        chosen, pace = [line], pace.of_epochs(config.optim.epochs)
+    console.print(cost_table(config, pace))
     warnings = list(warn(config, data, pace))
-    tables = [data_table(config, data), cost_table(config, pace)]
-    for table in tables:
-        console.print(table)
-    lines = [f"warning: {warning}" for warning in warnings] or ["nothing to warn of"]
+    lines = chosen + ([f"warning: {warning}" for warning in warnings] or ["nothing to warn of"])
     if weights is None and config.method.cut is not None:
         lines.insert(0, "The encoder is untrained: its regions, and their tokens, will change.")
     result = {
@@ -94,8 +106,8 @@ def preflight(
 
 def hours(config: Config, pace: Rehearsal) -> float:
     """Of the whole run, without probes and checkpoints."""
-    images = pace.steps * config.data.batch_size
-    return images / (pace.images_per_s * config.runtime.devices) / 3600
+    epochs = pace.steps // pace.steps_per_epoch
+    return pace.epoch_times(config).of_run(epochs) / 3600
 
 
 def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:

@@ -155,6 +155,11 @@ SETTINGS = {
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
+    "model.width=16384 model.depth=900": "are there: lower model.width, model.depth or model.mlp",
+    "predictor.width=16384 predictor.depth=900": "lower predictor.width or predictor.depth",
+    "method.regularizer=vicreg method.regularizer_over=pooled method.vicreg.projector_width=1e6": (
+        "lower method.vicreg.projector_width"
+    ),
     "runtime.timeout_s=1e300": "runtime.timeout_s must be less than or equal to 1000000",
     "=2": "expected section.key=value, found '=2'",
     "data.workers=[": "cannot read the value '['",

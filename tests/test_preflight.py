@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from dseqjepa import preflight as module
 from dseqjepa.cli import app
 from dseqjepa.config import Config
 from dseqjepa.data.audit import Audit, audit
@@ -29,6 +30,7 @@ PACE = Pace(100.0, 0.0, Tokens(10, 200, 4000, 300, 9000, 100), 1e9)
 REHEARSAL = Rehearsal(
     batch=8,
     measured_batch=8,
+    steps_per_epoch=250,
     steps=1000,
     start=PACE,
     end=PACE,
@@ -86,6 +88,36 @@ def test_it_says_what_is_wrong_and_writes_what_it_is_told(folder: Path, tmp_path
     for part in ("class: 2 classes", "encoder tokens", "images/s", "hours", "untrained"):
         assert part in text
     assert all(f"warning: {warning}" in text for warning in found["warnings"])  # type: ignore[attr-defined]
+
+
+def test_each_table_is_there_when_it_is_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    seen: list[str] = []
+    real = rehearsal.rehearse
+
+    def after_the_first(config: Config, source: Pictures, *more: object) -> Rehearsal:
+        seen.append(screen.getvalue())
+        return real(config, source, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "rehearse", after_the_first)
+    config = tiny_config("dseq_vitt8_64", *settings(folder))
+    preflight(config, console=Console(file=screen, width=200))
+    assert "class: 2 classes" in seen[0]
+    rest = screen.getvalue().removeprefix(seen[0])
+    phases = [line for line in rest.splitlines() if line.startswith("rehearsing: ")]
+    assert len(phases) == 4
+    assert rest.index(phases[-1]) < rest.index("encoder tokens")
+
+
+def test_it_says_which_epochs_a_budget_leads_to(folder: Path) -> None:
+    config = tiny_config("dseq_vitt8_64", *settings(folder, "optim.minutes=0.5"))
+    text, found = run(config)
+    (epochs,) = re.findall(r"optim\.minutes=0\.5: optim\.epochs=(\d+), in about", text)
+    assert found["config"]["optim"]["epochs"] == int(epochs)  # type: ignore[index]
+    assert found["steps"]["steps"] == 2 * int(epochs)  # type: ignore[index]
+    assert found["hours"] == pytest.approx(0.5 / 60, rel=0.3)
 
 
 def test_it_looks_through_the_weights_that_a_run_would_start_from(

@@ -70,11 +70,15 @@ def test_a_description_holds_the_method_and_the_first_line(name: str) -> None:
     assert preset_names()[name] in text
 
 
-def test_the_release_differs_in_its_readings_alone() -> None:
+def test_the_release_differs_in_its_readings_and_its_own_numbers_alone() -> None:
     changed = differences(preset("vitb16_in1k"), preset("dseq_vitb16_release"))
     assert {key: new for key, (_, new) in changed.items()} == {
         "method.context_lag": 1,
         "method.saliency.query": "parameter",
         "method.curriculum.unit": "batch",
         "predictor.mask_token": False,
+        "predictor.width": 192,
+        "optim.start_lr": 2e-4,
+        "optim.lr": 8e-4,
+        "optim.final_lr": 1e-4,
     }

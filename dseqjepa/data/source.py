@@ -79,6 +79,10 @@ class Detections(Source, Protocol):
         """The objects of an image, in its own pixels; none is K = 0."""
         ...
 
+    def labels_of(self, index: int) -> Int64[Tensor, " K"]:
+        """The `label_K` of an image's objects alone, which takes no time."""
+        ...
+
 
 @runtime_checkable
 class Segmentations(Source, Protocol):

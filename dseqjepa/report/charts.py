@@ -15,6 +15,8 @@ from dseqjepa.report.lens import evenly
 from dseqjepa.report.run import Run, Score, step_loss
 from dseqjepa.report.words import alike, group_name
 
+MOST_AT_LENGTH = 2
+"""Of more runs, what is of each of them is folded."""
 MOST_POINTS = 2000
 """Of a run that logged more lines, so many are drawn, evenly spaced."""
 
@@ -164,7 +166,7 @@ def groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
     titled = (
         ("Learning", LEARNING, False),
         ("Health", HEALTH, False),
-        ("Regions", REGIONS, False),
+        ("Regions", REGIONS, len(runs) > MOST_AT_LENGTH),
         ("Schedule and speed", SCHEDULE, True),
     )
     found = []

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,9 +22,9 @@ import numpy as np
 
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.report import words
-from dseqjepa.report.charts import groups, interval_chart
+from dseqjepa.report.charts import MOST_AT_LENGTH, groups, interval_chart
 from dseqjepa.report.lens import build_lens
-from dseqjepa.report.run import Run, Score, read_runs
+from dseqjepa.report.run import Line, Run, Score, read_runs
 from dseqjepa.viz.style import HEAT, PALETTE
 from dseqjepa.viz.trace import shared_cut
 
@@ -84,7 +85,8 @@ def render(runs: Sequence[Run], images: int = IMAGES) -> str:
     lenses = [build_lens(run, images, shared) for run in runs]
     scripts = [_plotly(), *(_read(name) for name in ("curves.js", "lens.js", "page.js"))]
     style = _read("page.css")
-    tasks = _tasks(runs)
+    together = words.alike(runs)
+    tasks = _tasks(together)
     data = {
         "tasks": [
             interval_chart(table["task"], table["metric"], [row[:2] for row in table["rows"]])
@@ -113,14 +115,55 @@ def render(runs: Sequence[Run], images: int = IMAGES) -> str:
         unwanted=re.findall(MAP_STYLE, scripts[0]),
         data=data,
         reports=[_told(run) for run in runs],
+        recipes=[_recipe(group) for group in together],
+        columns=[_column(group) for group in together],
         notes=[
             (run.name, [*run.notes, *lens.notes]) for run, lens in zip(runs, lenses, strict=True)
         ],
-        compared=words.config_table(runs),
-        trained=words.trained_scores(runs),
+        many=len(runs) > MOST_AT_LENGTH,
+        compared=words.config_table([group[0] for group in together]),
+        measured=list(words.trained_scores(runs)),
         seeds=words.over_seeds(runs),
         tasks=tasks,
     )
+
+
+def _column(group: Sequence[Run]) -> dict[str, Any]:
+    """Runs that differ in nothing but their seed, beside others: means, lowest and highest."""
+    verdicts = [words.verdict(run) for run in group]
+    last = [run.steps[-1] if run.steps else {} for run in group]
+    probes = [run.probes[-1] for run in group if run.probes]
+
+    def over(lines: Sequence[Line], key: str, form: str) -> str:
+        return words.spread([line[key] for line in lines if key in line], form)
+
+    return {
+        "name": ", ".join(run.name for run in group),
+        "method": words.method_name(group[0].config),
+        "health": Counter(
+            (found.tone, found.sentence.partition(":")[0].rstrip(".")) for found in verdicts
+        ).most_common(),
+        "figures": {
+            "Steps": over(last, "step", "{:,.0f}"),
+            "Skill": over(last, "skill", "{:.2f}"),
+            "RankMe, dimensions": over(last, "rank_me", "{:.1f}"),
+            "kNN probe, %": over(probes, "probe_knn", "{:.1f}"),
+        },
+        "scores": {
+            key: words.interval(words.pooled(list(scores.values())))
+            for key, scores in words.trained_scores(group).items()
+        },
+    }
+
+
+def _recipe(group: Sequence[Run]) -> dict[str, Any]:
+    """The settings of runs that differ in nothing but their seed."""
+    told = _told(group[0])
+    told["changed"] = dict(told["changed"])
+    is_of_seeds = len(group) > 1
+    if is_of_seeds:
+        told["changed"].pop("runtime.seed", None)
+    return {**told, "name": ", ".join(run.name for run in group), "is_of_seeds": is_of_seeds}
 
 
 def _told(run: Run) -> dict[str, Any]:
@@ -136,21 +179,29 @@ def _told(run: Run) -> dict[str, Any]:
         "preset": preset,
         "changed": changed,
         "yaml": run.config.to_yaml(),
-        "last": run.steps[-1] if run.steps else {},
-        "probe": run.probes[-1] if run.probes else {},
     }
 
 
-def _tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A table for every task and metric: the scores of all runs, and how they were measured."""
+def _tasks(together: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
+    """A table for every task and metric: the scores of all runs, and how they were measured. Runs
+    that are `together` are a line for each encoder."""
     found: dict[tuple[str, str], list[tuple[str, Score]]] = {}
-    for run in runs:
-        for evaluation in run.evaluations:
-            for score in evaluation.scores:
-                found.setdefault((score.task, score.metric), []).append((run.name, score))
+    for group in together:
+        by_encoder: dict[tuple[str, str, str, int], list[Score]] = {}
+        for run in group:
+            seen = Counter[tuple[str, str, str]]()
+            for score in (score for each in run.evaluations for score in each.scores):
+                key = (score.task, score.metric, score.encoder)
+                by_encoder.setdefault((*key, seen[key]), []).append(score)
+                seen[key] += 1
+        for (task, metric, *_), of_seeds in by_encoder.items():
+            line = (words.group_name(group), words.pooled(of_seeds))
+            found.setdefault((task, metric), []).append(line)
     tables = []
     for (task, metric), scores in found.items():
-        common = set.intersection(*(set(score.details.items()) for _, score in scores))
+        # The commonest answer, say, tells nothing of how it was measured.
+        told = [score.details for _, score in scores if score.details] or [{}]
+        common = set.intersection(*(set(details.items()) for details in told))
         rows = [
             (
                 run,
@@ -159,14 +210,13 @@ def _tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
             )
             for run, score in scores
         ]
-        first = scores[0][1].details
         tables.append(
             {
                 "task": task,
                 "metric": metric,
                 "rows": rows,
                 "varies": any(details for _, _, details in rows),
-                "common": words.details(item for item in first.items() if item in common),
+                "common": words.details(item for item in told[0].items() if item in common),
             }
         )
     return tables

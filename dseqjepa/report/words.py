@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -160,8 +160,30 @@ def alike(runs: Sequence[Run]) -> list[list[Run]]:
 
 def group_name(group: Sequence[Run]) -> str:
     """What a line is called that is drawn for some runs."""
-    names = _listing([run.name for run in group])
-    return names if len(group) == 1 else f"mean of {names}"
+    if len(group) == 1:
+        return group[0].name
+    rest = group[1].name if len(group) == 2 else f"{len(group) - 1} more"
+    return f"mean of {group[0].name} and {rest}"
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """One value, or the mean of several with the lowest and the highest; a dash for none."""
+    if not values:
+        return "–"
+    shown = list(map(form.format, values))
+    if len(set(shown)) == 1:
+        return shown[0]
+    return f"{form.format(mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def pooled(scores: Sequence[Score]) -> Score:
+    """One score of several that differ in their seed: mean, lowest and highest."""
+    if len(scores) == 1:
+        return scores[0]
+    values = [score.value for score in scores]
+    details = set.intersection(*(set(score.details.items()) for score in scores))
+    kept = {key: value for key, value in scores[0].details.items() if (key, value) in details}
+    return replace(scores[0], value=mean(values), low=min(values), high=max(values), details=kept)
 
 
 def over_seeds(runs: Sequence[Run]) -> list[str]:

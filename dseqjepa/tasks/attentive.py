@@ -261,6 +261,7 @@ def train(
         device=job.device,
         ranks=job.ranks,
         workers=config.workers if config.crops else 0,
+        max_bad=config.max_bad,
         console=job.console,
         lines=LINES,
     )

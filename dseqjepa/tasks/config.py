@@ -41,6 +41,8 @@ class TaskConfig(Section):
     """Number of training images of `scenes`; `auto`: as the run had."""
     pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
     """The values of 16-bit grey images that become black and white; `auto`: as in the run."""
+    max_bad: Fraction = 0.01
+    """The share of images of the training and of the test part that may be undecodable."""
     data_seed: int = Field(0, ge=0, lt=2**31)
     """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
     workers: int = Field(0, ge=0, le=256)
@@ -207,8 +209,6 @@ class FrozenConfig(TaskConfig):
     """Images that the encoder sees at a time."""
     cache: str = "auto"
     """Where the features are kept: a folder; `auto`: beside the result; `none`: in memory."""
-    max_bad: Fraction = 0.01
-    """The share of images of the training and of the test part that may be undecodable."""
     baselines: bool = True
     """Whether raw pixels and the untrained encoder are measured too, by the same protocol."""
 

@@ -276,7 +276,10 @@ def as_rows(features: Tensor | Rows) -> Rows:
 
 
 def lost(source: Source, task: str, bad: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """Of each class that has images among the `bad` ones, by name: how many, and of how many."""
+    """Of each class that has images among the `bad` ones, by name: how many, and of how many.
+    Where the source has no such labels, of all images together."""
+    if task not in source.labels:
+        return {"any class": (len(bad), len(source))} if bad else {}
     label_N, names = source.labels[task], source.classes[task]
     gone = Counter(
         int(label_N[index]) for index in range(len(source)) if bad and source.name(index) in bad

@@ -20,10 +20,11 @@ from dseqjepa.data.transforms import EvalTransform, TrainTransform
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FinetuneConfig
+from dseqjepa.tasks.features import lost
 from dseqjepa.tasks.knn import class_names
 from dseqjepa.tasks.maps import DropPath
 from dseqjepa.tasks.reading import in_order, joined, seeded
-from dseqjepa.tasks.results import Result, accuracy_metric
+from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
 
@@ -135,12 +136,13 @@ class MixedLoss:
 
 
 def evaluate(job: Job, config: FinetuneConfig) -> Result:
-    """Top-1 accuracy on the test images, in per cent.
+    """Top-1 accuracy on the test images, by image and by class, in per cent.
 
     Raises:
         InputError: there are no labels for the task, [CLS] is asked of a backbone without it, or an
             earlier training is in the way.
-        RunError: training fails, or no test image can be read.
+        RunError: training fails, more images than `max_bad` cannot be decoded, or no test image
+            can.
     """
     backbone, train, test, task = job.backbone, job.train, job.test, config.task
     classes = class_names(train, task)
@@ -179,7 +181,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     losses = MixedLoss(config, model, job.device)
     groups = parameter_groups(model, backbone, recipe)
     bad = fit(model, groups, recipe, train, read_augmented, losses, place, start)
-    n_train = len(train) - len(bad)
+    bad_test: dict[str, str] = {}
 
     transform = EvalTransform(backbone.image_size)
 
@@ -187,16 +189,21 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         image_CHW = transform(read_image(test, index).image_CHW)
         return LabelledImage(image_CHW, int(test.labels[task][index]))
 
-    found: list[tuple[int, bool]] = []
+    said: list[tuple[int, tuple[int, int]]] = []
     model.eval()
-    samples = in_order(test, read, config.workers, bad, job.console, job.ranks)
+    samples = in_order(test, read, config.workers, bad_test, job.console, job.ranks)
     while batch := list(islice(samples, at_once)):
-        index_B = [index for index, _ in batch]
-        right_B = _correct(model, [sample for _, sample in batch], config, job.device)
-        found += zip(index_B, right_B, strict=True)
-    correct = joined(found, test, bad, job.ranks)
+        predicted_B = predict(model, [sample for _, sample in batch], config, job.device)
+        said += [
+            (index, (predicted, sample.label))
+            for (index, sample), predicted in zip(batch, predicted_B, strict=True)
+        ]
+    predicted_N, label_N = torch.tensor(joined(said, test, bad_test, job.ranks)).unbind(1)
+    job.report_bad(bad_test, len(test), config.max_bad, "test")
+    label_M = torch.from_numpy(train.labels[task])
+    found = classified(predicted_N, label_N, label_M, classes, task)
     return Result(
-        metrics={"accuracy": accuracy_metric(torch.tensor(correct))},
+        metrics=found.metrics,
         protocol={
             **config.recipe(),
             "epochs": epochs,
@@ -211,20 +218,23 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         labels=task,
         layers="all",
         pooling={"mean": "mean of the patches", "cls": "[CLS]"}[config.pooling],
-        n_train=n_train,
-        n_test=len(correct),
-        n_bad=len(bad),
+        n_train=len(train) - len(bad),
+        n_test=len(label_N),
+        n_bad=len(bad) + len(bad_test),
         seeds=(config.seed,),
-        details={"bad_images": bad},
+        floors=found.floors,
+        missing={"train": lost(train, task, bad), "test": lost(test, task, bad_test)},
+        details={"bad_images": {"train": bad, "test": bad_test}, **found.details},
+        examples=found.examples,
     )
 
 
 @torch.inference_mode()
-def _correct(
+def predict(
     model: Classifier, batch: list[LabelledImage], config: FinetuneConfig, device: torch.device
-) -> list[bool]:
+) -> list[int]:
+    """The class that each image is given."""
     images_BCHW = torch.stack([sample.image_CHW for sample in batch]).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits_BK = model(images_BCHW)
-    label_B = torch.tensor([sample.label for sample in batch])
-    return (logits_BK.argmax(1).cpu() == label_B).tolist()
+    return logits_BK.argmax(1).tolist()

@@ -5,7 +5,7 @@ Suffixes: N images of the source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_all_start_methods
 from typing import Any, Generic, TypeVar
@@ -29,6 +29,15 @@ T = TypeVar("T")
 SUBSTITUTES = 8
 """Images tried in the place of one that cannot be decoded: if none of so many can, it is the data
 that is broken."""
+
+
+def check_bad(bad: Mapping[str, str], count: int, max_bad: float, part: str) -> None:
+    """`RunError` where the `bad` images are more than the share `max_bad` of a part of the data."""
+    if len(bad) > max_bad * count:
+        raise RunError(
+            f"{len(bad)} of {count} {part} images cannot be decoded, more than "
+            f"max_bad={max_bad} allows"
+        )
 
 
 @contextmanager

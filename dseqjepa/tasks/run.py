@@ -15,15 +15,17 @@ import torch
 from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig, flattened
+from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError
 from dseqjepa.files import json_digest
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.config import FrozenConfig, TaskConfig, TrainedConfig
+from dseqjepa.tasks.reading import check_bad
 from dseqjepa.tasks.results import (
     FORMAT,
     NOT_PER_CENT,
@@ -77,11 +79,7 @@ class Job:
                 self.told.add(name)
                 line = f"cannot decode {name}: {reason}"
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if len(bad) > max_bad * count:
-            raise RunError(
-                f"{len(bad)} of {count} {part} images cannot be decoded, more than "
-                f"max_bad={max_bad} allows"
-            )
+        check_bad(bad, count, max_bad, part)
 
 
 def run_task(
@@ -113,7 +111,8 @@ def run_task(
     alike = {key: value for key, value in words.items() if key != "workers"}
     runtime = join(RuntimeConfig(accelerator=config.accelerator), alike)
     device, ranks = runtime.fabric.device, runtime.ranks
-    console = Console(quiet=not ranks.first, markup=False)  # names of others may look like it
+    # Names of others may look like markup.
+    console = LastingConsole(quiet=not ranks.first, markup=False)
     size = None if config.image_size == "auto" else config.image_size
     module = import_module(f"dseqjepa.tasks.{task}")
     if out is not None and out.is_dir():

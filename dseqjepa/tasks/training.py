@@ -32,7 +32,7 @@ from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import TrainedConfig
-from dseqjepa.tasks.reading import SUBSTITUTES, Sample, Samples, read_ahead
+from dseqjepa.tasks.reading import SUBSTITUTES, Sample, Samples, check_bad, read_ahead
 from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import (
     Checkpoint,
@@ -115,6 +115,8 @@ class Place:
     accumulate: int = 1
     """Parts that a rank computes one after the other."""
     workers: int = 0
+    max_bad: float = 1.0
+    """The share of the training images that may be undecodable."""
     console: Console = field(default_factory=Console)
     lines: int = 50
     """How often, at least, the loss is reported."""
@@ -157,7 +159,8 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
         InputError: a step's batch cannot be divided into parts of one size.
     """
     check_parts(config.batch_size, config.accumulate, job.ranks)
-    settings = config.model_dump(mode="json", exclude={"workers", "accelerator", "accumulate"})
+    free = {"workers", "accelerator", "accumulate", "max_bad"}
+    settings = config.model_dump(mode="json", exclude=free)
     return Place(
         folder=job.folder / f"{job.name}-training",
         identity={
@@ -171,6 +174,7 @@ def place_of(job: Job, config: TrainedConfig) -> Place:
         ranks=job.ranks,
         accumulate=config.accumulate,
         workers=config.workers,
+        max_bad=config.max_bad,
         console=job.console,
         held=job.held,
     )
@@ -239,7 +243,8 @@ def fit(
 
     Raises:
         Stopped: SIGTERM came, a checkpoint is on the disk.
-        RunError: the loss is not finite, or images cannot be decoded and those after them neither.
+        RunError: the loss is not finite, more images than `place.max_bad` cannot be decoded, or
+            some cannot and those after them neither.
     """
     ranks, accumulate = place.ranks, place.accumulate
     parts = ranks.world * accumulate
@@ -262,7 +267,8 @@ def fit(
         load_into(model, start.tensors("model"), f"{start.path}/model.safetensors")
         load_optimizer_state(optimizer, model, start.tensors("optimizer"))
         step, bad = start.step, dict(start.state["bad"])
-    told = set(bad)
+        check_bad(bad, len(source), place.max_bad, "training")
+    unshared = dict[str, str]()
     journal = Journal(place.folder, place.console, quiet=not ranks.first)
     journal.rewind(step, bad)
     journal.say(
@@ -271,13 +277,17 @@ def fit(
         + (f"from step {step}" if step else "from the start")
     )
 
-    def save() -> None:
-        for theirs in ranks.share(bad):
+    def note_bad() -> None:
+        """Name what any rank could not decode; too many end the training of all."""
+        for theirs in ranks.share(unshared):
             for name, reason in theirs.items():
-                if name not in told:
+                if name not in bad:
+                    bad[name] = reason
                     journal.bad_file(name, reason)
-                    told.add(name)
-            bad.update(theirs)
+        unshared.clear()
+        check_bad(bad, len(source), place.max_bad, "training")
+
+    def save() -> None:
         tensors = {
             "model": model.state_dict(),
             "optimizer": optimizer_state(optimizer, model),
@@ -292,7 +302,7 @@ def fit(
         for number in range(ranks.rank * accumulate, (ranks.rank + 1) * accumulate):
             drawn, unread = next(ahead)
             ranks.came_on()
-            bad.update(unread)
+            unshared.update((name, why) for name, why in unread.items() if name not in bad)
             if len(drawn) < samples.size:
                 name, reason = next(iter(unread.items()))
                 raise RunError(
@@ -319,11 +329,14 @@ def fit(
                 terms, norm = _step(model, optimizer, recipe, step, parts_of_step(), losses, place)
                 step += 1
                 last = step == recipe.steps
-                stopping, saving = ranks.agree(
+                stopping, saving, losing = ranks.agree(
                     stop.requested or step == place.stop_after,
                     last or (ranks.first and clock.is_time_to_save()),
+                    bool(unshared),
                 )
                 saving = saving or stopping
+                if losing:
+                    note_bad()
                 if saving or step % every == 0 or step == 1:
                     together = {name: ranks.total(value) for name, value in terms.items()}
                     _report(journal, recipe, step, together, norm, clock)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dseqjepa.console import give_up
 from dseqjepa.errors import printable
 from dseqjepa.files import write_whole
 from dseqjepa.ranks import Ranks
@@ -157,11 +157,7 @@ class Journal:
             self._give_up_console(error)
 
     def _give_up_console(self, error: OSError | SystemExit) -> None:
-        self.console.quiet = True
-        with contextlib.suppress(OSError):  # what is left in its buffer would end the process later
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.console.file.fileno())
-            os.close(nowhere)
+        give_up(self.console)
         reason = os.strerror(errno.EPIPE) if isinstance(error, SystemExit) else error.strerror
         self._write("log.txt", f"the console is gone ({reason}): what follows stands here alone")
 

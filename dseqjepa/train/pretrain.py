@@ -6,23 +6,30 @@ Whatever can be wrong with the arguments, the config, the data or the output fol
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
-from dseqjepa.config import Config, differences
+from dseqjepa.config import Config, RuntimeConfig, differences
+from dseqjepa.data.cache import available_memory
 from dseqjepa.data.labelled import located, open_source, prepare
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
+from dseqjepa.methods import build_method
 from dseqjepa.provenance import record
+from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, Start, holds_checkpoint, open_checkpoint
 from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loop import Probe, Trainer
-from dseqjepa.train.runtime import Runtime, Stopped, connect
+from dseqjepa.train.rehearsal import state_bytes, time_epochs
+from dseqjepa.train.runtime import Runtime, Stopped, connect, place
 
 FREE_ON_RESUME = (
     "data.workers",
@@ -30,6 +37,7 @@ FREE_ON_RESUME = (
     "runtime.devices",
     "runtime.strategy",
     "runtime.timeout_s",
+    "optim.minutes",
     "checkpoint.",
     "log.",
     "probe.",
@@ -77,7 +85,8 @@ def pretrain(
         Stopped: by SIGTERM, with a checkpoint on disk.
     """
     runtime = runtime or connect(config)
-    ranks = runtime.ranks
+    ranks, began = runtime.ranks, time.perf_counter()
+    is_timed = config.optim.is_timed
 
     def check() -> None:
         if resume is not False and (overwrite or (init_from is not None and resume != "auto")):
@@ -94,13 +103,14 @@ def pretrain(
         config = ranks.together(lambda: fitting(config, data))
         ranks.check_alike(images=data.fingerprint())
 
-        def begin() -> Start:
+        def begin() -> tuple[Start, Config]:
             if resume is False or (resume == "auto" and not holds_checkpoint(out)):
-                return Start(init_from=starting_weights(config, init_from))
-            step = None if resume is True or resume == "auto" else resume
-            return _go_on(config, data, out, step, allow_changed)
+                return Start(init_from=starting_weights(config, init_from)), config
+            checkpoint = _checkpoint_of(out, None if resume is True or resume == "auto" else resume)
+            settled = _as_chosen(config, checkpoint) if is_timed else config
+            return _go_on(settled, data, out, checkpoint, allow_changed), settled
 
-        start = ranks.together(begin)
+        start, config = ranks.together(begin)
         ranks.check_alike(start=_shown(start))
         if start.resume is not None:
             folder = locked(out)
@@ -117,6 +127,13 @@ def pretrain(
                 device=device,
             )
         prepare(data)
+        if is_timed and start.resume is None:
+            if ranks.first:
+                (console or Console()).print("measuring some steps, for optim.minutes")
+            times = time_epochs(config, data, start.init_from, runtime)
+            (spent,) = ranks.share(time.perf_counter() - began)[:1]
+            config, chosen = within_minutes(config, times, spent)
+            start = replace(start, notes=(chosen,))
         Trainer(
             config,
             data,
@@ -162,8 +179,10 @@ def open_training_source(config: Config) -> Source:
 def fitting(config: Config, source: Source) -> Config:
     """The config with every `auto` settled for this data.
 
-    Raises `InputError` where nothing can be decoded, or there are too few images.
+    Raises `InputError` where nothing can be decoded, there are too few images, or the model cannot
+    be held in memory.
     """
+    _check_memory(config)
     _check_some_decode(source, config.data.source)
     if len(source) < config.data.batch_size:
         raise InputError(
@@ -171,6 +190,41 @@ def fitting(config: Config, source: Source) -> Config:
             f"{config.data.batch_size}: lower it to {len(source)} or less, or give more images"
         )
     return config.resolved(len(source))
+
+
+LARGE = {
+    "encoder": "model.width, model.depth or model.mlp",
+    "predictor": "predictor.width or predictor.depth",
+    "regularizer": "method.vicreg.projector_width",
+}
+"""What makes a part of a method large."""
+
+
+def _check_memory(config: Config) -> None:
+    """`InputError` where the weights alone, and what is kept for each, are more than there is."""
+    with torch.device("meta"):  # shapes without values
+        method = build_method(config)
+    needed, there = state_bytes(method), _memory(config.runtime)
+    if not there or needed <= there:
+        return
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()
+    }
+    largest = max(LARGE.keys() & parts.keys(), key=lambda name: parts[name])
+    raise InputError(
+        f"the model needs {needed / 1e9:.3g} GB for weights, gradients and optimizer, and "
+        f"{there / 1e9:.3g} GB are there: lower {LARGE[largest]}"
+    )
+
+
+def _memory(runtime: RuntimeConfig) -> int:
+    """Bytes for one copy of a model's state; 0 where the system does not say."""
+    here = place()
+    if runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        ranks = here.world if runtime.strategy == "fsdp" else 1
+        return ranks * torch.cuda.get_device_properties(0).total_memory
+    ranks = 1 if runtime.strategy == "fsdp" else here.on_node
+    return available_memory() // ranks
 
 
 def _check_some_decode(source: Source, name: str) -> None:
@@ -186,9 +240,8 @@ def _check_some_decode(source: Source, name: str) -> None:
     raise InputError(f"{name}: none of {len(reasons)} images tried can be decoded ({reasons[0]})")
 
 
-def _go_on(
-    config: Config, source: Source, out: Path, step: int | None, allow_changed: Collection[str]
-) -> Start:
+def _checkpoint_of(out: Path, step: int | None) -> Checkpoint:
+    """What there is to resume."""
     if is_worthless(out):
         raise InputError(
             f"{out} holds no checkpoint: the run in it died before its first one, and there is "
@@ -197,6 +250,27 @@ def _go_on(
     checkpoint = open_checkpoint(out, step)
     if "imported_from" in checkpoint.state:
         raise InputError(f"{out} is an imported encoder, no run: start a run with init_from={out}")
+    return checkpoint
+
+
+def _as_chosen(config: Config, checkpoint: Checkpoint) -> Config:
+    """With the epochs that the run set by its minutes when it began."""
+    then = checkpoint.config.optim
+    if config.optim.minutes != then.minutes:
+        raise InputError(
+            f"cannot resume {checkpoint.run} with optim.minutes={config.optim.minutes:g}: it began "
+            f"with optim.minutes={then.minutes} and optim.epochs={then.epochs}; leave it as it was"
+        )
+    return config.with_(optim={"epochs": then.epochs, "warmup_epochs": then.warmup_epochs})
+
+
+def _go_on(
+    config: Config,
+    source: Source,
+    out: Path,
+    checkpoint: Checkpoint,
+    allow_changed: Collection[str],
+) -> Start:
     changed = {
         key: values
         for key, values in differences(checkpoint.config, config).items()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import gc
 import io
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,10 +24,12 @@ from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.methods.base import Method
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
 from dseqjepa.train.clock import Clock
 from dseqjepa.train.loop import Trainer
+from dseqjepa.train.runtime import Runtime
 
 WARM_UP, STEPS = 1, 4
 FIRST_BATCH = 16
@@ -55,6 +57,34 @@ class Pace:
 
 
 @dataclass(frozen=True)
+class EpochTimes:
+    """Seconds of a run's first epoch, in which every image is decoded, and of each later one."""
+
+    first: float
+    later: float
+
+    @classmethod
+    def of(cls, images: int, paces: Sequence[tuple[float, float]], is_cached: bool) -> EpochTimes:
+        """Of epochs of so many images, at a pace that changes evenly between the first and the
+        last of `paces`: (images a second, share of the time spent waiting for data)."""
+
+        def mean(seconds: Sequence[float]) -> float:
+            return images * sum(seconds) / len(seconds)
+
+        computing = [(1 - waiting) / rate for rate, waiting in paces]
+        whole = [1 / rate for rate, _ in paces]
+        return cls(mean(whole), mean(computing if is_cached else whole))
+
+    def of_run(self, epochs: int) -> float:
+        """Seconds of a run of so many epochs."""
+        return self.first + (epochs - 1) * self.later
+
+    def epochs_within(self, seconds: float) -> int:
+        """The most epochs, and at least one."""
+        return max(1, 1 + math.floor((seconds - self.first) / self.later))
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What a run will cost on one device; `batch` images are what it sees at a time there."""
 
@@ -62,6 +92,7 @@ class Rehearsal:
     measured_batch: int
     """Smaller than `batch` where that would need too much time or memory: then times and memory
     are carried over in proportion."""
+    steps_per_epoch: int
     steps: int
     """Optimizer steps of the whole run."""
     start: Pace
@@ -84,19 +115,34 @@ class Rehearsal:
         """Over the whole run, whose plans change evenly from those of its start to its end."""
         return 2 / (1 / self.start.images_per_s + 1 / self.end.images_per_s)
 
+    def epoch_times(self, config: Config) -> EpochTimes:
+        """Of the whole run, were its devices to say nothing to each other."""
+        devices = config.runtime.devices
+        paces = [(pace.images_per_s * devices, pace.waiting) for pace in (self.start, self.end)]
+        images = self.steps_per_epoch * config.data.batch_size
+        return EpochTimes.of(images, paces, self.cache > 0)
+
+    def of_epochs(self, epochs: int) -> Rehearsal:
+        """The same of a run of another length."""
+        return replace(self, steps=epochs * self.steps_per_epoch)
+
 
 class _Stage:
     """A trainer that can be asked for any step."""
 
     def __init__(
-        self, config: Config, source: Source, weights: Checkpoint | None, batch: int
+        self,
+        config: Config,
+        source: Source,
+        weights: Checkpoint | None,
+        runtime: Runtime | None = None,
     ) -> None:
-        alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
-        data = {"batch_size": batch, "cache": "none", "max_bad": 1.0}
-        config = config.with_(**alone, data=data)
+        data = {"cache": "none", "max_bad": 1.0}
+        config = config.with_(data=data)
         reset_peak()
+        quiet = Console(file=io.StringIO())
         start = Start(init_from=weights)
-        self.trainer = Trainer(config, source, Path(), start, console=Console(file=io.StringIO()))
+        self.trainer = Trainer(config, source, Path(), start, console=quiet, runtime=runtime)
         self.batches = _endless(self.trainer.loader)
 
     def time(self, share: float, steps: int) -> tuple[float, float]:
@@ -111,8 +157,8 @@ class _Stage:
                 clock.restart()
             trainer.step = place
             trainer.take_step(self._arriving(clock))
-            clock.count(trainer.loader.batch_size)
-            late = time.perf_counter() - began > LONGEST
+            clock.count(trainer.config.data.batch_size)
+            (late,) = trainer.ranks.agree(time.perf_counter() - began > LONGEST)
             if late and number >= WARM_UP:
                 break
         self._settle()
@@ -157,22 +203,31 @@ class _Stage:
         gc.collect()
 
 
-def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) -> Rehearsal:
-    """Measure a run that `pretrain.fitting` has let pass; see `Rehearsal`.
+def rehearse(
+    config: Config,
+    source: Source,
+    weights: Checkpoint | None = None,
+    tell: Callable[[str], None] = lambda phase: None,
+) -> Rehearsal:
+    """Measure a run that `pretrain.fitting` has let pass; see `Rehearsal`. `tell` is called with
+    what is measured next.
 
     A run on several devices is measured on one of them, without what they say to each other.
     """
     batch = config.data.batch_size // (config.optim.accumulate * config.runtime.devices)
     # Before the first stage: what that frees stays with the process, and the next one takes it.
     before = resident()
-    first = _Stage(config, source, weights, min(batch, FIRST_BATCH))
+    tell(f"steps of {min(batch, FIRST_BATCH)} images")
+    first = _Stage(_alone(config, min(batch, FIRST_BATCH)), source, weights)
     small = first.trainer.loader.batch_size
     speed, _ = first.time(0.5, 3)
-    state = _state_bytes(first.trainer)
+    state = state_bytes(first.trainer.method)
     a_image = max(first.memory(before) - state, 0) / small
     free = _free(first.trainer.fabric.device)
     on_cpu = first.trainer.fabric.device.type == "cpu"
     first.close()
+    if on_cpu:
+        tell("the same in another precision")
     other = _other_precision(config, source, small, speed) if on_cpu else None
 
     fits = [
@@ -181,7 +236,8 @@ def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) 
         if size <= small
         or (state + size * a_image < CAUTION * free and size / speed < LONGEST_STEP)
     ]
-    stage = _Stage(config, source, weights, max(fits))
+    tell(f"steps of {max(fits)} images, at the start and at the end of the run")
+    stage = _Stage(_alone(config, max(fits)), source, weights)
     paces = []
     for share in (0.0, 1.0):
         rate, waiting = stage.time(share, STEPS)
@@ -192,36 +248,71 @@ def rehearse(config: Config, source: Source, weights: Checkpoint | None = None) 
     measured = stage.trainer.loader.batch_size
     memory = state + max(stage.memory(before) - state, 0) * batch // measured
     stage.close()
-    transform = TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
-    cached = config.data.cache == "auto"
-    ranks = config.runtime.devices
+    tell("the loader alone")
+    per_epoch = len(source) // config.data.batch_size
     assert config.optim.epochs != "auto"
     return Rehearsal(
         batch=batch,
         measured_batch=measured,
-        steps=config.optim.epochs * (len(source) // config.data.batch_size),
+        steps_per_epoch=per_epoch,
+        steps=config.optim.epochs * per_epoch,
         start=paces[0],
         end=paces[1],
         memory=memory,
         memory_free=free,
         state=state,
-        loader_images_per_s=_loader_alone(config, source, transform, min(batch, 64)),
-        cache=room_for(source, transform.reduction, ranks=ranks) if cached else 0,
+        loader_images_per_s=_loader_alone(config, source, min(batch, 64)),
+        cache=_cache_bytes(config, source, config.runtime.devices),
         other_precision=other,
     )
 
 
+def time_epochs(
+    config: Config, source: Source, weights: Checkpoint | None, runtime: Runtime
+) -> EpochTimes:
+    """What the epochs of a run take, by some of its steps on all its ranks; theirs are the same."""
+    stage = _Stage(config, source, weights, runtime)
+    paces = [stage.time(share, STEPS) for share in (0.0, 1.0)]
+    images = stage.trainer.schedule.steps_per_epoch * config.data.batch_size
+    stage.close()
+    ranks = runtime.ranks
+    is_cached = _cache_bytes(config, source, ranks.world) > 0
+    times = EpochTimes.of(images, paces, is_cached)
+    return EpochTimes(*ranks.share([times.first, times.later])[0])
+
+
+def _alone(config: Config, batch: int) -> Config:
+    """The run as one device sees it, so many images at a time."""
+    alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
+    return config.with_(**alone, data={"batch_size": batch})
+
+
+def _transform(config: Config) -> TrainTransform:
+    return TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
+
+
+def _cache_bytes(config: Config, source: Source, ranks: int) -> int:
+    """What decoded images will take of the memory; 0 where they are decoded anew in each epoch."""
+    if config.data.cache == "none":
+        return 0
+    return room_for(source, _transform(config).reduction, ranks=ranks)
+
+
 def _other_precision(config: Config, source: Source, batch: int, speed: float) -> float:
     precision = {"bf16": "fp32", "fp32": "bf16"}[config.runtime.precision]
-    stage = _Stage(config.with_(runtime={"precision": precision}), source, None, batch)
+    stage = _Stage(_alone(config.with_(runtime={"precision": precision}), batch), source, None)
     other, _ = stage.time(0.5, 3)
     stage.close()
     return other / speed
 
 
-def _loader_alone(config: Config, source: Source, transform: TrainTransform, batch: int) -> float:
+def _loader_alone(config: Config, source: Source, batch: int) -> float:
     loader = Loader(
-        source, transform, batch_size=batch, seed=config.runtime.seed, workers=config.data.workers
+        source,
+        _transform(config),
+        batch_size=batch,
+        seed=config.runtime.seed,
+        workers=config.data.workers,
     )
     ahead = 2 * config.data.workers  # batches that lie ready when the first is handed out
     batches = _endless(loader)
@@ -242,9 +333,9 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         yield from loader.batches(epoch)
 
 
-def _state_bytes(trainer: Trainer) -> int:
+def state_bytes(method: Method) -> int:
     """Weights and target, and for what is trained its gradient and the two moments of AdamW."""
-    parameters: list[Any] = list(trainer.method.parameters())
+    parameters = list(method.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     return size + 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
 

@@ -50,6 +50,7 @@ def compare_resumed(config: Config, steps: int) -> list[Row]:
     if config.runtime.devices > 1:
         raise InputError("verify-resume runs on one device: leave out runtime.devices")
     config = config.with_(
+        optim={"minutes": "none"},
         log={"every_steps": 1},
         probe={"every_epochs": 0},
         checkpoint={"every_steps": 0, "every_epochs": 10**6},

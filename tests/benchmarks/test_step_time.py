@@ -13,6 +13,7 @@ import torch
 from sides import Bench, typical_saliency
 from step_time import benchmarks
 from torch import Tensor
+from truncated import Cut, draw
 
 from dseqjepa.plans.plan import from_candidates, steps_of_ranks
 from dseqjepa.plans.regions import rank_regions
@@ -58,6 +59,36 @@ def test_the_dense_side_computes_every_patch_of_every_step():
     assert set(seen) == {(3 * 4, 17)}  # four sequences an image of 16 patches and [CLS]
 
 
+def test_a_context_cut_to_the_shortest_keeps_its_first_patches():
+    blocks = tiny_config("ijepa_vitt8_64").method.blocks
+    cut = draw(blocks, 16, (8, 8), seed=3)
+    (length,) = {len(set(row)) for row in cut.context_BC.tolist()}
+    assert cut.kept == 16 * length < cut.drawn
+    assert all(row == sorted(row) for row in cut.context_BC.tolist())
+    for context_C, target_MQ in zip(cut.context_BC, cut.target_BMQ, strict=True):
+        assert not set(context_C.tolist()) & set(target_MQ.flatten().tolist())
+    sizes = {len(set(row)) for image in cut.target_BMQ.tolist() for row in image}
+    assert sizes == {cut.target_BMQ.shape[2]}
+
+
+def test_of_one_image_nothing_is_cut_and_the_loss_is_the_packed_one():
+    """Then both sides compute the same, on the same blocks."""
+    config = tiny_config("ijepa_vitt8_64", "method.regularizer=none", "data.image_size=64")
+    bench = Bench(config, 1)
+    look = bench.method.look(bench.images_BCHW)
+    plan = bench.method.draw(look, bench.grid, 1.0, bench.keys_B).plan
+    _, size_M = plan.target_SN.nonzero()[:, 0].unique(return_counts=True)
+    context_1C = plan.context_SN[:1].nonzero()[None, :, 1]
+    losses = []
+    for step in range(4):
+        target_11Q = plan.target_SN[step].nonzero()[None, None, :, 0]
+        cut = Cut(context_1C, target_11Q, context_1C.numel())
+        losses.append(bench.truncated_loss(cut) * size_M[step])
+    whole = torch.stack(losses).sum() / size_M.sum()
+    assert torch.isclose(whole, bench.packed_loss(), rtol=1e-4)
+    assert bench.context_tokens() == context_1C.numel()
+
+
 def test_a_typical_batch_has_nearly_the_mean_number_of_context_patches():
     def patches(saliency_BN: Tensor) -> float:
         rank_BN = rank_regions(saliency_BN, (8, 8), 5, 0.15).rank_BN
@@ -74,6 +105,7 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
         for precision in ("fp32", "bf16"):
             base = f"{model}_{precision}"
             assert {base, f"{base}_a05", f"{base}_a05_causal", f"ijepa_{base}"} <= set(names)
+            assert {f"ijepa_truncated_{base}", f"ijepa_token_{base}"} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +114,7 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
         (
             "step_time.py",
             ["vitt8_64_fp32", "vitt8_64_bf16_a05_causal", "ijepa_vitt8_64_bf16",
+             "ijepa_truncated_vitt8_64_bf16", "ijepa_token_vitt8_64_bf16",
              "overhead_vitt8_64_fp32"],
         ),
         ("peak.py", ["vitt8_64_bf16", "memory_vitt8_64_fp32"]),

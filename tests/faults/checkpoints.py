@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -451,6 +453,56 @@ def retention(attempts: Attempts) -> None:
                     newest = step
                 if list(folder.glob("step-*/state.json")):
                     assert assert_whole(folder) == newest
+
+
+def cannot_be_removed(out: Path) -> contextlib.AbstractContextManager[object]:
+    remove = module.remove
+
+    def only_others(path: Path) -> None:
+        if path.name.startswith("step-"):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        remove(path)
+
+    return mock.patch.object(module, "remove", only_others)
+
+
+def without_links(out: Path) -> contextlib.AbstractContextManager[object]:
+    error = OSError(errno.EPERM, os.strerror(errno.EPERM))
+    return mock.patch.object(Path, "symlink_to", side_effect=error)
+
+
+def on_another_disk(out: Path) -> contextlib.AbstractContextManager[object]:
+    disk = out.with_suffix(".disk")
+    disk.mkdir()
+    out.mkdir()
+    (out / "checkpoints").symlink_to(disk)
+    return contextlib.nullcontext()
+
+
+ODD_DISKS = {
+    "cannot be removed": (cannot_be_removed, "is of no more use and cannot be removed"),
+    "without links": (without_links, "does not lead to step-"),
+    "on another disk": (on_another_disk, ""),
+}
+
+
+@fault(
+    33, "Old checkpoints that stay, a disk without links, checkpoints as a link", quick=3, full=9
+)
+def odd_disks(attempts: Attempts) -> None:
+    config = run_config("ijepa", "checkpoint.keep=1", "optim.epochs=2")
+    whole = train(config, attempts.folder / "whole")
+    for number in range(attempts.count):
+        what = list(ODD_DISKS)[number % len(ODD_DISKS)]
+        with attempts.attempt(what):
+            made, said = ODD_DISKS[what]
+            out = attempts.folder / str(number)
+            with made(out):
+                train(config, out, overwrite=True)
+                if number >= len(ODD_DISKS):
+                    train(config, out, overwrite=True)
+            assert said in (out / "log.txt").read_text()
+            assert_same_run(whole, out)
 
 
 def save_without_end(folder: Path) -> None:

@@ -17,10 +17,11 @@ from PIL import Image
 
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError
+from dseqjepa.train import checkpoint
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Trainer
 from dseqjepa.train.pretrain import pretrain
-from tests.children import ends, run_ranks, start_ranks
+from tests.children import ends, run_ranks, start, start_ranks
 from tests.faults.campaign import Attempts, fault
 from tests.train.tiny_runs import (
     IMAGES,
@@ -180,6 +181,39 @@ def pictures(folder: Path, count: int) -> Path:
         pixels_HWC = Pictures().image(index).permute(1, 2, 0).numpy()
         Image.fromarray(pixels_HWC).save(folder / f"{index:02d}.png")
     return folder
+
+
+def train_and_die(config: Config, out: Path, number: int) -> None:
+    """In a child: it is gone before the file of that number of its first save is written."""
+    original, seen = checkpoint.save_file, 0
+
+    def save_file(*arguments: Any) -> None:
+        nonlocal seen
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+        original(*arguments)
+
+    checkpoint.save_file = save_file
+    train(config, out)
+
+
+@fault(33, "Killed before and in the first save: resume=auto starts it again", quick=2, full=10)
+def killed_at_the_start(attempts: Attempts) -> None:
+    config = config_of(0)
+    whole = train(config, attempts.folder / "whole")
+    for attempt in range(attempts.count):
+        number = (2 * attempt) % 5
+        with attempts.attempt(f"before file {number}"):
+            out, log = attempts.folder / str(attempt), attempts.folder / f"log {attempt}"
+            assert ends([start(train_and_die, config, out, number, log=log)], 60) == [-9]
+            for way in ({}, {"resume": True}):
+                with pytest.raises(InputError, match="resume=auto"):
+                    train(config, out, **way)
+            train(config, out, resume="auto")
+            assert_same_run(whole, out)
+            train(config, out, resume="auto")  # there is nothing left to do
+            assert_same_run(whole, out)
 
 
 @fault(11, "Files added, removed, replaced: refused, accepted by name", quick=3, full=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,70 @@ def test_every_control_and_picture_has_a_name(page: Page):
     assert nameless == []
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
     assert len(ids) == len(set(ids))
+
+
+BROKEN_WORDS = """() => {
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const node = walk.currentNode;
+    const parent = node.parentElement;
+    if (!parent.checkVisibility() || parent.closest("script, style, svg, pre")) continue;
+    for (const token of node.data.matchAll(/\\S+/gu)) {
+      if (token[0].length > 20) continue;  // such as a path, which may need more than a line
+      for (const word of token[0].matchAll(/[\\p{L}\\p{N}]+/gu)) {
+        const range = document.createRange();
+        range.setStart(node, token.index + word.index);
+        range.setEnd(node, token.index + word.index + word[0].length);
+        const boxes = [...range.getClientRects()].filter(box => box.width > 0);
+        if (new Set(boxes.map(box => Math.round(box.top))).size > 1) found.push(word[0]);
+      }
+    }
+  }
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def six(made: Runs, folder: Path) -> Path:
+    """Two recipes of three seeds each."""
+    runs = []
+    for run, name in zip(made, ("rarity", "blocks"), strict=True):
+        for seed in range(3):
+            copy = folder / f"{name}-seed{seed}"
+            shutil.copytree(run, copy, symlinks=True)
+            config = (copy / "config.yaml").read_text()
+            assert config.count("\n  seed: 0\n") == 1
+            (copy / "config.yaml").write_text(config.replace("seed: 0", f"seed: {seed}"))
+            runs.append(copy)
+    return write_report(runs, folder / "six.html", images=IMAGES)
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_no_word_is_broken(browser: Browser, both: Path, six: Path, width: int):
+    for file in (both, six):
+        with opened(browser, file, size=(width, 900)) as (page, _):
+            for folded in page.locator("details").all():
+                folded.evaluate("node => node.open = true")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(BROKEN_WORDS) == []
+
+
+@pytest.mark.parametrize(("width", "most"), [(400, 14_000), (1200, 8_000)])
+def test_a_page_of_six_runs_is_short(browser: Browser, six: Path, width: int, most: int):
+    with opened(browser, six, size=(width, 900)) as (page, wrong):
+        assert page.evaluate("document.documentElement.scrollHeight") < most
+        expect(page.locator("h1")).to_have_text("6 runs")
+        columns = page.locator("#short table.compare").first.locator("thead th")
+        assert columns.all_inner_texts() == [
+            ", ".join(f"{name}-seed{seed}" for seed in range(3)) for name in ("rarity", "blocks")
+        ]
+        told = page.locator("details.told")
+        assert told.count() == 6
+        assert not told.nth(3).locator("article").is_visible()
+        told.nth(3).locator("summary").click()
+        expect(told.nth(3).locator("article")).to_be_visible()
+        assert wrong == []
 
 
 @pytest.mark.parametrize(("name", "size"), [("desktop", DESKTOP), ("phone", PHONE)])

@@ -168,7 +168,7 @@ def test_an_altered_file_is_left_out_or_shown_and_never_ends_in_a_traceback(
             assert words.verdict(run).tone
         words.over_seeds(runs)
         charts.groups(runs)
-        for table in page._tasks(runs):
+        for table in page._tasks(words.alike(runs)):
             charts.interval_chart(
                 table["task"], table["metric"], [row[:2] for row in table["rows"]]
             )

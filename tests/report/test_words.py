@@ -13,6 +13,8 @@ from dseqjepa.report.words import (
     config_table,
     nearest_preset,
     over_seeds,
+    pooled,
+    spread,
     verdict,
     what_it_learnt,
     what_it_was,
@@ -174,3 +176,17 @@ def test_seeds_give_a_mean_and_a_deviation():
     ]
     assert over_seeds([runs[0], other]) == []
     assert over_seeds([runs[0], replace(runs[0], name="again")]) == []
+
+
+def test_several_values_are_their_mean_and_their_ends():
+    assert spread([], "{:.1f}") == "–"
+    assert spread([2.04, 1.96], "{:.1f}") == "2.0"
+    assert spread([1.0, 2.0, 6.0], "{:.1f}") == "3.0 (1.0 to 6.0)"
+    scores = [
+        Score("class", "dseq", "accuracy", value, value - 5, value + 5, {"k": "20", "n": str(n)})
+        for n, value in enumerate((40.0, 50.0, 45.0))
+    ]
+    assert pooled(scores[:1]) is scores[0]
+    whole = pooled(scores)
+    assert (whole.value, whole.low, whole.high) == (45.0, 40.0, 50.0)
+    assert whole.details == {"k": "20"}

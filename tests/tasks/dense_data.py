@@ -88,6 +88,9 @@ class SceneObjects(SceneMaps):
             image_id=10 + 7 * index,
         )
 
+    def labels_of(self, index: int) -> Tensor:
+        return self.instances(index).label_K
+
     def _as_coco(self) -> dict[str, Any]:
         from pycocotools import mask
 

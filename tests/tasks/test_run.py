@@ -95,7 +95,7 @@ def test_what_is_left_out_is_said_and_written(
 
 def evaluate(task: str, *typed: str) -> int:
     """One of the 48 training images cannot be decoded: more than the default allows."""
-    is_set = any("max_bad" in word for word in typed) or task == "finetune"
+    is_set = any("max_bad" in word for word in typed)
     settings = typed if is_set else (*typed, "max_bad=0.1")
     sys.argv = ["dseqjepa", "evaluate", task, *settings]
     try:
@@ -269,9 +269,7 @@ def evaluate_on_ranks(folder: Path, task: str, settings: list[str]) -> None:
     import os
 
     os.chdir(folder)
-    config = TASKS[task].from_settings(
-        ["accelerator=cpu", *settings, *([] if task == "finetune" else ["max_bad=0.1"])]
-    )
+    config = TASKS[task].from_settings(["accelerator=cpu", *settings, "max_bad=0.1"])
     run_task(task, "runs/0", config, data=None, out=folder / "two.json")
 
 
@@ -294,25 +292,33 @@ def test_two_ranks_find_what_one_finds(
     assert {**two, **different} == {**one, **different}
 
 
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [("knn", ["cache=none"]), ("finetune", ["preset=quick", "epochs=2", "batch_size=8"])],
+)
 def test_a_class_that_cannot_be_read_does_not_vanish_in_silence(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, task: str, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (here / "pictures/val/b").iterdir():
         path.write_bytes(b"no picture")
     before = sorted(here.rglob("*.json"))
-    sys.argv = ["dseqjepa", "evaluate", "knn", "runs/0", "cache=none"]
+    sys.argv = ["dseqjepa", "evaluate", task, "runs/0", *settings]
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
     told = capsys.readouterr()
-    assert "1 of 48 train images cannot be decoded, more than max_bad=0.01 allows" in told.err
+    part = {"knn": "train", "finetune": "training"}[task]
+    assert f"1 of 48 {part} images cannot be decoded, more than max_bad=0.01 allows" in told.err
+    assert "cannot decode" in told.out
     assert sorted(here.rglob("*.json")) == before
-    assert evaluate("knn", "runs/0", "max_bad=0.6", "cache=none") == 0
+    kept = ["resume=auto"] if task == "finetune" else []
+    assert evaluate(task, "runs/0", "max_bad=0.6", *settings, *kept) == 0
     printed = capsys.readouterr().out
     assert "test images that cannot be decoded: 10 of 10 of b" in printed
     assert printed.count("cannot decode") == 11  # each is named once
-    found = json.loads((here / "runs/0/evaluations/knn.json").read_text())
-    assert found["missing"]["test"] == {"b": [10, 10]}
+    found = json.loads((here / f"runs/0/evaluations/{task}.json").read_text())
+    assert found["missing"] == {"train": {"a": [1, 24]}, "test": {"b": [10, 10]}}
+    assert (found["n_train"], found["n_test"], found["n_bad"]) == (47, 10, 11)
 
 
 def test_a_picture_removed_in_between_costs_no_result(

@@ -41,8 +41,8 @@ SETTINGS = {
 
 
 FROZEN = {
-    "attentive": ["batch_size=4", "epochs=2", "lrs=[0.01]", "max_bad=0.5", "holdout=0.4"],
-    "dense": ["patches_seen=2000", "batch_size=64", "max_bad=0.5", "holdout=0.4"],
+    "attentive": ["batch_size=4", "epochs=2", "lrs=[0.01]", "holdout=0.4"],
+    "dense": ["patches_seen=2000", "batch_size=64", "holdout=0.4"],
 }
 
 
@@ -72,7 +72,7 @@ def evaluate(folder: Path, task: str, *settings: str) -> None:
     (own / "test").mkdir()
     train = Everything(own / "train", task, 8, "train")
     test = Everything(own / "test", task, 7, "val")
-    config = TASKS[task].from_settings([*(SETTINGS | FROZEN)[task], *settings])
+    config = TASKS[task].from_settings([*(SETTINGS | FROZEN)[task], "max_bad=0.5", *settings])
     job = job_of(folder, train, test, ranks=ranks)
     # What is dropped, and what is normalised, depends on the parts; the latter must not on ranks.
     if task == "segmentation":

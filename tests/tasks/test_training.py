@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,12 @@ def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
     assert bad == {"2": "torn", "7": "torn"}
     assert len(seen) == len(set(seen)) == RECIPE.steps * RECIPE.batch_size
     lines = (tmp_path / "bad_files.jsonl").read_text().splitlines()
+    assert {json.loads(line)["path"] for line in lines} == {"2", "7"}
+
+    place = replace(place, folder=tmp_path / "few", max_bad=0.1)
+    with pytest.raises(RunError, match=r"2 of 10 training images .* more than max_bad=0.1 allows"):
+        fit(model, groups_of(model), RECIPE, Ten(), reader, model.losses, place, place.start())
+    lines = (tmp_path / "few/bad_files.jsonl").read_text().splitlines()
     assert {json.loads(line)["path"] for line in lines} == {"2", "7"}
 
     def broken(index: int, key: int) -> Tensor:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.model.flops import step_flops
+from dseqjepa.train import pretrain as module
 from dseqjepa.train import rehearsal
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.pretrain import fitting
-from dseqjepa.train.rehearsal import peak, rehearse, reset_peak, resident
+from dseqjepa.train.rehearsal import peak, rehearse, reset_peak, resident, state_bytes
 from tests.children import ends, start
 from tests.train.tiny_runs import BATCH, IMAGES, STEPS, Pictures, metrics, run_config, train
 
@@ -105,3 +107,17 @@ def peak_of_a_block() -> None:
 def test_the_peak_is_the_most_that_was_in_memory(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert ends([start(peak_of_a_block, log=log)], 60) == [0], log.read_text()
+
+
+def test_a_model_is_refused_by_what_it_needs_and_not_by_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, config = Pictures(), run_config("ijepa")
+    needed = state_bytes(build_method(config))
+    for there, is_refused in ((needed - 1, True), (needed, False), (0, False)):
+        monkeypatch.setattr(module, "available_memory", lambda there=there: there)
+        if is_refused:
+            with pytest.raises(InputError, match=r"the model needs .* GB are there: lower model"):
+                fitting(config, source)
+        else:
+            assert fitting(config, source).model == config.model

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -115,7 +115,7 @@ class Coco(ListedFiles):
         """The objects of an image; their masks need the extra `detection`."""
         index = range(len(self))[index]
         height, width = map(int, self._size_N2[index])
-        its = slice(int(self._first_N[index]), int(self._last_N[index]))
+        its = self._annotations_of(index)
         outlines = [
             annotation["segmentation"] for annotation in patiently(lambda: self._again(its))
         ]
@@ -123,12 +123,19 @@ class Coco(ListedFiles):
         box_K4[:, 2:] += box_K4[:, :2]
         return Instances(
             boxes_K4=torch.from_numpy(box_K4).float(),
-            label_K=torch.from_numpy(self._label_A[its].copy()),
+            label_K=self.labels_of(index),
             masks_KHW=_draw(outlines, height, width),
             crowd_K=torch.from_numpy(self._crowd_A[its].copy()),
             area_K=torch.from_numpy(self._area_A[its]).float(),
             image_id=int(self._id_N[index]),
         )
+
+    def labels_of(self, index: int) -> Int64[Tensor, " K"]:
+        return torch.from_numpy(self._label_A[self._annotations_of(index)].copy())
+
+    def _annotations_of(self, index: int) -> slice:
+        index = range(len(self))[index]
+        return slice(int(self._first_N[index]), int(self._last_N[index]))
 
     def objects(self, index: int) -> Objects:
         """Masks of all objects that are no crowd; what only a crowd covers is not known."""

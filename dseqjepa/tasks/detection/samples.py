@@ -5,6 +5,7 @@ Suffixes: C colours, H and W pixels, K objects.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,19 @@ def read_sample(source: Detections, index: int, key: int) -> DetectionSample:
         "masks": masks_KHW.to(torch.uint8),
     }
     return DetectionSample(image_CHW.contiguous(), target)
+
+
+def lost_objects(source: Detections, bad: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Of each category that `bad` images show, by name: how many of them, and of how many images.
+    Those of images without an object stand under a name of their own."""
+    gone, there = Counter[int](), Counter[int]()
+    for index in range(len(source)) if bad else ():
+        labels = set(source.labels_of(index).tolist()) or {0}
+        there.update(labels)
+        if source.name(index) in bad:
+            gone.update(labels)
+    names = ("no object", *source.categories)
+    return {names[label]: (gone[label], there[label]) for label in sorted(gone)}
 
 
 def as_instances(output: Mapping[str, Tensor], image_id: int) -> tuple[Instances, Tensor]:

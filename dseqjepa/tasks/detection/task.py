@@ -21,6 +21,7 @@ from dseqjepa.tasks.detection.samples import (
     DetectionSample,
     as_instances,
     as_results,
+    lost_objects,
     read_labelled,
     read_sample,
 )
@@ -39,7 +40,8 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
     Raises:
         InputError: the data has no objects, an extra is missing, or an earlier training is in the
             way.
-        RunError: training fails, or no test image can be read.
+        RunError: training fails, more images than `max_bad` cannot be decoded, or no test image
+            can.
     """
     train, test = job.train, job.test
     if not (isinstance(train, Detections) and isinstance(test, Detections)):
@@ -87,7 +89,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
 
     groups = parameter_groups(model, job.backbone, recipe)
     bad = fit(model, groups, recipe, train, read, losses, place, start)
-    n_train = len(train) - len(bad)
+    bad_test: dict[str, str] = {}
 
     predictions: list[tuple[int, tuple[int, list[dict[str, Any]]]]] = []
     examples: list[tuple[Any, ...]] = []
@@ -96,7 +98,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         test,
         lambda i: read_labelled(test, i),
         config.workers,
-        bad,
+        bad_test,
         job.console,
         job.ranks,
     ):
@@ -105,19 +107,14 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         predictions.append((index, (truth.image_id, results_of_image)))
         if len(examples) < PICTURES:
             examples.append((test.name(index), image_CHW, truth, found, score_K))
-    both = joined(predictions, test, bad, job.ranks)
+    both = joined(predictions, test, bad_test, job.ranks)
+    job.report_bad(bad_test, len(test), config.max_bad, "test")
     image_ids = [image_id for image_id, _ in both]
     results = [result for _, of_image in both for result in of_image]
     metrics, by_category, evaluator = {}, {}, ""
     kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
     for name, kind in kinds.items():
-        scores = average_precision(
-            test.annotations,
-            results,
-            image_ids,
-            kind,
-            seed=config.seed,
-        )
+        scores = average_precision(test.annotations, results, image_ids, kind, seed=config.seed)
         for ending, value in scores.values.items():
             low, high = scores.intervals[ending]
             metrics[name + ending] = Metric(100 * value, 100 * low, 100 * high)
@@ -132,17 +129,18 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         labels="objects",
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
-        n_train=n_train,
+        n_train=len(train) - len(bad),
         n_test=len(image_ids),
-        n_bad=len(bad),
+        n_bad=len(bad) + len(bad_test),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
             "by_category": by_category,
             "evaluator": evaluator,
             "detections": len(results),
-            "bad_images": bad,
+            "bad_images": {"train": bad, "test": bad_test},
         },
+        missing={"train": lost_objects(train, bad), "test": lost_objects(test, bad_test)},
         examples={"examples": examples, "categories": test.categories},
     )
 

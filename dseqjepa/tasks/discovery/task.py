@@ -45,6 +45,7 @@ from dseqjepa.tasks.discovery.measures import (
     summarise,
 )
 from dseqjepa.tasks.discovery.truth import LocatedImage, Truth, read_sample
+from dseqjepa.tasks.features import lost
 from dseqjepa.tasks.reading import in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
@@ -76,7 +77,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
     Raises:
         InputError: the data has neither masks nor boxes, the backbone has no patches, or not the
             map that `saliency` names.
-        RunError: no image can be read, or none has an object.
+        RunError: more images than `max_bad` cannot be decoded, none can, or none has an object.
     """
     backbone, test = job.backbone, job.test
     if not isinstance(test, Located):
@@ -112,6 +113,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
             examples += _examples(batch, part, seen, backbone.name, grid, cut)
 
     lines = _gathered(found, part, bad, job.ranks)
+    job.report_bad(bad, len(part), config.max_bad, "test")
     own = RowKey(backbone.name, cut.saliency.kind, cut.regions.kind)
     count, without = len(lines[own]["best_iou"]), int(lines[own]["best_iou"].isnan().sum())
     if without == count:
@@ -142,8 +144,9 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
             ],
             "left_out": left_out,
             "without_object": without,
-            "bad_images": bad,
+            "bad_images": {"test": bad},
         },
+        missing={"test": lost(part, "class", bad)},
         examples={"examples": examples[:PICTURES], "grid": grid, "cut": cut},
     )
 

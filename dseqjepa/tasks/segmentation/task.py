@@ -17,6 +17,7 @@ from dseqjepa.data.source import Segmentations
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import SegmentationConfig
+from dseqjepa.tasks.features import lost
 from dseqjepa.tasks.maps import blocks_to_read
 from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
@@ -42,7 +43,8 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
 
     Raises:
         InputError: the data has no label maps, or an earlier training is in the way.
-        RunError: training fails, or no test image can be read.
+        RunError: training fails, more images than `max_bad` cannot be decoded, or no test image
+            can.
     """
     train, test = job.train, job.test
     if not (isinstance(train, Segmentations) and isinstance(test, Segmentations)):
@@ -86,20 +88,21 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
 
     groups = parameter_groups(model, job.backbone, recipe)
     bad = fit(model, groups, recipe, train, read, losses, place, start)
-    n_train = len(train) - len(bad)
+    bad_test: dict[str, str] = {}
 
     counts: list[tuple[int, list[list[int]]]] = []
     examples: list[tuple[Any, ...]] = []
     model.eval()
     for index, sample in in_order(
-        test, lambda i: read_labelled(test, i), config.workers, bad, job.console, job.ranks
+        test, lambda i: read_labelled(test, i), config.workers, bad_test, job.console, job.ranks
     ):
         predicted_HW = predict(model, sample.image_CHW, config, job.device)
         found_JK = counts_of(confusion(predicted_HW, sample.label_HW, model.classes))
         counts.append((index, found_JK.tolist()))
         if len(examples) < PICTURES:
             examples.append((test.name(index), sample.image_CHW, sample.label_HW, predicted_HW))
-    counts_NJ = torch.tensor(joined(counts, test, bad, job.ranks))
+    counts_NJ = torch.tensor(joined(counts, test, bad_test, job.ranks))
+    job.report_bad(bad_test, len(test), config.max_bad, "test")
     found = score(counts_NJ, config.seed)
     iou_K = found.iou_K.tolist()
     return Result(
@@ -111,9 +114,9 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         labels="pixels",
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
-        n_train=n_train,
+        n_train=len(train) - len(bad),
         n_test=len(counts_NJ),
-        n_bad=len(bad),
+        n_bad=len(bad) + len(bad_test),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
@@ -123,8 +126,9 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             },
             "mean_over": "classes that occur in the labels or the predictions",
             "classes_that_occur": sum(iou == iou for iou in iou_K),
-            "bad_images": bad,
+            "bad_images": {"train": bad, "test": bad_test},
         },
+        missing={"train": lost(train, "class", bad), "test": lost(test, "class", bad_test)},
         examples={"examples": examples, "categories": train.categories},
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import Instances
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.config import DetectionConfig
 from dseqjepa.tasks.detection import evaluate
 from dseqjepa.tasks.detection import task as module
@@ -74,9 +74,21 @@ def test_images_of_another_size_than_their_annotations_are_bad(
             return whole_CHW[:, ::2, ::2] if index in (1, 2) else whole_CHW
 
     shrunk = Shrunk(tmp_path / "shrunk.json", 5, size=64, split="val")
-    found = evaluate(job_of(tmp_path, train, shrunk), config())
+    with pytest.raises(RunError, match=r"2 of 5 test images .* more than max_bad=0.01 allows"):
+        evaluate(job_of(tmp_path, train, shrunk), config())
+    job = job_of(tmp_path, train, shrunk, "more", resume=True)
+    found = evaluate(job, config("max_bad=0.4"))
     assert (found.n_test, found.n_bad) == (3, 2)
-    said = list(found.details["bad_images"].values())
+    said = list(found.details["bad_images"]["test"].values())
+    shown = [set(shrunk.labels_of(index).tolist()) for index in range(5)]
+    assert found.missing["train"] == {}
+    assert found.missing["test"] == {
+        shrunk.categories[label - 1]: (
+            sum(label in shown[index] for index in (1, 2)),
+            sum(label in labels for labels in shown),
+        )
+        for label in shown[1] | shown[2]
+    }
     assert said == ["the image is (32, 32) pixels high and wide, its annotation says (64, 64)"] * 2
 
 

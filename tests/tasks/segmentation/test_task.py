@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.source import BadImage
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, RunError
 from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.run import run_task
 from dseqjepa.tasks.segmentation import evaluate
@@ -100,8 +101,15 @@ def test_bad_images_are_counted_and_left_out(tmp_path: Path) -> None:
                 raise BadImage("torn")
             return super().label_map(index)
 
-    found = evaluate(job_of(tmp_path, TRAIN, Torn(4, split="val")), config("steps=1"))
+    torn = Torn(4, split="val")
+    with pytest.raises(RunError, match=r"1 of 4 test images .* more than max_bad=0.01 allows"):
+        evaluate(job_of(tmp_path, TRAIN, torn), config("steps=1"))
+    found = evaluate(job_of(tmp_path, TRAIN, torn, "more"), config("steps=1", "max_bad=0.25"))
     assert (found.n_test, found.n_bad) == (3, 1)
+    assert found.missing == {"train": {}, "test": {"any class": (1, 4)}}
+    torn.labels, torn.classes = {"class": np.array([0, 1, 1, 1])}, {"class": ("attic", "beach")}
+    found = evaluate(job_of(tmp_path, TRAIN, torn, "kinds"), config("steps=1", "max_bad=0.25"))
+    assert found.missing == {"train": {}, "test": {"beach": (1, 3)}}
 
 
 def test_what_does_not_fit_is_one_line_before_anything_is_written(tmp_path: Path) -> None:
