@@ -365,7 +365,7 @@ class SaliencyConfig(Section):
     query: Literal["state", "parameter"] = "state"
     """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
     block: int = Field(-1, ge=-1, le=1000)
-    """0-based block that is read; -1: at 10/12 of the depth, and the target itself for rarity."""
+    """0-based block that is read; -1: at 10/12 of the depth, and the patch embedding for rarity."""
 
 
 class RegionsConfig(Section):
@@ -385,7 +385,7 @@ class RegionsConfig(Section):
 class CutConfig(Section):
     """Where to look and how to cut: what ranked regions are made by."""
 
-    saliency: SaliencyConfig = SaliencyConfig(kind="rarity", block=0)
+    saliency: SaliencyConfig = SaliencyConfig(kind="rarity")
     regions: RegionsConfig = RegionsConfig(kind="clusters", min_area=0.02)
 
 

@@ -110,7 +110,7 @@ def vitt8_64() -> Config:
         model=ModelConfig(name="vit_tiny", patch_size=8),
         predictor=PredictorConfig(width=96, depth=4, heads=3),
         method=DSeqConfig(
-            saliency=SaliencyConfig(kind="rarity", block=0),
+            saliency=SaliencyConfig(kind="rarity"),
             regions=RegionsConfig(kind="clusters", min_area=0.02),
             curriculum=CurriculumConfig(start=0.0, end=1.0),
             regularizer="vicreg",

@@ -89,8 +89,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if key == "model.name" and place.get("name") != value:
         for size in ("width", "depth", "heads"):  # these belong to the name before
             place.pop(size, None)
-    if key == "method.saliency.kind" and place.get("kind") != value:
-        place.pop("block", None)  # the block that the kind before was read from
     place[leaf] = value
 
 

@@ -421,14 +421,3 @@ def test_an_absurd_number_is_refused_before_anything_is_computed(method: str, ke
         with pytest.raises(InputError, match=key.rpartition(".")[2]) as caught:
             load_config(f"{method}_vitt8_64", [f"{key}={number}"])
         assert "\n" not in str(caught.value)
-
-
-def test_another_kind_of_saliency_is_read_from_its_own_block() -> None:
-    def saliency(*overrides: str) -> Any:
-        return value(load_config("dseq_vitt8_64", overrides), "method.saliency")
-
-    assert (saliency()["kind"], saliency()["block"]) == ("rarity", 0)
-    assert saliency("method.saliency.kind=rarity")["block"] == 0
-    assert saliency("method.saliency.kind=cls_similarity")["block"] == -1
-    chosen = saliency("method.saliency.kind=grad_cam", "method.saliency.block=3")
-    assert (chosen["kind"], chosen["block"]) == ("grad_cam", 3)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 import dseqjepa as dj
+from dseqjepa.cli import main
+from tests.children import ends, start
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +32,7 @@ SHRINK_TASK = {
     "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
     "segmentation": ["steps=2", "width=8"],
     "discovery": ["images=10"],
+    "lowshot": ["draws=2"],
 }
 """The same for evaluations."""
 
@@ -86,6 +89,24 @@ def run(arguments: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+def typed(arguments: list[str], cwd: Path) -> None:
+    """In a child: the command line."""
+    os.chdir(cwd)
+    sys.argv = ["dseqjepa", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def run_typed(arguments: list[str], cwd: Path) -> None:
+    """As `dseqjepa ARGUMENTS` would, without the seconds that a fresh process imports for."""
+    log = cwd / "said.txt"
+    child = start(typed, arguments, cwd, log=log, OMP_NUM_THREADS="1")
+    assert ends([child], 300) == [0], " ".join(arguments) + "\n" + log.read_text()
+
+
 def test_readme_starts_with_the_two_commands():
     assert commands()[:2] == ["make demo", "make test"]
 
@@ -98,7 +119,6 @@ def test_make_test_runs_lint_types_and_all_tests():
 
 def test_every_printed_command_works(folder: Path):
     """In order and in one folder, as a reader would type them; training is shrunk."""
-    python = [sys.executable, "-m", "dseqjepa"]
     ran = 0
     for line in commands():
         words = line.split()
@@ -113,16 +133,16 @@ def test_every_printed_command_works(folder: Path):
         elif words[0] == "dseqjepa" and words[1] in ("pretrain", "preflight"):
             own = {word.partition("=")[0] for word in words[3:]}
             shrink = [s for s in SHRINK if s.partition("=")[0] not in own or "epochs" in s]
-            run([*python, *words[1:], *shrink], folder)
+            run_typed([*words[1:], *shrink], folder)
         elif words[:2] == ["dseqjepa", "evaluate"]:
-            run([*python, *words[1:], *SHRINK_TASK.get(words[2], ())], folder)
+            run_typed([*words[1:], *SHRINK_TASK.get(words[2], ())], folder)
         elif words[:3] == ["dseqjepa", "scenes", "export"]:
             own = [word for word in words if not word.startswith(("count=", "val_count="))]
-            run([*python, *own[1:], "count=60", "val_count=20"], folder)
+            run_typed([*own[1:], "count=60", "val_count=20"], folder)
         elif words[:2] == ["dseqjepa", "verify-resume"]:
-            run([*python, *words[1:], *SHRINK, "steps=2"], folder)
+            run_typed([*words[1:], *SHRINK, "steps=2"], folder)
         elif words[0] == "dseqjepa":
-            run([*python, *words[1:]], folder)
+            run_typed(words[1:], folder)
         else:
             pytest.fail(f"no test knows how to run {line!r}")
         ran += 1
@@ -132,11 +152,8 @@ def test_every_printed_command_works(folder: Path):
 @pytest.mark.parametrize(("path", "code"), blocks("python"))
 def test_every_printed_piece_of_python_runs(path: Path, code: str, folder: Path):
     if "runs/mine" in code and not (folder / "runs" / "mine").exists():
-        run(
-            [sys.executable, "-m", "dseqjepa", "pretrain", "vitt8_64", "data=my_pictures",
-             "out=runs/mine", *SHRINK],
-            folder,
-        )  # fmt: skip
+        arguments = ["pretrain", "vitt8_64", "data=my_pictures", "out=runs/mine", *SHRINK]
+        run_typed(arguments, folder)
     run([sys.executable, "-c", code], folder)
 
 

@@ -30,7 +30,7 @@ class Look:
     """None where none was asked for."""
     content_BND: Float[Tensor, "B N D"] | None = None
     """Target features less those of a blank image at the same place: what a patch shows rather than
-    where it is. None where neither rarity nor content was asked for."""
+    where it is. None where it was not asked for."""
 
 
 def look(encoder: VisionTransformer, images_BCHW: Images, *, target_blocks: int = 1) -> Look:
@@ -56,10 +56,10 @@ def look_for_saliency(
     Args:
         kind: one of `KINDS`, as in `SaliencyConfig`.
         query: as in `SaliencyConfig`.
-        block: the 0-based block that is read. -1 reads 10/12 of the way up (block 10 of 12) for the
-            [CLS] readings and Grad-CAM, and the patch features themselves for rarity.
+        block: the 0-based block whose output is read. -1 reads 10/12 of the way up (block 10 of 12)
+            for the [CLS] readings and Grad-CAM, and the patch embedding for rarity.
         target_blocks: how many last blocks are averaged into the patch features.
-        with_content: whether to return `Look.content_BND` (rarity returns it anyway).
+        with_content: whether to return `Look.content_BND`.
 
     Raises:
         ValueError: a [CLS] reading without [CLS].
@@ -74,7 +74,7 @@ def look_for_saliency(
         # batch, so that it costs no pass of its own and has the precision of the others.
         images_BCHW = encoder.normalized(images_BCHW)
         images_BCHW = torch.cat([images_BCHW, torch.zeros_like(images_BCHW[:1])])
-    read = saliency_block(encoder.depth) if block < 0 else block
+    read = saliency_block(encoder.depth) if block < 0 and kind != "rarity" else block
     keep = _last(encoder, target_blocks) | {read - 1, read}
     with torch.no_grad():
         x_TD, sequences = encoder.embed(images_BCHW)
@@ -85,12 +85,11 @@ def look_for_saliency(
         saliency_BN = _grad_cam(encoder, output, sequences, keep, read)[:B]
     with torch.no_grad():
         patches_BND = _features(encoder, output, B + needs_blank, target_blocks)
-        content_BND = _content(patches_BND) if needs_blank else None
+        content_BND = _content(target_features(patches_BND.float())) if with_content else None
         if kind == "rarity":
-            seen_BND = _patches(encoder, encoder.norm(output[read]), B + 1)
-            source_BND = content_BND if block < 0 else _content(seen_BND)
-            assert source_BND is not None
-            saliency_BN = rarity(source_BND)
+            # Not normalised: a layer norm would make the noise of an even patch as large as what an
+            # object shows.
+            saliency_BN = rarity(_content(_patches(encoder, output[read], B + 1).float()))
         elif kind in READS_CLS:
             saliency_BN = _by_cls(encoder, output, kind, query, read, B + needs_blank)[:B]
     return Look(patches_BND[:B], saliency_BN, content_BND)
@@ -133,10 +132,9 @@ def _features(
     return _patches(encoder, total_TD / blocks if blocks > 1 else total_TD, B)
 
 
-def _content(patches_BND: Float[Tensor, "images N D"]) -> Float[Tensor, "B N D"]:
-    """Target features of all images but the last, which is blank, less those of that one."""
-    target_BND = target_features(patches_BND.float())
-    return target_BND[:-1] - target_BND[-1:]
+def _content(states_BND: Float[Tensor, "images N D"]) -> Float[Tensor, "B N D"]:
+    """The states of all images but the last, which is blank, less those of that one."""
+    return states_BND[:-1] - states_BND[-1:]
 
 
 def _by_cls(

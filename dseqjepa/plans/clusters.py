@@ -18,8 +18,8 @@ from dseqjepa.plans.saliency import gram
 ROUNDS = 5
 FIXED_POINT = 2.0**30
 ALIKE = 1e-10
-"""Patches that differ from their image's mean by less than this share of their own squared length
-are rounding errors of one and the same feature."""
+"""A patch whose squared distance from its image's mean is less than this share of that distance and
+the mean's squared length together differs from it by rounding errors."""
 
 
 def cluster_patches(
@@ -56,11 +56,14 @@ def _nearest(distance_BNK: Float64[Tensor, "B N K"]) -> Bool[Tensor, "B N K"]:
 def _inner_products(features_BND: Float[Tensor, "B N D"]) -> Float64[Tensor, "B N N"]:
     """Of centred unit vectors, as whole numbers of 2**-30; 0 for what equals the mean."""
     features_BND = features_BND.double()
-    centred_BND = features_BND - features_BND.mean(dim=1, keepdim=True)
-    square_BN1 = centred_BND.square().sum(dim=2, keepdim=True)
-    own_BN1 = features_BND.square().sum(dim=2, keepdim=True)
-    length_BN1 = torch.where(square_BN1 > ALIKE * own_BN1, square_BN1, torch.inf).sqrt()
-    return (gram(centred_BND / length_BN1) * FIXED_POINT).round()
+    mean_B1D = features_BND.mean(dim=1, keepdim=True)
+    inner_BNN = gram(features_BND - mean_B1D)
+    square_BN = inner_BNN.diagonal(dim1=1, dim2=2).clone()
+    own_BN = square_BN + mean_B1D.square().sum(dim=2)
+    length_BN = torch.where(square_BN > ALIKE * own_BN, square_BN, torch.inf).sqrt()
+    inner_BNN /= length_BN[:, :, None]
+    inner_BNN /= length_BN[:, None, :]
+    return inner_BNN.mul_(FIXED_POINT).round_()
 
 
 def _distances_to_seeds(

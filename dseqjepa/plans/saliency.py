@@ -11,6 +11,9 @@ from torch import Tensor
 
 RARE_SHARE = 3
 """Rarity looks at the nearest third of an image's other patches."""
+RARE_STEPS = 2.0**14
+"""Rarity is a multiple of this fraction of the image's scale, so that patches which show the same
+have the same, in spite of the rounding errors of whatever encoded them."""
 
 
 def cls_similarity(
@@ -42,21 +45,28 @@ def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
     """How far a patch lies from its nearest neighbours in feature space.
 
     The mean Euclidean distance of each patch to the nearest third (at least one) of the other
-    patches of its own image: background repeats itself, what is rare stands out. Content features
-    are target features less those of a blank image at the same place (`model.look.Look`), without
-    which the map mostly tells places apart. A single patch has rarity 0.
+    patches of its own image: background repeats itself, what is rare stands out. Content is what
+    the encoder makes of a patch less what it makes of a blank one at the same place
+    (`model.look.look_for_saliency`), without which the map mostly tells places apart. A single
+    patch has rarity 0. Values are rounded to multiples of 2**-14 of the root mean square of the
+    contents' lengths.
     """
     B, N, _ = content_BND.shape
     if N < 2:
         return content_BND.new_zeros(B, N).float()
     # Distances from inner products cancel where patches are alike: hence float64.
-    gram_BNN = gram(content_BND)
-    square_BN = gram_BNN.diagonal(dim1=1, dim2=2)
-    squared_BNN = square_BN[:, :, None] + square_BN[:, None, :] - 2 * gram_BNN
+    squared_BNN = gram(content_BND)
+    square_BN = squared_BNN.diagonal(dim1=1, dim2=2).clone()
+    scale_B = square_BN.mean(dim=1)
+    scale_B = torch.where(scale_B > 0, scale_B, 1.0)
+    square_BN /= scale_B[:, None]
+    squared_BNN.mul_((-2 / scale_B)[:, None, None])
+    squared_BNN.add_(square_BN[:, :, None]).add_(square_BN[:, None, :])
     squared_BNN.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     nearest = max(1, (N - 1) // RARE_SHARE)
     near_BNM = squared_BNN.float().topk(nearest, dim=2, largest=False, sorted=False).values
-    return near_BNM.clamp_(min=0).sqrt_().mean(dim=2)
+    mean_BN = near_BNM.clamp_(min=0).sqrt_().mean(dim=2, dtype=torch.float64)
+    return ((mean_BN * RARE_STEPS).round() * (scale_B.sqrt() / RARE_STEPS)[:, None]).float()
 
 
 def gram(features_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N N"]:

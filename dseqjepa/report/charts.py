@@ -123,6 +123,18 @@ REGIONS = (
             Curve("empty_share", "without a region"),
         ),
     ),
+    Spec(
+        "Saliency and regions on the objects",
+        "Read on a held-out part whose object masks are known. AUC: how well saliency tells object "
+        "patches from others, 50 by chance. Pointing: how often its highest patch lies on an "
+        "object. Best IoU: of the region that covers the main object best.",
+        "%",
+        (
+            Curve("probe_auc", "AUC"),
+            Curve("probe_pointing", "pointing"),
+            Curve("probe_best_iou", "best IoU"),
+        ),
+    ),
 )
 SCHEDULE = (
     Spec("Learning rate", "Of AdamW.", "rate", (Curve("lr", "learning rate"),)),

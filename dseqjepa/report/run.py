@@ -53,7 +53,8 @@ class Run:
     steps: Sequence[Line]
     """The logged steps, in order."""
     probes: Sequence[Line]
-    """The lines of the kNN probe: `step`, `probe_knn`."""
+    """The lines of the online evaluation: `step` and, of what the data has labels for, `probe_knn`
+    and the likes of `probe_auc`."""
     evaluations: Sequence[Evaluation]
     checkpoints: Sequence[Path]
     """Checkpoint folders, by step; not verified."""
@@ -99,7 +100,7 @@ def read_run(path: Path, name: str) -> Run:
         name=name,
         config=config,
         steps=[line for line in lines if "loss" in line],
-        probes=[line for line in lines if "probe_knn" in line],
+        probes=[line for line in lines if any(key.startswith("probe_") for key in line)],
         evaluations=evaluations,
         checkpoints=checkpoints,
         start=_start(path / "log.txt"),

@@ -93,18 +93,24 @@ def what_it_learnt(run: Run) -> list[str]:
     for (task, _), rows in by_task.items():
         others = [row for row in rows if _role(row) != "trained"]
         sentences += [_compare(task, row, others) for row in rows if _role(row) == "trained"]
-    if run.probes:
-        first, last = run.probes[0], run.probes[-1]
-        trend = (
-            f"went from {first['probe_knn']:.1f} % at step {int(first['step']):,} to "
-            f"{last['probe_knn']:.1f} % at step {int(last['step']):,}"
-            if first is not last
-            else f"gave {last['probe_knn']:.1f} % at step {int(last['step']):,}"
-        )
+    if trend := _trend(run, "probe_knn"):
         sentences.append(f"The kNN probe on training images {trend}: a trend, not an accuracy.")
+    if trend := _trend(run, "probe_pointing"):
+        sentences.append(f"The share of images whose most salient patch lies on an object {trend}.")
     if not scores:
         sentences.append("It has not been evaluated: dseqjepa evaluate knn RUN does that.")
     return sentences
+
+
+def _trend(run: Run, key: str) -> str:
+    """How a reading of the online evaluation went, in words; "" where there is none."""
+    lines = [line for line in run.probes if key in line]
+    if not lines:
+        return ""
+    last = f"{lines[-1][key]:.1f} % at step {int(lines[-1]['step']):,}"
+    if len(lines) == 1:
+        return f"was {last}"
+    return f"went from {lines[0][key]:.1f} % at step {int(lines[0]['step']):,} to {last}"
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dseqjepa.config import CutConfig, MethodConfig
+from dseqjepa.errors import InputError
 from dseqjepa.methods.base import Draw, Method
 from dseqjepa.methods.losses import smooth_l1_by_token
 from dseqjepa.model.look import Look, look_and_cut, target_features
@@ -87,8 +88,12 @@ def draw_to_show(
     cut: CutConfig | None = None,
 ) -> Drawing:
     """Saliency and regions are the method's own. What it has none of is read and cut by `cut`
-    (None: the defaults of `CutConfig`). Arguments are those of `trace`."""
+    (None: the defaults of `CutConfig`). Arguments and errors are those of `trace`."""
     sight = method.look(images_BCHW)
+    if not sight.patches_BND.isfinite().all():
+        raise InputError(
+            "features are not finite: the run has diverged; show an earlier step of it"
+        )
     draw = method.draw_at_end(sight, method.target.grid_of(images_BCHW), keys_B)
     shown, saliency_BN, regions = method.cut or cut or CutConfig(), sight.saliency_BN, draw.regions
     if saliency_BN is None or regions is None:
@@ -122,7 +127,7 @@ def trace(
             if None); not read otherwise.
 
     Raises:
-        InputError: saliency that is not finite.
+        InputError: features or saliency that are not finite.
     """
     device = method.target.pos_embed.device
     images_BCHW, keys_B = images_BCHW.to(device), keys_B.to(device)

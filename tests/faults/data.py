@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from dseqjepa.data import images, patience
-from dseqjepa.data.source import Reduction
 from dseqjepa.train.clock import Watch
 from tests.faults.campaign import Attempts, fault
 from tests.faults.checkpoints import mount
@@ -280,7 +279,7 @@ def folders(attempts: Attempts) -> None:
         bad = {
             Path(line["path"]).name for line in lines(attempts.folder / "run-names/bad_files.jsonl")
         }
-        assert bad == {r"caf\xe9-bad.png", "bad\nlines.png"}
+        assert bad == {r"caf\xe9-bad.png", r"bad\nlines.png"}
     for workers in (0, 2):
         with attempts.attempt(f"a file removed during the run, {workers} workers"):
             folder = pictures(attempts.place(f"gone-{workers}"))
@@ -288,14 +287,14 @@ def folders(attempts: Attempts) -> None:
 
             def remove(
                 path: Path,
-                reduction: Reduction,
+                *how: object,
                 folder: Path = folder,
                 seen: list[Path] = seen,
             ) -> object:
                 seen.append(path)
                 if len(seen) > 3 and path.name != "good-007.png":  # the run has begun
                     (folder / "good-007.png").unlink(missing_ok=True)
-                return decode(path, reduction)
+                return decode(path, *how)
 
             out = attempts.folder / f"run-gone-{workers}"
             with mock.patch.object(images, "decode_reduced", remove):
@@ -323,12 +322,12 @@ def flaky_disk(attempts: Attempts) -> None:
                 failed: set[str] = set()
 
                 def fail_once(
-                    path: Path, reduction: Reduction, code: int = code, seen: set[str] = failed
+                    path: Path, *how: object, code: int = code, seen: set[str] = failed
                 ) -> object:
                     if hash(path.name) % 4 == 0 and path.name not in seen:
                         seen.add(path.name)
                         raise OSError(code, os.strerror(code), str(path))
-                    return decode(path, reduction)
+                    return decode(path, *how)
 
                 out = attempts.folder / f"run-{code}-{workers}"
                 with mock.patch.object(images, "decode_reduced", fail_once), short:
@@ -341,10 +340,10 @@ def flaky_disk(attempts: Attempts) -> None:
     for workers in (0, 2) if attempts.full else (2,):
         with attempts.attempt(f"a read that hangs, {workers} workers"):
 
-            def hang(path: Path, reduction: Reduction) -> object:
+            def hang(path: Path, *how: object) -> object:
                 if path.name == "good-011.png":
                     time.sleep(2.0)
-                return decode(path, reduction)
+                return decode(path, *how)
 
             out = attempts.folder / f"run-hang-{workers}"
             with (

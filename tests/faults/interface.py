@@ -66,7 +66,7 @@ WRONG = {
     "optim.accumulate=7": ("data.batch_size", "accumulate"),
     "optim.warmup_epochs=99": ("warmup_epochs", "epochs"),
     "method.saliency.block=40": ("method.saliency.block", "depth"),
-    "model.class_token=false": ("class_token", "grad_cam"),
+    "model.class_token=false method.saliency.kind=cls_attention": ("class_token", "grad_cam"),
     "method.regions.source=random method.order=inverse": ("order", "ranked"),
     "method.blocks.target_area=[0.5,0.2]": ("target_area", "range"),
     "resume=true overwrite=true": ("resume", "overwrite"),

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from dseqjepa.train.monitor import verdicts
 from tests.children import ends, run_ranks, start
 from tests.faults.campaign import Attempts, fault
 from tests.faults.commands import lines, pretrain
+from tests.tiny import PAPER
 from tests.train.test_guard import FAULTS, assert_untouched, at_steps, changed_loss, skipped
 from tests.train.tiny_runs import Pictures, metrics, run_config, train
 
@@ -143,7 +145,7 @@ def nothing_to_see(attempts: Attempts) -> None:
         ),
         "no region is large enough": (
             lambda index: np.random.default_rng(index).integers(0, 256, (40, 40, 3), np.uint8),
-            ["method.regions.min_area=1.0", "method.curriculum.start=1.0"],
+            [*PAPER, "method.regions.min_area=1.0", "method.curriculum.start=1.0"],
         ),
         "a tall grid": (half_and_half, ["data.image_size=[64,16]"]),
         "two regions at most": (half_and_half, ["method.regions.count=2"]),
@@ -175,10 +177,10 @@ def nothing_to_see(attempts: Attempts) -> None:
         def look(*arguments: Any, **more: Any) -> Look:
             seen = look_for_saliency(*arguments, **more)
             assert seen.saliency_BN is not None
-            return Look(seen.patches_BND, torch.zeros_like(seen.saliency_BN))
+            return replace(seen, saliency_BN=torch.zeros_like(seen.saliency_BN))
 
         fault_of = lambda: (dseq_module, "look_for_saliency", look)  # noqa: E731
-        out = run_with(fault_of, set(range(99)), attempts.folder / "flat", "dseq")
+        out = run_with(fault_of, set(range(99)), attempts.folder / "flat", "dseq", *PAPER)
         assert {line["empty_share"] for line in metrics(out)} == {1.0}
         assert all(math.isfinite(line["loss"]) for line in metrics(out))
 

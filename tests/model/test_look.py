@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dseqjepa.model.look import look, look_for_saliency, saliency, saliency_block, target_features
 from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.plans.saliency import rarity
 from tests.tiny import float_images
 
 
@@ -86,6 +87,39 @@ def test_grad_cam_is_the_gradient_of_the_norm_of_the_pooled_target(encoder: Visi
     got = saliency(encoder, images, kind="grad_cam", block=block)
     torch.testing.assert_close(got, torch.stack(expected).detach().float(), rtol=1e-5, atol=1e-7)
     assert got.any()
+
+
+@pytest.mark.parametrize("block", [-1, 0, 2])
+def test_rarity_is_that_of_states_less_those_of_a_blank_image(
+    encoder: VisionTransformer, block: int
+):
+    images = float_images(2).double()
+    seen, blank = (
+        states(encoder, x, block + 1)[:, 1:] for x in (images, torch.zeros_like(images[:1]))
+    )
+    expected = rarity((seen - blank).float())
+    torch.testing.assert_close(saliency(encoder, images, kind="rarity", block=block), expected)
+    assert (expected > 0).all()
+
+
+def test_rarity_of_the_patch_embedding_does_not_know_places(encoder: VisionTransformer):
+    images = float_images(2).double()
+    turned = images.roll(8, dims=3)
+    before, after = (saliency(encoder, x, kind="rarity") for x in (images, turned))
+    moved = before.view(2, 4, 4).roll(1, dims=2).flatten(1)
+    torch.testing.assert_close(after, moved)
+    assert not torch.allclose(after, before)
+
+
+def test_content_is_targets_less_those_of_a_blank_image(encoder: VisionTransformer):
+    images = float_images(2).double()
+    seen, blank = (
+        target_features(encoder(x).patches_BND.float())
+        for x in (images, torch.zeros_like(images[:1]))
+    )
+    look = look_for_saliency(encoder, images, with_content=True)
+    torch.testing.assert_close(look.content_BND, seen - blank)
+    assert look_for_saliency(encoder, images, kind="rarity").content_BND is None
 
 
 def test_class_token_readings_need_a_class_token_and_grad_cam_does_not():

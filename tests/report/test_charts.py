@@ -66,6 +66,20 @@ def test_one_run_has_a_curve_for_every_metric(made: tuple[Path, Path]):
     assert seen == set(KEYS.values())
 
 
+def test_what_was_found_on_objects_has_a_chart(runs: tuple[Path, Path]):
+    title = "Saliency and regions on the objects"
+    assert title not in {chart["title"] for chart in charts(runs[0])}
+    found = {"probe_auc": 91.0, "probe_pointing": 60.5, "probe_best_iou": 40.0}
+    with (runs[0] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 10, "epoch": 1, **found}) + "\n")
+    (chart,) = (chart for chart in charts(runs[0]) if chart["title"] == title)
+    assert {s["name"]: (s["x"], s["y"]) for s in chart["series"]} == {
+        "AUC": ([10], [91.0]),
+        "pointing": ([10], [60.5]),
+        "best IoU": ([10], [40.0]),
+    }
+
+
 def test_several_runs_share_a_chart(made: tuple[Path, Path]):
     found = {chart["title"]: chart for chart in charts(*made)}
     skill = found["Skill"]["series"]

@@ -111,6 +111,13 @@ def test_what_was_not_evaluated_is_said():
     assert "dseqjepa evaluate knn" in said[1]
 
 
+def test_objects_found_are_said_where_only_they_were_probed():
+    said = what_it_learnt(run_of(probes=[{"step": 5, "probe_auc": 91.0, "probe_pointing": 60.0}]))
+    assert said[0] == (
+        "The share of images whose most salient patch lies on an object was 60.0 % at step 5."
+    )
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_is_its_own_nearest(name: str):
     found, changed = nearest_preset(preset(name))

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from dseqjepa.config import RuntimeConfig
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError
-from dseqjepa.tasks import finetune
+from dseqjepa.tasks import attentive, dense, finetune
 from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.detection import task as detection
 from dseqjepa.tasks.segmentation import task as segmentation
@@ -25,6 +25,7 @@ from tests.tasks.jobs import job_of
 
 MODULES: dict[str, Any] = {
     "finetune": finetune, "detection": detection, "segmentation": segmentation,
+    "attentive": attentive, "dense": dense,
 }  # fmt: skip
 SETTINGS = {
     "finetune": ["batch_size=4", "epochs=1", "warmup_epochs=0", "lr=0.01"],
@@ -39,12 +40,18 @@ SETTINGS = {
 }  # fmt: skip
 
 
+FROZEN = {
+    "attentive": ["batch_size=4", "epochs=2", "lrs=[0.01]", "max_bad=0.5", "holdout=0.4"],
+    "dense": ["patches_seen=2000", "batch_size=64", "max_bad=0.5", "holdout=0.4"],
+}
+
+
 class Everything(SceneObjects):
     """Data for every task; one image is torn."""
 
     def __init__(self, folder: Path, task: str, count: int, split: str) -> None:
         super().__init__(folder / "instances.json", count, split=split)
-        if task == "segmentation":
+        if task in ("segmentation", "dense"):
             self.categories = SceneMaps.categories
         self.labels, self.classes = dict(self.scenes.labels), dict(self.scenes.classes)
 
@@ -65,7 +72,7 @@ def evaluate(folder: Path, task: str, *settings: str) -> None:
     (own / "test").mkdir()
     train = Everything(own / "train", task, 8, "train")
     test = Everything(own / "test", task, 7, "val")
-    config = TASKS[task].from_settings([*SETTINGS[task], *settings])
+    config = TASKS[task].from_settings([*(SETTINGS | FROZEN)[task], *settings])
     job = job_of(folder, train, test, ranks=ranks)
     # What is dropped, and what is normalised, depends on the parts; the latter must not on ranks.
     if task == "segmentation":
@@ -107,6 +114,18 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, task: str) -> None:
         )
     if task != "segmentation":  # there a pixel between two classes may go either way
         assert found[0] == wanted
+
+
+@pytest.mark.parametrize("task", FROZEN)
+def test_two_ranks_read_frozen_patches_as_one_does(tmp_path: Path, task: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_ranks(1, evaluate, one, task, log=tmp_path / "log")
+    run_ranks(2, evaluate, two, task, log=tmp_path / "log")
+    wanted = json.loads((one / "rank0" / "found.json").read_text())
+    found = [json.loads((two / f"rank{rank}" / "found.json").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["n"] == wanted["n"]
+    assert found[0]["metrics"] == wanted["metrics"]
 
 
 def refused(folder: Path, task: str) -> None:
