@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types browser bench faults
+.PHONY: demo test lint types browser bench gpu faults
 
 demo: $(VENV)/installed
 	$(BIN)/dseqjepa demo $(SETTINGS)
@@ -15,6 +15,9 @@ test: $(VENV)/installed-dev lint types browser
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/report.py
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/gpu.py --json gpu.json --table gpu.md
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults $(FAULTS)

@@ -52,7 +52,7 @@ DIFFERENT = {
 def test_ranks_that_were_started_differently_are_named(tmp_path: Path, setting: str) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     children = start_ranks(2, differing, out, [setting], False, False, log=log)
-    assert ends(children, 60) == [2, 2]
+    assert ends(children, 240) == [2, 2]
     for line in said_by(log):
         assert DIFFERENT[setting] in line
     assert not out.exists()
@@ -61,12 +61,12 @@ def test_ranks_that_were_started_differently_are_named(tmp_path: Path, setting: 
 def test_ranks_with_other_images_or_another_start_are_named(tmp_path: Path) -> None:
     log = tmp_path / "log"
     children = start_ranks(2, differing, tmp_path / "run", [], False, True, log=log)
-    assert ends(children, 60) == [2, 2]
+    assert ends(children, 240) == [2, 2]
     for line in said_by(log):
         assert "images is 40 pictures on rank 0 and other pictures on rank 1" in line
     train(run_config("dseq", "optim.epochs=1", "runtime.timeout_s=60"), tmp_path / "done")
     children = start_ranks(2, differing, tmp_path / "done", [], True, False, log=log)
-    assert ends(children, 60) == [2, 2]
+    assert ends(children, 240) == [2, 2]
     assert not (tmp_path / "run").exists()
 
 
@@ -173,7 +173,7 @@ def listen_and_look(place: Path) -> None:
 
 def test_no_rank_listens_to_all_interfaces(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert ends(start_ranks(2, listen_and_look, tmp_path, log=log), 60) == [0, 0], said_by(log)
+    assert ends(start_ranks(2, listen_and_look, tmp_path, log=log), 240) == [0, 0], said_by(log)
     addresses = {path.read_text() for path in tmp_path.glob("addresses.*")}
     everywhere = {"0" * 8, "0" * 32}
     assert not {word for words in addresses for word in words.split()} & everywhere
@@ -192,5 +192,5 @@ def test_an_environment_that_makes_no_sense_is_one_line(
     tmp_path: Path, environment: dict[str, str], said: str
 ) -> None:
     log = tmp_path / "log"
-    assert ends([start(listen_and_look, tmp_path, log=log, **environment)], 60) == [2]
+    assert ends([start(listen_and_look, tmp_path, log=log, **environment)], 240) == [2]
     assert said in log.read_text().splitlines()[-1]

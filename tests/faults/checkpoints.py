@@ -128,7 +128,7 @@ def killed_between(attempts: Attempts) -> None:
                 (folder / "step-00000009" / "state.json").unlink()
             else:
                 child = start(save_and_die, folder, 9, where, log=folder / "log")
-                assert ends([child], 60) == [-signal.SIGKILL]
+                assert ends([child], 240) == [-signal.SIGKILL]
             with warnings() as said:
                 found = assert_whole(folder)
             assert found == (9 if where == "before last" else 4)
@@ -420,7 +420,7 @@ def one_after_the_other(out: Path, workers: int) -> None:
     step = open_checkpoint(out).step
     wait_until(lambda: open_checkpoint(out).step > step)
     second.terminate()
-    assert ends([second], 60) == [143]
+    assert ends([second], 240) == [143]
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:

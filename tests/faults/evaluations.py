@@ -92,6 +92,6 @@ def two_evaluations(attempts: Attempts) -> None:
                 with pytest.raises(InputError, match=f"in use by process {first.pid} on "):
                     trained(folder, **way)
             first.kill()
-            assert ends([first], 60) == [-9]
+            assert ends([first], 240) == [-9]
             found = trained(folder, resume=True)
             assert all(torch.equal(found[key], value) for key, value in whole.items())

@@ -206,7 +206,7 @@ def killed_at_the_start(attempts: Attempts) -> None:
         number = (2 * attempt) % 5
         with attempts.attempt(f"before file {number}"):
             out, log = attempts.folder / str(attempt), attempts.folder / f"log {attempt}"
-            assert ends([start(train_and_die, config, out, number, log=log)], 60) == [-9]
+            assert ends([start(train_and_die, config, out, number, log=log)], 240) == [-9]
             for way in ({}, {"resume": True}):
                 with pytest.raises(InputError, match="resume=auto"):
                     train(config, out, **way)

@@ -199,11 +199,11 @@ def test_a_second_evaluation_is_refused_while_the_first_trains_in_the_folder(
     place.start()
     save_checkpoint(folder / "checkpoints", 1, {}, {}, 1)
     for overwrite in (False, True):
-        assert ends([start(start_there, folder, overwrite, log=log)], 60) == [2]
+        assert ends([start(start_there, folder, overwrite, log=log)], 240) == [2]
         assert f"the training in {folder} is in use by process {os.getpid()}" in log.read_text()
     assert holds_checkpoint(folder)
     place.held.close()  # the result is written
-    assert ends([start(start_there, folder, True, log=log)], 60) == [0], log.read_text()
+    assert ends([start(start_there, folder, True, log=log)], 240) == [0], log.read_text()
 
 
 def test_sigterm_leaves_a_checkpoint(tmp_path: Path) -> None:

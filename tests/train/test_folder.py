@@ -23,9 +23,9 @@ def hold(out: Path) -> None:
 def test_a_second_process_is_refused_while_the_first_holds_the_folder(tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     with claimed(out, overwrite=False, kept=None):
-        assert ends([start(hold, out, log=log)], 60) == [2]
+        assert ends([start(hold, out, log=log)], 240) == [2]
         assert f"out={out} is in use by process {os.getpid()} on " in log.read_text()
-    assert ends([start(hold, out, log=log)], 60) == [0]
+    assert ends([start(hold, out, log=log)], 240) == [0]
 
 
 def test_what_is_refused_leaves_no_lock(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def peak_of_a_block() -> None:
 
 def test_the_peak_is_the_most_that_was_in_memory(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert ends([start(peak_of_a_block, log=log)], 60) == [0], log.read_text()
+    assert ends([start(peak_of_a_block, log=log)], 240) == [0], log.read_text()
 
 
 def test_a_model_is_refused_by_what_it_needs_and_not_by_a_limit(
