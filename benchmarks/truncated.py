@@ -20,7 +20,7 @@ from dense import encode, masked_block, pixels_of
 from torch import Tensor
 
 from dseqjepa.config import BlocksConfig
-from dseqjepa.methods import Method
+from dseqjepa.methods.base import Method
 from dseqjepa.methods.losses import smooth_l1_by_token
 from dseqjepa.model.vit import Block, Predictor
 
