@@ -318,11 +318,9 @@ def bench_of(method: str, model: str, batch: int, place: Place) -> Bench:
 
 def flops_of(bench: Bench) -> float:
     plan = bench.method.plan(bench.images_BCHW, progress=1.0, keys_B=bench.keys_B)
-    prefix = bool(bench.method.encoder.prefix)
-    tokens = count_tokens(
-        plan, len(bench.images_BCHW), bench.method.context_mode, class_token=prefix
-    )
-    return step_flops(bench.method.encoder, bench.method.predictor, tokens)
+    encoder, predictor = bench.method.encoder, bench.method.predictor
+    images, mode = len(bench.images_BCHW), bench.method.context_mode
+    return step_flops(encoder, predictor, count_tokens(plan, images, mode, encoder, predictor))
 
 
 def reset_memory(place: Place) -> None:

@@ -125,8 +125,10 @@ class Bench:
         """Context patches of the batch, as the packed side encodes them: each once."""
         look = self.method.look(self.images_BCHW)
         plan = self.method.draw(look, self.grid, 1.0, self.keys_B).plan
-        images, mode = len(self.images_BCHW), self.method.context_mode
-        return count_tokens(plan, images, mode, class_token=False).encoder
+        images, encoder = len(self.images_BCHW), self.method.encoder
+        mode, predictor = self.method.context_mode, self.method.predictor
+        tokens = count_tokens(plan, images, mode, encoder, predictor).encoder
+        return tokens - encoder.prefix * images  # one context per image, with one [CLS]
 
     def _other_loss(self, compute: Callable[..., Tensor]) -> Tensor:
         with self.autocast():
