@@ -38,6 +38,7 @@ def train_and_signal(out: Path, where: str, numbers: list[int], number: int, pau
     """In a child: signals come at one place of the run, the first time that `number` things have
     happened there."""
     happened = 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
     def interrupt(*_: Any) -> None:
         nonlocal happened
