@@ -270,9 +270,9 @@ class SigregConfig(Section):
 
 
 METHODS = {
-    "dseq": "dseqjepa.methods.dseqjepa:DSeqConfig",
-    "ijepa": "dseqjepa.methods.ijepa:IJepaConfig",
-    "cjepa": "dseqjepa.methods.ijepa:CJepaConfig",
+    "dseq": "methods.dseqjepa:DSeqConfig",
+    "ijepa": "methods.ijepa:IJepaConfig",
+    "cjepa": "methods.ijepa:CJepaConfig",
 }
 """Every method by its name: where its config class is, which says all else. It is imported when it
 is needed."""
@@ -339,7 +339,7 @@ class MethodConfig(Section):
 def method_config(name: str) -> type[MethodConfig]:
     """The config class of a method that `METHODS` names."""
     module, _, kind = METHODS[name].partition(":")
-    found: type[MethodConfig] = getattr(import_module(module), kind)
+    found: type[MethodConfig] = getattr(import_module(f"dseqjepa.{module}"), kind)
     return found
 
 

@@ -23,6 +23,7 @@ MODEL = BASE | {"config", "plans", "model"}
 EVALUATION = MODEL | {"data", "train.checkpoint", "train.metrics", "train.trained_on"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "console": set(),
     "files": set(),
     "kernels": set(),
     "keyed": set(),
@@ -38,9 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"config", "plans"},
     "methods": MODEL,
     "presets": {"errors", "settings", "config", "methods.dseqjepa"},
-    "train": MODEL | {"methods", "data"},
+    "train": MODEL | {"methods", "data", "console"},
     "tasks": EVALUATION
     | {
+        "console",
         "presets",
         "train.foreign",
         "train.runtime",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from dseqjepa.errors import InputError
-from dseqjepa.tasks import knn
+from dseqjepa.tasks import knn, training
 from tests.children import ends, start
 from tests.faults.campaign import Attempts, fault
 from tests.faults.checkpoints import wait_until
@@ -71,10 +72,16 @@ def changed_meanwhile(attempts: Attempts) -> None:
             assert "changed while they were evaluated" in warnings[0]
 
 
-def train_for_ever(folder: Path) -> None:
-    """In a child: once it is done it is done again."""
-    while True:
-        trained(folder, resume=True)
+def train_and_stay(folder: Path) -> None:
+    """In a child: it never comes back from its first save."""
+    save = training.save_checkpoint
+
+    def and_stay(*arguments: Any) -> None:
+        save(*arguments)
+        time.sleep(600)
+
+    training.save_checkpoint = and_stay  # type: ignore[assignment]
+    trained(folder, resume=True)
 
 
 @fault(
@@ -86,7 +93,7 @@ def two_evaluations(attempts: Attempts) -> None:
         place = attempts.place(number)
         folder, log = place / "training", place / "log"
         with attempts.attempt(f"pair {number}"):
-            first = start(train_for_ever, folder, log=log)
+            first = start(train_and_stay, folder, log=log)
             wait_until((folder / "checkpoints/last").exists)
             for way in ({"resume": True}, {"overwrite": True}):
                 with pytest.raises(InputError, match=f"in use by process {first.pid} on "):
