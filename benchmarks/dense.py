@@ -6,7 +6,7 @@ context; the predictor sees all of them again, masked, and the step's queries, p
 target of the batch. An image with fewer steps than the batch allows still costs as many, as it does
 in the release. What the masks keep out cannot change the result, so loss and gradients equal those
 of the packed computation (a test holds both to that). `padded_loss` is I-JEPA without loss of
-context: one an image, encoded once, and four targets, all padded to the longest of the batch; what
+context: one per image, encoded once, and four targets, all padded to the longest of the batch; what
 the usual code cuts away stands in `truncated.py`.
 
 Attention is torch's `scaled_dot_product_attention` with a mask, mixed precision plain autocast.

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sides import MODELS, Bench, benchmark_config, smooth_saliency
+from sides import PRESETS, Bench, benchmark_config, smooth_saliency
 from torch import Tensor
 
 from dseqjepa.config import Config
@@ -48,7 +48,6 @@ from dseqjepa.plans.saliency import rarity
 from dseqjepa.presets import load_config
 from dseqjepa.train.optimizer import build_optimizer, set_rates
 
-SIZES = MODELS | {"vith14_224": "vith14_in1k"}
 BATCH = {"vitt8_64": 1024, "vits16_224": 256, "vitb16_224": 128, "vith14_224": 32}
 SMALL = (
     "data.batch_size=8", "data.workers=0", "model.width=32", "model.depth=2", "model.heads=2",
@@ -290,7 +289,7 @@ def steps(place: Place) -> Iterator[Finding]:
     left, right = (torch.randn(size, size, device=place.device).bfloat16() for _ in range(2))
     peak = 2.0 * size**3 / place.seconds(lambda: left @ right)
     yield Finding("matrix products, bf16", peak / 1e12, "TFLOP/s")
-    for model in ["vitt8_64"] if place.smoke else SIZES:
+    for model in ["vitt8_64"] if place.smoke else PRESETS:
         batch = 2 if place.smoke else BATCH[model]
         for method in ("dseq", "ijepa"):
             bench = bench_of(method, model, batch, place)
@@ -312,7 +311,6 @@ def steps(place: Place) -> Iterator[Finding]:
 
 
 def bench_of(method: str, model: str, batch: int, place: Place) -> Bench:
-    MODELS.setdefault(model, SIZES[model])
     return Bench(benchmark_config(method, model, "bf16"), batch, place.device)
 
 

@@ -32,6 +32,8 @@ SEED = 0
 CANDIDATES = 32
 MODELS = {"vitt8_64": "vitt8_64", "vits16_224": "vits16_in1k", "vitb16_224": "vitb16_in1k"}
 """The benchmarks' names of models -> the presets whose sizes they take."""
+PRESETS = MODELS | {"vith14_224": "vith14_in1k"}
+"""With those that are too large for a CPU."""
 
 
 def benchmark_config(method: str, model: str, precision: str, *overrides: str) -> Config:
@@ -46,7 +48,7 @@ def benchmark_config(method: str, model: str, precision: str, *overrides: str) -
         f"runtime.precision={precision}",
         "method.regularizer=none",
     ]
-    return load_config(f"{method}_{MODELS[model]}", [*common, *overrides])
+    return load_config(f"{method}_{PRESETS[model]}", [*common, *overrides])
 
 
 def smooth_saliency(batch: int, grid: tuple[int, int], seed: int = SEED) -> Tensor:

@@ -8,6 +8,7 @@ data.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -300,9 +301,9 @@ class MethodConfig(Section):
     name: str
     """The method, by its name in `METHODS`."""
 
+    @abstractmethod
     def build(self, config: Config) -> Any:
         """The `methods.base.Method` of a run. It loads torch, so it is imported in here."""
-        raise NotImplementedError
 
     @property
     def cut(self) -> CutConfig | None:

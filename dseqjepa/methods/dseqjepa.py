@@ -44,7 +44,7 @@ class DSeqConfig(MethodConfig):
     order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
     """In which order regions are predicted (Table 5)."""
     max_steps: int = Field(0, ge=0, le=10**6)
-    """At most so many prediction steps an image; 0: all. 2 keeps the three top regions."""
+    """The most prediction steps per image; 0: all. 2 keeps the three top regions."""
     context_lag: int = Field(0, ge=0, le=10**6)
     """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
     saliency: SaliencyConfig = SaliencyConfig()

@@ -1,6 +1,6 @@
 """The plan of DSeq-JEPA (arXiv 2511.17354): discriminative regions, one after the other.
 
-Suffixes: B images, N patches, K regions, M steps an image at most.
+Suffixes: B images, N patches, K regions, M the most steps per image.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class DSeqJepa(Method):
     def _wants_ranked(
         self, share: float, progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Bool[Tensor, " B"]:
-        """The curriculum's draw: one an image, or one for everything at this point of training."""
+        """The curriculum's draw: one per image, or one for all at this point of training."""
         if self.config.curriculum.unit == "batch":
             keys_B = moment_key(self.seed, progress, keys_B.device).expand_as(keys_B)
         return uniforms(keys_B, Stream.PATH, 1)[:, 0] < share

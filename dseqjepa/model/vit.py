@@ -386,8 +386,8 @@ class AnyPredictor(nn.Module, ABC):
 
     @abstractmethod
     def count(self, context_S: np.ndarray, target_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of each step that has so many context and target patches, and how often one
-        of them reads a token."""
+        """Of steps with these numbers of context and target patches: the tokens of each, and how
+        often one of them reads a token."""
 
     def mask(self, like_UW: Float[Tensor, "U W"]) -> Float[Tensor, "1 W"]:
         """What a query is before its position is added."""

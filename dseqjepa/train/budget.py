@@ -24,7 +24,7 @@ def within_minutes(config: Config, times: EpochTimes, spent_s: float = 0.0) -> t
     if epochs < usual:
         ratio = usual / epochs
         line += (
-            f"; optim.epochs=auto, which is {usual} for so many images, would show each "
+            f"; optim.epochs=auto, which is {usual} for this many images, would show each "
             f"{ratio:.{0 if ratio > 10 else 1}f} times as often, {_shown(times, usual)}"
         )
     optim = {"epochs": epochs, "warmup_epochs": epochs / 10}

@@ -65,7 +65,7 @@ class EpochTimes:
 
     @classmethod
     def of(cls, images: int, paces: Sequence[tuple[float, float]], is_cached: bool) -> EpochTimes:
-        """Of epochs of so many images, at a pace that changes evenly between the first and the
+        """Of epochs of `images` images, at a pace that changes evenly between the first and the
         last of `paces`: (images a second, share of the time spent waiting for data)."""
 
         def mean(seconds: Sequence[float]) -> float:
@@ -76,7 +76,7 @@ class EpochTimes:
         return cls(mean(whole), mean(computing if is_cached else whole))
 
     def of_run(self, epochs: int) -> float:
-        """Seconds of a run of so many epochs."""
+        """Seconds of a run of `epochs` epochs."""
         return self.first + (epochs - 1) * self.later
 
     def epochs_within(self, seconds: float) -> int:
@@ -282,7 +282,7 @@ def time_epochs(
 
 
 def _alone(config: Config, batch: int) -> Config:
-    """The run as one device sees it, so many images at a time."""
+    """The run as one device sees it, `batch` images at a time."""
     alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
     return config.with_(**alone, data={"batch_size": batch})
 

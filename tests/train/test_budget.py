@@ -1,4 +1,4 @@
-"""A run of `optim.minutes` has the epochs that fit, and is from then on a run of so many epochs."""
+"""A run of `optim.minutes` has the epochs that fit, and is from then on one of that many epochs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_says_what_it_chose_and_what_more_would_give() -> None:
     assert (chosen.optim.epochs, chosen.optim.warmup_epochs) == (21, 2.1)
     assert line == (
         "optim.minutes=2: optim.epochs=21, in about 1 min 50 s; optim.epochs=auto, which is 600 "
-        "for so many images, would show each 29 times as often, in about 50 min 05 s"
+        "for this many images, would show each 29 times as often, in about 50 min 05 s"
     )
     chosen, line = within_minutes(config, EpochTimes(500.0, 500.0))
     assert chosen.optim.epochs == 1

@@ -92,9 +92,10 @@ def foreign_rarity(backbone: Backbone, images_BCHW: Tensor) -> SaliencyMap:
     normal_BCHW = backbone.normalized(images_BCHW)
     normal_BCHW = torch.cat([normal_BCHW, torch.zeros_like(normal_BCHW[:1])])
     with torch.no_grad():
-        target_BPD = target_features(backbone(normal_BCHW, 1).patches_BND.float())
-    content_BPD = target_BPD[:-1] - target_BPD[-1:]
-    return SaliencyMap(rarity(content_BPD), content_BPD)
+        patches_BPD = backbone(normal_BCHW, 1).patches_BND.float()
+    target_BPD = target_features(patches_BPD)
+    saliency_BP = rarity(patches_BPD[:-1] - patches_BPD[-1:])
+    return SaliencyMap(saliency_BP, target_BPD[:-1] - target_BPD[-1:])
 
 
 def baselines(

@@ -16,13 +16,14 @@ from dseqjepa.cli import main
 from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.methods import build_method
-from dseqjepa.model.look import KINDS, look_for_saliency
+from dseqjepa.model.look import KINDS, look_for_saliency, target_features
 from dseqjepa.model.vit import patchify
 from dseqjepa.plans.regions import KINDS as REGION_KINDS
+from dseqjepa.plans.saliency import rarity
 from dseqjepa.tasks.backbone import own_backbone
 from dseqjepa.tasks.config import DiscoveryConfig
 from dseqjepa.tasks.discovery import evaluate
-from dseqjepa.tasks.discovery.maps import baselines, look_of
+from dseqjepa.tasks.discovery.maps import baselines, foreign_rarity, look_of
 from dseqjepa.tasks.discovery.measures import MAP_METRICS, REGION_METRICS
 from dseqjepa.tasks.run import Job, run_task
 from dseqjepa.train.checkpoint import save_checkpoint
@@ -140,6 +141,17 @@ def test_a_backbone_taken_apart_sees_what_its_encoder_saw() -> None:
     for kind, seen in wanted.items():
         assert torch.equal(found[kind].saliency_BP, seen.saliency_BN)
         assert torch.equal(found[kind].features_BPD, seen.content_BND)
+
+
+def test_of_a_foreign_backbone_rarity_is_that_of_its_patches_as_they_are() -> None:
+    config = tiny_config("dseq_vitt8_64")
+    encoder = build_method(config).target.eval()
+    images = float_images(3)
+    seen, blank = (encoder(x).patches_BND for x in (images, torch.zeros_like(images[:1])))
+    found = foreign_rarity(own_backbone(encoder, config), images)
+    torch.testing.assert_close(found.saliency_BP, rarity(seen - blank))
+    wanted = target_features(seen) - target_features(blank)
+    torch.testing.assert_close(found.features_BPD, wanted)
 
 
 def test_the_run_says_how_regions_are_cut(run: Path) -> None:
