@@ -94,12 +94,18 @@ class Bench:
 
     def _see(self, saliency_BN: Tensor) -> None:
         look = self.method.look
-        saliency_BN = saliency_BN.to(self.device)
+        self.saliency_BN = saliency_BN.to(self.device)
 
         def look_elsewhere(images_BCHW: Tensor) -> Look:
-            return replace(look(images_BCHW), saliency_BN=saliency_BN)
+            return replace(look(images_BCHW), saliency_BN=self.saliency_BN)
 
         self.method.look = look_elsewhere  # type: ignore[method-assign]
+
+    def double(self) -> None:
+        """Every image of the batch twice."""
+        self.images_BCHW = torch.cat([self.images_BCHW] * 2)
+        self.keys_B = torch.cat([self.keys_B] * 2)
+        self.saliency_BN = torch.cat([self.saliency_BN] * 2)
 
     def autocast(self) -> torch.autocast:
         half = self.config.runtime.precision == "bf16"

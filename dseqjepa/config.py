@@ -479,8 +479,11 @@ class RuntimeConfig(Section):
     """Precision of the forward and backward pass; weights stay in float32."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """The kind of device; `auto` takes a GPU where there is one."""
-    attention: Literal["auto", "matmul", "sdpa", "varlen", "flex"] = "auto"
+    attention: Literal["auto", "matmul", "sdpa", "varlen"] = "auto"
     """What computes attention (`model/attention.py`); `auto` takes the quickest."""
+    deterministic: bool = False
+    """Whether a GPU adds in one order, so that a run can be repeated and resumed bit by bit there,
+    as it is on a CPU in any case; slower."""
     devices: int = Field(1, ge=1, le=1024)
     """Processes on this machine, one a device; under `torchrun` or `srun` they say how many."""
     strategy: Literal["ddp", "fsdp"] = "ddp"

@@ -64,7 +64,7 @@ class DSeqConfig(MethodConfig):
         if self.context == "causal" and config.runtime.attention == "varlen":
             raise ValueError(
                 "runtime.attention=varlen knows no region-causal contexts "
-                "(method.context=causal): use auto or flex"
+                "(method.context=causal): use auto or sdpa"
             )
         if self.saliency.kind.startswith("cls_") and not config.model.class_token:
             raise ValueError(

@@ -7,7 +7,6 @@ One interface, `attend(qkv_TXHC, sequences)`, and a backend for each situation:
 - `sdpa`: torch's `scaled_dot_product_attention`, on buckets or, without padding, on sequences of
   one length.
 - `varlen`: torch's variable-length flash attention (CUDA, half precision); no padding.
-- `flex`: torch's FlexAttention, for region-causal sequences and full precision on CUDA.
 
 `auto` chooses by device, precision and length. All give the same result (tests compare each with
 plain attention, one sequence at a time); `varlen` exists on CUDA only.
@@ -19,7 +18,6 @@ L longest sequence of a bucket, R rows (one head of one token), N sequences time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -59,9 +57,8 @@ def choose(device: str, dtype: torch.dtype, sequences: Sequences) -> str:
     if device == "cpu":
         short = sequences.longest <= MATMUL_UP_TO.get(dtype, 0)
         return "matmul" if short and (half or not sequences.uniform) else "sdpa"
-    if device != "cuda" or sequences.uniform or dtype == torch.float64:
-        return "sdpa"
-    return "varlen" if half and sequences.rank_T is None else "flex"
+    ragged = not sequences.uniform and sequences.rank_T is None
+    return "varlen" if device == "cuda" and half and ragged else "sdpa"
 
 
 def _by_matmul(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
@@ -221,7 +218,7 @@ def _by_varlen(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if sequences.rank_T is not None:
-        raise ValueError("varlen attention knows no region-causal sequences: use flex or sdpa")
+        raise ValueError("varlen attention knows no region-causal sequences: use sdpa")
     q, k, v = qkv_TXHC.unbind(1)
     bounds, longest = sequences.bounds, sequences.longest
     out_THC = varlen_attn(q, k, v, bounds, bounds, longest, longest)
@@ -229,25 +226,8 @@ def _by_varlen(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
     return out_THC
 
 
-def _by_flex(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
-    q, k, v = qkv_TXHC.permute(1, 2, 0, 3)[:, None].unbind()
-    compiled = qkv_TXHC.device.type == "cuda"
-    out_1HTC = _flex_attention(compiled)(q, k, v, block_mask=sequences.block_mask)
-    return out_1HTC[0].transpose(0, 1)
-
-
-@cache
-def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
-    """FlexAttention is quick when compiled; as it is, it can be compared with the others."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    function: Any = flex_attention
-    return torch.compile(function, dynamic=True) if compiled else function
-
-
 BACKENDS: dict[str, Callable[[Tensor, Sequences], Tensor]] = {
     "matmul": _by_matmul,
     "sdpa": _by_sdpa,
     "varlen": _by_varlen,
-    "flex": _by_flex,
 }

@@ -14,15 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 BUCKET_GROWTH = 1.2
 """A bucket holds lengths within this factor, or `BUCKET_SLACK` tokens, of its shortest."""
@@ -110,30 +106,6 @@ class Sequences:
         """Where each sequence starts, and the end of the last, on the device."""
         ends = np.concatenate(([0], self.lengths.cumsum())).astype(np.int32)
         return upload(ends, self.device)
-
-    @cached_property
-    def sequence_T(self) -> Int64[Tensor, " T"]:
-        """The sequence of each token."""
-        index_S = torch.arange(len(self.lengths), device=self.device)
-        length_S = self.bounds.diff()
-        return index_S.repeat_interleave(length_S, output_size=self.total)
-
-    @cached_property
-    def block_mask(self) -> BlockMask:
-        """Which tokens see which, as FlexAttention takes it."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        sequence_T, rank_T = self.sequence_T, self.rank_T
-        if rank_T is None:
-            rank_T = torch.zeros_like(sequence_T)
-        compiled = self.device.type == "cuda"  # else the whole mask is written out, token by token
-        return create_block_mask(
-            lambda _batch, _head, query, key: (
-                (sequence_T[query] == sequence_T[key]) & (rank_T[key] <= rank_T[query])
-            ),
-            *(None, None, self.total, self.total, self.device),
-            _compile=compiled,
-        )
 
     def layout(self, heads: int) -> PaddedLayout:
         """The rectangles for attention with so many heads; made once and kept."""

@@ -320,7 +320,8 @@ def _loader_alone(config: Config, source: Source, batch: int) -> float:
         next(batches)
     began = time.perf_counter()
     images, seconds = 0, 0.0
-    while images < 8 * batch and seconds < LONGEST / 3:
+    # Where an epoch is short all of it may lie ready at once: so over many times as many.
+    while images < (8 + 4 * ahead) * batch and seconds < LONGEST / 3:
         next(batches)
         images += batch
         seconds = time.perf_counter() - began

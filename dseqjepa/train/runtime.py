@@ -140,6 +140,10 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
         store = _meet(here, runtime.timeout_s, alike, problem)
     elif problem:
         raise InputError(problem)
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # The first line that a run prints says where its weights come from.
     for name in ("lightning.fabric", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

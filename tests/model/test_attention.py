@@ -68,18 +68,6 @@ def test_attention_of_packed_sequences_is_attention_of_each(
         torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_flex_attention_sees_the_same_tokens(lengths: list[int], causal: bool):
-    """On a CPU it has no backward; the mask that it is given is what is ours."""
-    total = sum(lengths)
-    rank_T = torch.arange(total) * 7 % 3 if causal else None
-    qkv = inputs(total, torch.float32)
-    out = attend(qkv, Sequences.ragged(lengths, rank_T=rank_T), "flex")
-    expected = one_at_a_time(qkv, lengths, rank_T)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("backend", ["matmul", "sdpa"])
 @pytest.mark.parametrize("lengths", [[65, 65, 65], [30, 65, 41, 66]])
 def test_half_precision_stays_near_the_exact_result(backend: str, lengths: list[int]):
@@ -120,7 +108,7 @@ def test_the_backend_is_chosen_by_device_precision_and_length():
     assert choose("cpu", half, Sequences.equal(1, 4096)) == "sdpa"
     assert choose("cuda", half, contexts) == "varlen"
     assert choose("cuda", half, images) == "sdpa"
-    assert choose("cuda", half, ranked) == choose("cuda", full, contexts) == "flex"
+    assert choose("cuda", half, ranked) == choose("cuda", full, contexts) == "sdpa"
     assert choose("mps", full, contexts) == "sdpa"
 
 
@@ -128,7 +116,7 @@ def test_region_causal_sequences_are_refused_where_there_is_no_kernel_for_them()
     ranked = Sequences.ragged([3], rank_T=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="region-causal"):
         attend(inputs(3, torch.float32), ranked, "varlen")
-    assert set(BACKENDS) == {"matmul", "sdpa", "varlen", "flex"}
+    assert set(BACKENDS) == {"matmul", "sdpa", "varlen"}
 
 
 def test_variable_length_flash_attention_gets_the_bounds_of_the_sequences(

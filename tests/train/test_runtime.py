@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from PIL import Image
 
 from dseqjepa.errors import InputError
+from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.runtime import StopRequest, connect, place
 from tests.children import ends, start
@@ -107,6 +109,17 @@ def sleep_through_signals(out: Path) -> None:
             time.sleep(0.01)
         (out / "requested").touch()
         time.sleep(60)
+
+
+def test_a_deterministic_run_asks_for_one_order_of_sums() -> None:
+    """What it is for can only be seen on a GPU (benchmarks/gpu.py, `resume`)."""
+    try:
+        connect(load_config("vitt_demo", ["runtime.deterministic=true"]))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends(tmp_path: Path) -> None:
