@@ -86,7 +86,7 @@ def crops(photos: Sequence[Tensor], each: int, side: int) -> Tensor:
 def encoder_maps(encoder: VisionTransformer, images_BCHW: Tensor) -> Iterator[tuple[str, Maps]]:
     for kind in KINDS:
         looks = [
-            look_for_saliency(encoder, batch, kind=kind, with_content=True)
+            look_for_saliency(encoder, batch, kind=kind, content="target")
             for batch in images_BCHW.split(BATCH)
         ]
         yield kind, Maps(*(torch.cat(parts) for parts in zip(

@@ -377,10 +377,18 @@ class RegionsConfig(Section):
     kind: Literal["components", "clusters", "bands"] = "components"
     """`components` of the saliency above Otsu's threshold (the paper), `clusters` of content
     features, or `bands` of equal saliency."""
+    features: Literal["target"] | Annotated[int, Field(ge=0, le=1000)] = "target"
+    """What clusters are of: target features, normalised as they are predicted (`target`), or the
+    output of this 0-based block, not normalised."""
     count: int = Field(5, ge=2, le=1000)
     """The most regions of an image, the left-over included."""
     min_area: Fraction = 0.15
     """The smallest share of the grid that a region may hold, the left-over apart."""
+
+    @property
+    def content(self) -> Literal["target"] | int | None:
+        """What is read beside the saliency; None where regions need no more."""
+        return self.features if self.source == "ranked" and self.kind == "clusters" else None
 
 
 class CutConfig(Section):

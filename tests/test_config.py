@@ -288,6 +288,8 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "runtime.devices (3 x 1)",
         "model.heads=5": "model.width (768) must be a multiple of the heads (5)",
         "predictor.width=42": "predictor.width (42) must be a multiple of the heads (12)",
+        "method.regions.features=12": "method.regions.features (12) must be `target` or below "
+        "the encoder's depth (12)",
         "method.saliency.block=12": "method.saliency.block (12) must be below the encoder's depth "
         "(12)",
         "method.regions.count=1": "method.regions.count must be greater than or equal to 2, "

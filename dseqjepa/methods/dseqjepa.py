@@ -76,6 +76,12 @@ class DSeqConfig(MethodConfig):
                 f"method.saliency.block ({self.saliency.block}) must be below the encoder's depth "
                 f"({config.model.depth})"
             )
+        features = self.regions.features
+        if features != "target" and features >= config.model.depth:
+            raise ValueError(
+                f"method.regions.features ({features}) must be `target` or below the encoder's "
+                f"depth ({config.model.depth})"
+            )
         clusters = self.regions.count if self.regions.kind == "clusters" else 0
         patches = config.grid[0] * config.grid[1]
         if self.regions.source == "ranked" and clusters > patches:

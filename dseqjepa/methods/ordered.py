@@ -37,7 +37,7 @@ class DSeqJepa(Method):
             images_BCHW,
             **self.config.saliency.model_dump(),
             target_blocks=self.target_blocks,
-            with_content=regions.source == "ranked" and regions.kind == "clusters",
+            content=regions.content,
         )
 
     def draw(

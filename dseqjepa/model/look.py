@@ -6,6 +6,7 @@ Suffixes: B images, N patches, D width, T tokens of all images, L tokens of one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ class Look:
     saliency_BN: Float[Tensor, "B N"] | None
     """None where none was asked for."""
     content_BND: Float[Tensor, "B N D"] | None = None
-    """Target features less those of a blank image at the same place: what a patch shows rather than
-    where it is. None where it was not asked for."""
+    """Features less those of a blank image at the same place: what a patch shows rather than where
+    it is. None where it was not asked for."""
 
 
 def look(encoder: VisionTransformer, images_BCHW: Images, *, target_blocks: int = 1) -> Look:
@@ -49,7 +50,7 @@ def look_for_saliency(
     query: str = "state",
     block: int = -1,
     target_blocks: int = 1,
-    with_content: bool = False,
+    content: Literal["target"] | int | None = None,
 ) -> Look:
     """Patch features and a saliency map, in one pass.
 
@@ -59,7 +60,8 @@ def look_for_saliency(
         block: the 0-based block whose output is read. -1 reads 10/12 of the way up (block 10 of 12)
             for the [CLS] readings and Grad-CAM, and the patch embedding for rarity.
         target_blocks: how many last blocks are averaged into the patch features.
-        with_content: whether to return `Look.content_BND`.
+        content: of what to return `Look.content_BND`: of the target features, normalised as they
+            are predicted, or of the output of a 0-based block.
 
     Raises:
         ValueError: a [CLS] reading without [CLS].
@@ -68,7 +70,7 @@ def look_for_saliency(
         raise ValueError(
             f"saliency {kind!r} needs an encoder with [CLS]; use 'rarity' or 'grad_cam'"
         )
-    B, needs_blank = len(images_BCHW), with_content or kind == "rarity"
+    B, needs_blank = len(images_BCHW), content is not None or kind == "rarity"
     if needs_blank:
         # Blank: every pixel at the mean that normalisation subtracts. It is one more image of the
         # batch, so that it costs no pass of its own and has the precision of the others.
@@ -76,6 +78,8 @@ def look_for_saliency(
         images_BCHW = torch.cat([images_BCHW, torch.zeros_like(images_BCHW[:1])])
     read = saliency_block(encoder.depth) if block < 0 and kind != "rarity" else block
     keep = _last(encoder, target_blocks) | {read - 1, read}
+    if isinstance(content, int):
+        keep.add(content)
     with torch.no_grad():
         x_TD, sequences = encoder.embed(images_BCHW)
         stop = read + 1 if kind == "grad_cam" else encoder.depth
@@ -85,7 +89,11 @@ def look_for_saliency(
         saliency_BN = _grad_cam(encoder, output, sequences, keep, read)[:B]
     with torch.no_grad():
         patches_BND = _features(encoder, output, B + needs_blank, target_blocks)
-        content_BND = _content(target_features(patches_BND.float())) if with_content else None
+        content_BND = None
+        if content == "target":
+            content_BND = _content(target_features(patches_BND.float()))
+        elif content is not None:
+            content_BND = _content(_patches(encoder, output[content], B + 1).float())
         if kind == "rarity":
             # Not normalised: a layer norm would make the noise of an even patch as large as what an
             # object shows.
@@ -178,7 +186,7 @@ def look_and_cut(
         encoder,
         images_BCHW,
         **config.saliency.model_dump(),
-        with_content=config.regions.kind == "clusters",
+        content=config.regions.content,
     )
     return sight, cut(sight, encoder.grid_of(images_BCHW), config.regions)
 

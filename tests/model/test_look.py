@@ -117,9 +117,25 @@ def test_content_is_targets_less_those_of_a_blank_image(encoder: VisionTransform
         target_features(encoder(x).patches_BND.float())
         for x in (images, torch.zeros_like(images[:1]))
     )
-    look = look_for_saliency(encoder, images, with_content=True)
+    look = look_for_saliency(encoder, images, content="target")
     torch.testing.assert_close(look.content_BND, seen - blank)
     assert look_for_saliency(encoder, images, kind="rarity").content_BND is None
+
+
+@pytest.mark.parametrize("kind", ["rarity", "cls_attention", "grad_cam"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_content_of_a_block_is_its_output_as_it_is(
+    encoder: VisionTransformer, kind: str, block: int
+):
+    images = float_images(2).double()
+    outputs = []
+    hook = encoder.blocks[block].register_forward_hook(lambda *taken: outputs.append(taken[2]))
+    with torch.no_grad():
+        encoder(images), encoder(torch.zeros_like(images[:1]))
+    hook.remove()
+    seen, blank = (x_TD.unflatten(0, (-1, 17))[:, 1:] for x_TD in outputs)
+    found = look_for_saliency(encoder, images, kind=kind, content=block)
+    torch.testing.assert_close(found.content_BND, (seen - blank).float())
 
 
 def test_class_token_readings_need_a_class_token_and_grad_cam_does_not():

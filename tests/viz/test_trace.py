@@ -120,7 +120,7 @@ def test_i_jepa_has_its_blocks_and_the_regions_of_its_saliency():
 
 def test_without_regions_of_its_own_a_method_is_shown_by_rarity_and_clusters():
     method, images = method_of("ijepa_vitt8_64", "model.class_token=false"), float_images(3)
-    sight = look_for_saliency(method.target, images, kind="rarity", with_content=True)
+    sight = look_for_saliency(method.target, images, kind="rarity", content="target")
     expected = rank_regions(
         sight.saliency_BN, (4, 4), 5, 0.02, kind="clusters", features_BND=sight.content_BND
     )

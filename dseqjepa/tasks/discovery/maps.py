@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dseqjepa.config import Config, CutConfig, SaliencyConfig
+from dseqjepa.config import Config, CutConfig
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.model.look import KINDS, READS_CLS, look_for_saliency, target_features
@@ -54,18 +54,16 @@ def look_of(backbone: Backbone) -> MapReader:
         return lambda images_BCHW: {"rarity": foreign_rarity(backbone, images_BCHW)}
     config = backbone.config
     return own_look(
-        backbone.whole(),
-        kinds_of(backbone),
-        cut_of(config).saliency,
-        config.target.blocks if config else 1,
+        backbone.whole(), kinds_of(backbone), cut_of(config), config.target.blocks if config else 1
     )
 
 
 def own_look(
-    encoder: VisionTransformer, kinds: tuple[str, ...], own: SaliencyConfig, target_blocks: int
+    encoder: VisionTransformer, kinds: tuple[str, ...], cut: CutConfig, target_blocks: int
 ) -> MapReader:
-    """`own` says how [CLS] is queried, and which block its own kind reads; the other kinds read
-    theirs."""
+    """`cut` says how [CLS] is queried, which block its own kind reads (the other kinds read
+    theirs), and what clusters are of."""
+    own, features = cut.saliency, cut.regions.features
 
     def look(images_BCHW: Tensor) -> dict[str, SaliencyMap]:
         found = {}
@@ -77,7 +75,7 @@ def own_look(
                 query=own.query,
                 block=own.block if kind == own.kind else -1,
                 target_blocks=target_blocks,
-                with_content=True,
+                content=features,
             )
             assert seen.saliency_BN is not None
             assert seen.content_BND is not None

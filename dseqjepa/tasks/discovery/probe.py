@@ -40,7 +40,7 @@ def discovery_probe(
     def measure(encoder: VisionTransformer) -> dict[str, float]:
         if not samples:  # read once, by the rank that measures
             samples.extend(_held_out(config, source))
-        look = own_look(encoder, (kind,), cut.saliency, config.target.blocks)
+        look = own_look(encoder, (kind,), cut, config.target.blocks)
         batches = []
         for first in range(0, len(samples), BATCH):
             batch = samples[first : first + BATCH]

@@ -132,7 +132,7 @@ def test_a_backbone_taken_apart_sees_what_its_encoder_saw() -> None:
     wanted = {
         kind: look_for_saliency(
             encoder, images, kind=kind, block=1 if kind == "cls_similarity" else -1,
-            with_content=True,
+            content="target",
         )
         for kind in KINDS
     }  # fmt: skip
