@@ -354,6 +354,45 @@ scenes = typer.Typer(rich_markup_mode=None, help="The embedded scenes as files."
 app.add_typer(scenes, name="scenes")
 
 
+shards = typer.Typer(rich_markup_mode=None, help="Images in tar files, for large data sets.")
+app.add_typer(shards, name="shards")
+
+
+@shards.command("pack")
+def pack_shards(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any folder of images.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or an empty folder.")],
+    size: Annotated[int, typer.Option(help="Megabytes of a tar file.", min=1)] = 500,
+) -> None:
+    """Copy image files into tar files and index them: dseqjepa shards pack pictures shards
+
+    Byte for byte, in their order, with their classes, as WebDataset has it. data=shards:OUT reads
+    them, and a run on them is the run on the folder.
+    """
+    from dseqjepa.data.shards.pack import pack
+
+    paths = pack(folder.expanduser(), out.expanduser(), size=size * 10**6, tell=print)
+    print(f"written: {len(paths)} tar files; data=shards:{out} reads them")
+
+
+@shards.command("index")
+def index_shards(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of tar files.")],
+    workers: Annotated[int, typer.Option(help="Tar files read at once.", min=1)] = 1,
+) -> None:
+    """Index tar files that others wrote, once: dseqjepa shards index webdataset/train
+
+    Each is read from beginning to end. What a command that was stopped has read is kept.
+    """
+    from dseqjepa.data.shards.index import write_index
+
+    index = write_index(folder.expanduser(), workers=workers, tell=print)
+    print(
+        f"{len(index.records_N)} images in {len(index.shards)} tar files, "
+        f"{len(index.classes) or 'no'} classes; data=shards:{folder} reads them"
+    )
+
+
 @scenes.command("export")
 def export_scenes(
     format: Annotated[str, typer.Argument(metavar="FORMAT", help="imagenet, coco, clevr, ...")],

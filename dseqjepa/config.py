@@ -101,6 +101,9 @@ class DataConfig(Section):
     """Images in one optimizer step, over all devices and accumulation steps."""
     workers: int = Field(8, ge=0, le=256)
     """Processes that read and decode images, per device; 0: the training process itself."""
+    window: int = Field(0, ge=0, le=10**6)
+    """Shards within which images are shuffled, the shards themselves coming in random order: reads
+    are nearly sequential. 0: any image may come at any place, from shards or files."""
     cache: Literal["auto", "none"] = "auto"
     """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01

@@ -24,6 +24,11 @@ MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
+ROUNDS = 6
+"""Of the Feistel network: with four and a good round function it is a random permutation to whoever
+does not know the key (Luby and Rackoff, 1988)."""
+
+
 class Stream(IntEnum):
     """What a random number is for. Two streams of one key are independent."""
 
@@ -43,6 +48,8 @@ class Stream(IntEnum):
     SCATTER = 16
     PHOTOMETRIC_CONTEXT = 17
     PHOTOMETRIC_TARGET = 18
+    SHARDS = 19
+    PERMUTE = 20
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
@@ -84,3 +91,28 @@ def uniforms(keys_B: Int64[Tensor, " B"], stream: Stream, count: int) -> Float[T
 def shuffled(keys_N: Int64[Tensor, " N"], stream: Stream) -> Int64[Tensor, " N"]:
     """The places 0 to N - 1 in random order: each place by the number that its key draws."""
     return uniforms(keys_N, stream, 1)[:, 0].argsort(stable=True)
+
+
+def permuted(
+    place_P: Int64[Tensor, " P"], count: int, key: Int64[Tensor, "1"]
+) -> Int64[Tensor, " P"]:
+    """What a random permutation of 0 to `count` - 1 has at these places, each computed by itself.
+
+    A Feistel network of `ROUNDS` rounds permutes the numbers of as many bits as `count` needs, made
+    even; what falls outside is permuted again until it falls inside (Black and Rogaway, 2002,
+    "Ciphers with arbitrary finite domains").
+    """
+    half = max((max(count - 1, 1).bit_length() + 1) // 2, 1)
+    mask = (1 << half) - 1
+
+    def once(value_P: Tensor) -> Tensor:
+        left_P, right_P = value_P >> half, value_P & mask
+        for number in range(ROUNDS):
+            mixed_P = hash_int64(key, int(Stream.PERMUTE), number, right_P)
+            left_P, right_P = right_P, left_P ^ (mixed_P & mask)
+        return (left_P << half) | right_P
+
+    value_P = once(place_P)
+    while bool((outside_P := value_P >= count).any()):
+        value_P = torch.where(outside_P, once(value_P), value_P)
+    return value_P

@@ -138,7 +138,7 @@ def swallowed(source: str) -> list[int]:
     return lines
 
 
-NO_TEXT = ("Image", "gzip", "store", "self", "os")
+NO_TEXT = ("Image", "gzip", "tarfile", "store", "self", "os")
 """What opens other things than text files."""
 
 

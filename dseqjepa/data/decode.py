@@ -9,12 +9,13 @@ Suffixes: C colours, H and W pixels.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -61,6 +62,9 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 LYING = frozenset(range(5, 9))
 """The orientations that exchange height and width."""
 
+Content = Path | bytes
+"""An image file, or what is in one."""
+File = io.BytesIO | io.BufferedReader
 Size = tuple[int, int]
 """Height and width."""
 Frame = Literal["upright", "stored"] | Callable[[], Size]
@@ -72,9 +76,9 @@ FULL: Levels = (0, 2**16 - 1)
 
 
 def decode(
-    path: Path, frame: Frame = "upright", levels: Callable[[], Levels] = lambda: FULL
+    content: Content, frame: Frame = "upright", levels: Callable[[], Levels] = lambda: FULL
 ) -> UInt8[Tensor, "3 H W"]:
-    """Read one image file as 8-bit RGB.
+    """Read one image, a file or its bytes, as 8-bit RGB.
 
     Transparency is laid on white, 16-bit grey is brought to 8 bits by `levels`, of an animation the
     first frame counts, and of a file with several pages the first page.
@@ -84,27 +88,27 @@ def decode(
             `PIL.Image.MAX_IMAGE_PIXELS`, takes more than `SCANS` scans, or has 32-bit pixels, which
             have no agreed white.
     """
-    return decode_reduced(path, lambda height, width: 1, frame, levels).image_CHW
+    return decode_reduced(content, lambda height, width: 1, frame, levels).image_CHW
 
 
 def decode_reduced(
-    path: Path,
+    content: Content,
     reduction: Reduction,
     frame: Frame = "upright",
     levels: Callable[[], Levels] = lambda: FULL,
 ) -> Decoded:
     """`decode`, but a JPEG may come out as many times smaller as `reduction` allows."""
-    with _opened(path) as (file, picture):
+    with _opened(content) as (file, picture):
         orientation, stored, upright = _frames(picture)
         is_upright = orientation not in UPRIGHT or _wants_upright(frame, stored, upright)
         height, width = upright if is_upright else stored
         by, pixels_HWC = 1, None
         if isinstance(picture, JpegImageFile):
             file.seek(0)
-            content = _few_scans(file.read())
+            jpeg = _few_scans(file.read())
             if picture.mode in ("RGB", "L"):
                 turn = orientation if is_upright else 1
-                by, pixels_HWC = _jpeg(content, picture, reduction(height, width), turn)
+                by, pixels_HWC = _jpeg(jpeg, picture, reduction(height, width), turn)
         if pixels_HWC is None:
             rgb, turn_by = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
             pixels_HWC = np.array(rgb if turn_by is None else rgb.transpose(turn_by))
@@ -122,9 +126,9 @@ class Header(NamedTuple):
     """Pages, or frames of an animation."""
 
 
-def facts(path: Path) -> Header:
+def facts(content: Content) -> Header:
     """Look at a file's header; `BadImage` where it is no image."""
-    with _opened(path) as (_, picture):
+    with _opened(content) as (_, picture):
         raw = [str(tile[3]) for tile in picture.tile]
         is_grey = _is_deep(picture)
         is_deep = is_grey or any(";16" in text for text in raw)
@@ -146,23 +150,20 @@ def frames(path: Path) -> tuple[Size, Size]:
         return _frames(picture)[1:]
 
 
-def highest(path: Path) -> int:
+def highest(content: Content) -> int:
     """The largest value of a 16-bit grey image; 0 for any other file, or one that is no image."""
     try:
-        with _opened(path) as (_, picture):
+        with _opened(content) as (_, picture):
             return int(np.asarray(picture).max()) if _is_deep(picture) else 0
     except BadImage:  # whoever reads the image says what is wrong with it
         return 0
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, ImageFile]]:
+def _opened(content: Content) -> Iterator[tuple[File, ImageFile]]:
     """A file and its image, not larger than Pillow's limit; `BadImage` for whatever goes wrong."""
     try:
-        # Anything else that has a path might never end, or never begin.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a regular file")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
+        with _file(content) as file, Image.open(file, formats=FORMATS) as picture:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and picture.width * picture.height > limit:
                 raise ValueError(
@@ -170,7 +171,16 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, ImageFile]]:
                 )
             yield file, picture
     except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
-        raise BadImage(_reason(path, error)) from error
+        raise BadImage(_reason(content, error)) from error
+
+
+def _file(content: Content) -> File:
+    if isinstance(content, bytes):
+        return io.BytesIO(content)
+    # Anything else that has a path might never end, or never begin.
+    if not stat.S_ISREG(os.stat(content).st_mode):
+        raise ValueError("not a regular file")
+    return open(content, "rb")
 
 
 def _frames(picture: Image.Image) -> tuple[int, Size, Size]:
@@ -243,7 +253,8 @@ def _to_rgb(picture: Image.Image, levels: Callable[[], Levels]) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(content: Content, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "the file is empty" if path.stat().st_size == 0 else "not a known image format"
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        return "the file is empty" if size == 0 else "not a known image format"
     return str(error) or type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -22,6 +22,7 @@ from dseqjepa.data.decode import (
     ENDINGS,
     FULL,
     SAMPLE,
+    Content,
     Frame,
     Header,
     Levels,
@@ -57,6 +58,8 @@ class ImageFiles:
     lies: Frame = "upright"
     """How the images lie: as their annotations do, where those count pixels."""
     notes: tuple[str, ...] = ()
+    has_splits = True
+    """Whether "train" and "val" are parts of its own; else they are cut from all of it."""
 
     def __init__(
         self,
@@ -76,10 +79,11 @@ class ImageFiles:
         return len(self._paths_N)
 
     def image(self, index: int) -> UInt8[Tensor, "3 H W"]:
-        return decode(self.path(index), self.frame(index), lambda: self.levels)
+        return decode(self.content(index), self.frame(index), lambda: self.levels)
 
     def reduced(self, index: int, reduction: Reduction) -> Decoded:
-        return decode_reduced(self.path(index), reduction, self.frame(index), lambda: self.levels)
+        frame, content = self.frame(index), self.content(index)
+        return decode_reduced(content, reduction, frame, lambda: self.levels)
 
     def frame(self, index: int) -> Frame:
         """How an image lies."""
@@ -95,12 +99,16 @@ class ImageFiles:
         most = max(map(highest, self._sample()), default=0)
         return (0, 2 ** max(most.bit_length(), 8) - 1) if most else FULL
 
-    def _sample(self) -> list[Path]:
-        return list(map(self.path, evenly(len(self))))
+    def _sample(self) -> Iterable[Content]:
+        return map(self.content, evenly(len(self)))
 
     def facts(self, index: int) -> Header:
         """What the header of an image's file says."""
-        return facts(self.path(index))
+        return facts(self.content(index))
+
+    def content(self, index: int) -> Content:
+        """Where an image is, or what it is made of."""
+        return self.path(index)
 
     def name(self, index: int) -> str:
         return printable(self.path(index))
@@ -185,7 +193,7 @@ class ImageFolder(ImageFiles):
             self.labels = {"class": np.array([number[name] for name in folders], dtype=np.int64)}
             self.classes = {"class": tuple(map(printable, sorted(names)))}
 
-    def _sample(self) -> list[Path]:
+    def _sample(self) -> Iterable[Content]:
         paths, _ = images_below(self._trained)
         return [self._trained / paths[place] for place in evenly(len(paths))]
 

@@ -19,6 +19,7 @@ from dseqjepa.data.formats.pets import Pets
 from dseqjepa.data.formats.stl10 import STL10
 from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
 from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
 
@@ -48,6 +49,7 @@ OPENERS: dict[str, Opener] = {
     "inat": INat,
     "inat-mini": INatMini,
     "pets": Pets,
+    "shards": Shards,
     "stl10": STL10,
 }
 """The formats that `data=name:path` knows."""
@@ -81,7 +83,7 @@ def open_source(
     source = _opened(spec, split, size, image_size, seed)
     if isinstance(source, ImageFiles):
         source.pixel_range = pixel_range
-    if split == "val" and isinstance(source, ImageFolder) and not source.has_splits:
+    if split == "val" and isinstance(source, ImageFiles) and not source.has_splits:
         return holdout(source, seed=seed)[1]
     return source
 
@@ -128,7 +130,7 @@ def open_splits(
     how: dict[str, Any] = {"size": size, "image_size": image_size, "seed": seed}
     how["pixel_range"] = pixel_range
     train = open_source(spec, split="train", **how)
-    if isinstance(train, ImageFolder) and not train.has_splits:
+    if isinstance(train, ImageFiles) and not train.has_splits:
         return holdout(train, seed=seed)
     val = open_source(spec, split="val", **how)
     if isinstance(train, ImageFiles) and isinstance(val, ImageFiles):

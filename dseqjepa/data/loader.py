@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dseqjepa.data.cache import Cached, room_for
+from dseqjepa.data.order import Order, full_shuffle, window_shuffle
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.processes import end_with_parent
-from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.source import BadImage, Sharded, Source
 from dseqjepa.data.transforms import Transform
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.keyed import Stream, sample_keys, shuffled
+from dseqjepa.keyed import sample_keys
 
 Request = tuple[int, Int64[np.ndarray, " B"]]
 """An epoch and the indices of one batch."""
@@ -74,9 +75,11 @@ class Loader:
         rank: this process among `world`.
         world: number of processes that train together.
         cache: whether to keep decoded images in memory, if all of them fit (`cache.room_for`).
+        window: shuffle within so many shards of a source in shards (`order.window_shuffle`);
+            0: any image may come at any place.
 
     Raises:
-        InputError: there are too few images for a single step.
+        InputError: there are too few images for a single step, or a window and no shards.
     """
 
     def __init__(
@@ -90,12 +93,21 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         cache: bool = False,
+        window: int = 0,
     ) -> None:
         if len(source) < batch_size * world:
             raise InputError(
                 f"{len(source)} images are fewer than one batch of {batch_size * world}: "
                 f"lower data.batch_size to {len(source)} or less, or give more images"
             )
+        self._order: Order = full_shuffle(len(source), seed)
+        if window:
+            if not isinstance(source, Sharded):
+                raise InputError(
+                    "data.window shuffles within shards, and this data has none: leave it out, or "
+                    "make shards (dseqjepa shards pack)"
+                )
+            self._order = window_shuffle(source.counts, window, seed)
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
@@ -150,7 +162,7 @@ class Loader:
     def names(self, epoch: int, step: int) -> list[str]:
         """The images that all ranks see in a step, by name, as the source has them."""
         size = self.batch_size * self.world
-        index_B = self._order(epoch)[step * size : (step + 1) * size]
+        index_B = self._order(epoch, step * size, (step + 1) * size)
         return [self._reader.source.name(index) for index in index_B.tolist()]
 
     def reading(self) -> str:
@@ -179,15 +191,9 @@ class Loader:
 
     def _cut(self, epoch: int, start_step: int) -> Iterator[Request]:
         """Every step takes the next `world` batches of the order; each rank has one of them."""
-        order_N = self._order(epoch)
         for step in range(start_step, self.steps_per_epoch):
             first = (step * self.world + self.rank) * self.batch_size
-            yield epoch, order_N[first : first + self.batch_size]
-
-    def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
-        index_N = torch.arange(len(self._reader.source))
-        keys_N = sample_keys(self._reader.seed, epoch, index_N)
-        return shuffled(keys_N, Stream.SHUFFLE).numpy()
+            yield epoch, self._order(epoch, first, first + self.batch_size)
 
 
 def start_worker(_number: int) -> None:

@@ -5,7 +5,7 @@ Suffixes: K objects of one image, C colours, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -126,6 +126,13 @@ class Located(Source, Protocol):
     def objects(self, index: int) -> Objects:
         """The objects of an image, in its own pixels; boxes are filled. `BadImage` as `image`."""
         ...
+
+
+@runtime_checkable
+class Sharded(Source, Protocol):
+    """Images that lie in files of many, one after the other; `counts` says how many in each."""
+
+    counts: Sequence[int]
 
 
 class BadImage(Exception):

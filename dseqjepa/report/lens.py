@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dseqjepa.config import Config, CutConfig
-from dseqjepa.data.images import ImageFolder
+from dseqjepa.data.images import ImageFiles
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source, Split
 from dseqjepa.data.transforms import EvalTransform
@@ -171,7 +171,7 @@ def _source(config: Config) -> tuple[Source, bool]:
         )
 
     source = part("train")
-    if isinstance(source, ImageFolder) and not source.has_splits:
+    if isinstance(source, ImageFiles) and not source.has_splits:
         return source, False
     return part("val"), True
 

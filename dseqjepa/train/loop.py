@@ -107,6 +107,7 @@ class Trainer:
             rank=rank,
             world=world,
             cache=config.data.cache == "auto",
+            window=config.data.window,
         )
         self.schedule = Schedule(
             config.optim, config.ema, self.loader.steps_per_epoch // self.micro_batches

@@ -1,0 +1,1 @@
+"""Images in tar files of many: how they are indexed, read and written."""

@@ -1,0 +1,109 @@
+"""Images in tar files as a data set: `data=shards:PATH`.
+
+Suffixes: N images, S shards.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
+from dseqjepa.data.shards.index import open_index
+from dseqjepa.data.source import BadImage, Split
+from dseqjepa.errors import printable
+from dseqjepa.files import json_digest
+
+HEADER = 512
+SUMS = 4096
+"""Checksums of images that a fingerprint reads, evenly spaced."""
+OPEN_AT_ONCE = 64
+"""Tar files that a process keeps open."""
+
+
+class Shards(ImageFiles):
+    """The tar files of a folder, or those that a pattern matches, in the order of their names.
+
+    A folder may hold `train` and one of `val`, `valid`, `validation` and `test`, as with image
+    files. Every image is read by itself where its index says it lies, and its checksum is compared.
+    Nothing in memory grows with the number of images: what is known of them is mapped.
+
+    Raises:
+        InputError: there are no tar files or no index, or it is of other files.
+    """
+
+    origin: ClassVar[str] = "dseqjepa shards pack FOLDER OUT makes shards of image files"
+
+    def __init__(self, path: Path, split: Split) -> None:
+        parts = [name for name in ("train", *HELD_OUT_FOLDERS) if (path / name).is_dir()]
+        self.has_splits = len(parts) > 1 and parts[0] == "train"
+        if self.has_splits:
+            path = path / (parts[1] if split == "val" else "train")
+        index = open_index(str(path))
+        self.root, self.shards = index.folder, index.shards
+        self.counts = [shard.count for shard in index.shards]
+        self._start_S = np.cumsum([0, *self.counts])
+        self._records_N = index.records_N
+        self.labels: Mapping[str, np.ndarray] = {}
+        self.classes: Mapping[str, tuple[str, ...]] = {}
+        if len(index.classes) > 1:
+            self.labels = {"class": index.records_N["label"]}
+            self.classes = {"class": index.classes}
+        without = sum(shard.without for shard in index.shards)
+        if without:
+            self.notes = (f"{without} samples in {printable(self.root)} have no image",)
+        self._open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._records_N)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of an image's file; `BadImage` where they are not what was indexed."""
+        shard, record = self._find(index)
+        size = int(record["size"])
+        found = self._pread(shard, size, int(record["offset"]))
+        if len(found) < size:
+            raise BadImage(f"{self.shards[shard].name} is cut off: {len(found)} of {size} bytes")
+        if zlib.crc32(found) != int(record["crc"]):
+            raise BadImage("its bytes are not those that were indexed (checksum)")
+        return found
+
+    def name(self, index: int) -> str:
+        """The shard and the file's name in it, which is read from there."""
+        shard, record = self._find(index)
+        file, offset = self.root / self.shards[shard].name, int(record["offset"])
+        try:
+            header = self._pread(shard, HEADER, offset - HEADER)
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except (tarfile.TarError, OSError):
+            member = f"byte {offset}"
+        return printable(f"{file}/{member}")
+
+    def fingerprint(self) -> str:
+        facts = [[shard.name, shard.size, shard.count] for shard in self.shards]
+        sums = zlib.crc32(self._records_N["crc"][:: max(len(self) // SUMS, 1)].tobytes())
+        return json_digest({"shards": facts, "sums": sums, "pixel_range": self.pixel_range})
+
+    def _find(self, index: int) -> tuple[int, np.void]:
+        index = range(len(self))[index]
+        return int(np.searchsorted(self._start_S, index, side="right")) - 1, self._records_N[index]
+
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        if shard not in self._open:
+            if len(self._open) >= OPEN_AT_ONCE:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = os.open(self.root / self.shards[shard].name, os.O_RDONLY)
+        return os.pread(self._open[shard], size, offset)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
