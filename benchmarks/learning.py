@@ -69,6 +69,8 @@ READINGS = ("knn", "ridge", "moments", "patches", "attentive")
 DECIDES = "attentive"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HOLDOUT, COMPONENTS, NEIGHBOURS, TEMPERATURE = 10, 24, 20, 0.07
+VIEWS = 200_000
+"""Of training images, in the training of an attentive probe."""
 READ = 20_000
 """The most training images that readings learn from."""
 PROBE = AttentiveConfig(lrs=(1e-3, 3e-3), weight_decays=(0.1,), batch_size=512)
@@ -321,7 +323,7 @@ def _ridge(train_BD: Tensor, test_BD: Tensor, pictures: Pictures) -> float:
 
 
 def _attentive(train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: int) -> float:
-    """The package's heads, on features that are encoded once; 200,000 views."""
+    """The package's heads, on features that are encoded once."""
     fit_M, held_H = pictures.fit_and_held()
     flat_RD = train_BND[:2000].flatten(0, 1)
     std_D, mean_D = torch.std_mean(flat_RD, dim=0)
@@ -333,8 +335,8 @@ def _attentive(train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: in
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups)
     generator = torch.Generator().manual_seed(seed)
-    batch = PROBE.batch_size
-    epochs = max(4, round(200_000 / len(fit_M)))
+    batch = min(PROBE.batch_size, len(fit_M))
+    epochs = max(4, round(VIEWS / len(fit_M)))
     steps = epochs * (len(fit_M) // batch)
     for step in range(steps):
         if step % (len(fit_M) // batch) == 0:

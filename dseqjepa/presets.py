@@ -112,7 +112,7 @@ def vitt8_64() -> Config:
         predictor=PredictorConfig(width=96, depth=4, heads=3),
         method=DSeqConfig(
             saliency=SaliencyConfig(kind="rarity"),
-            regions=RegionsConfig(kind="clusters", min_area=0.02),
+            regions=RegionsConfig(kind="clusters", features=0, min_area=0.02),
             curriculum=CurriculumConfig(start=0.0, end=1.0),
             regularizer="vicreg",
             regularizer_over="patches",

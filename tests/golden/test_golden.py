@@ -24,7 +24,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "dseq_vitt8_64": ("dseq_vitt8_64", *PAPER, PROJECTED),
     "ijepa_vitt8_64": ("ijepa_vitt8_64", POOLED, PROJECTED),
     "cjepa_vitt8_64": ("cjepa_vitt8_64", PROJECTED),
-    "clusters": ("dseq_vitt8_64",),
+    "clusters": ("dseq_vitt8_64", "method.regions.features=target"),
+    "clusters_of_a_block": ("dseq_vitt8_64",),
     "patches": ("ijepa_vitt8_64",),
     "bands": (
         "dseq_vitt8_64",
