@@ -29,6 +29,7 @@ from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
+from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import ImportConfig, read_encoder
@@ -310,9 +311,10 @@ def _encoded(heads: tuple[Tensor, ...], patches: tuple[Tensor, ...]) -> Encoded:
 
 
 def untrainable(name: str) -> str:
+    trains = [task for task, config in TASKS.items() if config.trains_backbone]
     return (
-        f"{name} has no transformer blocks to train: fine-tuning, detection and segmentation take "
-        "a plain ViT; knn, linear, lowshot and clevr take this one frozen"
+        f"{name} has no transformer blocks to train, as {', '.join(trains)} do: those take a plain "
+        "ViT, and this one can be evaluated frozen"
     )
 
 

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.tasks.config import ClevrConfig
 from dseqjepa.tasks.features import NOT_FINITE, Rows, pooling_of
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.linear import INIT_STD
+from dseqjepa.tasks.reading import Shuffled
 from dseqjepa.tasks.results import MAJORITY, Metric, Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn, list_name, listed
 from dseqjepa.tasks.store import splits_of
-from dseqjepa.train.schedules import cosine
+from dseqjepa.tasks.training import Place, Recipe, fit
 
 
 def evaluate(job: Job, config: ClevrConfig) -> Result:
@@ -61,7 +61,7 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
     held: dict[str, float] = {}
     for task in tasks:
         label_M = train.labels[task]
-        head = fit(
+        head = fit_linear(
             rows.only(fit_M)[:],
             label_M[fit_M],
             classes=len(class_names(job.train, task)),
@@ -127,7 +127,7 @@ def _split(job: Job, config: ClevrConfig) -> tuple[Tensor, int, str]:
     return sample_M, n_train, f"{how}: {n_train} train, {len(sample_M) - n_train} val"
 
 
-def fit(
+def fit_linear(
     feature_MD: Float[Tensor, "M D"],
     label_M: Int64[Tensor, " M"],
     *,
@@ -145,20 +145,15 @@ def fit(
         head.bias.zero_()
     head.to(device)
     feature_MD, label_M = feature_MD.to(device), label_M.to(device)
-    how: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(head.parameters(), **how)
-    count, step = len(label_M), 0
-    steps = config.epochs * -(-count // config.batch_size)
-    for epoch in range(config.epochs):
-        keys_M = sample_keys(config.seed, epoch, torch.arange(count))
-        order_M = shuffled(keys_M, Stream.SHUFFLE).to(device)
-        for index_B in order_M.split(config.batch_size):
-            optimizer.param_groups[0]["lr"] = cosine(config.lr, 0.0, step / steps)
-            loss = F.cross_entropy(head(feature_MD[index_B]), label_M[index_B])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
+    parts = Shuffled(len(label_M), config.batch_size, config.seed)
+    recipe = Recipe(config.epochs * parts.per_epoch, config.batch_size, config.lr)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay)
+
+    def losses(index_B: Tensor) -> dict[str, Tensor]:
+        index_B = index_B.to(device)
+        return {"loss": F.cross_entropy(head(feature_MD[index_B]), label_M[index_B])}
+
+    fit(head, optimizer, recipe, parts, losses, Place(device=device))
     return head
 
 

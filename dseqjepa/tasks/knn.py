@@ -17,12 +17,12 @@ from torch import Tensor
 from dseqjepa.data.images import Subset, notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pooling_of
 from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified, row
 from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import splits_of
 
 NEIGHBOURS = 20
@@ -154,18 +154,11 @@ def probe(
         InputError: the source has no labels for `task`, or those of `knn_predict`.
     """
     classes = len(class_names(source, task))
-    sample = Subset(source, draw(len(source), images, seed).numpy())
-    drawn = extract(encoder, sample, image_size, device=device)
-    rows, label_M = drawn.rows(["mean1"]), drawn.labels[task]
+    sample = Subset(source, drawn(len(source), images, seed).sort().values.numpy())
+    found = extract(encoder, sample, image_size, device=device)
+    rows, label_M = found.rows(["mean1"]), found.labels[task]
     pred_M = knn_predict(rows, label_M, rows, classes=classes, exclude_self=True, device=device)
     return 100 * (pred_M == label_M).double().mean().item()
-
-
-def draw(count: int, wanted: int, seed: int) -> Int64[Tensor, " R"]:
-    """At most `wanted` of `count` places, in order, always the same for a seed."""
-    keys_M = sample_keys(seed, 0, torch.arange(count))
-    order_M = shuffled(keys_M, Stream.SPLIT)
-    return order_M[:wanted].sort().values
 
 
 def compare(
@@ -302,7 +295,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Accuracy of at most `SWEEP_IMAGES` training images, each among all others, for every k and
     temperature. No test image is looked at."""
-    query_N = draw(len(train), SWEEP_IMAGES, config.seed)
+    query_N = drawn(len(train), SWEEP_IMAGES, config.seed).sort().values
     found = neighbours(
         train, label_M, train.only(query_N), k=max(config.ks), self_N=query_N, device=device
     )

@@ -24,7 +24,7 @@ from dseqjepa.files import json_digest
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
-from dseqjepa.tasks.config import FrozenConfig, TaskConfig, TrainedConfig
+from dseqjepa.tasks.config import FrozenConfig, TaskConfig
 from dseqjepa.tasks.reading import check_bad
 from dseqjepa.tasks.results import (
     FORMAT,
@@ -123,7 +123,7 @@ def run_task(
         pretrained=config.pretrained,
         image_size=size,
         seed=config.init_seed,
-        trainable=isinstance(config, TrainedConfig),
+        trainable=config.trains_backbone,
     )
     if out is None and backbone.run is None:
         raise InputError(f"out=FILE.json is missing: {spec} has no run's folder to keep it in")
@@ -212,7 +212,7 @@ def describe(
     return {
         "format": FORMAT,
         "task": task,
-        "title": f"{TITLES.get(task, task)}, {result.labels}, %"
+        "title": f"{config.title}, {result.labels}, %"
         + (" (RMSE in the data's unit)" if NOT_PER_CENT.keys() & result.metrics.keys() else ""),
         "preset": config.preset,
         "metrics": {key: metric._asdict() for key, metric in result.metrics.items()},
@@ -264,20 +264,6 @@ def _changed(job: Job, fingerprints: Mapping[str, str]) -> list[str]:
         if not is_same:
             lines.append(f"warning: the {part} images changed while they were evaluated{why}")
     return lines
-
-
-TITLES = {
-    "knn": "kNN accuracy",
-    "linear": "linear accuracy",
-    "attentive": "attentive accuracy",
-    "dense": "frozen patches",
-    "lowshot": "low-shot accuracy",
-    "clevr": "Clevr accuracy",
-    "finetune": "fine-tuned",
-    "detection": "Mask R-CNN",
-    "segmentation": "UPerNet",
-    "discovery": "objects found",
-}
 
 
 def identity(backbone: Backbone) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Suffixes: B images of a batch, N test images, P patches of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ from dseqjepa.tasks.discovery.measures import (
 )
 from dseqjepa.tasks.discovery.truth import LocatedImage, Truth, read_sample
 from dseqjepa.tasks.features import lost
-from dseqjepa.tasks.reading import in_order
+from dseqjepa.tasks.reading import batched, in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -103,7 +103,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
         return read_sample(test, int(place_N[at]), backbone.image_size, grid)
 
     samples = in_order(part, read, config.workers, bad, job.console, job.ranks)
-    for batch in _batches(samples, config.encode_batch):
+    for batch in batched(samples, config.encode_batch):
         at_B = torch.tensor([at for at, _ in batch])
         images_BCHW = torch.stack([sample.image_CHW for _, sample in batch])
         seen = _see(job, config, looks, images_BCHW, place_N[at_B], grid)
@@ -195,19 +195,6 @@ def _untrained(backbone: Backbone, config: DiscoveryConfig) -> Backbone | None:
     made = backbone.config or read_encoder(Path(backbone.source), ImportConfig(), "target")[1]
     untrained = own_backbone(untrained_encoder(made), made, backbone.image_size)
     return untrained.eval()
-
-
-def _batches(
-    samples: Iterator[tuple[int, LocatedImage]], size: int
-) -> Iterator[list[tuple[int, LocatedImage]]]:
-    batch: list[tuple[int, LocatedImage]] = []
-    for pair in samples:
-        batch.append(pair)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _see(
