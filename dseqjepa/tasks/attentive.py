@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,11 +28,12 @@ from dseqjepa.data.images import Subset
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
+from dseqjepa.model.vit import Features
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
-from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lost, pooled
+from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lacking, pooled
 from dseqjepa.tasks.heads import split_by_class
-from dseqjepa.tasks.knn import class_names, same_classes
+from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.reading import LabelledImage, crops_of, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
@@ -157,9 +157,8 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
         RunError: too many images cannot be decoded.
     """
     task = config.task
-    same_classes(job.train, job.test, task)
+    names = same_classes(job.train, job.test, task)
     check_parts(config.batch_size, 1, job.ranks)
-    names = class_names(job.train, task)
     reader = Reader.of(job.backbone, config)
     limit = len(job.train) if config.limit == "none" else config.limit
     chosen_L = drawn(len(job.train), limit, config.seed).sort().values
@@ -184,24 +183,15 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
         {"lr": lr, "weight_decay": decay, "holdout_accuracy": accuracy}
         for (lr, decay), accuracy in zip(heads.settings, accuracy_H, strict=True)
     ]
-    return Result(
-        metrics=found.metrics,
+    return found.result(
+        details={"chosen": grid[best], "sweep": grid},
         protocol=_protocol(config),
-        labels=task,
         layers=f"last {len(reader.pieces)}",
         pooling=f"{config.pooling}, {config.classifier}",
         n_train=len(fitted) + len(held) - len(bad),
-        n_test=len(label_N),
-        n_bad=len(bad) + len(tested.bad),
         seeds=(config.seed,),
-        details={"chosen": grid[best], "sweep": grid, **found.details},
-        floors=found.floors,
-        missing={
-            "train": lost(job.train, task, bad),
-            "test": tested.missing(job.test, task),
-        },
-        examples=found.examples,
         unfinished=place.unfinished,
+        **lacking(task, train=(job.train, bad), test=(job.test, tested.bad)),
     )
 
 
@@ -266,13 +256,14 @@ def answers(
     """The class that each head gives each image, as the piece `mean1` (N, H); -1 of one that
     diverged."""
 
-    def answer(images_BCHW: Tensor) -> SimpleNamespace:
+    def answer(images_BCHW: Tensor) -> Features:
         logits = [logits_BC.float() for logits_BC in heads(reader.of_images(images_BCHW))]
         found = [
             logits_BC.argmax(dim=1).where(logits_BC.isfinite().all(dim=1), -1)
             for logits_BC in logits
         ]
-        return SimpleNamespace(layers=(torch.stack(found, dim=1)[:, None],))
+        said_B1H = torch.stack(found, dim=1)[:, None]
+        return Features(None, said_B1H, (said_B1H,))
 
     return extract(answer, source, job.backbone.image_size, ("mean1",), **reading(job, config))
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
-from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
+from dseqjepa.model.vit import Features, VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
@@ -43,16 +43,9 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """What an encoder says of a batch. `model.vit.Features` has the same three."""
+class Encoded(Features):
+    """What a backbone says of a batch; its `layers` are as many as were asked for, or there are."""
 
-    cls_BD: Tensor | None
-    """[CLS] after the final norm; None where there is none."""
-    patches_BND: Tensor
-    """Patches of the last block after the final norm."""
-    layers: tuple[Tensor, ...]
-    """Patches of the last four blocks (B, N, D), or of as many as were asked for, each after the
-    final norm, the last one being `patches_BND`; fewer where there are fewer."""
     cls_layers: tuple[Tensor, ...] = ()
     """[CLS] of the same blocks (B, D), after the final norm; empty where there is none."""
 

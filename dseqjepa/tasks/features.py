@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -29,6 +29,7 @@ from dseqjepa.data.loader import Reading, read
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
+from dseqjepa.model.vit import Features
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.reading import read_ahead
 from dseqjepa.tasks.sample import drawn
@@ -55,20 +56,7 @@ BASIS_IMAGES = 1024
 """Training images, drawn by seed 0, from which a `PatchBasis` is estimated."""
 
 
-class EncoderOutput(Protocol):
-    """What an encoder has to return; `tasks.backbone.Encoded` is it, `model.vit.Features` too."""
-
-    @property
-    def cls_BD(self) -> Tensor | None: ...
-
-    @property
-    def patches_BND(self) -> Tensor: ...
-
-    @property
-    def layers(self) -> Sequence[Tensor]: ...
-
-
-Encoder = Callable[..., EncoderOutput]
+Encoder = Callable[..., Features]
 """Takes uint8 images (B, 3, H, W) and normalises them itself."""
 
 
@@ -286,6 +274,17 @@ def lost(source: Source, task: str, bad: Mapping[str, str]) -> dict[str, tuple[i
         int(label_N[index]) for index in range(len(source)) if bad and source.name(index) in bad
     )
     return {names[label]: (gone[label], int((label_N == label).sum())) for label in sorted(gone)}
+
+
+def lacking(
+    task: str, **parts: tuple[Source, Mapping[str, str] | Sequence[tuple[str, str]]]
+) -> dict[str, Any]:
+    """What a result says of the bad images of each part of the data: how many, and of which
+    classes."""
+    return {
+        "n_bad": sum(len(bad) for _, bad in parts.values()),
+        "missing": {name: lost(source, task, dict(bad)) for name, (source, bad) in parts.items()},
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from dseqjepa.data.transforms import EvalTransform, TrainTransform
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FinetuneConfig
-from dseqjepa.tasks.features import lost
-from dseqjepa.tasks.knn import class_names
+from dseqjepa.tasks.features import lacking
+from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.maps import DropPath
 from dseqjepa.tasks.reading import LabelledImage, batched, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
@@ -136,9 +136,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
             can.
     """
     backbone, train, test, task = job.backbone, job.train, job.test, config.task
-    classes = class_names(train, task)
-    if class_names(test, task) != classes:
-        raise InputError(f"training and test images have different classes for {task!r}")
+    classes = same_classes(train, test, task)
     if config.pooling == "cls" and not backbone.has_cls:
         raise InputError(f"{backbone.name} has no [CLS]: use pooling=mean")
     sizes = Sizes.of(backbone.depth)
@@ -187,8 +185,8 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     predicted_N, label_N = torch.tensor(said).unbind(1)
     label_M = torch.from_numpy(train.labels[task])
     found = classified(predicted_N, label_N, label_M, classes, task)
-    return Result(
-        metrics=found.metrics,
+    return found.result(
+        details={"bad_images": {"train": bad, "test": bad_test}},
         protocol={
             **config.recipe(),
             "epochs": epochs,
@@ -200,17 +198,11 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
             "10), erasing, mixup or CutMix",
             "image_size": list(backbone.image_size),
         },
-        labels=task,
         layers="all",
         pooling={"mean": "mean of the patches", "cls": "[CLS]"}[config.pooling],
         n_train=len(train) - len(bad),
-        n_test=len(label_N),
-        n_bad=len(bad) + len(bad_test),
         seeds=(config.seed,),
-        floors=found.floors,
-        missing={"train": lost(train, task, bad), "test": lost(test, task, bad_test)},
-        details={"bad_images": {"train": bad, "test": bad_test}, **found.details},
-        examples=found.examples,
+        **lacking(task, train=(train, bad), test=(test, bad_test)),
     )
 
 

@@ -19,7 +19,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
-from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pooling_of
+from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, lacking, pooling_of
 from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -244,8 +244,7 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
     other training images. Errors are those of `features_of` and `knn_predict`.
     """
     task = config.task
-    same_classes(job.train, job.test, task)
-    names = class_names(job.train, task)
+    names = same_classes(job.train, job.test, task)
     pieces = job.backbone.pieces(config.features)
     train, test = splits_of(job, config, pieces)
     label_M, label_N = train.labels[task], test.labels[task]
@@ -259,8 +258,8 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
     near = neighbours(rows_M, label_M, rows_N, k=most, device=job.device)
     pred_N = near.vote(len(names), k, temperature).cpu()
     found = classified(pred_N, label_N, label_M, names, task)
-    metrics = dict(found.metrics)
-    details: dict[str, Any] = {"k": min(k, len(label_M)), **found.details}
+    metrics: dict[str, Metric] = {}
+    details: dict[str, Any] = {"k": min(k, len(label_M))}
     swept: dict[str, Any] = {}
     if config.sweep:
         swept = {"sweep": [config.ks, config.temperatures, config.seed]}
@@ -270,19 +269,14 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
         metrics["swept"] = _accuracy(near, label_N, len(names), best["k"], best["temperature"])
     protocol: dict[str, Any] = {"features": config.features, "k": k, "temperature": temperature}
     protocol |= {"center": config.center} if config.center != "none" else {}
-    return Result(
-        metrics=metrics,
+    return found.result(
+        metrics,
+        details,
         protocol=protocol | {"transform": "centre crop"} | swept,
-        labels=task,
         layers=config.features,
         pooling=pooling_of(pieces),
         n_train=len(label_M),
-        n_test=len(label_N),
-        n_bad=len(train.bad) + len(test.bad),
-        details=details,
-        floors=found.floors,
-        missing={"train": train.missing(job.train, task), "test": test.missing(job.test, task)},
-        examples=found.examples,
+        **lacking(task, train=(job.train, train.bad), test=(job.test, test.bad)),
     )
 
 
@@ -319,10 +313,12 @@ def class_names(source: Source, task: str) -> tuple[str, ...]:
     return source.classes[task]
 
 
-def same_classes(train: Source, test: Source, task: str) -> None:
-    """`InputError` where a class has not the same number on both sides."""
-    if class_names(train, task) != class_names(test, task):
+def same_classes(train: Source, test: Source, task: str) -> tuple[str, ...]:
+    """The classes of a task; `InputError` where one has not the same number on both sides."""
+    names = class_names(train, task)
+    if names != class_names(test, task):
         raise InputError(
             f"training and test images have different classes for {task!r}: "
             f"give both the same class folders"
         )
+    return names

@@ -21,7 +21,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
-from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lost, pooled, pooling_of
+from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lacking, pooled, pooling_of
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import LabelledImage, crops_of, stacked
@@ -37,8 +37,9 @@ INIT_STD = 0.01
 def evaluate(job: Job, config: LinearConfig) -> Result:
     """Accuracy of a linear classifier. Errors are those of `extract`, and an `InputError` where the
     data has no such labels or fewer images than a batch."""
-    same_classes(job.train, job.test, config.task)
-    return by_sweep(job, config) if config.protocol == "sweep" else by_paper(job, config)
+    names = same_classes(job.train, job.test, config.task)
+    by_protocol = {"sweep": by_sweep, "paper": by_paper}[config.protocol]
+    return by_protocol(job, config, names)
 
 
 # The paper's protocol
@@ -74,7 +75,7 @@ class Probe(nn.Module):
         return loss
 
 
-def by_paper(job: Job, config: LinearConfig) -> Result:
+def by_paper(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
     backbone, task = job.backbone, config.task
     pieces = backbone.pieces(config.features)
     if len(job.train) < config.batch_size * job.ranks.world:
@@ -99,22 +100,16 @@ def by_paper(job: Job, config: LinearConfig) -> Result:
         blocks = [rows_BD.to(job.device) for _, rows_BD in test.rows(pieces).blocks()]
         pred_N = torch.cat([probe(rows_BD).argmax(dim=1).cpu() for rows_BD in blocks])
     label_N, label_M = test.labels[task], torch.from_numpy(job.train.labels[task])
-    found = classified(pred_N, label_N, label_M, class_names(job.train, task), task)
-    return Result(
-        metrics=found.metrics,
+    found = classified(pred_N, label_N, label_M, names, task)
+    return found.result(
+        details={"epoch_loss": probe.loss_E.tolist()},
         protocol=protocol,
-        labels=task,
         layers=config.features,
         pooling=pooling_of(pieces),
         n_train=len(job.train) - len(bad),
-        n_test=len(label_N),
-        n_bad=len(bad) + len(test.bad),
         seeds=(config.seed,),
-        details={"epoch_loss": probe.loss_E.tolist(), **found.details},
-        floors=found.floors,
-        missing={"train": lost(job.train, task, bad), "test": test.missing(job.test, task)},
-        examples=found.examples,
         unfinished=place.unfinished,
+        **lacking(task, train=(job.train, bad), test=(job.test, test.bad)),
     )
 
 
@@ -166,7 +161,7 @@ def train(
 # The sweep over features that were encoded once
 
 
-def by_sweep(job: Job, config: LinearConfig) -> Result:
+def by_sweep(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
     backbone, task = job.backbone, config.task
     features = features_for(config.sweep, backbone)
     pieces = all_pieces(features, backbone)
@@ -176,7 +171,7 @@ def by_sweep(job: Job, config: LinearConfig) -> Result:
         backbone,
         train,
         train.labels[task],
-        classes=len(class_names(job.train, task)),
+        classes=len(names),
         seed=config.seed,
         device=job.device,
         group_of=reading_of,
@@ -184,31 +179,24 @@ def by_sweep(job: Job, config: LinearConfig) -> Result:
     label_N = test.labels[task]
     predicted = chosen.predict(test.rows(pieces), job.device)
     best = chosen.setting
-    label_M, names = train.labels[task], class_names(job.train, task)
-    found = classified(predicted[chosen.group], label_N, label_M, names, task)
+    found = classified(predicted[chosen.group], label_N, train.labels[task], names, task)
     readings = {
         reading: accuracy_metric(pred_N == label_N) for reading, pred_N in predicted.items()
     }
-    return Result(
-        metrics={**found.metrics, **readings},
-        protocol={"protocol": "sweep", "transform": "resize 256/224, centre crop"}
-        | config.sweep.model_dump(mode="json"),
-        labels=task,
-        layers=best.feature,
-        pooling=pooling_of(backbone.pieces(best.feature)),
-        n_train=len(train.index_M),
-        n_test=len(label_N),
-        n_bad=len(train.bad) + len(test.bad),
-        seeds=(config.seed,),
+    return found.result(
+        metrics=readings,
         details={
             "chosen": vars(best),
             "readings": {reading: vars(each) for reading, each in chosen.by_group.items()},
             "sweep": chosen.grid,
-            **found.details,
         },
-        floors=found.floors,
-        missing={"train": train.missing(job.train, task), "test": test.missing(job.test, task)},
-        examples=found.examples,
+        protocol={"protocol": "sweep", "transform": "resize 256/224, centre crop"}
+        | config.sweep.model_dump(mode="json"),
+        layers=best.feature,
+        pooling=pooling_of(backbone.pieces(best.feature)),
+        n_train=len(train.index_M),
+        seeds=(config.seed,),
+        **lacking(task, train=(job.train, train.bad), test=(job.test, test.bad)),
     )
 
 

@@ -139,13 +139,9 @@ def curves(runs: Mapping[str, Metrics]) -> Figure:
         "where features collapse. The probe is leave-one-out on training images."
         + (" Dashes tell the runs apart." if len(runs) > 1 else ""),
     )
-    x = 0.0
-    for number, label in enumerate(runs if len(runs) > 1 else ()):
-        key = page.axes(x, 0.04, 0.4, 0.12)
-        key.set_axis_off()
-        key.add_line(Line2D([0, 1], [0.5, 0.5], color=_line(number), linestyle=_dash(number)))
-        page.text(x + 0.48, 0, label)
-        x += 0.48 + 0.09 * len(label) + 0.3
+    if len(runs) > 1:
+        marks = [Line2D([], [], color=_line(n), linestyle=_dash(n)) for n in range(len(runs))]
+        page.legend(0, 0.04, WIDTH, list(runs), marks, TEXT)
     for index, panel in enumerate(panels):
         x = left + index % across * (width + gap)
         y = legend + index // across * (head + height + foot)

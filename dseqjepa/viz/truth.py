@@ -23,23 +23,21 @@ from dseqjepa.viz.canvas import (
     TILE_PIXELS,
     Axes,
     Figure,
-    Page,
     Rectangle,
     Table,
-    bare,
     colour,
     inches_of,
+    note,
     shortened,
     text_width,
     tile_table,
 )
-from dseqjepa.viz.style import INK, MUTED, PALETTE, VEIL
+from dseqjepa.viz.style import INK, PALETTE, VEIL
 from dseqjepa.viz.tiles import class_tile, colour_tile, heat_of, photo_of
 
 GROUPS = 2
 """Images side by side."""
 HEADINGS = ("image", "ground truth", "prediction")
-SWATCH = 0.13
 SURE = 0.5
 """The score from which on an object is drawn."""
 MOST = 20
@@ -129,13 +127,7 @@ def detection_sheet(
             for k in best_K.tolist()
         ]
         for place_axes, text in ((axes[1], names), (axes[2], said)):
-            place_axes.set_xlabel(
-                _in_two_lines(text, table.tile),
-                fontsize=SMALL,
-                color=colour(MUTED),
-                labelpad=3,
-                parse_math=False,
-            )
+            note(place_axes, _in_two_lines(text, table.tile))
     return table.figure
 
 
@@ -185,29 +177,10 @@ def _class_legend(
     if len(categories) > len(coloured):
         names.append("any other")
         colours.append(OTHER[0])
+    marks = [Rectangle((0, 0), 1, 1, color=colour(rgb)) for rgb in colours]
+    shown = [shortened(name, 1.6, SMALL) for name in names]
     width = max(across * table.tile + (across - 1) * GAP, 5.0)
-    _legend(table.page, table.below + 0.14, names, colours, width)
-
-
-def _legend(
-    page: Page,
-    y: float,
-    names: Sequence[str],
-    colours: Sequence[NDArray[np.integer]],
-    width: float,
-) -> None:
-    """Swatches with names, in as many lines as they need."""
-    x = 0.0
-    for name, rgb in zip(names, colours, strict=True):
-        name = shortened(name, 1.6, SMALL)
-        wide = SWATCH + 0.05 + text_width(name, SMALL)
-        if x and x + wide > width:
-            x, y = 0.0, y + inches_of(SMALL)
-        key = page.axes(x, y + 0.02, SWATCH, SWATCH)
-        bare(key)
-        key.set_facecolor(colour(rgb))
-        page.text(x + SWATCH + 0.05, y, name, SMALL)
-        x += wide + 0.18
+    table.page.legend(0, table.below + 0.14, width, shown, marks)
 
 
 def _draw_objects(

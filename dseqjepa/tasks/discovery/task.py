@@ -45,7 +45,7 @@ from dseqjepa.tasks.discovery.measures import (
     summarise,
 )
 from dseqjepa.tasks.discovery.truth import LocatedImage, Truth, read_sample
-from dseqjepa.tasks.features import lost
+from dseqjepa.tasks.features import lacking
 from dseqjepa.tasks.reading import batched, in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
@@ -132,7 +132,6 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
         pooling="none",
         n_train=0,
         n_test=count,
-        n_bad=len(bad),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
@@ -146,7 +145,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
             "without_object": without,
             "bad_images": {"test": bad},
         },
-        missing={"test": lost(part, "class", bad)},
+        **lacking("class", test=(part, bad)),
         examples={"examples": examples[:PICTURES], "grid": grid, "cut": cut},
     )
 

@@ -18,7 +18,7 @@ from dseqjepa.data.source import Segmentations
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import SegmentationConfig
-from dseqjepa.tasks.features import lost
+from dseqjepa.tasks.features import lacking
 from dseqjepa.tasks.maps import blocks_to_read
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
@@ -108,7 +108,6 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         pooling="none",
         n_train=len(train) - len(bad),
         n_test=len(counts_NJ),
-        n_bad=len(bad) + len(bad_test),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
@@ -120,7 +119,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             "classes_that_occur": sum(iou == iou for iou in iou_K),
             "bad_images": {"train": bad, "test": bad_test},
         },
-        missing={"train": lost(train, "class", bad), "test": lost(test, "class", bad_test)},
+        **lacking("class", train=(train, bad), test=(test, bad_test)),
         examples={"examples": examples, "categories": train.categories},
     )
 
