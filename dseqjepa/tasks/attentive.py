@@ -262,7 +262,7 @@ def answers(
             logits_BC.argmax(dim=1).where(logits_BC.isfinite().all(dim=1), -1)
             for logits_BC in logits
         ]
-        said_B1H = torch.stack(found, dim=1)[:, None]
+        said_B1H = torch.stack(found, dim=1)[:, None].float()
         return Features(None, said_B1H, (said_B1H,))
 
     return extract(answer, source, job.backbone.image_size, ("mean1",), **reading(job, config))

@@ -122,6 +122,16 @@ class Backbone(nn.Module):
         heads = tuple(layer_BLD[:, 0] for layer_BLD in layers) if self.has_cls else ()
         return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
 
+    def grid(self) -> Grid:
+        """Rows and columns of the patches of an image; `InputError` where they do not tile it."""
+        (height, width), side = self.image_size, self.patch_size
+        if height % side or width % side:
+            raise InputError(
+                f"image_size {height} x {width} is not a multiple of the patch size {side} of "
+                f"{self.name}"
+            )
+        return height // side, width // side
+
     def pieces(self, feature: str) -> tuple[str, ...]:
         """What a named feature is made of (`pieces_of`)."""
         return pieces_of(feature, self.depth, self.has_cls)
@@ -372,12 +382,8 @@ def open_backbone(
         raise InputError(f"{spec} does not exist: expected {SPECS}")
     if backbone.weights == "random":
         backbone.seed = seed
-    if any(side % backbone.patch_size for side in backbone.image_size) and backbone.blocks:
-        height, width = backbone.image_size
-        raise InputError(
-            f"image_size {height} x {width} is not a multiple of the patch size "
-            f"{backbone.patch_size} of {backbone.name}"
-        )
+    if backbone.blocks:
+        backbone.grid()
     if trainable and not backbone.blocks:
         raise InputError(untrainable(backbone.name))
     return backbone.eval().requires_grad_(True)

@@ -34,7 +34,6 @@ from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.reading import read_ahead
 from dseqjepa.tasks.sample import drawn
 
-LAST4 = ("mean4", "mean3", "mean2", "mean1")
 LAYERS_AT_LEAST = 4
 """Any encoder gives so many of its last blocks, if it has them; a `Backbone` more, when asked."""
 CHUNK_IMAGES = 512
@@ -299,10 +298,6 @@ class Extracted:
     labels: Mapping[str, Int64[Tensor, " M"]]
     index_M: Int64[Tensor, " M"]
     bad: tuple[tuple[str, str], ...]
-
-    def missing(self, source: Source, task: str) -> dict[str, tuple[int, int]]:
-        """Of each class of the source that lacks images: how many, and of how many."""
-        return lost(source, task, dict(self.bad))
 
     def rows(self, pieces: Sequence[str]) -> Rows:
         """These pieces side by side."""

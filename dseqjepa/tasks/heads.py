@@ -14,8 +14,9 @@ H heads, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ class Setting:
     feature: str
     lr: float
     weight_decay: float
+
+    @classmethod
+    def all_of(
+        cls, features: Iterable[str], lrs: Iterable[float], weight_decays: Iterable[float]
+    ) -> list[Setting]:
+        """Every feature with every rate and decay."""
+        return [cls(*each) for each in product(features, lrs, weight_decays)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
-from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, lacking, pooling_of
+from dseqjepa.tasks.features import Encoder, Rows, as_rows, extract, lacking, pooling_of
 from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -204,31 +204,16 @@ def compare(
             )
             metric = _accuracy(found, test.labels[task], classes, k, temperature)
             kind = "pixels" if isinstance(backbone, Pixels) else features
-            rows.append(_row(name, kind, task, {"accuracy": metric}, train, test, k, temperature))
+            said = {
+                "features": kind,
+                "n_train": len(train.index_M),
+                "n_test": len(test.index_M),
+                "k": min(k, len(train.index_M)),
+                "temperature": temperature,
+                "n_bad": len(train.bad) + len(test.bad),
+            }
+            rows.append(row(name, task, {"accuracy": metric}, **said))
     return rows
-
-
-def _row(
-    name: str,
-    features: str,
-    task: str,
-    metrics: Mapping[str, Metric],
-    train: Extracted,
-    test: Extracted,
-    k: int,
-    temperature: float,
-) -> dict[str, Any]:
-    return row(
-        name,
-        task,
-        metrics,
-        features=features,
-        n_train=len(train.index_M),
-        n_test=len(test.index_M),
-        k=min(k, len(train.index_M)),
-        temperature=temperature,
-        n_bad=len(train.bad) + len(test.bad),
-    )
 
 
 def _accuracy(

@@ -217,12 +217,7 @@ def choose(
     features = features_for(sweep, backbone)
     pieces = all_pieces(features, backbone)
     rows = train.rows(pieces) if only is None else train.rows(pieces).only(only)
-    settings = [
-        Setting(feature, lr, weight_decay)
-        for feature in features
-        for lr in sweep.lrs
-        for weight_decay in sweep.weight_decays
-    ]
+    settings = Setting.all_of(features, sweep.lrs, sweep.weight_decays)
     label_M = label_M if only is None else label_M[only]
     return choose_head(
         rows,

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest, write_whole
+from dseqjepa.tasks.bootstrap import RESAMPLES
 
 FORMAT = 1
 MANY = 4
 """The most metrics that stand side by side on a terminal."""
 MAJORITY = "majority"
 """The row of the answer that is right most often among the training images."""
-RESAMPLES = 1000
 NOT_PER_CENT = {"depth_rmse": (0.0, math.inf)}
 """Metrics that have a unit of their own, and what values they can have."""
 

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -358,26 +358,24 @@ def fit(
     return fitting.bad
 
 
+@dataclass
 class _Fitting:
     """A training on its way: what `fit` was given, and how far it has come."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        recipe: Recipe,
-        parts: Samples[Any] | Shuffled,
-        losses: Callable[[Any], Losses],
-        place: Place,
-    ) -> None:
-        self.model, self.optimizer, self.recipe = model, optimizer, recipe
-        self.parts, self.losses, self.place = parts, losses, place
-        self.ranks = place.ranks
-        quiet = place.folder is None or not self.ranks.first
-        self.journal = Journal(place.folder or Path(), place.console, quiet=quiet)
-        self.step = 0
-        self.bad: dict[str, str] = {}
-        self.new_bad: dict[str, str] = {}
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    parts: Samples[Any] | Shuffled
+    losses: Callable[[Any], Losses]
+    place: Place
+    step: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    new_bad: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        folder, self.ranks = self.place.folder, self.place.ranks
+        quiet = folder is None or not self.ranks.first
+        self.journal = Journal(folder or Path(), self.place.console, quiet=quiet)
 
     @property
     def parts_per_step(self) -> int:
@@ -413,9 +411,10 @@ class _Fitting:
         every = place.every or min(100, max(1, recipe.steps // 50))
         journal.start_progress(self.step, recipe.steps)
         devices = [place.device] if place.device.type == "cuda" else []
-        one_for = 1.0 if ranks.world > 1 else 0.0
+        stop = StopRequest(one_for=1.0 if ranks.world > 1 else 0.0)
+        is_kept = place.folder is not None  # otherwise there is nothing to stop for
         try:
-            with StopRequest(one_for) as stop, torch.random.fork_rng(devices=devices):
+            with stop if is_kept else nullcontext(), torch.random.fork_rng(devices=devices):
                 ahead = read_ahead(self.parts.__getitem__, self._own_parts(), place.workers)
                 while self.step < recipe.steps:
                     terms, norm = self._take_step(ahead)

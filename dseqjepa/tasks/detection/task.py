@@ -32,6 +32,11 @@ from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.training import Recipe, answer_all, train_backbone
 
 PICTURES = 8
+OF_MODEL = (
+    "width", "head_width", "mask_width", "longest_side", "window", "drop_path", "detections",
+    "proposals", "score_threshold",
+)  # fmt: skip
+"""Settings that are the model's own."""
 
 
 def evaluate(job: Job, config: DetectionConfig) -> Result:
@@ -64,15 +69,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         return Detector(
             job.backbone,
             len(train.categories),
-            width=config.width,
-            head_width=config.head_width,
-            mask_width=config.mask_width,
-            longest_side=config.longest_side,
-            window=config.window,
-            drop_path=config.drop_path,
-            detections=config.detections,
-            proposals=config.proposals,
-            score_threshold=config.score_threshold,
+            **{name: getattr(config, name) for name in OF_MODEL},
         )
 
     model, bad = train_backbone(

@@ -102,7 +102,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             "miou": _percent(found.miou, found.miou_interval),
             "pixel_accuracy": _percent(found.accuracy, found.accuracy_interval),
         },
-        protocol=protocol(config, job),
+        protocol=protocol(config),
         labels="pixels",
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
@@ -148,7 +148,7 @@ def predict(
     return logits_1KHW[0].argmax(0).cpu() + 1
 
 
-def protocol(config: SegmentationConfig, job: Job) -> dict[str, object]:
+def protocol(config: SegmentationConfig) -> dict[str, object]:
     """All that must be equal for two results to be comparable, beside the data."""
     return {
         **config.recipe(),
