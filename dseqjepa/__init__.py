@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dseqjepa.config import Config
+    from dseqjepa.data.images import ImageFolder
     from dseqjepa.errors import InputError, RunError
     from dseqjepa.methods import build_method
     from dseqjepa.methods.base import Method, Predictions, Step
@@ -18,13 +19,18 @@ if TYPE_CHECKING:
     from dseqjepa.plans.plan import Plan
     from dseqjepa.plans.regions import Regions, rank_regions
     from dseqjepa.presets import load_config
-    from dseqjepa.train.checkpoint import load_encoder
+    from dseqjepa.tasks.features import extract
+    from dseqjepa.train.checkpoint import load_encoder, load_method
+    from dseqjepa.train.monitor import verdicts
+    from dseqjepa.viz.sheet import image_sheet
+    from dseqjepa.viz.trace import trace
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
     "Features": "model.vit",
+    "ImageFolder": "data.images",
     "InputError": "errors",
     "Look": "model.look",
     "Method": "methods.base",
@@ -34,16 +40,22 @@ _HOME = {
     "RunError": "errors",
     "Step": "methods.base",
     "build_method": "methods",
+    "extract": "tasks.features",
+    "image_sheet": "viz.sheet",
     "load_config": "presets",
     "load_encoder": "train.checkpoint",
+    "load_method": "train.checkpoint",
     "look_for_saliency": "model.look",
     "rank_regions": "plans.regions",
     "saliency": "model.look",
+    "trace": "viz.trace",
+    "verdicts": "train.monitor",
 }
 
 __all__ = [
     "Config",
     "Features",
+    "ImageFolder",
     "InputError",
     "Look",
     "Method",
@@ -54,11 +66,16 @@ __all__ = [
     "Step",
     "__version__",
     "build_method",
+    "extract",
+    "image_sheet",
     "load_config",
     "load_encoder",
+    "load_method",
     "look_for_saliency",
     "rank_regions",
     "saliency",
+    "trace",
+    "verdicts",
 ]
 
 

@@ -123,6 +123,13 @@ class Ranks:
             # However this process ends: a thread inside the store would take it down with an abort.
             atexit.register(self._pulse.end)
 
+    @classmethod
+    def by_itself(cls) -> Ranks:
+        """This process alone, though there may be others: for what all of them do alike."""
+        own = cls.__new__(cls)
+        own.world, own.rank = 1, 0
+        return own
+
     @property
     def first(self) -> bool:
         """True on rank 0, the one that writes and speaks."""

@@ -73,7 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     }
     | {"preflight"},
     "__main__": {"cli"},
-    "__init__": EVALUATION | {"methods", "presets"},
+    "__init__": EVALUATION
+    | {"methods", "presets", "tasks.features", "train.monitor", "viz.sheet", "viz.trace"},
 }
 """Part of the package -> the parts, or single modules, that it may stand on beside itself."""
 

@@ -160,6 +160,13 @@ def test_every_printed_piece_of_python_runs(path: Path, code: str, folder: Path)
     run([sys.executable, "-c", code], folder)
 
 
+def test_the_documents_use_public_names_alone():
+    """But for the text of a file of the package, which begins with what it is."""
+    for path, code in blocks("python"):
+        is_file = code.startswith('"""')
+        assert is_file or not re.search(r"(from|import) dseqjepa\.", code), path
+
+
 def test_links_between_the_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from dseqjepa.config import Config, CutConfig
 from dseqjepa.data.images import ImageFiles
-from dseqjepa.data.labelled import open_source
-from dseqjepa.data.source import BadImage, Source, Split
+from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, printable
 from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.report.run import Run, step_of
 from dseqjepa.train.checkpoint import described, load_method
-from dseqjepa.train.trained_on import trained_on
+from dseqjepa.train.trained_on import source_of, trained_on
 from dseqjepa.viz.tiles import label_patch
 from dseqjepa.viz.trace import Trace, trace
 
@@ -158,22 +157,10 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 def _source(config: Config) -> tuple[Source, bool]:
     """The part of the data that training did not see, if it has such a part; and whether."""
-    data = config.data
-
-    def part(split: Split) -> Source:
-        return open_source(
-            data.source,
-            split=split,
-            size=data.size,
-            image_size=data.image_size,
-            seed=config.runtime.seed,
-            pixel_range=data.pixel_range,
-        )
-
-    source = part("train")
+    source = source_of(config, "train")
     if isinstance(source, ImageFiles) and not source.has_splits:
         return source, False
-    return part("val"), True
+    return source_of(config, "val"), True
 
 
 def _label(source: Source, index: int) -> str:

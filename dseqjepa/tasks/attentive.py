@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,22 +25,21 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dseqjepa.data.images import Subset
-from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
-from dseqjepa.files import json_digest
+from dseqjepa.model.vit import Features
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
-from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lost, pooled
+from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lacking, pooled
 from dseqjepa.tasks.heads import split_by_class
-from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.reading import seeded
+from dseqjepa.tasks.knn import same_classes
+from dseqjepa.tasks.reading import LabelledImage, crops_of, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import features_of, reading
-from dseqjepa.tasks.training import Place, Recipe, check_parts, fit
+from dseqjepa.tasks.training import Place, Recipe, adamw, check_parts, fit
 
 MOMENT_IMAGES = 256
 """Training images whose patches say what mean 0 and deviation 1 are."""
@@ -160,9 +157,8 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
         RunError: too many images cannot be decoded.
     """
     task = config.task
-    same_classes(job.train, job.test, task)
+    names = same_classes(job.train, job.test, task)
     check_parts(config.batch_size, 1, job.ranks)
-    names = class_names(job.train, task)
     reader = Reader.of(job.backbone, config)
     limit = len(job.train) if config.limit == "none" else config.limit
     chosen_L = drawn(len(job.train), limit, config.seed).sort().values
@@ -171,7 +167,7 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
     fitted = Subset(job.train, chosen_L[fit_L].numpy())
     held = Subset(job.train, chosen_L[held_L].numpy())
 
-    heads, folder, bad = train(job, config, reader, fitted, len(names))
+    heads, place, bad = train(job, config, reader, fitted, len(names))
     judged = answers(job, config, reader, heads, held)
     tested = answers(job, config, reader, heads, job.test)
     bad |= dict(judged.bad)
@@ -187,51 +183,40 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
         {"lr": lr, "weight_decay": decay, "holdout_accuracy": accuracy}
         for (lr, decay), accuracy in zip(heads.settings, accuracy_H, strict=True)
     ]
-    return Result(
-        metrics=found.metrics,
+    return found.result(
+        details={"chosen": grid[best], "sweep": grid},
         protocol=_protocol(config),
-        labels=task,
         layers=f"last {len(reader.pieces)}",
         pooling=f"{config.pooling}, {config.classifier}",
         n_train=len(fitted) + len(held) - len(bad),
-        n_test=len(label_N),
-        n_bad=len(bad) + len(tested.bad),
         seeds=(config.seed,),
-        details={"chosen": grid[best], "sweep": grid, **found.details},
-        floors=found.floors,
-        missing={
-            "train": lost(job.train, task, bad),
-            "test": tested.missing(job.test, task),
-        },
-        examples=found.examples,
-        unfinished=(folder,),
+        unfinished=place.unfinished,
+        **lacking(task, train=(job.train, bad), test=(job.test, tested.bad)),
     )
 
 
 def train(
     job: Job, config: AttentiveConfig, reader: Reader, source: Subset, classes: int
-) -> tuple[QueryHeads, Path, dict[str, str]]:
-    """All heads on the images of a source; the folder that the training resumes from; bad images
-    and why."""
+) -> tuple[QueryHeads, Place, dict[str, str]]:
+    """All heads on the images of a source; where they were trained; bad images and why."""
     mean_D, std_D = moments(job, config, reader, source)
     heads = QueryHeads(mean_D, std_D, classes, config).to(job.device)
     bad: dict[str, str] = {}
-    read: Callable[[int, int], tuple[Tensor, int]]
     encode: Callable[[Tensor], Tensor]
     if config.crops:
-        read, encode = _crops(job, config, source), reader.of_images
+        transform = TrainTransform(job.backbone.image_size, config.crop_scale, config.flip)
+        read, encode = crops_of(source, config.task, transform), reader.of_images
     else:
         kept = features_of(job, config, "train", source, reader.pieces)
         source, bad = Subset(source, kept.index_M.numpy()), dict(kept.bad)
         rows, encode = kept.rows(reader.pieces), reader.of_rows
         label_N = source.labels[config.task]
 
-        def read(index: int, _key: int) -> tuple[Tensor, int]:
-            return rows[index : index + 1][0], int(label_N[index])
+        def read(index: int, _key: int) -> LabelledImage:
+            return LabelledImage(rows[index : index + 1][0], int(label_N[index]))
 
-    def losses(samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        inputs_B = torch.stack([sample for sample, _ in samples]).to(job.device)
-        label_B = torch.tensor([label for _, label in samples], device=job.device)
+    def losses(samples: list[LabelledImage]) -> dict[str, Tensor]:
+        inputs_B, label_B = stacked(samples, job.device)
         return heads.losses(encode(inputs_B), label_B)
 
     steps = config.steps_of(len(source))
@@ -239,34 +224,16 @@ def train(
         steps=steps,
         batch_size=config.batch_size,
         lr=max(config.lrs),
-        weight_decay=0.0,  # each head has its own
         warmup_steps=round(WARMUP * steps),
-        schedule="cosine",
         seed=config.seed,
         bf16=config.precision == "bf16",
     )
-    identity = {
-        "config": _protocol(config),
-        "backbone": job.backbone.digest(),
-        "image_size": list(job.backbone.image_size),
-        "data": source.fingerprint(),
-        "task": config.task,
-        "precision": config.precision,
-    }
-    place = Place(
-        folder=job.folder / f"attentive-{json_digest(identity)[:16]}",
-        identity=identity,
-        resume=True,
-        overwrite=job.overwrite,
-        device=job.device,
-        ranks=job.ranks,
-        workers=config.workers if config.crops else 0,
-        max_bad=config.max_bad,
-        console=job.console,
-        lines=LINES,
-    )
-    bad |= fit(heads, heads.groups(recipe), recipe, source, read, losses, place, place.start())
-    return heads.eval(), place.folder, bad
+    identity = {"config": _protocol(config), "data": source.fingerprint()}
+    every, workers = min(100, max(1, steps // LINES)), config.workers if config.crops else 0
+    place = Place.of_head(job, config, "attentive", identity, every=every, workers=workers)
+    optimizer, parts = adamw(heads.groups(recipe), job.device), place.parts_of(source, read, recipe)
+    bad |= fit(heads, optimizer, recipe, parts, losses, place, place.start())
+    return heads.eval(), place, bad
 
 
 def moments(
@@ -283,32 +250,20 @@ def moments(
     return mean_D.float(), std_D.float()
 
 
-def _crops(
-    job: Job, config: AttentiveConfig, source: Subset
-) -> Callable[[int, int], tuple[Tensor, int]]:
-    transform = TrainTransform(job.backbone.image_size, config.crop_scale, config.flip)
-    label_N = source.labels[config.task]
-
-    def read(index: int, key: int) -> tuple[Tensor, int]:
-        (cut,) = transform.cuts(torch.tensor([key]))
-        return cut(read_image(source, index, transform.reduction)), int(label_N[index])
-
-    return read
-
-
 def answers(
     job: Job, config: AttentiveConfig, reader: Reader, heads: QueryHeads, source: Source
 ) -> Extracted:
     """The class that each head gives each image, as the piece `mean1` (N, H); -1 of one that
     diverged."""
 
-    def answer(images_BCHW: Tensor) -> SimpleNamespace:
+    def answer(images_BCHW: Tensor) -> Features:
         logits = [logits_BC.float() for logits_BC in heads(reader.of_images(images_BCHW))]
         found = [
             logits_BC.argmax(dim=1).where(logits_BC.isfinite().all(dim=1), -1)
             for logits_BC in logits
         ]
-        return SimpleNamespace(layers=(torch.stack(found, dim=1)[:, None],))
+        said_B1H = torch.stack(found, dim=1)[:, None].float()
+        return Features(None, said_B1H, (said_B1H,))
 
     return extract(answer, source, job.backbone.image_size, ("mean1",), **reading(job, config))
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
-from dseqjepa.model.vit import VisionTransformer, check_normalized, normalize
+from dseqjepa.model.vit import Features, VisionTransformer, check_normalized, normalize
 from dseqjepa.presets import load_config
+from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import ImportConfig, read_encoder
@@ -42,16 +43,9 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """What an encoder says of a batch. `model.vit.Features` has the same three."""
+class Encoded(Features):
+    """What a backbone says of a batch; its `layers` are as many as were asked for, or there are."""
 
-    cls_BD: Tensor | None
-    """[CLS] after the final norm; None where there is none."""
-    patches_BND: Tensor
-    """Patches of the last block after the final norm."""
-    layers: tuple[Tensor, ...]
-    """Patches of the last four blocks (B, N, D), or of as many as were asked for, each after the
-    final norm, the last one being `patches_BND`; fewer where there are fewer."""
     cls_layers: tuple[Tensor, ...] = ()
     """[CLS] of the same blocks (B, D), after the final norm; empty where there is none."""
 
@@ -127,6 +121,16 @@ class Backbone(nn.Module):
                 layers.append(self.norm(x_BLD))
         heads = tuple(layer_BLD[:, 0] for layer_BLD in layers) if self.has_cls else ()
         return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
+
+    def grid(self) -> Grid:
+        """Rows and columns of the patches of an image; `InputError` where they do not tile it."""
+        (height, width), side = self.image_size, self.patch_size
+        if height % side or width % side:
+            raise InputError(
+                f"image_size {height} x {width} is not a multiple of the patch size {side} of "
+                f"{self.name}"
+            )
+        return height // side, width // side
 
     def pieces(self, feature: str) -> tuple[str, ...]:
         """What a named feature is made of (`pieces_of`)."""
@@ -310,9 +314,10 @@ def _encoded(heads: tuple[Tensor, ...], patches: tuple[Tensor, ...]) -> Encoded:
 
 
 def untrainable(name: str) -> str:
+    trains = [task for task, config in TASKS.items() if config.trains_backbone]
     return (
-        f"{name} has no transformer blocks to train: fine-tuning, detection and segmentation take "
-        "a plain ViT; knn, linear, lowshot and clevr take this one frozen"
+        f"{name} has no transformer blocks to train, as {', '.join(trains)} do: those take a plain "
+        "ViT, and this one can be evaluated frozen"
     )
 
 
@@ -377,12 +382,8 @@ def open_backbone(
         raise InputError(f"{spec} does not exist: expected {SPECS}")
     if backbone.weights == "random":
         backbone.seed = seed
-    if any(side % backbone.patch_size for side in backbone.image_size) and backbone.blocks:
-        height, width = backbone.image_size
-        raise InputError(
-            f"image_size {height} x {width} is not a multiple of the patch size "
-            f"{backbone.patch_size} of {backbone.name}"
-        )
+    if backbone.blocks:
+        backbone.grid()
     if trainable and not backbone.blocks:
         raise InputError(untrainable(backbone.name))
     return backbone.eval().requires_grad_(True)

@@ -6,7 +6,7 @@ Suffixes: N images, R resamples.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from dseqjepa.keyed import Stream, hash_int64
@@ -14,11 +14,16 @@ from dseqjepa.keyed import Stream, hash_int64
 RESAMPLES = 1000
 
 
+def draw_again(images: int, seed: int, resamples: int) -> Int64[Tensor, "R N"]:
+    """The places of each resample's images; a function of the seed."""
+    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
+    return torch.randint(images, (resamples, images), generator=generator)
+
+
 def resample_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Float64[Tensor, "R N"]:
     """How often each image is drawn in each resample: a metric of weighted images is computed of
     all resamples at once."""
-    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
-    drawn_RN = torch.randint(images, (resamples, images), generator=generator)
+    drawn_RN = draw_again(images, seed, resamples)
     weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
     return weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
 

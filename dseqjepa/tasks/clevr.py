@@ -10,7 +10,6 @@ Suffixes: M training images, N test images, B images of a batch, D width of a fe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +18,16 @@ from torch import Tensor, nn
 
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.tasks.config import ClevrConfig
-from dseqjepa.tasks.features import NOT_FINITE, Rows, pooling_of
-from dseqjepa.tasks.knn import class_names, same_classes
+from dseqjepa.tasks.features import NOT_FINITE, Rows, lost, pooling_of
+from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.linear import INIT_STD
-from dseqjepa.tasks.results import MAJORITY, Metric, Result, classified
+from dseqjepa.tasks.reading import Shuffled
+from dseqjepa.tasks.results import MAJORITY, Classified, Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn, list_name, listed
 from dseqjepa.tasks.store import splits_of
-from dseqjepa.train.schedules import cosine
+from dseqjepa.tasks.training import Place, Recipe, fit
 
 
 def evaluate(job: Job, config: ClevrConfig) -> Result:
@@ -37,52 +36,32 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
     Raises:
         InputError: the data has no such labels, the list does not fit, or those of `extract`.
     """
-    tasks = config.task.split("+")
-    for task in tasks:
-        same_classes(job.train, job.test, task)
-    backbone = job.backbone
+    names = {task: same_classes(job.train, job.test, task) for task in config.task.split("+")}
     features = config.features
     if features == "auto":
-        features = "cls" if backbone.has_cls else "last"
-    pieces = backbone.pieces(features)
+        features = "cls" if job.backbone.has_cls else "last"
+    pieces = job.backbone.pieces(features)
     sample_M, n_train, split = _split(job, config)
     sample = Subset(job.train, sample_M.numpy())
     train, test = splits_of(job, config, pieces, sample)
-    fit_M, held_M = (
-        (train.index_M < n_train).nonzero()[:, 0],
-        (train.index_M >= n_train).nonzero()[:, 0],
-    )
+    fit_M = (train.index_M < n_train).nonzero()[:, 0]
+    held_M = (train.index_M >= n_train).nonzero()[:, 0]
     rows = train.rows(pieces)
-    metrics: dict[str, Metric] = {}
-    floors: dict[str, Metric] = {}
-    details: dict[str, Any] = {}
-    matrices: dict[str, Any] = {}
-    missing: dict[str, dict[str, tuple[int, int]]] = {}
+    found: dict[str, Classified] = {}
     held: dict[str, float] = {}
-    for task in tasks:
+    for task, classes in names.items():
         label_M = train.labels[task]
-        head = fit(
-            rows.only(fit_M)[:],
-            label_M[fit_M],
-            classes=len(class_names(job.train, task)),
-            config=config,
-            device=job.device,
+        inputs_MD, target_M = rows.only(fit_M)[:], label_M[fit_M]
+        head = fit_linear(
+            inputs_MD, target_M, classes=len(classes), config=config, device=job.device
         )
-        names, label_N = class_names(job.train, task), test.labels[task]
-        found = classified(predict(head, test.rows(pieces)), label_N, label_M[fit_M], names, task)
-        metrics[task] = found.metrics["accuracy"]
-        floors[task] = found.floors[MAJORITY]["accuracy"]
-        details[task] = found.details
-        matrices |= found.examples["matrices"]
-        missing |= {
-            f"{task}, train": train.missing(sample, task),
-            f"{task}, test": test.missing(job.test, task),
-        }
+        pred_N = predict(head, test.rows(pieces))
+        found[task] = classified(pred_N, test.labels[task], target_M, classes, task)
         if len(held_M):
             right_H = predict(head, rows.only(held_M)) == label_M[held_M]
             held[task] = 100 * right_H.double().mean().item()
     return Result(
-        metrics=metrics,
+        metrics={task: each.metrics["accuracy"] for task, each in found.items()},
         protocol={
             "split": split,
             "features": config.features,
@@ -102,11 +81,19 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
             "split": split,
             "validation_accuracy": held,
             "n_val": len(held_M),
-            "by_task": details,
+            "by_task": {task: each.details for task, each in found.items()},
         },
-        floors={MAJORITY: floors},
-        missing=missing,
-        examples={"matrices": matrices},
+        floors={
+            MAJORITY: {task: each.floors[MAJORITY]["accuracy"] for task, each in found.items()}
+        },
+        missing={
+            f"{task}, {name}": lost(source, task, dict(part.bad))
+            for task in found
+            for name, source, part in (("train", sample, train), ("test", job.test, test))
+        },
+        examples={
+            "matrices": {task: each.examples["matrices"][task] for task, each in found.items()}
+        },
     )
 
 
@@ -127,7 +114,7 @@ def _split(job: Job, config: ClevrConfig) -> tuple[Tensor, int, str]:
     return sample_M, n_train, f"{how}: {n_train} train, {len(sample_M) - n_train} val"
 
 
-def fit(
+def fit_linear(
     feature_MD: Float[Tensor, "M D"],
     label_M: Int64[Tensor, " M"],
     *,
@@ -145,20 +132,15 @@ def fit(
         head.bias.zero_()
     head.to(device)
     feature_MD, label_M = feature_MD.to(device), label_M.to(device)
-    how: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(head.parameters(), **how)
-    count, step = len(label_M), 0
-    steps = config.epochs * -(-count // config.batch_size)
-    for epoch in range(config.epochs):
-        keys_M = sample_keys(config.seed, epoch, torch.arange(count))
-        order_M = shuffled(keys_M, Stream.SHUFFLE).to(device)
-        for index_B in order_M.split(config.batch_size):
-            optimizer.param_groups[0]["lr"] = cosine(config.lr, 0.0, step / steps)
-            loss = F.cross_entropy(head(feature_MD[index_B]), label_M[index_B])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
+    parts = Shuffled(len(label_M), config.batch_size, config.seed)
+    recipe = Recipe(config.epochs * parts.per_epoch, config.batch_size, config.lr)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=config.weight_decay)
+
+    def losses(index_B: Tensor) -> dict[str, Tensor]:
+        index_B = index_B.to(device)
+        return {"loss": F.cross_entropy(head(feature_MD[index_B]), label_M[index_B])}
+
+    fit(head, optimizer, recipe, parts, losses, Place(device=device))
     return head
 
 

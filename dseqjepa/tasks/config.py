@@ -22,8 +22,11 @@ class TaskConfig(Section):
 
     quick: ClassVar[Mapping[str, Any]] = {}
     """What `preset=quick` sets, beside what is given."""
+    title: ClassVar[str] = ""
+    """What its tables are called."""
     reads_training: ClassVar[bool] = True
     """Whether the training images are looked at."""
+    trains_backbone: ClassVar[bool] = False
 
     preset: Literal["full", "quick"] = "full"
     """`quick`: the honest small version; the result says so."""
@@ -67,6 +70,8 @@ class TaskConfig(Section):
 class TrainedConfig(TaskConfig):
     """What evaluations have that train the whole backbone, with AdamW."""
 
+    trains_backbone = True
+
     batch_size: int = Field(16, ge=2)
     """Of all ranks together."""
     accumulate: Count = 1
@@ -94,6 +99,7 @@ class FinetuneConfig(TrainedConfig):
     `auto` is that of ViT-B up to 12 blocks, of ViT-L up to 24, of ViT-H beyond.
     """
 
+    title = "fine-tuned"
     quick: ClassVar[Mapping[str, Any]] = {
         "epochs": 10, "warmup_epochs": 1, "batch_size": 64, "lr": 5e-4, "mixup": 0.0,
         "cutmix": 0.0, "rand_augment": 0, "erase": 0.0, "crop_scale": [0.5, 1.0],
@@ -136,6 +142,7 @@ class FinetuneConfig(TrainedConfig):
 class DetectionConfig(TrainedConfig):
     """`dseqjepa evaluate detection`: the paper's protocol is the default."""
 
+    title = "Mask R-CNN"
     quick: ClassVar[Mapping[str, Any]] = {
         "epochs": 5, "batch_size": 4, "lr": 1e-3, "longest_side": 64, "width": 64,
         "head_width": 256, "mask_width": 64, "proposals": 64, "clip": 1.0,
@@ -168,6 +175,7 @@ class DetectionConfig(TrainedConfig):
 class SegmentationConfig(TrainedConfig):
     """`dseqjepa evaluate segmentation`: the paper's protocol is the default."""
 
+    title = "UPerNet"
     quick: ClassVar[Mapping[str, Any]] = {
         "steps": 2000, "warmup_steps": 50, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.01,
         "drop_path": 0.0, "crop": 64, "stride": 42,
@@ -221,6 +229,8 @@ class FrozenConfig(TaskConfig):
 class KnnConfig(FrozenConfig):
     """`dseqjepa evaluate knn`: the paper's protocol is the default."""
 
+    title = "kNN accuracy"
+
     features: str = "last"
     """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
     k: Count = 20
@@ -266,6 +276,7 @@ class SweepConfig(Section):
 class LinearConfig(FrozenConfig):
     """`dseqjepa evaluate linear`: the paper's protocol, with other crops in every epoch."""
 
+    title = "linear accuracy"
     quick: ClassVar[Mapping[str, Any]] = {"protocol": "sweep"}
 
     protocol: Literal["paper", "sweep"] = "paper"
@@ -298,6 +309,7 @@ class LinearConfig(FrozenConfig):
 class AttentiveConfig(FrozenConfig):
     """`dseqjepa evaluate attentive`: a small head on all patches of the last blocks."""
 
+    title = "attentive accuracy"
     quick: ClassVar[Mapping[str, Any]] = {
         "crops": False, "limit": 10_000, "lrs": [1e-3, 3e-3], "weight_decays": [0.1],
     }  # fmt: skip
@@ -343,6 +355,7 @@ class AttentiveConfig(FrozenConfig):
 class DenseConfig(FrozenConfig):
     """`dseqjepa evaluate dense`: what single patches say of the class and depth of their pixels."""
 
+    title = "frozen patches"
     quick: ClassVar[Mapping[str, Any]] = {"limit": 2000, "bank": 20_000}
 
     task: Literal["all", "segmentation", "depth"] = "all"
@@ -392,6 +405,7 @@ class LowshotSweepConfig(SweepConfig):
 class LowshotConfig(FrozenConfig):
     """`dseqjepa evaluate lowshot`: a linear classifier from few labels, as often as drawn."""
 
+    title = "low-shot accuracy"
     quick: ClassVar[Mapping[str, Any]] = {"draws": 3}
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -406,6 +420,7 @@ class LowshotConfig(FrozenConfig):
 class ClevrConfig(FrozenConfig):
     """`dseqjepa evaluate clevr`: objects counted, and the nearest one's distance."""
 
+    title = "Clevr accuracy"
     quick: ClassVar[Mapping[str, Any]] = {}
 
     task: str = "count+distance"
@@ -435,6 +450,7 @@ class DiscoveryConfig(TaskConfig):
     whose numbers are the result's `metrics`.
     """
 
+    title = "objects found"
     reads_training: ClassVar[bool] = False
     quick: ClassVar[Mapping[str, Any]] = {"images": 100}
 

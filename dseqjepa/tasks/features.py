@@ -17,22 +17,23 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dseqjepa.data.images import Subset
-from dseqjepa.data.loader import read
+from dseqjepa.data.loader import Reading, read
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
+from dseqjepa.model.vit import Features
 from dseqjepa.ranks import Ranks
+from dseqjepa.tasks.reading import read_ahead
 from dseqjepa.tasks.sample import drawn
 
-LAST4 = ("mean4", "mean3", "mean2", "mean1")
 LAYERS_AT_LEAST = 4
 """Any encoder gives so many of its last blocks, if it has them; a `Backbone` more, when asked."""
 CHUNK_IMAGES = 512
@@ -54,20 +55,7 @@ BASIS_IMAGES = 1024
 """Training images, drawn by seed 0, from which a `PatchBasis` is estimated."""
 
 
-class EncoderOutput(Protocol):
-    """What an encoder has to return; `tasks.backbone.Encoded` is it, `model.vit.Features` too."""
-
-    @property
-    def cls_BD(self) -> Tensor | None: ...
-
-    @property
-    def patches_BND(self) -> Tensor: ...
-
-    @property
-    def layers(self) -> Sequence[Tensor]: ...
-
-
-Encoder = Callable[..., EncoderOutput]
+Encoder = Callable[..., Features]
 """Takes uint8 images (B, 3, H, W) and normalises them itself."""
 
 
@@ -287,6 +275,17 @@ def lost(source: Source, task: str, bad: Mapping[str, str]) -> dict[str, tuple[i
     return {names[label]: (gone[label], int((label_N == label).sum())) for label in sorted(gone)}
 
 
+def lacking(
+    task: str, **parts: tuple[Source, Mapping[str, str] | Sequence[tuple[str, str]]]
+) -> dict[str, Any]:
+    """What a result says of the bad images of each part of the data: how many, and of which
+    classes."""
+    return {
+        "n_bad": sum(len(bad) for _, bad in parts.values()),
+        "missing": {name: lost(source, task, dict(bad)) for name, (source, bad) in parts.items()},
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class Extracted:
     """Features of the M images that could be decoded, in the source's order, on the CPU.
@@ -299,10 +298,6 @@ class Extracted:
     labels: Mapping[str, Int64[Tensor, " M"]]
     index_M: Int64[Tensor, " M"]
     bad: tuple[tuple[str, str], ...]
-
-    def missing(self, source: Source, task: str) -> dict[str, tuple[int, int]]:
-        """Of each class of the source that lacks images: how many, and of how many."""
-        return lost(source, task, dict(self.bad))
 
     def rows(self, pieces: Sequence[str]) -> Rows:
         """These pieces side by side."""
@@ -432,49 +427,22 @@ def encode(
 ) -> Iterator[Encoding]:
     """The images of these chunks, batch by batch in order. No batch reaches over the end of a
     chunk, so which chunks are left to do does not change the features of any."""
-    batches = _Batches(source, image_size, batch_size, chunks)
-    # A generator of its own, because iterating draws a number from the global one otherwise.
-    loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=torch.Generator())
-    for batch in loader:
+    bounds = [
+        (first, min(first + batch_size, chunk.stop))
+        for chunk in chunks
+        for first in range(chunk.start, chunk.stop, batch_size)
+    ]
+    read_part = partial(_read_part, source, EvalTransform(image_size))
+    parts = read_ahead(read_part, bounds, workers)
+    for (first, stop), done in zip(bounds, parts, strict=True):
+        kept = (first + done.kept_B).tolist()
         found: dict[str, Tensor] = {}
-        if batch.kept:
-            found = pooled(encoder, batch.images_BCHW.to(device), pieces, bf16, basis)
+        if kept:
+            found = pooled(encoder, done.images_BCHW.to(device), pieces, bf16, basis)
         on_cpu = {piece: value_BD.cpu() for piece, value_BD in found.items()}
-        yield Encoding(batch.first, batch.stop, batch.kept, on_cpu, batch.bad)
+        yield Encoding(first, stop, kept, on_cpu, done.bad)
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Consecutive images, without the bad ones, and their places in the source."""
-
-    images_BCHW: UInt8[Tensor, "B 3 H W"]
-    first: int
-    stop: int
-    kept: list[int]
-    bad: tuple[tuple[str, str], ...]
-
-
-class _Batches(Dataset[_Batch]):
-    def __init__(
-        self,
-        source: Source,
-        image_size: tuple[int, int],
-        batch_size: int,
-        chunks: Sequence[range],
-    ) -> None:
-        self.source = source
-        self.transform = EvalTransform(image_size)
-        self.bounds = [
-            (first, min(first + batch_size, chunk.stop))
-            for chunk in chunks
-            for first in range(chunk.start, chunk.stop, batch_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def __getitem__(self, number: int) -> _Batch:
-        first, stop = self.bounds[number]
-        index_B = torch.arange(first, stop)
-        done = read(self.source, index_B, self.transform, index_B)
-        return _Batch(done.images_BCHW, first, stop, index_B[done.kept_B].tolist(), done.bad)
+def _read_part(source: Source, transform: EvalTransform, bounds: tuple[int, int]) -> Reading:
+    index_B = torch.arange(*bounds)
+    return read(source, index_B, transform, index_B)

@@ -6,8 +6,8 @@ Suffixes: B images, C colours, D width, H and W pixels, K classes, N test images
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,13 @@ from dseqjepa.data.transforms import EvalTransform, TrainTransform
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import FinetuneConfig
-from dseqjepa.tasks.features import lost
-from dseqjepa.tasks.knn import class_names
+from dseqjepa.tasks.features import lacking
+from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.maps import DropPath
-from dseqjepa.tasks.reading import in_order, joined, seeded
+from dseqjepa.tasks.reading import LabelledImage, batched, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
+from dseqjepa.tasks.training import Recipe, answer_all, check_parts, train_backbone
 
 BINS = 11
 """Magnitudes 0 to 10 of RandAugment."""
@@ -78,12 +78,6 @@ class Classifier(nn.Module):
         return self.head(self.backbone.norm(x_BLD)[:, 0])
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledImage:
-    image_CHW: Tensor
-    label: int
-
-
 class Augment:
     """A training image: crop, flip, two random operations. A pure function of its key."""
 
@@ -112,9 +106,8 @@ class Augment:
 class MixedLoss:
     """Cross-entropy with label smoothing of a batch that is erased in part and mixed."""
 
-    def __init__(self, config: FinetuneConfig, model: Classifier, device: torch.device) -> None:
-        self.config, self.model, self.device = config, model, device
-        classes = model.head.out_features
+    def __init__(self, config: FinetuneConfig, classes: int) -> None:
+        self.smoothing = config.label_smoothing
         self.erase = v2.RandomErasing(config.erase, value="random")
         mixes: list[nn.Module] = []
         if config.mixup:
@@ -123,16 +116,14 @@ class MixedLoss:
             mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
-    def __call__(self, samples: list[LabelledImage]) -> dict[str, Tensor]:
-        images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(self.device)
-        target = torch.tensor([sample.label for sample in samples], device=self.device)
-        images_BCHW = self.model.backbone.normalized(images_BCHW)
+    def __call__(self, model: Classifier, samples: list[LabelledImage]) -> dict[str, Tensor]:
+        images_BCHW, target = stacked(samples, model.head.weight.device)
+        images_BCHW = model.backbone.normalized(images_BCHW)
         images_BCHW = torch.stack([self.erase(image_CHW) for image_CHW in images_BCHW])
         if self.mix is not None:
             images_BCHW, target = self.mix(images_BCHW, target)
-        logits_BK = self.model(images_BCHW).float()
-        smoothing = self.config.label_smoothing
-        return {"loss": F.cross_entropy(logits_BK, target, label_smoothing=smoothing)}
+        logits_BK = model(images_BCHW).float()
+        return {"loss": F.cross_entropy(logits_BK, target, label_smoothing=self.smoothing)}
 
 
 def evaluate(job: Job, config: FinetuneConfig) -> Result:
@@ -145,9 +136,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
             can.
     """
     backbone, train, test, task = job.backbone, job.train, job.test, config.task
-    classes = class_names(train, task)
-    if class_names(test, task) != classes:
-        raise InputError(f"training and test images have different classes for {task!r}")
+    classes = same_classes(train, test, task)
     if config.pooling == "cls" and not backbone.has_cls:
         raise InputError(f"{backbone.name} has no [CLS]: use pooling=mean")
     sizes = Sizes.of(backbone.depth)
@@ -162,48 +151,42 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         final_lr=config.final_lr,
         layer_decay=sizes.layer_decay if config.layer_decay == "auto" else config.layer_decay,
     )
-    place = place_of(job, config)
+    check_parts(config.batch_size, config.accumulate, job.ranks)
     at_once = config.batch_size // (config.accumulate * job.ranks.world)
     if at_once < 2 and (config.mixup or config.cutmix):
         raise InputError(
             "mixup and cutmix need two images at a time on every rank: lower accumulate, or set "
             "mixup=0 cutmix=0"
         )
-    start = place.start()
     drop_path = sizes.drop_path if config.drop_path == "auto" else config.drop_path
-    with seeded(config.seed):
-        model = Classifier(backbone, len(classes), config.pooling, drop_path).to(job.device)
-    augment = Augment(config, backbone)
-
-    def read_augmented(index: int, key: int) -> LabelledImage:
-        return augment(train, task, index, key)
-
-    losses = MixedLoss(config, model, job.device)
-    groups = parameter_groups(model, backbone, recipe)
-    bad = fit(model, groups, recipe, train, read_augmented, losses, place, start)
-    bad_test: dict[str, str] = {}
-
-    transform = EvalTransform(backbone.image_size)
+    augment, transform = Augment(config, backbone), EvalTransform(backbone.image_size)
+    model, bad = train_backbone(
+        job,
+        config,
+        recipe,
+        build=lambda: Classifier(backbone, len(classes), config.pooling, drop_path),
+        read=lambda index, key: augment(train, task, index, key),
+        losses=MixedLoss(config, len(classes)),
+    )
 
     def read(index: int) -> LabelledImage:
         image_CHW = transform(read_image(test, index).image_CHW)
         return LabelledImage(image_CHW, int(test.labels[task][index]))
 
-    said: list[tuple[int, tuple[int, int]]] = []
-    model.eval()
-    samples = in_order(test, read, config.workers, bad_test, job.console, job.ranks)
-    while batch := list(islice(samples, at_once)):
-        predicted_B = predict(model, [sample for _, sample in batch], config, job.device)
-        said += [
-            (index, (predicted, sample.label))
-            for (index, sample), predicted in zip(batch, predicted_B, strict=True)
-        ]
-    predicted_N, label_N = torch.tensor(joined(said, test, bad_test, job.ranks)).unbind(1)
-    job.report_bad(bad_test, len(test), config.max_bad, "test")
+    def answers(
+        samples: Iterator[tuple[int, LabelledImage]],
+    ) -> Iterator[tuple[int, tuple[int, int]]]:
+        for batch in batched(samples, at_once):
+            predicted_B = predict(model, [sample for _, sample in batch], config, job.device)
+            for (index, (_, label)), predicted in zip(batch, predicted_B, strict=True):
+                yield index, (predicted, label)
+
+    said, bad_test = answer_all(job, config, read, answers)
+    predicted_N, label_N = torch.tensor(said).unbind(1)
     label_M = torch.from_numpy(train.labels[task])
     found = classified(predicted_N, label_N, label_M, classes, task)
-    return Result(
-        metrics=found.metrics,
+    return found.result(
+        details={"bad_images": {"train": bad, "test": bad_test}},
         protocol={
             **config.recipe(),
             "epochs": epochs,
@@ -215,17 +198,11 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
             "10), erasing, mixup or CutMix",
             "image_size": list(backbone.image_size),
         },
-        labels=task,
         layers="all",
         pooling={"mean": "mean of the patches", "cls": "[CLS]"}[config.pooling],
         n_train=len(train) - len(bad),
-        n_test=len(label_N),
-        n_bad=len(bad) + len(bad_test),
         seeds=(config.seed,),
-        floors=found.floors,
-        missing={"train": lost(train, task, bad), "test": lost(test, task, bad_test)},
-        details={"bad_images": {"train": bad, "test": bad_test}, **found.details},
-        examples=found.examples,
+        **lacking(task, train=(train, bad), test=(test, bad_test)),
     )
 
 
@@ -234,7 +211,7 @@ def predict(
     model: Classifier, batch: list[LabelledImage], config: FinetuneConfig, device: torch.device
 ) -> list[int]:
     """The class that each image is given."""
-    images_BCHW = torch.stack([sample.image_CHW for sample in batch]).to(device)
+    images_BCHW, _ = stacked(batch, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits_BK = model(images_BCHW)
     return logits_BK.argmax(1).tolist()

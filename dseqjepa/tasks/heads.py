@@ -1,9 +1,8 @@
 """Linear classifiers on frozen features, many at once.
 
-All heads on one set of features are one matrix: one product gives the logits of every head, one
-more the gradients of all of them, and each head goes its own way by its own learning rate and
-weight decay. Features are standardised by the mean and deviation of the training images, which is
-what a BatchNorm without affine comes to.
+All heads on one set of features are one matrix: one product gives the logits of every head, and
+each goes its own way by its own learning rate and weight decay. Features are standardised by the
+mean and deviation of the training images, which is what a BatchNorm without affine comes to.
 
 The minimum is that of multinomial logistic regression: mean cross-entropy plus weight_decay / 2 of
 the squared weights; biases do not decay.
@@ -15,18 +14,20 @@ H heads, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, shuffled, uniforms
+from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.tasks.features import NOT_FINITE, Rows
-from dseqjepa.train.schedules import cosine
+from dseqjepa.tasks.reading import Shuffled
+from dseqjepa.tasks.training import Place, Recipe, fit
 
 EPSILON = 1e-5
 """Added to the variance, as BatchNorm does."""
@@ -42,6 +43,13 @@ class Setting:
     feature: str
     lr: float
     weight_decay: float
+
+    @classmethod
+    def all_of(
+        cls, features: Iterable[str], lrs: Iterable[float], weight_decays: Iterable[float]
+    ) -> list[Setting]:
+        """Every feature with every rate and decay."""
+        return [cls(*each) for each in product(features, lrs, weight_decays)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,51 +170,44 @@ def fit_heads(
     for setting in settings:
         group.setdefault(setting.feature, []).append(setting)
     widths = {name: data.take(slice(0, 1), [name], device)[name].shape[1] for name in group}
-    states = {name: _State(widths[name], heads, classes, device) for name, heads in group.items()}
-    count = len(data.rows)
-    steps = epochs * -(-count // batch_size)
-    step = 0
-    for epoch in range(epochs):
-        keys_M = sample_keys(seed, epoch, torch.arange(count))
-        order_M = shuffled(keys_M, Stream.SHUFFLE)
-        for start in range(0, count, batch_size):
-            index_B = order_M[start : start + batch_size].sort().values  # kinder to a disk
-            target_BC = _shares(label_M[index_B], classes).to(device, torch.float32)
-            share = cosine(1.0, 0.0, step / steps)
-            for name, x_BD in data.take(index_B, list(group), device).items():
-                states[name].step(x_BD, target_BC, share)
-            step += 1
-    return Heads(group, {name: (s.weight_DHC, s.bias_HC) for name, s in states.items()})
+    heads = Heads(
+        group, {name: _start(widths[name], of, classes, device) for name, of in group.items()}
+    )
+    model = nn.ParameterList(part for pair in heads.weights.values() for part in pair)
+    optimizer = torch.optim.SGD(model, momentum=MOMENTUM, nesterov=True)
+    parts = Shuffled(len(data.rows), batch_size, seed)
+
+    def losses(index_B: Tensor) -> dict[str, Tensor]:
+        index_B = index_B.sort().values  # kinder to a disk
+        target_BC = _shares(label_M[index_B], classes).to(device, torch.float32)
+        logits_BHC = heads.logits(data.take(index_B, list(group), device))
+        loss_H = -(logits_BHC.log_softmax(dim=2) * target_BC[:, None]).sum(dim=2).mean(dim=0)
+        # One that diverged counts as 0.
+        return {"loss": loss_H.where(loss_H.isfinite(), 0).sum()}
+
+    fit(
+        model,
+        optimizer,
+        Recipe(epochs * parts.per_epoch, batch_size, lr=1.0),
+        parts,
+        losses,
+        Place(device=device),
+    )
+    return Heads(group, {name: (w.detach(), b.detach()) for name, (w, b) in heads.weights.items()})
 
 
-class _State:
-    """The heads on one feature, and their momenta."""
-
-    def __init__(
-        self, width: int, heads: Sequence[Setting], classes: int, device: torch.device
-    ) -> None:
-        shape = (len(heads), classes)
-        self.weight_DHC = torch.zeros(width, *shape, device=device)
-        self.bias_HC = torch.zeros(shape, device=device)
-        self.momenta = [torch.zeros_like(self.weight_DHC), torch.zeros_like(self.bias_HC)]
-        self.lr_H1 = torch.tensor([head.lr for head in heads], device=device)[:, None]
-        self.decay_H1 = torch.tensor([head.weight_decay for head in heads], device=device)[:, None]
-
-    def step(self, x_BD: Tensor, target_BC: Tensor, share: float) -> None:
-        """One step at `share` of the learning rates."""
-        logits_BHC = _logits(x_BD, self.weight_DHC, self.bias_HC)
-        # The gradient of the mean cross-entropy, in closed form.
-        error_BHC = logits_BHC.softmax(dim=2).sub_(target_BC[:, None]).div_(len(x_BD))
-        weight_DHC = (x_BD.T @ error_BHC.flatten(1)).view_as(self.weight_DHC)
-        weight_DHC += self.weight_DHC * self.decay_H1
-        for parameter, gradient, momentum in zip(
-            (self.weight_DHC, self.bias_HC),
-            (weight_DHC, error_BHC.sum(dim=0)),
-            self.momenta,
-            strict=True,
-        ):
-            momentum.mul_(MOMENTUM).add_(gradient)
-            parameter.sub_((gradient + MOMENTUM * momentum) * (share * self.lr_H1))
+def _start(
+    width: int, settings: Sequence[Setting], classes: int, device: torch.device
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weights and biases of the heads on one feature, zero. They share an optimizer: the rate of
+    each, and its decay, act on its gradient."""
+    weight_DHC = nn.Parameter(torch.zeros(width, len(settings), classes, device=device))
+    bias_HC = nn.Parameter(torch.zeros(len(settings), classes, device=device))
+    lr_H1 = torch.tensor([head.lr for head in settings], device=device)[:, None]
+    decay_H1 = torch.tensor([head.weight_decay for head in settings], device=device)[:, None]
+    weight_DHC.register_hook(lambda gradient: lr_H1 * (gradient + decay_H1 * weight_DHC.detach()))
+    bias_HC.register_hook(lambda gradient: lr_H1 * gradient)
+    return weight_DHC, bias_HC
 
 
 @dataclass(frozen=True, eq=False)

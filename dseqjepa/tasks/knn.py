@@ -17,12 +17,12 @@ from torch import Tensor
 from dseqjepa.data.images import Subset, notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
-from dseqjepa.tasks.features import Encoder, Extracted, Rows, as_rows, extract, pooling_of
+from dseqjepa.tasks.features import Encoder, Rows, as_rows, extract, lacking, pooling_of
 from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified, row
 from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import splits_of
 
 NEIGHBOURS = 20
@@ -154,18 +154,11 @@ def probe(
         InputError: the source has no labels for `task`, or those of `knn_predict`.
     """
     classes = len(class_names(source, task))
-    sample = Subset(source, draw(len(source), images, seed).numpy())
-    drawn = extract(encoder, sample, image_size, device=device)
-    rows, label_M = drawn.rows(["mean1"]), drawn.labels[task]
+    sample = Subset(source, drawn(len(source), images, seed).sort().values.numpy())
+    found = extract(encoder, sample, image_size, device=device)
+    rows, label_M = found.rows(["mean1"]), found.labels[task]
     pred_M = knn_predict(rows, label_M, rows, classes=classes, exclude_self=True, device=device)
     return 100 * (pred_M == label_M).double().mean().item()
-
-
-def draw(count: int, wanted: int, seed: int) -> Int64[Tensor, " R"]:
-    """At most `wanted` of `count` places, in order, always the same for a seed."""
-    keys_M = sample_keys(seed, 0, torch.arange(count))
-    order_M = shuffled(keys_M, Stream.SPLIT)
-    return order_M[:wanted].sort().values
 
 
 def compare(
@@ -211,31 +204,16 @@ def compare(
             )
             metric = _accuracy(found, test.labels[task], classes, k, temperature)
             kind = "pixels" if isinstance(backbone, Pixels) else features
-            rows.append(_row(name, kind, task, {"accuracy": metric}, train, test, k, temperature))
+            said = {
+                "features": kind,
+                "n_train": len(train.index_M),
+                "n_test": len(test.index_M),
+                "k": min(k, len(train.index_M)),
+                "temperature": temperature,
+                "n_bad": len(train.bad) + len(test.bad),
+            }
+            rows.append(row(name, task, {"accuracy": metric}, **said))
     return rows
-
-
-def _row(
-    name: str,
-    features: str,
-    task: str,
-    metrics: Mapping[str, Metric],
-    train: Extracted,
-    test: Extracted,
-    k: int,
-    temperature: float,
-) -> dict[str, Any]:
-    return row(
-        name,
-        task,
-        metrics,
-        features=features,
-        n_train=len(train.index_M),
-        n_test=len(test.index_M),
-        k=min(k, len(train.index_M)),
-        temperature=temperature,
-        n_bad=len(train.bad) + len(test.bad),
-    )
 
 
 def _accuracy(
@@ -251,8 +229,7 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
     other training images. Errors are those of `features_of` and `knn_predict`.
     """
     task = config.task
-    same_classes(job.train, job.test, task)
-    names = class_names(job.train, task)
+    names = same_classes(job.train, job.test, task)
     pieces = job.backbone.pieces(config.features)
     train, test = splits_of(job, config, pieces)
     label_M, label_N = train.labels[task], test.labels[task]
@@ -266,8 +243,8 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
     near = neighbours(rows_M, label_M, rows_N, k=most, device=job.device)
     pred_N = near.vote(len(names), k, temperature).cpu()
     found = classified(pred_N, label_N, label_M, names, task)
-    metrics = dict(found.metrics)
-    details: dict[str, Any] = {"k": min(k, len(label_M)), **found.details}
+    metrics: dict[str, Metric] = {}
+    details: dict[str, Any] = {"k": min(k, len(label_M))}
     swept: dict[str, Any] = {}
     if config.sweep:
         swept = {"sweep": [config.ks, config.temperatures, config.seed]}
@@ -277,19 +254,14 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
         metrics["swept"] = _accuracy(near, label_N, len(names), best["k"], best["temperature"])
     protocol: dict[str, Any] = {"features": config.features, "k": k, "temperature": temperature}
     protocol |= {"center": config.center} if config.center != "none" else {}
-    return Result(
-        metrics=metrics,
+    return found.result(
+        metrics,
+        details,
         protocol=protocol | {"transform": "centre crop"} | swept,
-        labels=task,
         layers=config.features,
         pooling=pooling_of(pieces),
         n_train=len(label_M),
-        n_test=len(label_N),
-        n_bad=len(train.bad) + len(test.bad),
-        details=details,
-        floors=found.floors,
-        missing={"train": train.missing(job.train, task), "test": test.missing(job.test, task)},
-        examples=found.examples,
+        **lacking(task, train=(job.train, train.bad), test=(job.test, test.bad)),
     )
 
 
@@ -302,7 +274,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Accuracy of at most `SWEEP_IMAGES` training images, each among all others, for every k and
     temperature. No test image is looked at."""
-    query_N = draw(len(train), SWEEP_IMAGES, config.seed)
+    query_N = drawn(len(train), SWEEP_IMAGES, config.seed).sort().values
     found = neighbours(
         train, label_M, train.only(query_N), k=max(config.ks), self_N=query_N, device=device
     )
@@ -326,10 +298,12 @@ def class_names(source: Source, task: str) -> tuple[str, ...]:
     return source.classes[task]
 
 
-def same_classes(train: Source, test: Source, task: str) -> None:
-    """`InputError` where a class has not the same number on both sides."""
-    if class_names(train, task) != class_names(test, task):
+def same_classes(train: Source, test: Source, task: str) -> tuple[str, ...]:
+    """The classes of a task; `InputError` where one has not the same number on both sides."""
+    names = class_names(train, task)
+    if names != class_names(test, task):
         raise InputError(
             f"training and test images have different classes for {task!r}: "
             f"give both the same class folders"
         )
+    return names

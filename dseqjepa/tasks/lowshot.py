@@ -19,8 +19,8 @@ from torch import Tensor
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import LowshotConfig
-from dseqjepa.tasks.features import pooling_of
-from dseqjepa.tasks.knn import class_names, same_classes
+from dseqjepa.tasks.features import lacking, pooling_of
+from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.linear import all_pieces, choose, features_for
 from dseqjepa.tasks.results import (
     MAJORITY,
@@ -43,8 +43,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
         InputError: the data has no such labels, the list does not fit, or those of `extract`.
     """
     task = config.task
-    same_classes(job.train, job.test, task)
-    names = class_names(job.train, task)
+    names = same_classes(job.train, job.test, task)
     samples, how = _samples(job, config)
     pieces = all_pieces(features_for(config.sweep, job.backbone), job.backbone)
     # Only what is labelled in one of the draws is encoded.
@@ -100,14 +99,13 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
         pooling=pooling_of(pieces),
         n_train=draws[0]["labelled"],
         n_test=len(label_N),
-        n_bad=len(train.bad) + len(test.bad),
         interval=f"Student's t over {len(draws)} draws"
         if several
         else "bootstrap over test images",
         seeds=seeds,
         details={"labelled": how, "draws": draws, **whole.details},
         floors={MAJORITY: _over([each.floors[MAJORITY] for each in found])},
-        missing={"train": train.missing(labelled, task), "test": test.missing(job.test, task)},
+        **lacking(task, train=(labelled, train.bad), test=(job.test, test.bad)),
         examples=whole.examples,
     )
 

@@ -1,14 +1,15 @@
 """What a task trains and tests on: the samples of each step, by key; the test set in its order.
 
-Suffixes: N images of the source.
+Suffixes: N images of the source, M training images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_all_start_methods
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -17,14 +18,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dseqjepa.data.loader import start_worker
-from dseqjepa.data.patience import patiently
+from dseqjepa.data.patience import patiently, read_image
 from dseqjepa.data.source import BadImage, Source
+from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import RunError
 from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.ranks import Ranks
 
 Sample = TypeVar("Sample")
 T = TypeVar("T")
+
+
+class LabelledImage(NamedTuple):
+    """An image, or what was read of it, and its class."""
+
+    image_CHW: Tensor
+    label: int
+
 
 SUBSTITUTES = 8
 """Images tried in the place of one that cannot be decoded: if none of so many can, it is the data
@@ -51,73 +61,105 @@ def seeded(key: int) -> Iterator[None]:
         torch.set_rng_state(before)
 
 
-class Samples(Dataset[tuple[list[Sample], dict[str, str]]], Generic[Sample]):
+class Samples(Generic[Sample]):
     """The samples of each part of a step: one epoch's order after the other, none left out or
     repeated. One that cannot be decoded is replaced by those that follow it, in another way.
 
     Args:
-        count: images of the source.
+        source: its images, by number and by name.
         read: the sample at a place of the source for a key, the only randomness it may use.
-        name: what the image at a place is called.
-        parts: how many there are, counted over all steps.
         size: samples of a part.
+        epoch: places of an epoch's order that are used, where it is not all.
     """
 
     def __init__(
         self,
-        count: int,
+        source: Source,
         read: Callable[[int, int], Sample],
-        name: Callable[[int], str],
         *,
-        parts: int,
         size: int,
         seed: int,
+        epoch: int | None = None,
     ) -> None:
-        self.count, self.read, self.name = count, read, name
-        self.parts, self.size, self.seed = parts, size, seed
+        self.source, self.read = source, read
+        self.size, self.seed = size, seed
+        self.epoch = epoch or len(source)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
-        return self.parts
+        """Of the images."""
+        return len(self.source)
 
-    def __getitem__(self, part: int) -> tuple[list[Sample], dict[str, str]]:
-        """The samples, fewer only where no substitute was found, and why any were bad."""
+    def __getitem__(self, part: int) -> tuple[list[Sample] | None, dict[str, str]]:
+        """The samples, None where no substitute was found for one, and why any were bad."""
         samples: list[Sample] = []
         bad: dict[str, str] = {}
         for place in range(part * self.size, (part + 1) * self.size):
-            epoch, at = divmod(place, self.count)
+            epoch, at = divmod(place, self.epoch)
             for further in range(1 + SUBSTITUTES):
-                index = int(self._order_of(epoch)[(at + further) % self.count])
-                who = torch.tensor([index + further * self.count])
+                index = int(self._order_of(epoch)[(at + further) % len(self)])
+                who = torch.tensor([index + further * len(self)])
                 key = int(sample_keys(self.seed, epoch, who))
                 try:
                     samples.append(patiently(lambda i=index, k=key: self.read(i, k)))  # type: ignore[misc]
                 except BadImage as reason:
-                    bad[self.name(index)] = str(reason)
+                    bad[self.source.name(index)] = str(reason)
                 else:
                     break
+            else:
+                return None, bad
         return samples, bad
 
     def _order_of(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
-            keys_N = sample_keys(self.seed, epoch, torch.arange(self.count))
-            order_N = shuffled(keys_N, Stream.SHUFFLE)
-            self._order = (epoch, order_N)
+            self._order = (epoch, order_of(epoch, len(self), self.seed))
         return self._order[1]
 
 
-class _InOrder(Dataset[tuple[Sample | None, str]], Generic[Sample]):
-    def __init__(self, count: int, read: Callable[[int], Sample]) -> None:
-        self.count, self.read = count, read
+def crops_of(
+    source: Source, task: str, transform: TrainTransform
+) -> Callable[[int, int], LabelledImage]:
+    """What reads random crops and their labels, as `Samples` takes it."""
+    label_N = source.labels[task]
+
+    def read(index: int, key: int) -> LabelledImage:
+        (cut,) = transform.cuts(torch.tensor([key]))
+        image_CHW = cut(read_image(source, index, transform.reduction))
+        return LabelledImage(image_CHW, int(label_N[index]))
+
+    return read
+
+
+def stacked(samples: list[LabelledImage], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Samples with a label each, as one batch on the device."""
+    inputs, labels = zip(*samples, strict=True)
+    return torch.stack(inputs).to(device), torch.tensor(labels, device=device)
+
+
+class Shuffled:
+    """The places of rows that lie in memory, in batches: every epoch in its own order, its last
+    batch as small as what is left."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.per_epoch = -(-count // batch_size)
+        self._order: tuple[int, tuple[Tensor, ...]] = (-1, ())
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Sample | None, str]:
-        try:
-            return patiently(lambda: self.read(index)), ""
-        except BadImage as reason:
-            return None, str(reason)
+    def __getitem__(self, step: int) -> tuple[Tensor, dict[str, str]]:
+        """The places of a step, of which none is bad."""
+        epoch, number = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            order_M = order_of(epoch, self.count, self.seed)
+            self._order = (epoch, order_M.split(self.batch_size))
+        return self._order[1][number], {}
+
+
+def order_of(epoch: int, count: int, seed: int) -> Tensor:
+    """In which order an epoch sees so many samples."""
+    return shuffled(sample_keys(seed, epoch, torch.arange(count)), Stream.SHUFFLE)
 
 
 def in_order(
@@ -130,10 +172,16 @@ def in_order(
 ) -> Iterator[tuple[int, Sample]]:
     """This rank's share of a test set, each sample once, with its place; those that cannot be
     decoded are added to `bad` and left out. On a terminal a bar says how far it has come."""
-    dataset = _InOrder(len(source), read)
+
+    def sample_of(index: int) -> tuple[Sample | None, str]:
+        try:
+            return patiently(lambda: read(index)), ""
+        except BadImage as reason:
+            return None, str(reason)
+
     places = range(ranks.rank, len(source), ranks.world)
     samples = track(
-        read_ahead(dataset, places, workers),
+        read_ahead(sample_of, places, workers),
         "testing",
         len(places),
         console=console,
@@ -145,6 +193,12 @@ def in_order(
             bad[source.name(index)] = reason
         else:
             yield index, sample
+
+
+def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """So many at a time; the last ones may be fewer."""
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def joined(
@@ -165,13 +219,13 @@ def joined(
     return [value for _, value in both]
 
 
-def read_ahead(dataset: Any, places: Sequence[int], workers: int) -> Iterator[Any]:
-    """The entries of a data set, in order, read by so many processes, or by this one."""
+def read_ahead(read: Callable[[Any], T], places: Collection[Any], workers: int) -> Iterator[T]:
+    """What `read` makes of each place, in order: in so many processes, or in this one."""
     if workers == 0:
-        yield from (dataset[at] for at in places)
+        yield from map(read, places)
         return
     yield from DataLoader(
-        dataset,
+        _Reader(read),
         batch_size=None,
         sampler=places,
         num_workers=workers,
@@ -179,8 +233,17 @@ def read_ahead(dataset: Any, places: Sequence[int], workers: int) -> Iterator[An
         multiprocessing_context="fork" if "fork" in get_all_start_methods() else None,
         collate_fn=_as_is,
         worker_init_fn=start_worker,
+        # Its own, because each iteration draws a number: the global one must not notice.
         generator=torch.Generator(),
     )
+
+
+class _Reader(Dataset[T], Generic[T]):
+    def __init__(self, read: Callable[[Any], T]) -> None:
+        self.read = read
+
+    def __getitem__(self, place: Any) -> T:
+        return self.read(place)
 
 
 def _as_is(batch: Any) -> Any:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +26,13 @@ from torch import Tensor
 
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest, write_whole
+from dseqjepa.tasks.bootstrap import RESAMPLES
 
 FORMAT = 1
 MANY = 4
 """The most metrics that stand side by side on a terminal."""
 MAJORITY = "majority"
 """The row of the answer that is right most often among the training images."""
-RESAMPLES = 1000
 NOT_PER_CENT = {"depth_rmse": (0.0, math.inf)}
 """Metrics that have a unit of their own, and what values they can have."""
 
@@ -98,13 +99,32 @@ def accuracy_metric(correct_N: Bool[Tensor, " N"]) -> Metric:
 
 @dataclass(frozen=True, eq=False)
 class Classified:
-    """What there is to say of the class that each test image was given, as a `Result` takes it."""
+    """What there is to say of the class that each test image was given."""
 
+    task: str
+    n_test: int
     metrics: Mapping[str, Metric]
     """`accuracy`, and `balanced_accuracy`: the mean of the classes' own."""
     floors: Mapping[str, Mapping[str, Metric]]
     details: Mapping[str, Any]
     examples: Mapping[str, Any]
+
+    def result(
+        self,
+        metrics: Mapping[str, Metric] = MappingProxyType({}),
+        details: Mapping[str, Any] = MappingProxyType({}),
+        **others: Any,
+    ) -> Result:
+        """This, and the other fields of a result; further metrics and details, too."""
+        return Result(
+            metrics={**self.metrics, **metrics},
+            details={**details, **self.details},
+            labels=self.task,
+            n_test=self.n_test,
+            floors=self.floors,
+            examples=self.examples,
+            **others,
+        )
 
 
 def classified(
@@ -135,6 +155,8 @@ def classified(
         images = sum(said.values())
         per_class[true] = {"accuracy": 100 * said.get(true, 0) / images, "n_test": images}
     return Classified(
+        task=task,
+        n_test=len(label_N),
         metrics=_accuracies(predicted_N == label_N, label_N),
         floors={MAJORITY: _accuracies(label_N == commonest, label_N)},
         details={"per_class": per_class, "confusion": found},

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.files import json_digest
+from dseqjepa.files import json_digest, remove
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
-from dseqjepa.tasks.config import FrozenConfig, TaskConfig, TrainedConfig
+from dseqjepa.tasks.config import FrozenConfig, TaskConfig
 from dseqjepa.tasks.reading import check_bad
 from dseqjepa.tasks.results import (
     FORMAT,
@@ -37,7 +36,7 @@ from dseqjepa.tasks.results import (
     write_json,
 )
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.runtime import Stopped, join
+from dseqjepa.train.runtime import Runtime, Stopped, join
 from dseqjepa.train.trained_on import trained_on
 
 SCENES = 20_000
@@ -110,31 +109,54 @@ def run_task(
     words = {**flattened(config.model_dump(mode="json")), "task": task}
     alike = {key: value for key, value in words.items() if key != "workers"}
     runtime = join(RuntimeConfig(accelerator=config.accelerator), alike)
-    device, ranks = runtime.fabric.device, runtime.ranks
+    ranks, evaluate = runtime.ranks, import_module(f"dseqjepa.tasks.{task}").evaluate
+    job, source = _open_job(task, spec, config, data, out, runtime)
+    job = replace(job, resume=resume, overwrite=overwrite)
+    fingerprints = {"train": job.train.fingerprint(), "test": job.test.fingerprint()}
+    who = identity(job.backbone)  # before it is trained
+    ranks.check_alike(weights=who["digest"], **fingerprints, resume=resume, overwrite=overwrite)
+    with job.held:
+        with ranks.failing_together(Stopped):
+            if isinstance(config, FrozenConfig):
+                from dseqjepa.tasks.baselines import beside
+
+                result: Result = beside(job, config, evaluate)
+            else:
+                result = evaluate(job, config)
+        values = describe(task, job, config, result, source, who, fingerprints)
+        values["wall_s"] = round(time.perf_counter() - began, 3)
+        path = out or choose_path(job.folder, task, values)
+        if ranks.first:
+            values["warnings"] = _changed(job, fingerprints)
+            _publish(job, config, result, values, path, draw)
+    ranks.close()
+    return path
+
+
+def _open_job(
+    task: str, spec: str, config: TaskConfig, data: str | None, out: Path | None, runtime: Runtime
+) -> tuple[Job, str]:
+    """Backbone and data, and what is to be typed for that data; `InputError` as `run_task`."""
     # Names of others may look like markup.
-    console = LastingConsole(quiet=not ranks.first, markup=False)
-    size = None if config.image_size == "auto" else config.image_size
-    module = import_module(f"dseqjepa.tasks.{task}")
+    console = LastingConsole(quiet=not runtime.ranks.first, markup=False)
     if out is not None and out.is_dir():
         raise InputError(f"out={out} is a folder: name a file, such as {out / f'{task}.json'}")
     backbone = open_backbone(
         spec,
         weights=config.weights,
         pretrained=config.pretrained,
-        image_size=size,
+        image_size=None if config.image_size == "auto" else config.image_size,
         seed=config.init_seed,
-        trainable=isinstance(config, TrainedConfig),
+        trainable=config.trains_backbone,
     )
     if out is None and backbone.run is None:
         raise InputError(f"out=FILE.json is missing: {spec} has no run's folder to keep it in")
-    folder = out.parent if out is not None else Path(backbone.run or "") / "evaluations"
-    source = data
-    if source is None:
+    if data is None:
         if backbone.config is None:
             raise InputError(f"data=PATH is missing: {spec} does not say what it was trained on")
-        source = trained_on(open_checkpoint(Path(backbone.source)))
+        data = trained_on(open_checkpoint(Path(backbone.source)))
     train, test = open_splits(
-        source,
+        data,
         size=_scenes(config, backbone.config),
         image_size=backbone.image_size,
         seed=config.data_seed,
@@ -145,40 +167,32 @@ def run_task(
     if config.reads_training:
         for part in (train, test):
             prepare(part)
-    fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
-    name = task if out is None else out.stem
-    job = Job(
-        backbone.to(device), train, test, folder, device, ranks, console, name, resume, overwrite
-    )
-    who = identity(backbone)  # before it is trained
-    ranks.check_alike(weights=who["digest"], **fingerprints, resume=resume, overwrite=overwrite)
-    with job.held:
-        with ranks.failing_together(Stopped):
-            if isinstance(config, FrozenConfig):
-                from dseqjepa.tasks.baselines import beside
+    folder = out.parent if out is not None else Path(backbone.run or "") / "evaluations"
+    name, device = task if out is None else out.stem, runtime.fabric.device
+    return Job(backbone.to(device), train, test, folder, device, runtime.ranks, console, name), data
 
-                result: Result = beside(job, config, module.evaluate)
-            else:
-                result = module.evaluate(job, config)
-        values = describe(task, job, config, result, source, who, fingerprints)
-        values["wall_s"] = round(time.perf_counter() - began, 3)
-        path = out or choose_path(folder, task, values)
-        if ranks.first:
-            values["warnings"] = _changed(job, fingerprints)
-            write_json(path, values)
-            quick = ", preset=quick" if config.preset == "quick" else ""
-            title = f"{values['title']}{quick} (95 % interval: {result.interval})"
-            console.print(show(values["results"], title))
-            for line in (*_missing(result), *values["warnings"]):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-            print(f"written: {path}")
-            for rest in result.unfinished:
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
-            if draw is not None and result.examples:
-                draw(path.with_suffix(".png"), **result.examples)
-                print(f"written: {path.with_suffix('.png')}")
-    ranks.close()
-    return path
+
+def _publish(
+    job: Job,
+    config: TaskConfig,
+    result: Result,
+    values: Mapping[str, Any],
+    path: Path,
+    draw: Draw | None,
+) -> None:
+    """Write the file and the picture, show the table; what is of no more use goes."""
+    write_json(path, values)
+    quick = ", preset=quick" if config.preset == "quick" else ""
+    title = f"{values['title']}{quick} (95 % interval: {result.interval})"
+    job.console.print(show(values["results"], title))
+    for line in (*_missing(result), *values["warnings"]):
+        job.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print(f"written: {path}")
+    for rest in result.unfinished:
+        remove(rest)
+    if draw is not None and result.examples:
+        draw(path.with_suffix(".png"), **result.examples)
+        print(f"written: {path.with_suffix('.png')}")
 
 
 def describe(
@@ -212,7 +226,7 @@ def describe(
     return {
         "format": FORMAT,
         "task": task,
-        "title": f"{TITLES.get(task, task)}, {result.labels}, %"
+        "title": f"{config.title}, {result.labels}, %"
         + (" (RMSE in the data's unit)" if NOT_PER_CENT.keys() & result.metrics.keys() else ""),
         "preset": config.preset,
         "metrics": {key: metric._asdict() for key, metric in result.metrics.items()},
@@ -264,20 +278,6 @@ def _changed(job: Job, fingerprints: Mapping[str, str]) -> list[str]:
         if not is_same:
             lines.append(f"warning: the {part} images changed while they were evaluated{why}")
     return lines
-
-
-TITLES = {
-    "knn": "kNN accuracy",
-    "linear": "linear accuracy",
-    "attentive": "attentive accuracy",
-    "dense": "frozen patches",
-    "lowshot": "low-shot accuracy",
-    "clevr": "Clevr accuracy",
-    "finetune": "fine-tuned",
-    "detection": "Mask R-CNN",
-    "segmentation": "UPerNet",
-    "discovery": "objects found",
-}
 
 
 def identity(backbone: Backbone) -> dict[str, Any]:

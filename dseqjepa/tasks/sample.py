@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled, uniforms
 
 Places = Int64[Tensor, " R"]
 
@@ -73,7 +73,7 @@ def list_name(file: Path, places: Places) -> str:
 def balanced(label_N: Int64[Tensor, " N"], fraction: float, seed: int) -> Places:
     """The `fraction` of every class (rounded, at least one image), in order; a function of the
     seed."""
-    draw_N = _draws(len(label_N), seed)
+    draw_N = uniforms(sample_keys(seed, 0, torch.arange(len(label_N))), Stream.SPLIT, 1)[:, 0]
     places = []
     for label in label_N.unique().tolist():
         of_class = (label_N == label).nonzero()[:, 0]
@@ -84,9 +84,4 @@ def balanced(label_N: Int64[Tensor, " N"], fraction: float, seed: int) -> Places
 
 def drawn(count: int, wanted: int, seed: int) -> Places:
     """`wanted` of `count` places in random order, all if fewer; a function of the seed."""
-    return _draws(count, seed).argsort(stable=True)[:wanted]
-
-
-def _draws(count: int, seed: int) -> Tensor:
-    keys_N = sample_keys(seed, 0, torch.arange(count))
-    return uniforms(keys_N, Stream.SPLIT, 1)[:, 0]
+    return shuffled(sample_keys(seed, 0, torch.arange(count)), Stream.SPLIT)[:wanted]

@@ -1,4 +1,4 @@
-"""The loop of every evaluation that trains: fine-tuning, detection, segmentation, attentive heads.
+"""The loop of every evaluation that trains, the whole backbone or a head on it.
 
 A step's batch is computed in parts: each of several ranks has its own, or several one after the
 other (`accumulate`). Two ranks with a part each do what one does with two, but for what a model
@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -27,12 +28,22 @@ from torch import Tensor, nn
 
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, RunError
-from dseqjepa.files import remove
+from dseqjepa.files import json_digest, remove
 from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
-from dseqjepa.tasks.config import TrainedConfig
-from dseqjepa.tasks.reading import SUBSTITUTES, Sample, Samples, check_bad, read_ahead
+from dseqjepa.tasks.config import FrozenConfig, TrainedConfig
+from dseqjepa.tasks.reading import (
+    SUBSTITUTES,
+    Sample,
+    Samples,
+    Shuffled,
+    check_bad,
+    in_order,
+    joined,
+    read_ahead,
+    seeded,
+)
 from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import (
     Checkpoint,
@@ -46,7 +57,7 @@ from dseqjepa.train.folder import locked
 from dseqjepa.train.log import Journal
 from dseqjepa.train.optimizer import load_optimizer_state, optimizer_state
 from dseqjepa.train.runtime import Stopped, StopRequest
-from dseqjepa.train.schedules import cosine, linear
+from dseqjepa.train.schedules import cosine, linear, stepped
 
 Losses = dict[str, Tensor]
 """Loss terms by name; their sum is what is minimised."""
@@ -54,20 +65,25 @@ Losses = dict[str, Tensor]
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 """Parameters with more than one dimension that do not decay, as in MAE and BEiT."""
 SAVE_EVERY_S = 600.0
+Model = TypeVar("Model", bound=nn.Module)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, all in steps. AdamW; the learning rate rises linearly for
-    `warmup_steps`, then falls to `final_lr` by a half cosine, or linearly (`poly`, power 1)."""
+    """How a model is trained, all in steps. The learning rate rises linearly for `warmup_steps`,
+    then falls to `final_lr` by a half cosine, or linearly (`poly`, power 1); or it is a tenth after
+    each of the `milestones`."""
 
     steps: int
     batch_size: int
     lr: float
-    weight_decay: float
-    warmup_steps: int
-    schedule: Literal["cosine", "poly"]
+    weight_decay: float = 0.0
+    """Of AdamW by `parameter_groups`, as `layer_decay` is."""
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "poly", "milestones"] = "cosine"
     final_lr: float = 0.0
+    milestones: tuple[int, ...] = ()
     layer_decay: float = 1.0
     """The factor of the learning rate from each block to the one below."""
     clip: float | None = None
@@ -92,6 +108,8 @@ class Recipe:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of step 0, 1, ... steps - 1, before the layers' factors."""
+        if self.schedule == "milestones":
+            return stepped(self.lr, self.milestones, step)
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         share = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
@@ -104,80 +122,92 @@ class Place:
     """Where and how a training runs. On a CPU only the number of parts of a step changes its
     result, and that only in what is drawn, or normalised, within a part."""
 
-    folder: Path
-    """Of its checkpoints, metrics.jsonl and log.txt."""
-    identity: Mapping[str, Any]
+    folder: Path | None = None
+    """Of its checkpoints, metrics.jsonl and log.txt; None: nothing is kept, or said."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
     """All that a checkpoint must have been trained with to be gone on from; plain JSON."""
     resume: bool = False
     overwrite: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    ranks: Ranks = field(default_factory=lambda: Ranks(60.0))
+    ranks: Ranks = field(default_factory=Ranks.by_itself)
     accumulate: int = 1
     """Parts that a rank computes one after the other."""
     workers: int = 0
     max_bad: float = 1.0
     """The share of the training images that may be undecodable."""
     console: Console = field(default_factory=Console)
-    lines: int = 50
-    """How often, at least, the loss is reported."""
+    every: int | None = None
+    """Steps from one report of the loss to the next; None: 100, fewer where there are few."""
     stop_after: int | None = None
     """Stop with a checkpoint after this step, as SIGTERM would have it."""
     held: ExitStack = field(default_factory=ExitStack)
     """Closed when the result is written; until then no other evaluation trains in the folder."""
 
+    @classmethod
+    def of_head(
+        cls, job: Job, config: FrozenConfig, name: str, identity: Mapping[str, Any], **more: Any
+    ) -> Place:
+        """Where a head on a frozen backbone trains: in a folder of its own, from which the same
+        command goes on, and which goes when the result is written."""
+        alike = {
+            "backbone": job.backbone.digest(),
+            "image_size": list(job.backbone.image_size),
+            "task": config.task,
+            "precision": config.precision,
+        }
+        identity = {**identity, **alike}
+        return cls(
+            folder=job.folder / f"{name}-{json_digest(identity)[:16]}",
+            identity=identity,
+            resume=True,
+            overwrite=job.overwrite,
+            device=job.device,
+            ranks=job.ranks,
+            max_bad=config.max_bad,
+            console=job.console,
+            **more,
+        )
+
+    @property
+    def unfinished(self) -> tuple[Path, ...]:
+        """What is of no more use when the result of a head is written."""
+        return () if self.folder is None else (self.folder,)
+
     def start(self) -> Checkpoint | None:
         """The checkpoint to go on from. `InputError` where the folder is in use, or holds the
         training of something else."""
-        self.ranks.together(lambda: self._hold() if self.ranks.first else None)
-        if self.overwrite or not holds_checkpoint(self.folder):
+        folder = self.folder
+        if folder is None:
+            return None
+        self.ranks.together(lambda: self._hold(folder) if self.ranks.first else None)
+        if self.overwrite or not holds_checkpoint(folder):
             return None
         if not self.resume:
             raise InputError(
-                f"{self.folder} holds an earlier training: resume=true goes on with it, "
+                f"{folder} holds an earlier training: resume=true goes on with it, "
                 "overwrite=true starts anew, out=FILE keeps both"
             )
-        found = open_checkpoint(self.folder)
+        found = open_checkpoint(folder)
         theirs = found.state.get("identity", {})
         mine = json.loads(json.dumps(self.identity))
         unlike = [key for key in mine if theirs.get(key) != mine[key]]
         if unlike:
             raise InputError(
-                f"{self.folder} was trained with another {', '.join(unlike)}: "
+                f"{folder} was trained with another {', '.join(unlike)}: "
                 "overwrite=true starts anew, out=FILE keeps both"
             )
         return found
 
-    def _hold(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.held.enter_context(locked(self.folder, f"the training in {self.folder}"))
+    def parts_of(
+        self, source: Source, read: Callable[[int, int], Sample], recipe: Recipe, **more: int
+    ) -> Samples[Sample]:
+        """The samples of a source, in the parts of this many ranks."""
+        size = recipe.batch_size // (self.ranks.world * self.accumulate)
+        return Samples(source, read, size=size, seed=recipe.seed, **more)
 
-
-def place_of(job: Job, config: TrainedConfig) -> Place:
-    """Where a task trains: a folder beside its result, NAME-training.
-
-    Raises:
-        InputError: a step's batch cannot be divided into parts of one size.
-    """
-    check_parts(config.batch_size, config.accumulate, job.ranks)
-    free = {"workers", "accelerator", "accumulate", "max_bad"}
-    settings = config.model_dump(mode="json", exclude=free)
-    return Place(
-        folder=job.folder / f"{job.name}-training",
-        identity={
-            "config": settings,
-            "backbone": job.backbone.digest(),
-            "data": [job.train.fingerprint(), job.test.fingerprint()],
-        },
-        resume=job.resume,
-        overwrite=job.overwrite,
-        device=job.device,
-        ranks=job.ranks,
-        accumulate=config.accumulate,
-        workers=config.workers,
-        max_bad=config.max_bad,
-        console=job.console,
-        held=job.held,
-    )
+    def _hold(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.held.enter_context(locked(folder, f"the training in {folder}"))
 
 
 def check_parts(batch_size: int, accumulate: int, ranks: Ranks) -> None:
@@ -219,22 +249,98 @@ def parameter_groups(model: nn.Module, backbone: Backbone, recipe: Recipe) -> li
     return [groups[key] for key in sorted(groups)]
 
 
+def train_backbone(
+    job: Job,
+    config: TrainedConfig,
+    recipe: Recipe,
+    build: Callable[[], Model],
+    read: Callable[[int, int], Sample],
+    losses: Callable[[Model, list[Sample]], Losses],
+) -> tuple[Model, dict[str, str]]:
+    """A model with the job's backbone in it, trained on all of its weights in a folder beside the
+    result, NAME-training; in eval mode. And the images that could not be decoded, and why.
+
+    Args:
+        build: makes the model, whose new weights are drawn by the config's seed.
+        read: as `Samples` takes it.
+        losses: the loss terms of a part's samples.
+
+    Raises:
+        InputError: a step's batch cannot be divided into parts of one size, or an earlier training
+            is in the way.
+        RunError, Stopped: as `fit`.
+    """
+    check_parts(config.batch_size, config.accumulate, job.ranks)
+    free = {"workers", "accelerator", "accumulate", "max_bad"}
+    place = Place(
+        folder=job.folder / f"{job.name}-training",
+        identity={
+            "config": config.model_dump(mode="json", exclude=free),
+            "backbone": job.backbone.digest(),
+            "data": [job.train.fingerprint(), job.test.fingerprint()],
+        },
+        resume=job.resume,
+        overwrite=job.overwrite,
+        device=job.device,
+        ranks=job.ranks,
+        accumulate=config.accumulate,
+        workers=config.workers,
+        max_bad=config.max_bad,
+        console=job.console,
+        held=job.held,
+    )
+    start = place.start()
+    with seeded(config.seed):
+        model = build().to(job.device)
+    optimizer = adamw(parameter_groups(model, job.backbone, recipe), job.device)
+    parts = place.parts_of(job.train, read, recipe)
+    bad = fit(model, optimizer, recipe, parts, partial(losses, model), place, start)
+    return model.eval(), bad
+
+
+def answer_all(
+    job: Job,
+    config: TrainedConfig,
+    read: Callable[[int], Sample],
+    answers: Callable[[Iterator[tuple[int, Sample]]], Iterator[tuple[int, T]]],
+) -> tuple[list[T], dict[str, str]]:
+    """What is answered of the test images, in their order, by all ranks together; and the images
+    that could not be decoded, and why.
+
+    Args:
+        answers: makes of this rank's samples, each with its place, plain JSON, with the places.
+
+    Raises:
+        RunError: no test image can be decoded, or more than `config.max_bad` cannot.
+    """
+    bad: dict[str, str] = {}
+    samples = in_order(job.test, read, config.workers, bad, job.console, job.ranks)
+    found = joined(list(answers(samples)), job.test, bad, job.ranks)
+    job.report_bad(bad, len(job.test), config.max_bad, "test")
+    return found, bad
+
+
+def adamw(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
+    """For `fit`, which sets the learning rate."""
+    return torch.optim.AdamW(groups, lr=0.0, fused=device.type == "cuda")
+
+
 def fit(
     model: nn.Module,
-    groups: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
     recipe: Recipe,
-    source: Source,
-    read: Callable[[int, int], Sample],
-    losses: Callable[[list[Sample]], Losses],
+    parts: Samples[Any] | Shuffled,
+    losses: Callable[[Any], Losses],
     place: Place,
-    start: Checkpoint | None,
+    start: Checkpoint | None = None,
 ) -> dict[str, str]:
-    """Train a model; where `start` is given, go on from it. Leaves the model in training mode.
+    """Train a model; where `start` is given, go on from it. Leaves the model in training mode, but
+    for a backbone that is not trained.
 
     Args:
         model: the same on all ranks.
-        groups: of its parameters, each with a `scale` of the learning rate and a `weight_decay`.
-        read: the sample at a place of the source for a key, the only randomness it may use.
+        optimizer: of its parameters, in groups that may have a `scale` of the learning rate.
+        parts: the samples of each part, counted over all steps and ranks.
         losses: the loss terms of a part's samples, as means over them.
         start: what `place.start()` returned.
 
@@ -246,139 +352,197 @@ def fit(
         RunError: the loss is not finite, more images than `place.max_bad` cannot be decoded, or
             some cannot and those after them neither.
     """
-    ranks, accumulate = place.ranks, place.accumulate
-    parts = ranks.world * accumulate
-    samples = Samples(
-        len(source),
-        read,
-        source.name,
-        parts=recipe.steps * parts,
-        size=recipe.batch_size // parts,
-        seed=recipe.seed,
-    )
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=(0.9, 0.999), fused=place.device.type == "cuda"
-    )
-    step, bad = 0, dict[str, str]()
-    if start is None:
-        if ranks.first and place.overwrite:
+    fitting = _Fitting(model, optimizer, recipe, parts, losses, place)
+    fitting.begin(start)
+    fitting.run()
+    return fitting.bad
+
+
+@dataclass
+class _Fitting:
+    """A training on its way: what `fit` was given, and how far it has come."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: Recipe
+    parts: Samples[Any] | Shuffled
+    losses: Callable[[Any], Losses]
+    place: Place
+    step: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    new_bad: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        folder, self.ranks = self.place.folder, self.place.ranks
+        quiet = folder is None or not self.ranks.first
+        self.journal = Journal(folder or Path(), self.place.console, quiet=quiet)
+
+    @property
+    def parts_per_step(self) -> int:
+        return self.ranks.world * self.place.accumulate
+
+    def begin(self, start: Checkpoint | None) -> None:
+        place = self.place
+        if start is not None:
+            whole = self.model.state_dict()
+            frozen = {name: whole[name] for name in whole.keys() - trained_state(self.model).keys()}
+            tensors = frozen | start.tensors("model")
+            load_into(self.model, tensors, f"{start.path}/model.safetensors")
+            load_optimizer_state(self.optimizer, self.model, start.tensors("optimizer"))
+            self.step, self.bad = start.step, dict(start.state["bad"])
+            self._check_bad()
+        elif place.folder is not None and self.ranks.first and place.overwrite:
             remove(place.folder / "checkpoints")
-    else:
-        load_into(model, start.tensors("model"), f"{start.path}/model.safetensors")
-        load_optimizer_state(optimizer, model, start.tensors("optimizer"))
-        step, bad = start.step, dict(start.state["bad"])
-        check_bad(bad, len(source), place.max_bad, "training")
-    unshared = dict[str, str]()
-    journal = Journal(place.folder, place.console, quiet=not ranks.first)
-    journal.rewind(step, bad)
-    journal.say(
-        f"training: {recipe.steps} steps of {recipe.batch_size} images of {len(source)} on "
-        f"{ranks.world} x {place.device.type}{f' in {parts} parts' if parts > 1 else ''}, "
-        + (f"from step {step}" if step else "from the start")
-    )
+        self.journal.rewind(self.step, self.bad)
+        number = self.parts_per_step
+        self.journal.say(
+            f"training: {self.recipe.steps} steps of {self.recipe.batch_size} images of "
+            f"{len(self.parts)} on {self.ranks.world} x {place.device.type}"
+            f"{f' in {number} parts' if number > 1 else ''}, "
+            + (f"from step {self.step}" if self.step else "from the start")
+        )
 
-    def note_bad() -> None:
-        """Name what any rank could not decode; too many end the training of all."""
-        for theirs in ranks.share(unshared):
-            for name, reason in theirs.items():
-                if name not in bad:
-                    bad[name] = reason
-                    journal.bad_file(name, reason)
-        unshared.clear()
-        check_bad(bad, len(source), place.max_bad, "training")
+    def run(self) -> None:
+        place, recipe, ranks, journal = self.place, self.recipe, self.ranks, self.journal
+        self.model.train()
+        for backbone in frozen_backbones(self.model).values():
+            backbone.eval()
+        clock = _Pace(self.step)
+        every = place.every or min(100, max(1, recipe.steps // 50))
+        journal.start_progress(self.step, recipe.steps)
+        devices = [place.device] if place.device.type == "cuda" else []
+        stop = StopRequest(one_for=1.0 if ranks.world > 1 else 0.0)
+        is_kept = place.folder is not None  # otherwise there is nothing to stop for
+        try:
+            with stop if is_kept else nullcontext(), torch.random.fork_rng(devices=devices):
+                ahead = read_ahead(self.parts.__getitem__, self._own_parts(), place.workers)
+                while self.step < recipe.steps:
+                    terms, norm = self._take_step(ahead)
+                    stopping, saving, losing = ranks.agree(
+                        stop.requested or self.step == place.stop_after,
+                        self.step == recipe.steps or (ranks.first and clock.is_time_to_save()),
+                        bool(self.new_bad),
+                    )
+                    saving = saving or stopping
+                    if losing:
+                        self._note_bad()
+                    if saving or self.step % every == 0 or self.step == 1:
+                        self._report(terms, norm, clock)
+                    if saving:
+                        self._save()
+                    journal.advance(self.step)
+                    if stopping:
+                        journal.say(f"stopped at step {self.step}; resume=true goes on")
+                        raise Stopped
+        finally:
+            journal.close()
 
-    def save() -> None:
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": optimizer_state(optimizer, model),
-        }
-        state = {"identity": dict(place.identity), "steps": recipe.steps, "bad": bad}
-        if ranks.first:
-            save_checkpoint(place.folder / "checkpoints", step, tensors, state, 1, journal.say)
-        ranks.wait()
+    def _own_parts(self) -> list[int]:
+        """The numbers of this rank's parts of the steps to come."""
+        each, world = self.place.accumulate, self.ranks.world
+        return [
+            (step * world + self.ranks.rank) * each + number
+            for step in range(self.step, self.recipe.steps)
+            for number in range(each)
+        ]
 
-    def parts_of_step() -> Iterator[tuple[int, list[Sample]]]:
-        """This rank's parts of the next step, each with its number."""
-        for number in range(ranks.rank * accumulate, (ranks.rank + 1) * accumulate):
-            drawn, unread = next(ahead)
-            ranks.came_on()
-            unshared.update((name, why) for name, why in unread.items() if name not in bad)
-            if len(drawn) < samples.size:
-                name, reason = next(iter(unread.items()))
-                raise RunError(
-                    f"at step {step} {SUBSTITUTES + 1} images one after the other cannot be "
-                    f"decoded, such as {name}: {reason}"
-                )
-            yield number, drawn
-
-    model.train()
-    clock = _Pace(step)
-    every = min(100, max(1, recipe.steps // place.lines))
-    journal.start_progress(step, recipe.steps)
-    devices = [place.device] if place.device.type == "cuda" else []
-    try:
-        one_for = 1.0 if ranks.world > 1 else 0.0
-        with StopRequest(one_for) as stop, torch.random.fork_rng(devices=devices):
-            own = [
-                at * parts + ranks.rank * accumulate + k
-                for at in range(step, recipe.steps)
-                for k in range(accumulate)
-            ]
-            ahead = read_ahead(samples, own, place.workers)
-            while step < recipe.steps:
-                terms, norm = _step(model, optimizer, recipe, step, parts_of_step(), losses, place)
-                step += 1
-                last = step == recipe.steps
-                stopping, saving, losing = ranks.agree(
-                    stop.requested or step == place.stop_after,
-                    last or (ranks.first and clock.is_time_to_save()),
-                    bool(unshared),
-                )
-                saving = saving or stopping
-                if losing:
-                    note_bad()
-                if saving or step % every == 0 or step == 1:
-                    together = {name: ranks.total(value) for name, value in terms.items()}
-                    _report(journal, recipe, step, together, norm, clock)
-                if saving:
-                    save()
-                journal.advance(step)
-                if stopping:
-                    journal.say(f"stopped at step {step}; resume=true goes on")
-                    raise Stopped
-    finally:
-        journal.close()
-    return bad
-
-
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    step: int,
-    parts: Iterable[tuple[int, list[Sample]]],
-    losses: Callable[[list[Sample]], Losses],
-    place: Place,
-) -> tuple[Losses, Tensor | None]:
-    """One step; this rank's share of the loss terms, and the norm of the whole gradient."""
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.lr_at(step) * group["scale"]
-    optimizer.zero_grad(set_to_none=True)
-    share = 1 / (place.ranks.world * place.accumulate)
-    sums: Losses = {}
-    for number, drawn in parts:
-        torch.manual_seed(int(hash_int64(recipe.seed, int(Stream.STEP), step, number)))
-        with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.bf16):
-            terms = losses(drawn)
-        (share * torch.stack([*terms.values()]).sum()).backward()
-        for name, value in terms.items():
-            sums[name] = share * value.detach() + sums.get(name, torch.zeros_like(value))
-    if place.ranks.world > 1:
+    def _take_step(
+        self, ahead: Iterator[tuple[Any, dict[str, str]]]
+    ) -> tuple[Losses, Tensor | None]:
+        """One step; this rank's share of the loss terms, and the norm of the whole gradient."""
+        recipe, optimizer, ranks, each = (
+            self.recipe,
+            self.optimizer,
+            self.ranks,
+            self.place.accumulate,
+        )
         for group in optimizer.param_groups:
-            _sum_gradients(group["params"], place.ranks)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip) if recipe.clip else None
-    optimizer.step()
-    return sums, norm
+            group["lr"] = recipe.lr_at(self.step) * group.get("scale", 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        share = 1 / self.parts_per_step
+        sums: Losses = {}
+        for number in range(ranks.rank * each, (ranks.rank + 1) * each):
+            batch = self._next(ahead)
+            torch.manual_seed(int(hash_int64(recipe.seed, int(Stream.STEP), self.step, number)))
+            with torch.autocast(self.place.device.type, torch.bfloat16, enabled=recipe.bf16):
+                terms = self.losses(batch)
+            (share * torch.stack([*terms.values()]).sum()).backward()
+            for name, value in terms.items():
+                sums[name] = share * value.detach() + sums.get(name, torch.zeros_like(value))
+        if ranks.world > 1:
+            for group in optimizer.param_groups:
+                _sum_gradients(group["params"], ranks)
+        clip = recipe.clip
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip) if clip else None
+        optimizer.step()
+        self.step += 1
+        return sums, norm
+
+    def _next(self, ahead: Iterator[tuple[Any, dict[str, str]]]) -> Any:
+        batch, unread = next(ahead)
+        self.ranks.came_on()
+        self.new_bad |= {name: why for name, why in unread.items() if name not in self.bad}
+        if batch is None:
+            name, reason = next(iter(unread.items()))
+            raise RunError(
+                f"at step {self.step} {SUBSTITUTES + 1} images one after the other cannot be "
+                f"decoded, such as {name}: {reason}"
+            )
+        return batch
+
+    def _note_bad(self) -> None:
+        """Name what any rank could not decode; too many end the training of all."""
+        for theirs in self.ranks.share(self.new_bad):
+            for name, reason in theirs.items():
+                if name not in self.bad:
+                    self.bad[name] = reason
+                    self.journal.bad_file(name, reason)
+        self.new_bad = {}
+        self._check_bad()
+
+    def _check_bad(self) -> None:
+        check_bad(self.bad, len(self.parts), self.place.max_bad, "training")
+
+    def _save(self) -> None:
+        folder = self.place.folder
+        if folder is not None and self.ranks.first:
+            tensors = {
+                "model": trained_state(self.model),
+                "optimizer": optimizer_state(self.optimizer, self.model),
+            }
+            identity = dict(self.place.identity)
+            state = {"identity": identity, "steps": self.recipe.steps, "bad": self.bad}
+            save_checkpoint(folder / "checkpoints", self.step, tensors, state, 1, self.journal.say)
+        self.ranks.wait()
+
+    def _report(self, terms: Losses, norm: Tensor | None, clock: _Pace) -> None:
+        """One line for people and one for programs. `RunError` where the loss is not finite, before
+        such weights are written."""
+        step, steps = self.step, self.recipe.steps
+        values = {name: float(self.ranks.total(value)) for name, value in terms.items()}
+        loss = sum(values.values())
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is not finite at step {step}: lower lr")
+        lr = self.recipe.lr_at(step - 1)
+        norms = {} if norm is None else {"gradient_norm": float(norm)}
+        self.journal.metrics({"step": step, "loss": loss, "lr": lr, **values, **norms})
+        left = duration(clock.left(step, steps))
+        self.journal.say(f"step {step}/{steps}  loss {loss:.4f}  lr {lr:.2g}  left {left}")
+
+
+def frozen_backbones(model: nn.Module) -> dict[str, Backbone]:
+    """The backbones in a model of which nothing is trained, by their names."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, Backbone) and not any(p.requires_grad for p in part.parameters())
+    }
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: all but its frozen backbones."""
+    frozen = tuple(f"{name}." for name in frozen_backbones(model))
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(frozen)}
 
 
 def _sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
@@ -388,28 +552,6 @@ def _sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
     sums = total.split([p.numel() for p in parameters])
     for parameter, part in zip(parameters, sums, strict=True):
         parameter.grad = part.view_as(parameter)
-
-
-def _report(
-    journal: Journal,
-    recipe: Recipe,
-    step: int,
-    terms: Losses,
-    norm: Tensor | None,
-    clock: _Pace,
-) -> None:
-    """One line for people and one for programs. `RunError` where the loss is not finite, before
-    such weights are written."""
-    values = {name: float(value) for name, value in terms.items()}
-    loss = sum(values.values())
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is not finite at step {step}: lower lr")
-    lr = recipe.lr_at(step - 1)
-    norms = {} if norm is None else {"gradient_norm": float(norm)}
-    journal.metrics({"step": step, "loss": loss, "lr": lr, **values, **norms})
-    text = f"loss {loss:.4f}  lr {lr:.2g}"
-    left = duration(clock.left(step, recipe.steps))
-    journal.say(f"step {step}/{recipe.steps}  {text}  left {left}")
 
 
 class _Pace:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig, differences
 from dseqjepa.data.cache import available_memory
-from dseqjepa.data.labelled import located, open_source, prepare
+from dseqjepa.data.labelled import located, prepare
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
@@ -30,6 +30,7 @@ from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loop import Probe, Trainer
 from dseqjepa.train.rehearsal import state_bytes, time_epochs
 from dseqjepa.train.runtime import Runtime, Stopped, connect, place
+from dseqjepa.train.trained_on import source_of
 
 FREE_ON_RESUME = (
     "data.workers",
@@ -166,14 +167,7 @@ def starting_weights(config: Config, init_from: Path | None) -> Checkpoint | Non
 
 def open_training_source(config: Config) -> Source:
     """The training images that `data.source` names."""
-    return open_source(
-        config.data.source,
-        split="pretrain",
-        size=config.data.size,
-        image_size=config.data.image_size,
-        seed=config.runtime.seed,
-        pixel_range=config.data.pixel_range,
-    )
+    return source_of(config, "pretrain")
 
 
 def fitting(config: Config, source: Source) -> Config:

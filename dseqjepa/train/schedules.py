@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dseqjepa.config import EmaConfig, OptimConfig
@@ -14,6 +15,11 @@ def linear(start: float, end: float, share: float) -> float:
 
 def cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def stepped(start: float, milestones: Sequence[int], step: int) -> float:
+    """A tenth after each of the milestones that lie behind."""
+    return start * 0.1 ** sum(milestone <= step for milestone in milestones)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,25 @@
-"""Which images a run was trained on, wherever one stands."""
+"""The images that a config names, and those that a run was trained on, wherever one stands."""
 
 from __future__ import annotations
 
+from dseqjepa.config import Config
 from dseqjepa.data.labelled import open_source
+from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, printable
 from dseqjepa.train.checkpoint import Checkpoint
+
+
+def source_of(config: Config, split: Split, spec: str | None = None) -> Source:
+    """A part of the images that a config names, or that `spec` does, read as the config says."""
+    data = config.data
+    return open_source(
+        spec or data.source,
+        split=split,
+        size=data.size,
+        image_size=data.image_size,
+        seed=config.runtime.seed,
+        pixel_range=data.pixel_range,
+    )
 
 
 def trained_on(checkpoint: Checkpoint) -> str:
@@ -26,14 +41,7 @@ def trained_on(checkpoint: Checkpoint) -> str:
     reasons = []
     for spec in dict.fromkeys([state.get("data_path", typed), typed]):
         try:
-            source = open_source(
-                spec,
-                split="pretrain",
-                size=config.data.size,
-                image_size=config.data.image_size,
-                seed=config.runtime.seed,
-                pixel_range=config.data.pixel_range,
-            )
+            source = source_of(config, "pretrain", spec)
         except InputError as error:
             reasons.append(str(error))
             continue

@@ -23,6 +23,7 @@ from dseqjepa.viz.tiles import heat_of, label_patch
 try:
     # The pictures take these from here, so that the advice below is all that one sees.
     from matplotlib import rc_context
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes as Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
     from matplotlib.figure import Figure as Figure
@@ -41,6 +42,7 @@ WIDTH = 10.0
 MARGIN, GAP = 0.25, 0.1
 TITLE, TEXT, SMALL = 13.0, 9.5, 8.5  # points
 LINE = 1.4  # of a text's size
+KEY = 0.42  # inches of a legend's mark, and between columns
 TILE_PIXELS = 288
 FORMATS = ("png", "pdf", "svg")
 
@@ -95,6 +97,42 @@ class Page:
         for spine in axes.spines.values():  # white pictures end somewhere, too
             spine.set(visible=True, color=colour(RULE), linewidth=0.6)
         return axes
+
+    def rule(self, x: float, y: float, width: float, rgb: Sequence[int]) -> None:
+        """A thin line, below a heading."""
+        axes = self.axes(x, y, width, 0.01)
+        bare(axes)
+        axes.set_facecolor(colour(rgb))
+
+    def legend(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        names: Sequence[str],
+        marks: Sequence[Artist],
+        size: float = SMALL,
+    ) -> None:
+        """What each mark stands for, in as many columns as there is room for."""
+        longest = max(text_width(name, size) for name in names)
+        axes = self.axes(x, y, width, 0.01)
+        axes.set_axis_off()
+        legend = axes.legend(
+            marks,
+            names,
+            loc="upper left",
+            ncols=max(1, int(width / (longest + KEY))),
+            fontsize=size,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0,
+            columnspacing=1.0,
+            handlelength=1.5,
+            labelspacing=0.35,
+            labelcolor=colour(INK),
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
     def heat_bar(self, x: float, y: float, width: float, label: str, ends: tuple[str, str]) -> None:
         """What the colours of a heat map mean: a bar between its two ends, the label above."""
@@ -182,6 +220,11 @@ def chart(axes: Axes) -> None:
     axes.tick_params(labelsize=SMALL, colors=colour(MUTED), labelcolor=colour(INK), length=3)
 
 
+def note(axes: Axes, text: str) -> None:
+    """Quiet words below a tile."""
+    axes.set_xlabel(text, fontsize=SMALL, color=colour(MUTED), labelpad=3, parse_math=False)
+
+
 def write_numbers(axes: Axes, rank_hw: NDArray[np.integer], size: float = 11) -> None:
     """Each region's number, rank + 1, inside it."""
     for rank in np.unique(rank_hw):
@@ -257,9 +300,7 @@ def tile_table(
             x = left + first * (tile + GAP)
             width = count * tile + (count - 1) * GAP
             page.text(x + width / 2, 0, text, weight="bold", ha="center")
-            rule = page.axes(x, span_head - 0.08, width, 0.01)
-            bare(rule)
-            rule.set_facecolor(colour(MUTED))
+            page.rule(x, span_head - 0.08, width, MUTED)
         for column, heading in enumerate(headings):
             x = left + column * (tile + GAP) + tile / 2
             strong, _, quiet = heading.partition("\n")

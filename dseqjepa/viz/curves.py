@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +21,11 @@ from dseqjepa.viz.canvas import (
     new_page,
 )
 from dseqjepa.viz.style import INK, LINES, MUTED
+from dseqjepa.viz.topics import TOPICS, Topic
 
 Metrics = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """What one chart shows: metrics by their key in metrics.jsonl, and what they are called."""
-
-    title: str
-    unit: str
-    series: Mapping[str, str]
-    at_zero: bool = False
-    """Whether the axis starts at 0, so that heights compare."""
-
-
-PANELS = (
-    Panel(
-        "loss",
-        "Smooth-L1",
-        {"prediction_loss": "prediction", "mean_prediction_loss": "predicting the mean"},
-        at_zero=True,
-    ),
-    Panel("loss by prediction step", "Smooth-L1", {"loss_by_step": "step"}),
-    Panel("skill: 1 - loss / loss of the mean", "share", {"skill": ""}),
-    Panel("RankMe of the targets", "dimensions", {"rank_me": ""}, at_zero=True),
-    Panel("standard deviation over images", "of a feature", {"feature_std": ""}, at_zero=True),
-    Panel("similarity of two images", "cosine", {"cosine": ""}),
-    Panel(
-        "variance of patch features",
-        "share",
-        {"variance_place": "by place", "variance_image": "by image", "variance_rest": "left over"},
-        at_zero=True,
-    ),
-    Panel("regions", "of an image, mean", {"regions": ""}),
-    Panel("prediction steps", "of an image, mean", {"steps_per_image": ""}),
-    Panel("size of a region", "share of the grid", {"region_area": ""}, at_zero=True),
-    Panel(
-        "curriculum",
-        "share of the images",
-        {"lambda": "lambda", "ranked_share": "ranked", "empty_share": "without region"},
-    ),
-    Panel("kNN probe", "accuracy, %", {"probe_knn": ""}),
-    Panel(
-        "objects found",
-        "%",
-        {"probe_auc": "AUC", "probe_pointing": "pointing", "probe_best_iou": "best IoU"},
-    ),
-    Panel("learning rate", "", {"lr": ""}, at_zero=True),
-    Panel("speed", "images a second", {"images_per_s": ""}, at_zero=True),
-)
 ACROSS = 3
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
@@ -121,8 +75,8 @@ def curves(runs: Mapping[str, Metrics]) -> Figure:
     """
     panels = [
         panel
-        for panel in PANELS
-        if any(series_of(rows, key) for rows in runs.values() for key in panel.series)
+        for panel in TOPICS
+        if any(series_of(rows, key) for rows in runs.values() for key in panel.curves)
     ]
     across = min(ACROSS, len(panels))
     left, gap, head, foot = 0.55, 0.75, inches_of(TEXT) + 0.08, 0.55
@@ -139,13 +93,9 @@ def curves(runs: Mapping[str, Metrics]) -> Figure:
         "where features collapse. The probe is leave-one-out on training images."
         + (" Dashes tell the runs apart." if len(runs) > 1 else ""),
     )
-    x = 0.0
-    for number, label in enumerate(runs if len(runs) > 1 else ()):
-        key = page.axes(x, 0.04, 0.4, 0.12)
-        key.set_axis_off()
-        key.add_line(Line2D([0, 1], [0.5, 0.5], color=_line(number), linestyle=_dash(number)))
-        page.text(x + 0.48, 0, label)
-        x += 0.48 + 0.09 * len(label) + 0.3
+    if len(runs) > 1:
+        marks = [Line2D([], [], color=_line(n), linestyle=_dash(n)) for n in range(len(runs))]
+        page.legend(0, 0.04, WIDTH, list(runs), marks, TEXT)
     for index, panel in enumerate(panels):
         x = left + index % across * (width + gap)
         y = legend + index // across * (head + height + foot)
@@ -158,12 +108,12 @@ def curves(runs: Mapping[str, Metrics]) -> Figure:
     return page.figure
 
 
-def _draw(axes: Axes, panel: Panel, runs: Mapping[str, Metrics]) -> None:
+def _draw(axes: Axes, panel: Topic, runs: Mapping[str, Metrics]) -> None:
     chart(axes)
     found = [
         [
             (f"{name} {entry}".strip(), points)
-            for key, name in panel.series.items()
+            for key, name in panel.curves.items()
             for entry, points in series_of(rows, key).items()
         ]
         for rows in runs.values()

@@ -17,11 +17,11 @@ from torch import Tensor
 from dseqjepa.config import Config
 from dseqjepa.data.decode import ENDINGS, decode
 from dseqjepa.data.images import ImageFolder, Subset
-from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.keyed import sample_keys
+from dseqjepa.train.trained_on import source_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +69,7 @@ def open_images(spec: str, config: Config) -> Source:
     path = Path(spec).expanduser()
     if spec != "scenes" and path.is_dir():
         return ImageFolder(path, "val")
-    return open_source(
-        spec,
-        split="val",
-        size=config.data.size,
-        image_size=config.data.image_size,
-        seed=config.runtime.seed,
-        pixel_range=config.data.pixel_range,
-    )
+    return source_of(config, "val", spec)
 
 
 def spread(source: Source, most: int) -> Subset:

@@ -13,8 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from dseqjepa.viz.canvas import SMALL, TILE_PIXELS, Figure, colour, inches_of, shortened, tile_table
-from dseqjepa.viz.style import MUTED
+from dseqjepa.viz.canvas import SMALL, TILE_PIXELS, Figure, inches_of, note, shortened, tile_table
 from dseqjepa.viz.tiles import photo_of
 
 
@@ -79,12 +78,6 @@ def neighbour_sheet(
     )
     for line, text in zip(table.axes, texts, strict=True):
         for axes, words in zip(line, text, strict=True):
-            cosine, _, note = words.partition("\n")
-            axes.set_xlabel(
-                f"{cosine}\n{shortened(note, table.tile, SMALL)}",
-                fontsize=SMALL,
-                color=colour(MUTED),
-                labelpad=3,
-                parse_math=False,
-            )
+            cosine, _, name = words.partition("\n")
+            note(axes, f"{cosine}\n{shortened(name, table.tile, SMALL)}")
     return table.figure

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from dseqjepa.viz.canvas import (
-    GAP,
     SMALL,
     TEXT,
     WIDTH,
@@ -89,14 +88,12 @@ def scatter(
                 )
         axes.set_xlabel(f"PC 1 ({100 * share_K[0]:.0f} % of variance)", fontsize=SMALL)
         axes.set_ylabel(f"PC 2 ({100 * share_K[1]:.0f} %)", fontsize=SMALL, labelpad=1)
-    for number, name in enumerate(legend):
-        y = head + number * inches_of(SMALL) * 1.05
-        key = page.axes(beside, y, 0.12, 0.12)
-        key.set_axis_off()
-        key.add_line(
-            Line2D([0.5], [0.5], marker=_marker(number), color=_colour(number), markersize=5)
-        )
-        page.text(beside + 0.12 + GAP / 2, y, name, SMALL, color=colour(INK))
+    marks = [
+        Line2D([], [], linestyle="", marker=_marker(n), color=_colour(n), markersize=5)
+        for n in range(len(legend))
+    ]
+    if legend:
+        page.legend(beside, head, 0.1, legend, marks)
     return page.figure
 
 

@@ -64,9 +64,7 @@ def image_sheet(
     y = 0.0
     for (label, item), height in zip(traces, block_heights, strict=True):
         page.text(0, y, label, weight="bold")
-        rule = page.axes(0, y + inches_of(TEXT) + 0.02, WIDTH, 0.01)
-        bare(rule)
-        rule.set_facecolor(colour(RULE))
+        page.rule(0, y + inches_of(TEXT) + 0.02, WIDTH, RULE)
         inner = y + inches_of(TEXT) + 0.1
         regions = "1 region" if item.count == 1 else f"{item.count} regions"
         cells = [

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from dseqjepa.config import Config
 from dseqjepa.data.images import Subset
-from dseqjepa.data.labelled import open_source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.tasks.features import Extracted, extract
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, method_of, open_checkpoint
-from dseqjepa.train.trained_on import trained_on
+from dseqjepa.train.trained_on import source_of, trained_on
 from dseqjepa.viz.canvas import FORMATS, Figure, save
 from dseqjepa.viz.clusters import check_clusters, cluster_maps
 from dseqjepa.viz.comparison import regions_sheet
@@ -196,16 +195,8 @@ class _Session:
 
     @cached_property
     def data(self) -> Subset:
-        config = self.config
-        source = open_source(
-            self.request.data or trained_on(self.main),
-            split="train",
-            size=config.data.size,
-            image_size=config.data.image_size,
-            seed=config.runtime.seed,
-            pixel_range=config.data.pixel_range,
-        )
-        return spread(source, self.request.sample)
+        spec = self.request.data or trained_on(self.main)
+        return spread(source_of(self.config, "train", spec), self.request.sample)
 
     def extracted(self, checkpoint: Checkpoint) -> Extracted:
         """Pooled features of the data, kept: two pictures read them."""

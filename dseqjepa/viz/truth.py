@@ -23,23 +23,21 @@ from dseqjepa.viz.canvas import (
     TILE_PIXELS,
     Axes,
     Figure,
-    Page,
     Rectangle,
     Table,
-    bare,
     colour,
     inches_of,
+    note,
     shortened,
     text_width,
     tile_table,
 )
-from dseqjepa.viz.style import INK, MUTED, PALETTE, VEIL
+from dseqjepa.viz.style import INK, PALETTE, VEIL
 from dseqjepa.viz.tiles import class_tile, colour_tile, heat_of, photo_of
 
 GROUPS = 2
 """Images side by side."""
 HEADINGS = ("image", "ground truth", "prediction")
-SWATCH = 0.13
 SURE = 0.5
 """The score from which on an object is drawn."""
 MOST = 20
@@ -78,13 +76,11 @@ def segmentation_sheet(
     shown = [Segmented(*example) for example in examples]
     pixels = [np.bincount(item.truth_HW.flatten().numpy(), minlength=1) for item in shown]
     place = _places(pixels, len(categories))
-    colours = np.concatenate([[VEIL], PALETTE, OTHER])
     rows = []
     for item in shown:
         photo = photo_of(item.image_CHW, TILE_PIXELS)
-        maps = [place[label_HW.numpy()] for label_HW in (item.truth_HW, item.predicted_HW)]
-        maps[1] = np.where(maps[0] == 0, 0, maps[1])  # what is ignored is not judged either
-        rows.append([_square(photo), *(_square(class_tile(photo, m, colours)) for m in maps)])
+        tiles = [photo, *_class_tiles(photo, item.truth_HW, item.predicted_HW, place)]
+        rows.append([_square(tile) for tile in tiles])
     table = _table(
         rows,
         "Segmentation: what is there, and what was predicted",
@@ -129,14 +125,18 @@ def detection_sheet(
             for k in best_K.tolist()
         ]
         for place_axes, text in ((axes[1], names), (axes[2], said)):
-            place_axes.set_xlabel(
-                _in_two_lines(text, table.tile),
-                fontsize=SMALL,
-                color=colour(MUTED),
-                labelpad=3,
-                parse_math=False,
-            )
+            note(place_axes, _in_two_lines(text, table.tile))
     return table.figure
+
+
+def _class_tiles(
+    photo: Image.Image, truth_HW: Tensor, said_HW: Tensor, place: NDArray[np.int64]
+) -> list[Image.Image]:
+    """True and predicted classes; what is ignored of the truth is not judged either."""
+    true_HW = place[truth_HW.numpy()]
+    colours = np.concatenate([[VEIL], PALETTE, OTHER])
+    shown_HW = np.where(true_HW == 0, 0, place[said_HW.numpy()])
+    return [class_tile(photo, each, colours) for each in (true_HW, shown_HW)]
 
 
 def _places(counts: Sequence[NDArray[np.integer]], classes: int) -> NDArray[np.int64]:
@@ -185,29 +185,10 @@ def _class_legend(
     if len(categories) > len(coloured):
         names.append("any other")
         colours.append(OTHER[0])
+    marks = [Rectangle((0, 0), 1, 1, color=colour(rgb)) for rgb in colours]
+    shown = [shortened(name, 1.6, SMALL) for name in names]
     width = max(across * table.tile + (across - 1) * GAP, 5.0)
-    _legend(table.page, table.below + 0.14, names, colours, width)
-
-
-def _legend(
-    page: Page,
-    y: float,
-    names: Sequence[str],
-    colours: Sequence[NDArray[np.integer]],
-    width: float,
-) -> None:
-    """Swatches with names, in as many lines as they need."""
-    x = 0.0
-    for name, rgb in zip(names, colours, strict=True):
-        name = shortened(name, 1.6, SMALL)
-        wide = SWATCH + 0.05 + text_width(name, SMALL)
-        if x and x + wide > width:
-            x, y = 0.0, y + inches_of(SMALL)
-        key = page.axes(x, y + 0.02, SWATCH, SWATCH)
-        bare(key)
-        key.set_facecolor(colour(rgb))
-        page.text(x + SWATCH + 0.05, y, name, SMALL)
-        x += wide + 0.18
+    table.page.legend(0, table.below + 0.14, width, shown, marks)
 
 
 def _draw_objects(
@@ -280,7 +261,6 @@ def patches_sheet(
     depths = by_kind.get("depth", ())
     rows: list[list[Image.Image]] = []
     place = _places([np.bincount(t.flatten().numpy()) for _, _, t, _ in classes], len(categories))
-    colours = np.concatenate([[VEIL], PALETTE, OTHER])
     known = [truth_HW[truth_HW.isfinite()] for _, _, truth_HW, _ in depths]
     farthest = max((float(each.max()) for each in known if len(each)), default=1.0)
     for number in range(max(len(classes), len(depths))):
@@ -288,10 +268,7 @@ def patches_sheet(
         photo = photo_of(image_CHW, TILE_PIXELS)
         row = [photo]
         if classes:
-            _, _, truth_HW, said_HW = classes[number]
-            maps = [place[label_HW.numpy()] for label_HW in (truth_HW, said_HW)]
-            maps[1] = np.where(maps[0] == 0, 0, maps[1])
-            row += [class_tile(photo, each, colours) for each in maps]
+            row += _class_tiles(photo, *classes[number][2:], place)
         if depths:
             _, _, truth_HW, said_HW = depths[number]
             unknown_HW = ~truth_HW.isfinite().numpy()

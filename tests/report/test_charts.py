@@ -26,6 +26,7 @@ KEYS = {
     "by place": "variance_place",
     "by image": "variance_image",
     "left over": "variance_rest",
+    "size": "region_area",
     "regulariser": "regularizer",
     "regions": "regions",
     "steps": "steps_per_image",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
 from dseqjepa.data.source import Source
 from dseqjepa.ranks import Ranks
+from dseqjepa.tasks import training
 from dseqjepa.tasks.run import Job
 from tests.tasks.dense_data import tiny_backbone
 
@@ -35,3 +38,14 @@ def job_of(
         name=name,
         **settings,
     )
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Have what trains a backbone stop there, as SIGTERM would."""
+    real = training.fit
+
+    def fit(*arguments: Any) -> Any:
+        *others, place, start = arguments
+        return real(*others, replace(place, stop_after=step), start)
+
+    patch.setattr(training, "fit", fit)

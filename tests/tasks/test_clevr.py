@@ -12,7 +12,7 @@ from torch import nn
 
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.tasks.clevr import evaluate, fit
+from dseqjepa.tasks.clevr import evaluate, fit_linear
 from dseqjepa.tasks.config import ClevrConfig
 from dseqjepa.tasks.results import Result
 from tests.tasks.fakes import CLASSES, Cards, Seer, make_job
@@ -71,7 +71,9 @@ def test_the_classifier_is_a_linear_layer_by_adamw() -> None:
     generator = torch.Generator().manual_seed(0)
     feature_MD = torch.randn(40, 6, generator=generator)
     label_M = torch.randint(CLASSES, (40,), generator=generator)
-    found = fit(feature_MD, label_M, classes=CLASSES, config=config, device=torch.device("cpu"))
+    found = fit_linear(
+        feature_MD, label_M, classes=CLASSES, config=config, device=torch.device("cpu")
+    )
     head = nn.Linear(6, CLASSES)
     with torch.no_grad():
         head.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(0))
@@ -94,7 +96,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
     feature_MD = torch.ones(4, 2)
     feature_MD[0, 0] = torch.inf
     with pytest.raises(InputError, match="not finite"):
-        fit(
+        fit_linear(
             feature_MD, torch.zeros(4, dtype=torch.int64),
             classes=2, config=ClevrConfig(), device=torch.device("cpu"),
         )  # fmt: skip

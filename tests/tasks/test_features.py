@@ -17,9 +17,10 @@ from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer, normalize
 from dseqjepa.tasks import features
 from dseqjepa.tasks.backbone import OwnBackbone
-from dseqjepa.tasks.features import LAST4, Rows, extract, patch_basis, pieces_of
+from dseqjepa.tasks.features import Rows, extract, lost, patch_basis, pieces_of
 
 SIZE = (16, 24)
+LAST4 = ("mean4", "mean3", "mean2", "mean1")
 
 
 class Noise:
@@ -240,5 +241,5 @@ def test_a_patch_is_reduced_to_its_leading_components(monkeypatch: pytest.Monkey
 def test_lost_images_are_counted_by_class() -> None:
     source = Noise(7, bad=(2, 5))
     found = extract(make_encoder(), source, SIZE)
-    assert found.missing(source, "class") == {"6": (1, 1), "15": (1, 1)}
-    assert extract(make_encoder(), Noise(3), SIZE).missing(Noise(3), "class") == {}
+    assert lost(source, "class", dict(found.bad)) == {"6": (1, 1), "15": (1, 1)}
+    assert lost(Noise(3), "class", dict(extract(make_encoder(), Noise(3), SIZE).bad)) == {}

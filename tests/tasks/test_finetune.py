@@ -16,11 +16,12 @@ from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
 from dseqjepa.tasks import finetune
 from dseqjepa.tasks.config import FinetuneConfig
-from dseqjepa.tasks.finetune import Augment, Classifier, LabelledImage, MixedLoss, Sizes, evaluate
+from dseqjepa.tasks.finetune import Augment, Classifier, MixedLoss, Sizes, evaluate
+from dseqjepa.tasks.reading import LabelledImage
 from dseqjepa.tasks.run import run_task
 from dseqjepa.train.runtime import Stopped
 from tests.tasks.dense_data import tiny_backbone
-from tests.tasks.jobs import job_of
+from tests.tasks.jobs import job_of, stop_after
 
 QUICK = ["preset=quick", "epochs=1", "batch_size=8", "warmup_epochs=0"]
 TRAIN = Scenes(24, size=32, seed=0, split="train")
@@ -56,15 +57,8 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
 ) -> None:
     settings = full("epochs=2", "batch_size=8")
     evaluate(job_of(tmp_path, TRAIN, TEST, "whole"), settings)
-    real = finetune.place_of
-
-    def stopping(*arguments):  # type: ignore[no-untyped-def]
-        from dataclasses import replace
-
-        return replace(real(*arguments), stop_after=4)
-
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "place_of", stopping)
+        stop_after(patch, 4)
         with pytest.raises(Stopped):
             evaluate(job_of(tmp_path, TRAIN, TEST, "cut"), settings)
     evaluate(job_of(tmp_path, TRAIN, TEST, "cut", resume=True), settings)
@@ -106,7 +100,7 @@ def test_a_constant_classifier_has_its_class_as_often_as_it_occurs(
         return F.one_hot(torch.full((len(images_BCHW),), 3), 10).float()
 
     monkeypatch.setattr(
-        finetune, "MixedLoss", lambda *_: lambda _s: {"loss": torch.zeros((), requires_grad=True)}
+        finetune, "MixedLoss", lambda *_: lambda *_s: {"loss": torch.zeros((), requires_grad=True)}
     )
     monkeypatch.setattr(Classifier, "forward", constant)
     found = evaluate(job_of(tmp_path, TRAIN, TEST), config())
@@ -179,7 +173,7 @@ def test_the_loss_of_what_is_not_mixed_is_smoothed_cross_entropy() -> None:
     logits_BK = model(torch.stack([sample.image_CHW for sample in samples]))
     for smoothing in (0.0, 0.1):
         settings = config(f"label_smoothing={smoothing}")
-        (loss,) = MixedLoss(settings, model, torch.device("cpu"))(samples).values()
+        (loss,) = MixedLoss(settings, 10)(model, samples).values()
         assert torch.allclose(loss, F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing))
 
 
@@ -207,7 +201,7 @@ def test_mixed_images_have_mixed_labels(monkeypatch: pytest.MonkeyPatch) -> None
     kinds = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        MixedLoss(full("erase=0"), model, torch.device("cpu"))(samples)
+        MixedLoss(full("erase=0"), 10)(model, samples)
         share_B = seen[-1].mean((1, 2, 3)) / 100
         assert torch.allclose(targets[-1][:, 1], share_B, atol=1e-4)
         assert torch.allclose(targets[-1].sum(1), torch.ones(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
+from dseqjepa.tasks import linear
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
 from dseqjepa.tasks.features import pooling_of
-from dseqjepa.tasks.linear import Training, all_pieces, evaluate, features_for
+from dseqjepa.tasks.linear import Probe, all_pieces, evaluate, features_for, train
 from dseqjepa.tasks.results import Result
+from dseqjepa.tasks.training import fit
+from dseqjepa.train.runtime import Stopped
 from tests.children import run_ranks
 from tests.tasks.fakes import CLASSES, SIZE, Cards, Seer, make_job
 from tests.train.tiny_ranks import join_ranks
@@ -48,12 +52,12 @@ def test_the_defaults_are_the_papers() -> None:
 def test_the_training_is_batch_norm_a_linear_layer_and_torchs_sgd(tmp_path: Path) -> None:
     """Written out once more, step by step."""
     source, seer, config = Cards(70), Seer("noise"), config_of()
-    training = Training(make_job(seer, source, source, tmp_path), config, LAST4, CLASSES, {})
     norm, head = nn.BatchNorm1d(32, affine=False), nn.Linear(32, CLASSES)
     with torch.no_grad():
-        for mine, theirs in zip(head.parameters(), training.probe.parameters(), strict=True):
+        untrained = Probe(32, CLASSES, config).parameters()
+        for mine, theirs in zip(head.parameters(), untrained, strict=True):
             mine.copy_(theirs)
-    training.run()
+    probe, *_ = train(make_job(seer, source, source, tmp_path), config, LAST4, {})
     optimizer = torch.optim.SGD(
         head.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
@@ -68,8 +72,8 @@ def test_the_training_is_batch_norm_a_linear_layer_and_torchs_sgd(tmp_path: Path
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    torch.testing.assert_close(training.probe.linear.weight, head.weight)
-    torch.testing.assert_close(training.probe.norm.running_var, norm.running_var)
+    torch.testing.assert_close(probe.linear.weight, head.weight)
+    torch.testing.assert_close(probe.norm.running_var, norm.running_var)
 
 
 def test_every_epoch_encodes_other_crops(tmp_path: Path) -> None:
@@ -92,42 +96,32 @@ def test_every_epoch_encodes_other_crops(tmp_path: Path) -> None:
     assert len({images.sum().item() for images in epochs}) == 4
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_training_that_was_killed_goes_on(
+def test_a_training_that_was_stopped_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = Cards(70, bad=(5,))
     whole = run(tmp_path / "whole", train=train)
-    epoch = Training._epoch
+    steps: list[int] = []
 
-    def mortal(self: Training, loader: Loader) -> float:
-        if self.epoch == 3:
-            raise Killed
-        return epoch(self, loader)
+    def stopped_early(*arguments: Any) -> Any:
+        *others, place, start = arguments
+        steps.append(start.step if start is not None else 0)
+        stop_after = 13 if len(steps) == 1 else None  # in the last epoch
+        return fit(*others, replace(place, stop_after=stop_after), start)
 
-    monkeypatch.setattr(Training, "_epoch", mortal)
-    with pytest.raises(Killed):
+    monkeypatch.setattr(linear, "fit", stopped_early)
+    with pytest.raises(Stopped):
         run(tmp_path / "cut", train=train)
-    (state,) = (tmp_path / "cut").glob("linear-*.safetensors")
-    done = []
-
-    def counted(self: Training, loader: Loader) -> float:
-        done.append(self.epoch)
-        return epoch(self, loader)
-
-    monkeypatch.setattr(Training, "_epoch", counted)
+    (folder,) = (tmp_path / "cut").glob("linear-*")
     other = run(tmp_path / "cut", "weight_decay=0.1", train=train)  # of another protocol: anew
-    assert done == [0, 1, 2, 3]
     assert other.details != whole.details
     cut = run(tmp_path / "cut", train=train)
-    assert done[4:] == [3]
+    assert steps == [0, 0, 13]
     assert (cut.metrics, cut.details, cut.n_bad) == (whole.metrics, whole.details, 1)
-    assert cut.unfinished == (state,)  # `run_task` removes it when the result is written
-    state.write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"is damaged .* remove it"):
+    assert len(cut.details["epoch_loss"]) == 4
+    assert cut.unfinished == (folder,)  # `run_task` removes it when the result is written
+    (folder / "checkpoints" / "last" / "state.json").write_bytes(b"broken")
+    with pytest.raises(InputError, match="is damaged"):
         run(tmp_path / "cut", train=train)
 
 
@@ -140,12 +134,9 @@ def train_on_ranks(out: Path) -> None:
     """In a child."""
     ranks = join_ranks()
     job = make_job(Seer("noise"), Cards(70), Cards(40, seed=1), out, ranks)
-    training = Training(job, config_of("batch_size=8"), LAST4, CLASSES, {})
-    training.run()
+    probe, *_ = train(job, config_of("batch_size=8"), LAST4, {})
     result = evaluate(job, config_of("batch_size=8"))
-    torch.save(
-        (training.probe.state_dict(), result.metrics, result.n_test), out / f"{ranks.rank}.pt"
-    )
+    torch.save((probe.state_dict(), result.metrics, result.n_test), out / f"{ranks.rank}.pt")
     ranks.close()
 
 

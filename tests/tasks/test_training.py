@@ -6,7 +6,9 @@ import io
 import json
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.maps import DropPath
-from dseqjepa.tasks.reading import Samples, in_order, seeded
-from dseqjepa.tasks.training import Place, Recipe, fit, parameter_groups
+from dseqjepa.tasks.reading import Samples, Shuffled, in_order, seeded
+from dseqjepa.tasks.training import Place, Recipe, adamw, fit, parameter_groups, trained_state
 from dseqjepa.train.checkpoint import holds_checkpoint, save_checkpoint
 from dseqjepa.train.runtime import Stopped
 from tests.children import ends, run_ranks, start
@@ -54,8 +56,16 @@ class Model(nn.Module):
         return {"loss_mean": (logit_B - images_BCHW.float().mean((1, 2, 3)) / 255).square().mean()}
 
 
-def groups_of(model: Model, recipe: Recipe = RECIPE) -> list[dict[str, Any]]:
-    return parameter_groups(model, model.backbone, recipe)
+def fit_on_ten(model: Model, reader: Any, losses: Any, place: Place, start: Any) -> dict[str, str]:
+    return fit_by(RECIPE, model, reader, losses, place, start)
+
+
+def fit_by(
+    recipe: Recipe, model: Model, reader: Any, losses: Any, place: Place, start: Any
+) -> dict[str, str]:
+    optimizer = adamw(parameter_groups(model, model.backbone, recipe), place.device)
+    parts = place.parts_of(Ten(), reader, recipe)
+    return fit(model, optimizer, recipe, parts, losses, place, start)
 
 
 class Ten(Scenes):
@@ -80,7 +90,7 @@ def trained(
     torch.manual_seed(0)
     model = Model(tiny_backbone())
     place = Place(folder, {"config": {"pair": (1, 2)}}, console=QUIET, **settings)
-    fit(model, groups_of(model, recipe), recipe, Ten(), reader, model.losses, place, place.start())
+    fit_by(recipe, model, reader, model.losses, place, place.start())
     return model.state_dict()
 
 
@@ -123,7 +133,7 @@ def train_on_ranks(folder: Path, **settings: Any) -> None:
     torch.manual_seed(0)
     model = Independent(tiny_backbone())
     place = Place(folder, {}, console=QUIET, ranks=ranks, **settings)
-    bad = fit(model, groups_of(model), RECIPE, Ten(), reader, model.losses, place, place.start())
+    bad = fit_on_ten(model, reader, model.losses, place, place.start())
     assert bad == {"3": "torn"}
     save_file(model.state_dict(), folder / f"{ranks.rank}.safetensors")
 
@@ -183,7 +193,7 @@ def test_every_part_of_every_step_draws_its_own(tmp_path: Path) -> None:
         return model.losses(samples)
 
     place = Place(tmp_path, {}, console=QUIET, accumulate=2)
-    fit(model, groups_of(model), RECIPE, Ten(), read, losses, place, None)
+    fit_on_ten(model, read, losses, place, None)
     assert len(drawn) == len(set(drawn)) == 2 * RECIPE.steps
 
 
@@ -249,15 +259,71 @@ def test_a_checkpoint_is_gone_on_from_even_where_nothing_points_to_it(tmp_path: 
 
 def test_every_sample_once_an_epoch_and_each_in_its_own_way() -> None:
     seen: list[tuple[int, int]] = []
-    samples = Samples(
-        10, lambda index, key: seen.append((index, key)), str, parts=5, size=4, seed=0
-    )
+    samples = Samples(Ten(), lambda index, key: seen.append((index, key)), size=4, seed=0)
     for part in range(5):
-        assert len(samples[part][0]) == 4
+        assert samples[part] == ([None] * 4, {})
     first, second = [i for i, _ in seen[:10]], [i for i, _ in seen[10:]]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert len({key for _, key in seen}) == 20
+
+
+def test_an_epoch_may_leave_out_what_fills_no_step() -> None:
+    seen: list[int] = []
+    samples = Samples(Ten(), lambda index, _: seen.append(index), size=4, seed=0, epoch=8)
+    whole = Samples(Ten(), lambda index, _: seen.append(index), size=10, seed=0)
+    for part in range(4):
+        samples[part]
+    for epoch in range(2):
+        whole[epoch]
+    assert seen[:8] == seen[16:24]
+    assert seen[8:16] == seen[26:34]
+
+
+def test_rows_in_memory_come_once_an_epoch_the_last_batch_being_smaller() -> None:
+    rows = Shuffled(10, 4, seed=0)
+    batches = [rows[step][0].tolist() for step in range(6)]
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 2
+    first, second = [*chain(*batches[:3])], [*chain(*batches[3:])]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+class Probe(nn.Module):
+    """A head on a backbone that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = tiny_backbone().requires_grad_(False)
+        self.head = nn.Linear(self.backbone.width, 1)
+
+    def losses(self, samples: list[Tensor]) -> dict[str, Tensor]:
+        assert self.training
+        assert not self.backbone.training
+        return {"loss": self.head(self.backbone(torch.stack(samples)).cls_BD).square().mean()}
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_is_not_saved(tmp_path: Path) -> None:
+    model, recipe, before = Probe(), replace(RECIPE, steps=2), Probe().backbone.state_dict()
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0)
+    for steps in (1, None):
+        place = Place(tmp_path, console=QUIET, resume=True, stop_after=steps)
+        parts = place.parts_of(Ten(), read, recipe)
+        with pytest.raises(Stopped) if steps else nullcontext():
+            fit(model, optimizer, recipe, parts, model.losses, place, place.start())
+            assert not model.backbone.training
+    assert_equal(model.backbone.state_dict(), before)
+    saved = load_file(tmp_path / "checkpoints" / "last" / "model.safetensors")
+    assert saved.keys() == trained_state(model).keys() == {"head.weight", "head.bias"}
+
+
+def test_without_a_folder_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Model(tiny_backbone())
+    fit_on_ten(model, read, model.losses, Place(console=QUIET), None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
@@ -272,7 +338,7 @@ def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Model(tiny_backbone())
     place = Place(tmp_path, {}, console=QUIET)
-    bad = fit(model, groups_of(model), RECIPE, Ten(), reader, model.losses, place, None)
+    bad = fit_on_ten(model, reader, model.losses, place, None)
     assert bad == {"2": "torn", "7": "torn"}
     assert len(seen) == len(set(seen)) == RECIPE.steps * RECIPE.batch_size
     lines = (tmp_path / "bad_files.jsonl").read_text().splitlines()
@@ -280,7 +346,7 @@ def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
 
     place = replace(place, folder=tmp_path / "few", max_bad=0.1)
     with pytest.raises(RunError, match=r"2 of 10 training images .* more than max_bad=0.1 allows"):
-        fit(model, groups_of(model), RECIPE, Ten(), reader, model.losses, place, place.start())
+        fit_on_ten(model, reader, model.losses, place, place.start())
     lines = (tmp_path / "few/bad_files.jsonl").read_text().splitlines()
     assert {json.loads(line)["path"] for line in lines} == {"2", "7"}
 
@@ -320,6 +386,10 @@ def test_schedules_rise_and_fall_as_they_say() -> None:
     assert cosine.lr_at(2) == 2.0
     assert cosine.lr_at(6) == pytest.approx(1.25)
     assert cosine.lr_at(10) == pytest.approx(0.5)
+    stepped = Recipe(10, 1, 2.0, schedule="milestones", milestones=(2, 5))
+    assert [stepped.lr_at(step) for step in (0, 1, 2, 4, 5, 9)] == pytest.approx(
+        [2.0, 2.0, 0.2, 0.2, 0.02, 0.02]
+    )
 
 
 @pytest.mark.parametrize("spec", ["own", "timm:test_vit"])

@@ -10,7 +10,8 @@ import pytest
 
 from dseqjepa.errors import InputError
 from dseqjepa.viz.canvas import Figure
-from dseqjepa.viz.curves import PANELS, curves, read_metrics, series_of
+from dseqjepa.viz.curves import curves, read_metrics, series_of
+from dseqjepa.viz.topics import TOPICS
 from tests.train.tiny_runs import metrics, run_config, train
 from tests.viz.pages import assert_legible, words
 
@@ -32,7 +33,7 @@ def lines_of(figure: Figure) -> dict[str, dict[str, list[tuple[float, float]]]]:
             for line in axes.get_lines()
         }
         for axes in figure.axes
-        if axes.get_label() in {panel.title for panel in PANELS}
+        if axes.get_label() in {panel.title for panel in TOPICS}
     }
 
 
@@ -42,8 +43,8 @@ def test_every_number_of_the_file_is_drawn_and_no_other(runs: dict[str, Path]) -
     drawn = lines_of(figure)
     rows = metrics(runs["dseq"])
     assert len(rows) == 20
-    for panel in PANELS:
-        for key, name in panel.series.items():
+    for panel in TOPICS:
+        for key, name in panel.curves.items():
             if key.startswith("probe_"):
                 assert panel.title not in drawn
             elif key == "loss_by_step":
@@ -62,12 +63,12 @@ def test_two_runs_share_the_charts_and_differ_in_dashes(runs: dict[str, Path]) -
     both = {"DSeq-JEPA": read_metrics(runs["dseq"]), "I-JEPA": read_metrics(runs["ijepa"])}
     figure = curves(both)
     assert_legible(figure)
-    (rank,) = [axes for axes in figure.axes if axes.get_label() == "RankMe of the targets"]
+    (rank,) = [axes for axes in figure.axes if axes.get_label() == "Effective rank (RankMe)"]
     one, other = rank.get_lines()
     assert one.get_linestyle() != other.get_linestyle()
     assert one.get_color() != other.get_color()
     assert {"DSeq-JEPA", "I-JEPA"} <= set(words(figure))
-    assert set(lines_of(figure)["regions"]) == {"DSeq-JEPA/"}  # I-JEPA has none
+    assert set(lines_of(figure)["Regions of an image"]) == {"DSeq-JEPA/regions"}  # I-JEPA has none
 
 
 def test_a_probe_has_its_chart_and_gaps_stay_gaps() -> None:
@@ -81,7 +82,7 @@ def test_a_probe_has_its_chart_and_gaps_stay_gaps() -> None:
     assert series_of(rows, "cosine") == {}
     figure = curves({"a run": rows})
     assert_legible(figure)
-    assert set(lines_of(figure)) == {"loss by prediction step", "kNN probe"}
+    assert set(lines_of(figure)) == {"Loss by prediction step", "kNN probe"}
 
 
 def test_the_size_of_regions_is_logged(runs: dict[str, Path]) -> None:

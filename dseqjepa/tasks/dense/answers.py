@@ -32,12 +32,7 @@ def linear(
     the pixels, each of which is given its patch's logits.
     """
     rows, target_RC, split = _known(patches, target_MPC, config)
-    settings = [
-        Setting(feature, lr, weight_decay)
-        for feature in patches.columns
-        for lr in config.lrs
-        for weight_decay in config.weight_decays
-    ]
+    settings = Setting.all_of(patches.columns, config.lrs, config.weight_decays)
     chosen = choose_head(
         rows,
         patches.columns,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import DenseConfig
 from dseqjepa.tasks.dense.kinds import Grid, Kind
 from dseqjepa.tasks.features import Rows
+from dseqjepa.tasks.reading import batched
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import features_of
@@ -129,7 +129,7 @@ class Patches:
         examples: list[Example] = []
         counts: dict[str, list[Tensor]] = {name: [] for name in answers}
         truths = self.test.truths(kind, self.transform)
-        for batch in _batches(truths, AT_ONCE):
+        for batch in batched(truths, AT_ONCE):
             number_B = torch.tensor([number for number, _ in batch])
             row_R = (number_B[:, None] * self.count + torch.arange(self.count)).flatten()
             rows = self.test.rows.only(row_R)
@@ -179,14 +179,3 @@ def _tokens(backbone: Backbone, feature: str) -> tuple[str, ...]:
     if any(not piece.startswith("mean") for piece in pieces):
         raise InputError(f"features {feature}: dense reads patches: last, last4, block7, ...")
     return tuple(piece.replace("mean", "tokens") for piece in pieces)
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dseqjepa.data.source import Depths, Segmentations
 from dseqjepa.errors import InputError
+from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import DenseConfig, FrozenConfig
 from dseqjepa.tasks.dense.answers import linear, regression, voting
 from dseqjepa.tasks.dense.kinds import Classes, Kind, LogDepth
 from dseqjepa.tasks.dense.patches import Answer, Example, Patches
 from dseqjepa.tasks.results import MAJORITY, Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.segmentation.scores import RESAMPLES
 
 PLACE = "place alone"
 """The row of what is usual at each place, whatever the image."""

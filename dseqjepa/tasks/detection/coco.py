@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, hash_int64
+from dseqjepa.tasks.bootstrap import draw_again
 
 RESAMPLES = 200
 NAMES = ("", "_50", "_75", "_small", "_medium", "_large")
@@ -61,9 +60,7 @@ def average_precision(
     evaluator = _Evaluator(annotations, results, image_ids, kind)
     values = evaluator.accumulated()
     by_category = evaluator.by_category()
-    images = len(image_ids)
-    generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
-    drawn_RN = torch.randint(images, (resamples, images), generator=generator).numpy()
+    drawn_RN = draw_again(len(image_ids), seed, resamples).numpy()
     again = [evaluator.accumulated(drawn_N) for drawn_N in drawn_RN]
     intervals = {}
     for name in values:

@@ -6,6 +6,7 @@ Suffixes: K objects.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,12 +27,16 @@ from dseqjepa.tasks.detection.samples import (
     read_sample,
 )
 from dseqjepa.tasks.maps import blocks_to_read
-from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
+from dseqjepa.tasks.training import Recipe, answer_all, train_backbone
 
 PICTURES = 8
+OF_MODEL = (
+    "width", "head_width", "mask_width", "longest_side", "window", "drop_path", "detections",
+    "proposals", "score_threshold",
+)  # fmt: skip
+"""Settings that are the model's own."""
 
 
 def evaluate(job: Job, config: DetectionConfig) -> Result:
@@ -59,70 +64,32 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         warmup_steps=round(config.warmup_epochs * per_epoch),
         schedule="cosine",
     )
-    place = place_of(job, config)
-    start = place.start()
-    with seeded(config.seed):
-        model = Detector(
+
+    def build() -> Detector:
+        return Detector(
             job.backbone,
             len(train.categories),
-            width=config.width,
-            head_width=config.head_width,
-            mask_width=config.mask_width,
-            longest_side=config.longest_side,
-            window=config.window,
-            drop_path=config.drop_path,
-            detections=config.detections,
-            proposals=config.proposals,
-            score_threshold=config.score_threshold,
-        ).to(job.device)
+            **{name: getattr(config, name) for name in OF_MODEL},
+        )
 
-    def losses(samples: list[DetectionSample]) -> dict[str, Tensor]:
-        images = [sample.image_CHW.to(job.device) for sample in samples]
-        targets = [
-            {key: value.to(job.device) for key, value in sample.target.items()}
-            for sample in samples
-        ]
-        return model.losses(images, targets)
-
-    def read(index: int, key: int) -> DetectionSample:
-        return read_sample(train, index, key)
-
-    groups = parameter_groups(model, job.backbone, recipe)
-    bad = fit(model, groups, recipe, train, read, losses, place, start)
-    bad_test: dict[str, str] = {}
-
-    predictions: list[tuple[int, tuple[int, list[dict[str, Any]]]]] = []
+    model, bad = train_backbone(
+        job, config, recipe, build, lambda index, key: read_sample(train, index, key), losses
+    )
     examples: list[tuple[Any, ...]] = []
-    model.eval()
-    for index, (image_CHW, truth) in in_order(
-        test,
-        lambda i: read_labelled(test, i),
-        config.workers,
-        bad_test,
-        job.console,
-        job.ranks,
-    ):
-        found, score_K = predict(model, image_CHW, truth.image_id, config, job.device)
-        results_of_image = as_results(found, score_K, test.category_ids)
-        predictions.append((index, (truth.image_id, results_of_image)))
-        if len(examples) < PICTURES:
-            examples.append((test.name(index), image_CHW, truth, found, score_K))
-    both = joined(predictions, test, bad_test, job.ranks)
-    job.report_bad(bad_test, len(test), config.max_bad, "test")
+
+    def answers(
+        samples: Iterator[tuple[int, tuple[Tensor, Instances]]],
+    ) -> Iterator[tuple[int, tuple[int, list[dict[str, Any]]]]]:
+        for index, (image_CHW, truth) in samples:
+            found, score_K = predict(model, image_CHW, truth.image_id, config, job.device)
+            if len(examples) < PICTURES:
+                examples.append((test.name(index), image_CHW, truth, found, score_K))
+            yield index, (truth.image_id, as_results(found, score_K, test.category_ids))
+
+    both, bad_test = answer_all(job, config, lambda index: read_labelled(test, index), answers)
     image_ids = [image_id for image_id, _ in both]
     results = [result for _, of_image in both for result in of_image]
-    metrics, by_category, evaluator = {}, {}, ""
-    kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
-    for name, kind in kinds.items():
-        scores = average_precision(test.annotations, results, image_ids, kind, seed=config.seed)
-        for ending, value in scores.values.items():
-            low, high = scores.intervals[ending]
-            metrics[name + ending] = Metric(100 * value, 100 * low, 100 * high)
-        by_category[name] = {
-            category: None if value is None else 100 * value
-            for category, value in scores.by_category.items()
-        }
-        evaluator = scores.evaluator
+    metrics, by_category, evaluator = scores_of(test, results, image_ids, config.seed)
     return Result(
         metrics=metrics,
         protocol=protocol(config, job),
@@ -143,6 +110,34 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         missing={"train": lost_objects(train, bad), "test": lost_objects(test, bad_test)},
         examples={"examples": examples, "categories": test.categories},
     )
+
+
+def losses(model: Detector, samples: list[DetectionSample]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    images = [sample.image_CHW.to(device) for sample in samples]
+    targets = [
+        {key: value.to(device) for key, value in sample.target.items()} for sample in samples
+    ]
+    return model.losses(images, targets)
+
+
+def scores_of(
+    test: Detections, results: list[dict[str, Any]], image_ids: list[int], seed: int
+) -> tuple[dict[str, Metric], dict[str, Any], str]:
+    """AP of boxes and of masks, each by category too, in per cent; and by which library."""
+    metrics, by_category, evaluator = {}, {}, ""
+    kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
+    for name, kind in kinds.items():
+        scores = average_precision(test.annotations, results, image_ids, kind, seed=seed)
+        for ending, value in scores.values.items():
+            low, high = scores.intervals[ending]
+            metrics[name + ending] = Metric(100 * value, 100 * low, 100 * high)
+        by_category[name] = {
+            category: None if value is None else 100 * value
+            for category, value in scores.by_category.items()
+        }
+        evaluator = scores.evaluator
+    return metrics, by_category, evaluator
 
 
 @torch.inference_mode()

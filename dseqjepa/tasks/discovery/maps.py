@@ -130,13 +130,7 @@ def baselines(
 
 def grid_of(backbone: Backbone) -> tuple[int, int]:
     """Rows and columns of its patches; `InputError` for what has none."""
-    rows, columns = (side // backbone.patch_size for side in backbone.image_size)
-    if any(side % backbone.patch_size for side in backbone.image_size):
-        height, width = backbone.image_size
-        raise InputError(
-            f"image_size {height} x {width} is not a multiple of the patch size "
-            f"{backbone.patch_size} of {backbone.name}"
-        )
+    rows, columns = backbone.grid()
     if backbone.patch_size == 1 or rows * columns < 2:
         raise InputError(
             f"{backbone.name} has no patches to part: take an encoder (raw pixels are measured "

@@ -7,7 +7,7 @@ Suffixes: B images of a batch, N test images, P patches of a grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +45,8 @@ from dseqjepa.tasks.discovery.measures import (
     summarise,
 )
 from dseqjepa.tasks.discovery.truth import LocatedImage, Truth, read_sample
-from dseqjepa.tasks.features import lost
-from dseqjepa.tasks.reading import in_order
+from dseqjepa.tasks.features import lacking
+from dseqjepa.tasks.reading import batched, in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -103,7 +103,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
         return read_sample(test, int(place_N[at]), backbone.image_size, grid)
 
     samples = in_order(part, read, config.workers, bad, job.console, job.ranks)
-    for batch in _batches(samples, config.encode_batch):
+    for batch in batched(samples, config.encode_batch):
         at_B = torch.tensor([at for at, _ in batch])
         images_BCHW = torch.stack([sample.image_CHW for _, sample in batch])
         seen = _see(job, config, looks, images_BCHW, place_N[at_B], grid)
@@ -132,7 +132,6 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
         pooling="none",
         n_train=0,
         n_test=count,
-        n_bad=len(bad),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
@@ -146,7 +145,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
             "without_object": without,
             "bad_images": {"test": bad},
         },
-        missing={"test": lost(part, "class", bad)},
+        **lacking("class", test=(part, bad)),
         examples={"examples": examples[:PICTURES], "grid": grid, "cut": cut},
     )
 
@@ -195,19 +194,6 @@ def _untrained(backbone: Backbone, config: DiscoveryConfig) -> Backbone | None:
     made = backbone.config or read_encoder(Path(backbone.source), ImportConfig(), "target")[1]
     untrained = own_backbone(untrained_encoder(made), made, backbone.image_size)
     return untrained.eval()
-
-
-def _batches(
-    samples: Iterator[tuple[int, LocatedImage]], size: int
-) -> Iterator[list[tuple[int, LocatedImage]]]:
-    batch: list[tuple[int, LocatedImage]] = []
-    for pair in samples:
-        batch.append(pair)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _see(

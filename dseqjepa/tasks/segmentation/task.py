@@ -7,6 +7,7 @@ Suffixes: C colours, K classes, N test images, J counts, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from dseqjepa.data.source import Segmentations
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import SegmentationConfig
-from dseqjepa.tasks.features import lost
+from dseqjepa.tasks.features import lacking
 from dseqjepa.tasks.maps import blocks_to_read
-from dseqjepa.tasks.reading import in_order, joined, seeded
 from dseqjepa.tasks.results import Metric, Result
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.segmentation.crops import (
@@ -33,7 +33,7 @@ from dseqjepa.tasks.segmentation.crops import (
 from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter
 from dseqjepa.tasks.segmentation.scores import confusion, counts_of, score
 from dseqjepa.tasks.segmentation.windows import sliding_logits
-from dseqjepa.tasks.training import Recipe, fit, parameter_groups, place_of
+from dseqjepa.tasks.training import Recipe, answer_all, train_backbone
 
 PICTURES = 8
 
@@ -65,44 +65,36 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
     recipe = Recipe.of(
         config, steps=config.steps, warmup_steps=config.warmup_steps, schedule="poly"
     )
-    place = place_of(job, config)
-    start = place.start()
-    with seeded(config.seed):
-        model = Segmenter(
+    red, green, blue = (round(255 * value) for value in job.backbone.mean)
+    crops = TrainCrops(config.crop, config.scale, config.factors, (red, green, blue))
+    model, bad = train_backbone(
+        job,
+        config,
+        recipe,
+        build=lambda: Segmenter(
             job.backbone,
             len(train.categories),
             width=config.width,
             auxiliary_width=config.auxiliary_width,
             drop_path=config.drop_path,
-        ).to(job.device)
-    red, green, blue = (round(255 * value) for value in job.backbone.mean)
-    crops = TrainCrops(config.crop, config.scale, config.factors, (red, green, blue))
-
-    def read(index: int, key: int) -> Labelled:
-        return crops(read_labelled(train, index), key)
-
-    def losses(samples: list[Labelled]) -> dict[str, Tensor]:
-        images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(job.device)
-        label_BHW = torch.stack([sample.label_HW for sample in samples]).to(job.device)
-        return model.losses(images_BCHW, label_BHW)
-
-    groups = parameter_groups(model, job.backbone, recipe)
-    bad = fit(model, groups, recipe, train, read, losses, place, start)
-    bad_test: dict[str, str] = {}
-
-    counts: list[tuple[int, list[list[int]]]] = []
+        ),
+        read=lambda index, key: crops(read_labelled(train, index), key),
+        losses=losses,
+    )
     examples: list[tuple[Any, ...]] = []
-    model.eval()
-    for index, sample in in_order(
-        test, lambda i: read_labelled(test, i), config.workers, bad_test, job.console, job.ranks
-    ):
-        predicted_HW = predict(model, sample.image_CHW, config, job.device)
-        found_JK = counts_of(confusion(predicted_HW, sample.label_HW, model.classes))
-        counts.append((index, found_JK.tolist()))
-        if len(examples) < PICTURES:
-            examples.append((test.name(index), sample.image_CHW, sample.label_HW, predicted_HW))
-    counts_NJ = torch.tensor(joined(counts, test, bad_test, job.ranks))
-    job.report_bad(bad_test, len(test), config.max_bad, "test")
+
+    def answers(
+        samples: Iterator[tuple[int, Labelled]],
+    ) -> Iterator[tuple[int, list[list[int]]]]:
+        for index, sample in samples:
+            predicted_HW = predict(model, sample.image_CHW, config, job.device)
+            if len(examples) < PICTURES:
+                examples.append((test.name(index), sample.image_CHW, sample.label_HW, predicted_HW))
+            found_JK = counts_of(confusion(predicted_HW, sample.label_HW, model.classes))
+            yield index, found_JK.tolist()
+
+    counts, bad_test = answer_all(job, config, lambda index: read_labelled(test, index), answers)
+    counts_NJ = torch.tensor(counts)
     found = score(counts_NJ, config.seed)
     iou_K = found.iou_K.tolist()
     return Result(
@@ -110,13 +102,12 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             "miou": _percent(found.miou, found.miou_interval),
             "pixel_accuracy": _percent(found.accuracy, found.accuracy_interval),
         },
-        protocol=protocol(config, job),
+        protocol=protocol(config),
         labels="pixels",
         layers=", ".join(map(str, blocks_to_read(job.backbone.depth))),
         pooling="none",
         n_train=len(train) - len(bad),
         n_test=len(counts_NJ),
-        n_bad=len(bad) + len(bad_test),
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
@@ -128,9 +119,16 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
             "classes_that_occur": sum(iou == iou for iou in iou_K),
             "bad_images": {"train": bad, "test": bad_test},
         },
-        missing={"train": lost(train, "class", bad), "test": lost(test, "class", bad_test)},
+        **lacking("class", train=(train, bad), test=(test, bad_test)),
         examples={"examples": examples, "categories": train.categories},
     )
+
+
+def losses(model: Segmenter, samples: list[Labelled]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(device)
+    label_BHW = torch.stack([sample.label_HW for sample in samples]).to(device)
+    return model.losses(images_BCHW, label_BHW)
 
 
 @torch.inference_mode()
@@ -150,7 +148,7 @@ def predict(
     return logits_1KHW[0].argmax(0).cpu() + 1
 
 
-def protocol(config: SegmentationConfig, job: Job) -> dict[str, object]:
+def protocol(config: SegmentationConfig) -> dict[str, object]:
     """All that must be equal for two results to be comparable, beside the data."""
     return {
         **config.recipe(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from dseqjepa.tasks.run import run_task
 from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps, SceneObjects
-from tests.tasks.jobs import job_of
+from tests.tasks.jobs import job_of, stop_after
 
 TINY = [
     "preset=quick", "epochs=1", "warmup_epochs=0", "batch_size=2", "longest_side=64", "width=16",
@@ -96,9 +95,8 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
     tmp_path: Path, train: SceneObjects, test: SceneObjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(job_of(tmp_path, train, test, "whole"), config())
-    real = module.place_of
     with monkeypatch.context() as patch:
-        patch.setattr(module, "place_of", lambda *a: replace(real(*a), stop_after=2))
+        stop_after(patch, 2)
         with pytest.raises(Stopped):
             evaluate(job_of(tmp_path, train, test, "cut"), config())
     found = evaluate(job_of(tmp_path, train, test, "cut", resume=True), config())

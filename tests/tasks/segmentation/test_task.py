@@ -20,7 +20,7 @@ from dseqjepa.tasks.segmentation import task as module
 from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps
-from tests.tasks.jobs import job_of
+from tests.tasks.jobs import job_of, stop_after
 from tests.train.tiny_runs import Pictures
 
 TINY = [
@@ -48,9 +48,8 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(job_of(tmp_path, TRAIN, TEST, "whole"), config())
-    real = module.place_of
     with monkeypatch.context() as patch:
-        patch.setattr(module, "place_of", lambda *a: replace_stop(real(*a), 4))
+        stop_after(patch, 4)
         with pytest.raises(Stopped):
             evaluate(job_of(tmp_path, TRAIN, TEST, "cut"), config())
     with pytest.raises(InputError, match="holds an earlier training: resume=true"):
@@ -59,12 +58,6 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
         evaluate(job_of(tmp_path, TRAIN, TEST, "cut", resume=True), config("lr=0.5"))
     found = evaluate(job_of(tmp_path, TRAIN, TEST, "cut", resume=True), config())
     assert found.metrics == whole.metrics
-
-
-def replace_stop(place, step):  # type: ignore[no-untyped-def]
-    from dataclasses import replace
-
-    return replace(place, stop_after=step)
 
 
 def test_it_learns_what_it_is_shown(tmp_path: Path) -> None:
