@@ -34,7 +34,7 @@ from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
 from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lacking, pooled
 from dseqjepa.tasks.heads import split_by_class
 from dseqjepa.tasks.knn import same_classes
-from dseqjepa.tasks.reading import LabelledImage, crops_of, seeded, stacked
+from dseqjepa.tasks.reading import LabelledImage, LabelledImages, crops_of, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -215,8 +215,8 @@ def train(
         def read(index: int, _key: int) -> LabelledImage:
             return LabelledImage(rows[index : index + 1][0], int(label_N[index]))
 
-    def losses(samples: list[LabelledImage]) -> dict[str, Tensor]:
-        inputs_B, label_B = stacked(samples, job.device)
+    def losses(batch: LabelledImages) -> dict[str, Tensor]:
+        inputs_B, label_B = batch.to(job.device)
         return heads.losses(encode(inputs_B), label_B)
 
     steps = config.steps_of(len(source))
@@ -231,7 +231,8 @@ def train(
     identity = {"config": _protocol(config), "data": source.fingerprint()}
     every, workers = min(100, max(1, steps // LINES)), config.workers if config.crops else 0
     place = Place.of_head(job, config, "attentive", identity, every=every, workers=workers)
-    optimizer, parts = adamw(heads.groups(recipe), job.device), place.parts_of(source, read, recipe)
+    optimizer = adamw(heads.groups(recipe), job.device)
+    parts = place.parts_of(source, read, recipe, join=stacked)
     bad |= fit(heads, optimizer, recipe, parts, losses, place, place.start())
     return heads.eval(), place, bad
 

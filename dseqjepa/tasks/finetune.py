@@ -23,7 +23,7 @@ from dseqjepa.tasks.config import FinetuneConfig
 from dseqjepa.tasks.features import lacking
 from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.maps import DropPath
-from dseqjepa.tasks.reading import LabelledImage, batched, seeded, stacked
+from dseqjepa.tasks.reading import LabelledImage, LabelledImages, batched, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.training import Recipe, answer_all, check_parts, train_backbone
@@ -116,8 +116,8 @@ class MixedLoss:
             mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
-    def __call__(self, model: Classifier, samples: list[LabelledImage]) -> dict[str, Tensor]:
-        images_BCHW, target = stacked(samples, model.head.weight.device)
+    def __call__(self, model: Classifier, batch: LabelledImages) -> dict[str, Tensor]:
+        images_BCHW, target = batch.to(model.head.weight.device)
         images_BCHW = model.backbone.normalized(images_BCHW)
         images_BCHW = torch.stack([self.erase(image_CHW) for image_CHW in images_BCHW])
         if self.mix is not None:
@@ -167,6 +167,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         build=lambda: Classifier(backbone, len(classes), config.pooling, drop_path),
         read=lambda index, key: augment(train, task, index, key),
         losses=MixedLoss(config, len(classes)),
+        join=stacked,
     )
 
     def read(index: int) -> LabelledImage:
@@ -211,7 +212,7 @@ def predict(
     model: Classifier, batch: list[LabelledImage], config: FinetuneConfig, device: torch.device
 ) -> list[int]:
     """The class that each image is given."""
-    images_BCHW, _ = stacked(batch, device)
+    images_BCHW, _ = stacked(batch).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits_BK = model(images_BCHW)
     return logits_BK.argmax(1).tolist()

@@ -24,7 +24,7 @@ from dseqjepa.tasks.config import LinearConfig, SweepConfig
 from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lacking, pooled, pooling_of
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.reading import LabelledImage, crops_of, stacked
+from dseqjepa.tasks.reading import LabelledImages, crops_of, stacked
 from dseqjepa.tasks.results import Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.store import features_of, splits_of
@@ -136,8 +136,8 @@ def train(
         weight_decay=config.weight_decay,
     )
 
-    def losses(samples: list[LabelledImage]) -> dict[str, Tensor]:
-        images_BCHW, label_B = stacked(samples, job.device)
+    def losses(batch: LabelledImages) -> dict[str, Tensor]:
+        images_BCHW, label_B = batch.to(job.device)
         return {"loss": probe.loss(encode(images_BCHW), label_B, per_epoch, ranks)}
 
     recipe = Recipe(
@@ -152,7 +152,7 @@ def train(
     place = Place.of_head(job, config, "linear", identity, every=per_epoch, workers=config.workers)
     transform = TrainTransform(backbone.image_size, config.crop_scale, config.flip)
     read, whole = crops_of(source, config.task, transform), per_epoch * batch_size
-    parts = place.parts_of(source, read, recipe, epoch=whole)
+    parts = place.parts_of(source, read, recipe, join=stacked, epoch=whole)
     bad = fit(probe, optimizer, recipe, parts, losses, place, place.start())
     job.report_bad(bad, len(source), config.max_bad)
     return probe.eval(), place, bad

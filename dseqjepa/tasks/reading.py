@@ -36,6 +36,16 @@ class LabelledImage(NamedTuple):
     label: int
 
 
+class LabelledImages(NamedTuple):
+    """Several of one size."""
+
+    images_BCHW: Tensor
+    label_B: Tensor
+
+    def to(self, device: torch.device) -> LabelledImages:
+        return LabelledImages(self.images_BCHW.to(device), self.label_B.to(device))
+
+
 SUBSTITUTES = 8
 """Images tried in the place of one that cannot be decoded: if none of so many can, it is the data
 that is broken."""
@@ -69,6 +79,8 @@ class Samples(Generic[Sample]):
         source: its images, by number and by name.
         read: the sample at a place of the source for a key, the only randomness it may use.
         size: samples of a part.
+        join: makes one part of its samples, where they are read. Between processes every tensor
+            costs a file descriptor, and there may be no more than 1,024.
         epoch: places of an epoch's order that are used, where it is not all.
     """
 
@@ -79,9 +91,10 @@ class Samples(Generic[Sample]):
         *,
         size: int,
         seed: int,
+        join: Callable[[list[Sample]], Any] = list,
         epoch: int | None = None,
     ) -> None:
-        self.source, self.read = source, read
+        self.source, self.read, self.join = source, read, join
         self.size, self.seed = size, seed
         self.epoch = epoch or len(source)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -90,8 +103,8 @@ class Samples(Generic[Sample]):
         """Of the images."""
         return len(self.source)
 
-    def __getitem__(self, part: int) -> tuple[list[Sample] | None, dict[str, str]]:
-        """The samples, None where no substitute was found for one, and why any were bad."""
+    def __getitem__(self, part: int) -> tuple[Any, dict[str, str]]:
+        """The samples joined, None where no substitute was found for one, and why any were bad."""
         samples: list[Sample] = []
         bad: dict[str, str] = {}
         for place in range(part * self.size, (part + 1) * self.size):
@@ -108,7 +121,7 @@ class Samples(Generic[Sample]):
                     break
             else:
                 return None, bad
-        return samples, bad
+        return self.join(samples), bad
 
     def _order_of(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
@@ -130,10 +143,10 @@ def crops_of(
     return read
 
 
-def stacked(samples: list[LabelledImage], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Samples with a label each, as one batch on the device."""
+def stacked(samples: list[LabelledImage]) -> LabelledImages:
+    """Images of one size as one batch."""
     inputs, labels = zip(*samples, strict=True)
-    return torch.stack(inputs).to(device), torch.tensor(labels, device=device)
+    return LabelledImages(torch.stack(inputs), torch.tensor(labels))
 
 
 class Shuffled:

@@ -199,7 +199,7 @@ class Place:
         return found
 
     def parts_of(
-        self, source: Source, read: Callable[[int, int], Sample], recipe: Recipe, **more: int
+        self, source: Source, read: Callable[[int, int], Sample], recipe: Recipe, **more: Any
     ) -> Samples[Sample]:
         """The samples of a source, in the parts of this many ranks."""
         size = recipe.batch_size // (self.ranks.world * self.accumulate)
@@ -255,15 +255,16 @@ def train_backbone(
     recipe: Recipe,
     build: Callable[[], Model],
     read: Callable[[int, int], Sample],
-    losses: Callable[[Model, list[Sample]], Losses],
+    losses: Callable[[Model, Any], Losses],
+    join: Callable[[list[Sample]], Any] = list,
 ) -> tuple[Model, dict[str, str]]:
     """A model with the job's backbone in it, trained on all of its weights in a folder beside the
     result, NAME-training; in eval mode. And the images that could not be decoded, and why.
 
     Args:
         build: makes the model, whose new weights are drawn by the config's seed.
-        read: as `Samples` takes it.
-        losses: the loss terms of a part's samples.
+        read, join: as `Samples` takes them.
+        losses: the loss terms of a part.
 
     Raises:
         InputError: a step's batch cannot be divided into parts of one size, or an earlier training
@@ -293,7 +294,7 @@ def train_backbone(
     with seeded(config.seed):
         model = build().to(job.device)
     optimizer = adamw(parameter_groups(model, job.backbone, recipe), job.device)
-    parts = place.parts_of(job.train, read, recipe)
+    parts = place.parts_of(job.train, read, recipe, join=join)
     bad = fit(model, optimizer, recipe, parts, partial(losses, model), place, start)
     return model.eval(), bad
 

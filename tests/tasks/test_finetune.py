@@ -17,7 +17,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.tasks import finetune
 from dseqjepa.tasks.config import FinetuneConfig
 from dseqjepa.tasks.finetune import Augment, Classifier, MixedLoss, Sizes, evaluate
-from dseqjepa.tasks.reading import LabelledImage
+from dseqjepa.tasks.reading import LabelledImage, stacked
 from dseqjepa.tasks.run import run_task
 from dseqjepa.train.runtime import Stopped
 from tests.tasks.dense_data import tiny_backbone
@@ -173,7 +173,7 @@ def test_the_loss_of_what_is_not_mixed_is_smoothed_cross_entropy() -> None:
     logits_BK = model(torch.stack([sample.image_CHW for sample in samples]))
     for smoothing in (0.0, 0.1):
         settings = config(f"label_smoothing={smoothing}")
-        (loss,) = MixedLoss(settings, 10)(model, samples).values()
+        (loss,) = MixedLoss(settings, 10)(model, stacked(samples)).values()
         assert torch.allclose(loss, F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing))
 
 
@@ -201,7 +201,7 @@ def test_mixed_images_have_mixed_labels(monkeypatch: pytest.MonkeyPatch) -> None
     kinds = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        MixedLoss(full("erase=0"), 10)(model, samples)
+        MixedLoss(full("erase=0"), 10)(model, stacked(samples))
         share_B = seen[-1].mean((1, 2, 3)) / 100
         assert torch.allclose(targets[-1][:, 1], share_B, atol=1e-4)
         assert torch.allclose(targets[-1].sum(1), torch.ones(8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +25,15 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.maps import DropPath
-from dseqjepa.tasks.reading import Samples, Shuffled, in_order, seeded
+from dseqjepa.tasks.reading import (
+    LabelledImage,
+    Samples,
+    Shuffled,
+    in_order,
+    read_ahead,
+    seeded,
+    stacked,
+)
 from dseqjepa.tasks.training import Place, Recipe, adamw, fit, parameter_groups, trained_state
 from dseqjepa.train.checkpoint import holds_checkpoint, save_checkpoint
 from dseqjepa.train.runtime import Stopped
@@ -278,6 +287,29 @@ def test_an_epoch_may_leave_out_what_fills_no_step() -> None:
         whole[epoch]
     assert seen[:8] == seen[16:24]
     assert seen[8:16] == seen[26:34]
+
+
+def test_a_part_of_many_images_is_few_tensors_between_processes() -> None:
+    """1,024 open files are the usual limit, and each tensor on its way takes one."""
+
+    class Many(Ten):
+        def __len__(self) -> int:
+            return 200
+
+    def read(index: int, key: int) -> LabelledImage:
+        return LabelledImage(torch.full((3, 2, 2), index, dtype=torch.uint8), index)
+
+    samples = Samples(Many(), read, size=200, seed=0, join=stacked)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        parts = list(read_ahead(samples.__getitem__, range(4), 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for (images_BCHW, label_B), bad in parts:
+        assert bad == {}
+        assert sorted(label_B.tolist()) == list(range(200))
+        assert torch.equal(images_BCHW[:, 0, 0, 0].long(), label_B)
 
 
 def test_rows_in_memory_come_once_an_epoch_the_last_batch_being_smaller() -> None:
