@@ -151,7 +151,7 @@ def vitt_demo() -> Config:
     """A shallow ViT-Ti/8 on the embedded scenes at 64 px: what `dseqjepa demo` trains.
 
     `dseqjepa pretrain vitt_demo data=scenes out=runs/demo` trains it alone, in minutes on a CPU.
-    kNN 13.7 % on the class (untrained 11.8), 23.2 % on the count (untrained 18.2): docs/LOG.md.
+    kNN 14.8 % on the class (untrained 11.8), 23.0 % on the count (untrained 18.2): docs/LOG.md.
     """
     return vitt8_64().with_(
         data={"source": "scenes", "size": 10_000, "batch_size": 64, "workers": 0},
