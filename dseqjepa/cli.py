@@ -261,6 +261,29 @@ def import_(
 
 
 @app.command()
+def export(
+    encoder: Annotated[
+        str, typer.Argument(metavar="ENCODER", help="A run, a checkpoint or a weights file.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="hf, timm, onnx or torch.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or an empty folder.")],
+    settings: Settings = None,
+) -> None:
+    """Hand an encoder to another library: dseqjepa export runs/mine --to hf --out mine-hf
+
+    The folder is loaded by that library in a process of its own, and compared with the encoder on
+    images of the training (data=PATH names others), before it is handed over. weights=context and
+    image_size=[H,W] say which encoder, and the size that its positions are stored for.
+    """
+    own, overrides = split_settings(settings or [], ("data",))
+    from dseqjepa.export.write import ExportConfig, export_encoder
+
+    config = ExportConfig.from_settings(overrides)
+    export_encoder(encoder, to, out.expanduser(), config, data=own.get("data"), tell=print)
+    print(f"written: {out}")
+
+
+@app.command()
 def show(
     checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")],

@@ -219,6 +219,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.width = width
         self.depth = depth
+        self.heads = heads
         self.mlp = mlp
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.prefix = int(class_token)
