@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad arguments, config or data, before anything is written;
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -281,6 +282,61 @@ def export(
     config = ExportConfig.from_settings(overrides)
     export_encoder(encoder, to, out.expanduser(), config, data=own.get("data"), tell=print)
     print(f"written: {out}")
+
+
+@app.command()
+def embed(
+    encoder: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENCODER", help="A run, a checkpoint, a weights file, timm:NAME or pixels."
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGES]... out=FILE [KEY=VALUE]...",
+            help="Files, folders, lists of paths (.txt); data=PATH in their place.",
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option(metavar="K", help="Find the K most alike images of each.")
+    ] = 0,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE.")
+    ] = False,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Score how far an image is from all others.")
+    ] = False,
+    clusters: Annotated[int, typer.Option(metavar="K", help="Sort images into K clusters.")] = 0,
+    map: Annotated[str, typer.Option(metavar="pca|umap", help="Place images on a plane.")] = "",
+) -> None:
+    """Write features as a table: dseqjepa embed runs/mine my_pictures out=mine.parquet
+
+    out=FILE ends in .parquet, .npy (with a .csv beside it) or .csv. features=last|last4|cls|block7
+    and per=image|patch say which. What is asked for by options stands in further columns, and in
+    a page beside the table. The same command goes on where it was stopped.
+    """
+    is_setting = re.compile(r"[a-z_]+=")
+    run, overrides = split_settings(
+        [word for word in words or [] if is_setting.match(word)], ("data", "out", "overwrite")
+    )
+    if "out" not in run:
+        raise InputError("out=FILE is missing: name the table, such as out=features.parquet")
+    from dseqjepa.embeddings.findings import Asked
+    from dseqjepa.embeddings.run import EmbedConfig, embed_images
+
+    written = embed_images(
+        encoder,
+        EmbedConfig.from_settings(overrides),
+        Path(run["out"]).expanduser(),
+        images=[word for word in words or [] if not is_setting.match(word)],
+        data=run.get("data"),
+        overwrite=flag(run, "overwrite"),
+        asked=Asked(neighbours, duplicates, outliers, clusters, map),
+    )
+    for path in written:
+        print(f"written: {path}")
 
 
 @app.command()

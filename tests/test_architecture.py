@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": EVALUATION | {"tasks", "train.pretrain"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
+    "embeddings": EVALUATION | {"console", "tasks", "train.runtime", "viz"},
     "preflight": EVALUATION | {"methods", "train", "viz"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "train",
         "tasks",
         "export",
+        "embeddings",
         "viz",
         "report",
         "demo",

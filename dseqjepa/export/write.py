@@ -16,7 +16,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.export.card import model_card, origin_of, results_of
 from dseqjepa.export.check import compare
 from dseqjepa.export.formats import format_of
-from dseqjepa.files import UNFINISHED, remove, sync, write_whole
+from dseqjepa.files import UNFINISHED, can_make, folder_above, remove, sync, write_whole
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.backbone import OwnBackbone, open_backbone
 from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
@@ -122,26 +122,19 @@ def _check_folder(out: Path) -> None:
     """`InputError` unless `out` is a new or an empty folder that can be made."""
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
-    above = _existing(out)
     try:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"--out {out} is not empty: give a new folder")
     except OSError as error:
         raise InputError(f"--out {out} cannot be used: {error.strerror}; give another") from None
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    if not can_make(out):
         raise InputError(f"--out {out} cannot be written to: give another")
-
-
-def _existing(out: Path) -> Path:
-    """The folder in which the first of those that are missing is to be made."""
-    parents = out.absolute().parents
-    return next(path for path in parents if os.path.lexists(path))
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder to write in, which takes the name `out` when all is done, and is gone otherwise."""
-    unfinished = _existing(out) / f"{UNFINISHED}{out.absolute().name}"
+    unfinished = folder_above(out) / f"{UNFINISHED}{out.absolute().name}"
     try:
         remove(unfinished)
         unfinished.mkdir()
