@@ -67,6 +67,7 @@ def pretrain(
     from dseqjepa.train.pretrain import open_training_source
     from dseqjepa.train.pretrain import pretrain as train
     from dseqjepa.train.runtime import Stopped, connect, place, spread
+    from dseqjepa.viz.regions import training_picture
 
     devices = config.runtime.devices
     if devices > 1 and place().world == 1:
@@ -84,6 +85,7 @@ def pretrain(
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
             probe=online_probe(config, source),
+            picture=training_picture(source, config.data.image_size, config.runtime.seed),
             runtime=runtime,
             preset=preset,
         )
