@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 bad arguments, config or data, before anything is written;
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def pretrain(
     from dseqjepa.train.pretrain import open_training_source
     from dseqjepa.train.pretrain import pretrain as train
     from dseqjepa.train.runtime import Stopped, connect, place, spread
+    from dseqjepa.viz.regions import training_picture
 
     devices = config.runtime.devices
     if devices > 1 and place().world == 1:
@@ -83,6 +85,7 @@ def pretrain(
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
             probe=online_probe(config, source),
+            picture=training_picture(source, config.data.image_size, config.runtime.seed),
             runtime=runtime,
             preset=preset,
         )
@@ -262,6 +265,84 @@ def import_(
         tell=print,
     )
     print(f"imported to {run['out']}: {described(config)}")
+
+
+@app.command()
+def export(
+    encoder: Annotated[
+        str, typer.Argument(metavar="ENCODER", help="A run, a checkpoint or a weights file.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="hf, timm, onnx or torch.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or an empty folder.")],
+    settings: Settings = None,
+) -> None:
+    """Hand an encoder to another library: dseqjepa export runs/mine --to hf --out mine-hf
+
+    The folder is loaded by that library in a process of its own, and compared with the encoder on
+    images of the training (data=PATH names others), before it is handed over. weights=context and
+    image_size=[H,W] say which encoder, and the size that its positions are stored for.
+    """
+    own, overrides = split_settings(settings or [], ("data",))
+    from dseqjepa.export.write import ExportConfig, export_encoder
+
+    config = ExportConfig.from_settings(overrides)
+    export_encoder(encoder, to, out.expanduser(), config, data=own.get("data"), tell=print)
+    print(f"written: {out}")
+
+
+@app.command()
+def embed(
+    encoder: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENCODER", help="A run, a checkpoint, a weights file, timm:NAME or pixels."
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGES]... out=FILE [KEY=VALUE]...",
+            help="Files, folders, lists of paths (.txt); data=PATH in their place.",
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int, typer.Option(metavar="K", help="Find the K most alike images of each.")
+    ] = 0,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE.")
+    ] = False,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Score how far an image is from all others.")
+    ] = False,
+    clusters: Annotated[int, typer.Option(metavar="K", help="Sort images into K clusters.")] = 0,
+    map: Annotated[str, typer.Option(metavar="pca|umap", help="Place images on a plane.")] = "",
+) -> None:
+    """Write features as a table: dseqjepa embed runs/mine my_pictures out=mine.parquet
+
+    out=FILE ends in .parquet, .npy (with a .csv beside it) or .csv. features=last|last4|cls|block7
+    and per=image|patch say which. What is asked for by options stands in further columns, and in
+    a page beside the table. The same command goes on where it was stopped.
+    """
+    is_setting = re.compile(r"[a-z_]+=")
+    run, overrides = split_settings(
+        [word for word in words or [] if is_setting.match(word)], ("data", "out", "overwrite")
+    )
+    if "out" not in run:
+        raise InputError("out=FILE is missing: name the table, such as out=features.parquet")
+    from dseqjepa.embeddings.findings import Asked
+    from dseqjepa.embeddings.run import EmbedConfig, embed_images
+
+    written = embed_images(
+        encoder,
+        EmbedConfig.from_settings(overrides),
+        Path(run["out"]).expanduser(),
+        images=[word for word in words or [] if not is_setting.match(word)],
+        data=run.get("data"),
+        overwrite=flag(run, "overwrite"),
+        asked=Asked(neighbours, duplicates, outliers, clusters, map),
+    )
+    for path in written:
+        print(f"written: {path}")
 
 
 @app.command()

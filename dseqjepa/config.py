@@ -514,10 +514,21 @@ class ProbeConfig(Section):
 
 
 class LogConfig(Section):
-    """How often a run says how it does."""
+    """How often a run says how it does, and to whom."""
 
     every_steps: int = Field(50, ge=1, le=10**9)
     """Steps between lines of metrics.jsonl and of the log."""
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Who is told beside metrics.jsonl. All of it stays in the run's folder unless `online` or
+    `tracking` says otherwise."""
+    pictures_every_epochs: int = Field(10, ge=0, le=10**9)
+    """Epochs between the pictures of some images' regions that `to` is told; 0: none."""
+    project: str = Field("dseqjepa", min_length=1)
+    """What W&B calls the project, and MLflow the experiment."""
+    online: bool = False
+    """Whether W&B sends what it is told at once; otherwise `wandb sync` does, when you say so."""
+    tracking: str = Field("auto", min_length=1)
+    """Where MLflow keeps its runs, as a URI; `auto`: files in the run's folder."""
 
 
 class MiniatureConfig(Section):

@@ -47,6 +47,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def folder_above(path: Path) -> Path:
+    """The nearest one that is there: in it the first of those that are missing is to be made."""
+    return next(above for above in path.absolute().parents if os.path.lexists(above))
+
+
+def can_make(path: Path) -> bool:
+    """Whether a file or a folder can be made, with the folders above it."""
+    above = folder_above(path)
+    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link (not what it leads to), or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():

@@ -123,8 +123,7 @@ class EvalTransform:
         height, width = image.shape[-2:]
         if (height, width) == self.image_size:
             return image
-        grown, natural = RESIZE_RATIO
-        cover_height, cover_width = (round(side * grown / natural) for side in self.image_size)
+        cover_height, cover_width = cover(self.image_size)
         if cover_height * width >= cover_width * height:
             size = [cover_height, cover_height * width // height]
         else:
@@ -137,6 +136,13 @@ class EvalTransform:
 
     def cuts(self, keys_B: Int64[Tensor, " B"]) -> list[Cut]:
         return [lambda decoded: self(decoded.image_CHW)] * len(keys_B)
+
+
+def cover(image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width that a resized image covers before its centre is cut out."""
+    grown, natural = RESIZE_RATIO
+    height, width = (round(side * grown / natural) for side in image_size)
+    return height, width
 
 
 class Box(NamedTuple):

@@ -11,6 +11,7 @@ H heads, C head width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -219,6 +220,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.width = width
         self.depth = depth
+        self.heads = heads
         self.mlp = mlp
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.prefix = int(class_token)
@@ -259,7 +261,8 @@ class VisionTransformer(nn.Module):
     def embed(self, images_BCHW: Images) -> tuple[Float[Tensor, "T D"], Sequences]:
         """Whole images to packed tokens: [CLS] (if any), then all patches, image after image."""
         grid = self.grid_of(images_BCHW)
-        x_BND = self.patch_embed(patchify(self.normalized(images_BCHW), self.patch_size))
+        pixels_BNP = patchify(self.normalized(images_BCHW), self.patch_size)
+        x_BND = self.patch_embed(pixels_BNP.to(self.patch_embed.proj.weight.dtype))
         if self.prefix:
             cls_B1D = self.cls_token.to(x_BND.dtype).expand(len(x_BND), 1, self.width)
             x_BND = torch.cat([cls_B1D, x_BND], dim=1)
@@ -299,34 +302,80 @@ class VisionTransformer(nn.Module):
     def forward(self, images_BCHW: Images) -> Features:
         """Features of whole images: uint8, or float and normalised (`check_normalized` sees to that
         as far as values tell)."""
+        layers = self._layers(images_BCHW, range(max(self.depth - 4, 0), self.depth))
+        cls_BD = layers[-1][:, 0] if self.prefix else None
+        patches = tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers)
+        return Features(cls_BD, patches[-1], patches)
+
+    def _layers(
+        self, images_BCHW: Images, wanted: Collection[int], norm: bool = True
+    ) -> list[Float[Tensor, "B L D"]]:
+        """All tokens after each of the wanted blocks."""
         check_normalized(images_BCHW)
         x_TD, sequences = self.embed(images_BCHW)
         layers = []
         for index, block in enumerate(self.blocks):
             x_TD = block(x_TD, sequences)
-            if index >= self.depth - 4:
-                layers.append(self.norm(x_TD).unflatten(0, (len(images_BCHW), -1)))
-        cls_BD = layers[-1][:, 0] if self.prefix else None
-        patches = tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers)
-        return Features(cls_BD, patches[-1], patches)
+            if index in wanted:
+                layer_TD = self.norm(x_TD) if norm else x_TD
+                layers.append(layer_TD.unflatten(0, (len(images_BCHW), -1)))
+        return layers
+
+    def forward_features(self, images_BCHW: Images) -> Float[Tensor, "B L D"]:
+        """[CLS] (if any) and the patches after the final norm, as timm's models give them."""
+        return self._layers(images_BCHW, [self.depth - 1])[0]
+
+    def get_intermediate_layers(
+        self,
+        images_BCHW: Images,
+        n: int | Sequence[int] = 1,
+        *,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Patches (B, N, D) of the last `n` blocks, or of the blocks of these numbers, from 0 on.
+
+        The arguments are DINOv2's: `reshape` gives maps (B, D, rows, columns), and with
+        `return_class_token` each is a pair of patches and [CLS] (B, D). `ValueError` for a block,
+        or a [CLS], that is not there.
+        """
+        wanted = list(range(self.depth - n, self.depth)) if isinstance(n, int) else list(n)
+        if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
+            raise ValueError(f"expected blocks 0 to {self.depth - 1}, found {n}")
+        if return_class_token and not self.prefix:
+            raise ValueError("this encoder has no [CLS]: leave out return_class_token")
+        layers = self._layers(images_BCHW, wanted, norm)
+        grid = self.grid_of(images_BCHW)
+        found = [layer_BLD[:, self.prefix :] for layer_BLD in layers]
+        if reshape:
+            found = [patches_BND.mT.unflatten(2, grid) for patches_BND in found]
+        if not return_class_token:
+            return tuple(found)
+        return tuple(zip(found, (layer_BLD[:, 0] for layer_BLD in layers), strict=True))
+
+
+def encoder_settings(config: Config) -> dict[str, Any]:
+    """What `VisionTransformer` takes of a config."""
+    model = config.model
+    return {
+        "image_size": config.data.image_size,
+        "patch_size": model.patch_size,
+        "width": model.width,
+        "depth": model.depth,
+        "heads": model.heads,
+        "class_token": model.class_token,
+        "mlp": model.mlp,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "patch_init_scale": model.patch_init_scale,
+        "position_scale": model.position_scale,
+    }
 
 
 def build_encoder(config: Config) -> VisionTransformer:
     """The encoder that a config describes, freshly initialised."""
-    model = config.model
-    return VisionTransformer(
-        image_size=config.data.image_size,
-        patch_size=model.patch_size,
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        class_token=model.class_token,
-        mlp=model.mlp,
-        mean=config.data.mean,
-        std=config.data.std,
-        patch_init_scale=model.patch_init_scale,
-        position_scale=model.position_scale,
-    )
+    return VisionTransformer(**encoder_settings(config))
 
 
 class AnyPredictor(nn.Module, ABC):

@@ -5,8 +5,6 @@ Suffixes: B images, C colours, h and w rows and columns of patches, H and W pixe
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
 from dseqjepa.config import Config, CutConfig
@@ -27,7 +24,7 @@ from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.report.run import Run, step_of
 from dseqjepa.train.checkpoint import described, load_method
 from dseqjepa.train.trained_on import source_of, trained_on
-from dseqjepa.viz.tiles import label_patch
+from dseqjepa.viz.tiles import data_uri, label_patch
 from dseqjepa.viz.trace import Trace, trace
 
 MOST_CHECKPOINTS = 12
@@ -136,7 +133,7 @@ def choose_images(config: Config, count: int) -> LensImages:
             continue  # the run's bad_files.jsonl names it
         pictures.append(
             {
-                "src": _data_uri(_shown(image_CHW, config.data.image_size)),
+                "src": data_uri(_shown(image_CHW, config.data.image_size)),
                 "name": printable(source.name(index)).removeprefix(f"{config.data.source}/"),
                 "label": _label(source, index),
             }
@@ -173,12 +170,6 @@ def _shown(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
     """What the encoder sees of an image, with more of its pixels where it has more."""
     scale = min(SHOWN_SIDE / max(size), max(1.0, min(image_CHW.shape[-2:]) / min(size)))
     return EvalTransform((round(size[0] * scale), round(size[1] * scale)))(image_CHW)
-
-
-def _data_uri(image_CHW: UInt8[Tensor, "3 H W"]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(file, "WEBP", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _plain(item: Trace) -> dict[str, Any]:

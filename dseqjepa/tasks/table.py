@@ -109,7 +109,7 @@ def collect(folders: Sequence[Path]) -> ResultTable:
     Of the same weights measured twice under one protocol the newer result counts. `InputError`
     where a folder is not there, or there is no result at all.
     """
-    found, notes = _read(folders)
+    found, notes = read_results(folders)
     if not found:
         where = ", ".join(map(str, folders))
         said = f" ({'; '.join(notes)})" if notes else ""
@@ -204,7 +204,7 @@ class _Stored(BaseModel):
     data: _Data
 
 
-def _read(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]]:
+def read_results(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]]:
     """Every result below the folders, the oldest first, and what could not be read."""
     paths: dict[Path, None] = {}
     for folder in folders:

@@ -28,7 +28,8 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.files import UNFINISHED, json_digest, remove, sync
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
-from dseqjepa.model.vit import VisionTransformer, build_encoder
+from dseqjepa.model.vit import VisionTransformer, encoder_settings
+from dseqjepa.train.encoder import TrainedEncoder
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -378,18 +379,19 @@ def load_predictor(method: Method, checkpoint: Checkpoint) -> None:
     load_into(method, encoders | rest, f"{checkpoint.path}/predictor.safetensors")
 
 
-def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> VisionTransformer:
+def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> TrainedEncoder:
     """A trained encoder in eval mode, from a run's folder or one of its checkpoints.
 
+    Nothing in it asks for a gradient: `encoder.train().requires_grad_()` has it fine-tuned.
     `weights` is `target` (the EMA encoder, what the evaluations use) or `context`. Raises
     `InputError` for a missing, damaged or unfitting checkpoint.
     """
     return read_checkpoint(Path(run_or_checkpoint), lambda found: encoder_of(found, weights))
 
 
-def encoder_of(checkpoint: Checkpoint, weights: str) -> VisionTransformer:
+def encoder_of(checkpoint: Checkpoint, weights: str) -> TrainedEncoder:
     """The `target` or `context` encoder of an open checkpoint, in eval mode."""
-    encoder = build_encoder(checkpoint.config)
+    encoder = TrainedEncoder(**encoder_settings(checkpoint.config))
     load_into(encoder, checkpoint.tensors(weights), f"{checkpoint.path}/{weights}.safetensors")
     return encoder.eval().requires_grad_(False)
 

@@ -25,6 +25,7 @@ RUN_FILES = frozenset(
         "skipped.jsonl",
         "checkpoints",
         "evaluations",
+        "loggers",
     }
 )
 

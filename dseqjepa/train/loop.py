@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from dseqjepa.train.checkpoint import (
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
 from dseqjepa.train.log import Journal, Window
+from dseqjepa.train.loggers import Loggers
 from dseqjepa.train.monitor import Monitor, measure, variance_shares
 from dseqjepa.train.optimizer import (
     build_optimizer,
@@ -62,6 +64,10 @@ WORTH_SAYING = 0.2
 
 Probe = Callable[[VisionTransformer], tuple[Mapping[str, float], str]]
 """An evaluation during training: numbers for `metrics.jsonl`, and what the log says."""
+
+
+Picture = Callable[[Method], Image.Image]
+"""A drawing of what a method does, for who looks at a run while it trains."""
 
 
 class Taken(NamedTuple):
@@ -89,8 +95,10 @@ class Trainer:
         console: Console | None = None,
         runtime: Runtime | None = None,
         stop_after: int | None = None,
+        picture: Picture | None = None,
     ) -> None:
         self.config, self.source, self.out, self.probe = config, source, out, probe
+        self.picture = picture
         self.stop_after = stop_after
         self.fingerprint = source.fingerprint()
         self.data_path = located(config.data.source)
@@ -118,6 +126,7 @@ class Trainer:
         self.method: Method = build_method(config)
         set_attention(self.method, config.runtime.attention)
         self.step = 0
+        self.loggers: Loggers | None = None
         self.window = Window()
         self.guard = Guard(config.guard)
         self.retried: dict[str, str] = {}
@@ -142,6 +151,8 @@ class Trainer:
             write_whole(self.out / "config.yaml", self.config.to_yaml())
             self.journal.rewind(self.step, self.bad)
         self._introduce()
+        if self.ranks.first:
+            self.loggers = Loggers(self.config, self.out, self.step, self.journal.say)
         self.watch = Watch(self.journal.say, self.loader.reading)
         stop = StopRequest(one_for=1.0 if self.ranks.world > 1 else 0.0)
         self.journal.start_progress(self.step, self.schedule.steps)
@@ -163,6 +174,8 @@ class Trainer:
                 "most often the machine is out of memory, so lower data.workers"
             ) from error
         finally:
+            if self.loggers is not None:
+                self.loggers.close()
             self.journal.close()
             self.watch.close()
             self.loader.close()
@@ -183,6 +196,7 @@ class Trainer:
             at_step = checkpoint.every_steps and self.step % checkpoint.every_steps == 0
             if self.step == end:
                 self._probe(epoch + 1)
+                self._draw(epoch + 1)
             # Read once: what comes later stops the next step, and all ranks stop at the same.
             stopping = stop.requested or self.step == self.stop_after
             stopping, is_bad = self.ranks.agree(stopping, bool(self.new_bad))
@@ -321,7 +335,7 @@ class Trainer:
             **health,
             **clock.read(),
         }
-        self.journal.metrics(values)
+        self._tell(values)
         verdict = self.monitor.see(values)
         if self.retried:
             name, error = next(iter(self.retried.items()))
@@ -350,8 +364,28 @@ class Trainer:
         target = whole_module(self.method.target, self.ranks, lambda: build_encoder(self.config))
         if self.ranks.first:
             found, said = self.probe(target)
-            self.journal.metrics({"step": self.step, "epoch": epochs_done - 1, **found})
+            self._tell({"step": self.step, "epoch": epochs_done - 1, **found})
             self.journal.say(f"epoch {epochs_done}: {said}")
+        self.ranks.wait()
+
+    def _tell(self, values: Mapping[str, Any]) -> None:
+        self.journal.metrics(values)
+        if self.loggers is not None:
+            self.loggers.metrics(values)
+
+    def _draw(self, epochs_done: int) -> None:
+        """A picture for the loggers: the first rank draws, the others give it their weights."""
+        log = self.config.log
+        every = log.pictures_every_epochs if log.to else 0
+        is_last = self.step == self.schedule.steps
+        if self.picture is None or not every or (epochs_done % every and not is_last):
+            return
+        method = whole_module(self.method, self.ranks, lambda: build_method(self.config))
+        if self.loggers is not None:
+            try:
+                self.loggers.picture(self.picture(method), self.step)
+            except InputError as error:  # no reason to end a run
+                self.journal.say(f"no picture at step {self.step}: {error}")
         self.ranks.wait()
 
     def _introduce(self) -> None:

@@ -27,7 +27,8 @@ from dseqjepa.provenance import record
 from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, Start, holds_checkpoint, open_checkpoint
 from dseqjepa.train.folder import claimed, is_worthless, locked
-from dseqjepa.train.loop import Probe, Trainer
+from dseqjepa.train.loggers import check_loggers
+from dseqjepa.train.loop import Picture, Probe, Trainer
 from dseqjepa.train.rehearsal import state_bytes, time_epochs
 from dseqjepa.train.runtime import Runtime, Stopped, connect, place
 from dseqjepa.train.trained_on import source_of
@@ -61,6 +62,7 @@ def pretrain(
     runtime: Runtime | None = None,
     stop_after: int | None = None,
     preset: str | None = None,
+    picture: Picture | None = None,
 ) -> None:
     """Pre-train in `out`.
 
@@ -79,6 +81,7 @@ def pretrain(
         runtime: the devices, if they are connected already.
         stop_after: stop after this step, as SIGTERM would.
         preset: what the config was made from, for the record in run.jsonl.
+        picture: draws the method, for the loggers that take pictures.
 
     Raises:
         InputError: before anything is written.
@@ -90,6 +93,7 @@ def pretrain(
     is_timed = config.optim.is_timed
 
     def check() -> None:
+        check_loggers(config.log)
         if resume is not False and (overwrite or (init_from is not None and resume != "auto")):
             raise InputError(
                 "resume goes on with a run: leave out overwrite and init_from (resume=auto may "
@@ -144,6 +148,7 @@ def pretrain(
             console=console,
             runtime=runtime,
             stop_after=stop_after,
+            picture=picture,
         ).run()
         ranks.wait()
 

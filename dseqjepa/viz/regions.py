@@ -6,17 +6,25 @@ Suffixes: B images, N patches, h and w rows and columns of patches, H and W pixe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dseqjepa.data.loader import read
+from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
+from dseqjepa.keyed import sample_keys
 from dseqjepa.methods.base import Method
 from dseqjepa.viz.style import INK, PAPER
 from dseqjepa.viz.tiles import heat_tile, photo_of, region_tile
 from dseqjepa.viz.trace import draw_to_show
 
+PICTURES = 6
+"""Images of a picture that is drawn while a run trains."""
 HEADINGS = ("image", "saliency", "regions, in order")
 
 
@@ -77,6 +85,27 @@ def regions_picture(
     drawing = draw_to_show(method, images_BCHW, keys_B)
     grid = method.target.grid_of(images_BCHW)
     return draw_regions(images_BCHW, drawing.saliency_BN, drawing.regions.rank_BN, grid)
+
+
+def training_picture(
+    source: Source, image_size: tuple[int, int], seed: int
+) -> Callable[[Method], Image.Image]:
+    """What draws a method on `PICTURES` images of a source, the same ones every time.
+
+    Images that cannot be decoded are left out; `InputError` where none can.
+    """
+
+    def draw(method: Method) -> Image.Image:
+        count = min(PICTURES, len(source))
+        index_B = torch.arange(count) * len(source) // max(count, 1)
+        done = read(source, index_B, EvalTransform(image_size), index_B)
+        if not len(done.images_BCHW):
+            raise InputError(f"none of {count} images to draw can be decoded")
+        keys_B = sample_keys(seed, 0, index_B[done.kept_B])
+        device = next(method.parameters()).device
+        return regions_picture(method, done.images_BCHW.to(device), keys_B.to(device))
+
+    return draw
 
 
 def _check(

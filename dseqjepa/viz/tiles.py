@@ -6,6 +6,9 @@ Pillow has them), R patches of one region, X axes (row, column).
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 from jaxtyping import Shaped, UInt8
 from numpy.typing import NDArray
@@ -24,6 +27,13 @@ def photo_of(image_CHW: UInt8[Tensor, "3 _ _"], longer_side: int) -> Image.Image
     photo = Image.fromarray(image_CHW.cpu().permute(1, 2, 0).numpy())
     width, height = (round(longer_side * side / max(photo.size)) for side in photo.size)
     return photo.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def data_uri(image_CHW: UInt8[Tensor, "3 _ _"]) -> str:
+    """A picture as a page holds it that asks for no other file."""
+    file = io.BytesIO()
+    Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(file, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def heat_tile(photo: Image.Image, saliency_hw: NDArray[np.floating]) -> Image.Image:

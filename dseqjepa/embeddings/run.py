@@ -1,0 +1,330 @@
+"""`dseqjepa embed`: the features of a folder as a table, and what can be read off them.
+
+Features are kept chunk by chunk beside the table until it is written, so that a command that was
+stopped goes on where it was, and several ranks share the work.
+
+Suffixes: M images that could be decoded, R rows of a block, P patches, D width of a feature.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from dseqjepa.config import RuntimeConfig, Section, Size
+from dseqjepa.console import LastingConsole
+from dseqjepa.data.images import notes_of
+from dseqjepa.data.source import Source
+from dseqjepa.embeddings.findings import (
+    NEAR,
+    Asked,
+    Finding,
+    check_asked,
+    find_clusters,
+    find_duplicates,
+    find_map,
+    find_neighbours,
+    find_outliers,
+    near,
+    sample_of_copies,
+    threshold_of,
+)
+from dseqjepa.embeddings.images import data_images, name_of, named_images
+from dseqjepa.embeddings.page import THUMBNAIL, write_page
+from dseqjepa.embeddings.table import check_table, files_of, new_table
+from dseqjepa.errors import InputError
+from dseqjepa.tasks.backbone import Backbone, open_backbone
+from dseqjepa.tasks.features import Extracted, Rows, extract, split_piece
+from dseqjepa.tasks.store import stored
+from dseqjepa.train.checkpoint import open_checkpoint
+from dseqjepa.train.runtime import Stopped, join
+from dseqjepa.train.trained_on import trained_on
+
+PARTS = ".parts"
+"""What a folder's name ends with that holds the features of an unfinished table."""
+VALUES = 2**22
+"""Features that are held at a time when the table is written."""
+
+
+class EmbedConfig(Section):
+    """`dseqjepa embed`: which features, of which images, and how they are computed."""
+
+    features: str = "last"
+    """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
+    per: Literal["image", "patch"] = "image"
+    """A row an image, or a row a patch: the patches themselves in place of their mean."""
+    weights: Literal["target", "context"] = "target"
+    """Which encoder of a run is used."""
+    image_size: Literal["auto"] | Size = "auto"
+    """Height and width in pixels; `auto`: those of the pre-training."""
+    split: Literal["train", "val"] = "train"
+    """Which part of a benchmark's images; of a folder all are taken."""
+    size: Annotated[int, Field(ge=1, le=10**9)] = 2000
+    """Number of images of `scenes`."""
+    pretrained: bool = False
+    """Of `timm:NAME`: fetch its weights. Otherwise they are random."""
+    threshold: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
+    """The least cosine of duplicates; `auto`: what 95 % of altered copies have to their image."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of clusters and of a UMAP, and of `scenes`."""
+    batch_size: int = Field(256, ge=1)
+    """Images that the encoder sees at a time."""
+    workers: int = Field(0, ge=0, le=256)
+    """Processes that read and decode images; 0: this one."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The kind of device; `auto` takes a GPU where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the encoder."""
+
+
+def embed_images(
+    spec: str,
+    config: EmbedConfig,
+    out: Path,
+    *,
+    images: Sequence[str] = (),
+    data: str | None = None,
+    overwrite: bool = False,
+    asked: Asked | None = None,
+) -> list[Path]:
+    """Write the table `out`, and a page beside it where more is `asked`; what was written.
+
+    Args:
+        spec: as `open_backbone` takes it.
+        images: files, folders and lists of paths.
+        data: in their place, what `data=` names; what the run was trained on, if neither is given.
+
+    Raises:
+        InputError: before anything is written; or no image can be decoded.
+    """
+    asked = asked or Asked()
+    runtime = join(
+        RuntimeConfig(accelerator=config.accelerator),
+        {**config.model_dump(mode="json", exclude={"workers"}), "out": str(out)},
+    )
+    ranks, device = runtime.ranks, runtime.fabric.device
+    console = LastingConsole(quiet=not ranks.first, markup=False)
+
+    def prepared() -> tuple[Backbone, Source, tuple[str, ...]]:
+        _check(out, config, images, data, overwrite, asked)
+        size = None if config.image_size == "auto" else config.image_size
+        opened = open_backbone(
+            spec, weights=config.weights, pretrained=config.pretrained, image_size=size,
+            seed=config.seed,
+        )  # fmt: skip
+        return opened, _source(opened, config, images, data), _pieces(opened, config)
+
+    backbone, source, pieces = ranks.together(prepared)
+    ranks.check_alike(weights=backbone.digest(), data=source.fingerprint())
+    for note in notes_of(source):
+        console.print(note, highlight=False, soft_wrap=True)
+    how: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+        "device": device,
+        "bf16": config.precision == "bf16",
+    }
+    parts = out.with_name(out.name + PARTS)
+    backbone = backbone.to(device)
+    written: list[Path] = []
+    with ranks.failing_together(Stopped):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = stored(parts, backbone, source, pieces, ranks=ranks, console=console, **how)
+        if ranks.first:
+            written = _Embedded(config, backbone, source, found, pieces, how).write(
+                out, asked, console
+            )
+            shutil.rmtree(parts)
+    ranks.close()
+    return written
+
+
+@dataclass(frozen=True, eq=False)
+class _Embedded:
+    """Features of a source, and all that they came from."""
+
+    config: EmbedConfig
+    backbone: Backbone
+    source: Source
+    found: Extracted
+    pieces: tuple[str, ...]
+    how: Mapping[str, Any]
+    """How `extract` is to compute more of them."""
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [name_of(self.source, index) for index in self.found.index_M.tolist()]
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Column -> the name of each image's label; `label` is its class."""
+        return {
+            "label" if task == "class" else task: [self.source.classes[task][n] for n in label_M]
+            for task, label_M in self.found.labels.items()
+        }
+
+    def write(self, out: Path, asked: Asked, console: Console) -> list[Path]:
+        """The table, and the page where something was asked."""
+        for name, reason in self.found.bad:
+            console.print(f"cannot decode {name}: {reason}", highlight=False, soft_wrap=True)
+        count, total = len(self.names), len(self.source)
+        console.print(f"{count} of {total} images embedded", highlight=False)
+        findings = list(self._findings(asked)) if asked else []
+        columns: dict[str, Sequence[Any]] = {"name": self.names, **self.labels}
+        for finding in findings:
+            console.print(
+                f"{finding.title}: {finding.explanation}", highlight=False, soft_wrap=True
+            )
+            columns |= finding.columns
+        self._write_table(out, columns)
+        if not findings:
+            return [*files_of(out)]
+        height, width = self.backbone.image_size
+        facts = [
+            f"{count} images, features {self.config.features} of {self.backbone.name}, "
+            f"{height} x {width} px.",
+            *([f"{total - count} images cannot be decoded."] if count < total else []),
+        ]
+        kinds = columns.get("cluster") or columns.get("label")
+        page = page_of(out)
+        write_page(page, out.stem, facts, findings, self._thumbnail, self.names, kinds)
+        return [*files_of(out), page]
+
+    def _write_table(self, out: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+        by_patch = self.config.per == "patch"
+        height, width = self.backbone.image_size
+        grid = _grid(self.backbone) if by_patch else (1, 1)
+        about = {
+            "encoder": self.backbone.digest(),
+            "features": self.config.features,
+            "per": self.config.per,
+            "image_size": [height, width],
+            "data": self.source.fingerprint(),
+        }
+        rows = self.found.rows(self.pieces)
+        with new_table(out, len(rows) * grid[0] * grid[1], about) as add:
+            for start, block_RD in rows.blocks(max(1, VALUES // rows.width)):
+                here = slice(start, start + len(block_RD))
+                part = {name: values[here] for name, values in columns.items()}
+                if by_patch:
+                    part, block_RD = _by_patch(part, block_RD, len(self.pieces), grid)
+                add(part, block_RD.numpy())
+
+    def _findings(self, asked: Asked) -> Iterator[Finding]:
+        names, config = self.names, self.config
+        if len(names) < 2:
+            raise InputError(f"to compare images it takes two, found {len(names)}")
+        rows = self.found.rows(self.pieces)
+        rows = rows.less(rows.moments()[0].float())
+        if asked.map:
+            yield find_map(rows, asked.map, config.seed)
+        if asked.clusters:
+            label_M = self.labels.get("label")
+            yield find_clusters(rows, names, label_M, asked.clusters, config.seed)
+        if not (asked.neighbours or asked.duplicates or asked.outliers):
+            return
+        nearest = near(rows, max(asked.neighbours, NEAR), self.how["device"])
+        if asked.neighbours:
+            yield find_neighbours(nearest, names, asked.neighbours)
+        if asked.duplicates:
+            yield find_duplicates(rows, nearest, names, *self._threshold(rows))
+        if asked.outliers:
+            yield find_outliers(nearest, names)
+
+    def _threshold(self, rows: Rows) -> tuple[float, str]:
+        if self.config.threshold != "auto":
+            return self.config.threshold, "It was named by threshold="
+        copies, place_N = sample_of_copies(self.source, self.found)
+        size = self.backbone.image_size
+        seen = extract(self.backbone, copies, size, self.pieces, **self.how)
+        return threshold_of(rows, seen, self.pieces, place_N)
+
+    def _thumbnail(self, place: int) -> Tensor:
+        """An image, whole and small."""
+        image_CHW = self.source.image(int(self.found.index_M[place]))
+        height, width = image_CHW.shape[1:]
+        scale = min(1, THUMBNAIL / max(height, width))
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        return F.resize(image_CHW, size, antialias=True)
+
+
+def _by_patch(
+    columns: Mapping[str, Sequence[Any]], block_RD: Tensor, blocks: int, grid: tuple[int, int]
+) -> tuple[dict[str, Sequence[Any]], Tensor]:
+    """A row a patch: its place in the grid beside what is said of its image."""
+    patches = grid[0] * grid[1]
+    images = range(len(block_RD))
+    said: dict[str, Sequence[Any]] = {
+        name: [values[image] for image in images for _ in range(patches)]
+        for name, values in columns.items()
+    }
+    said["row"] = [patch // grid[1] for _ in images for patch in range(patches)]
+    said["column"] = [patch % grid[1] for _ in images for patch in range(patches)]
+    by_patch = block_RD.unflatten(1, (blocks, patches, -1)).transpose(1, 2).flatten(2)
+    return said, by_patch.flatten(0, 1)
+
+
+def page_of(out: Path) -> Path:
+    """The page beside a table."""
+    return out.with_suffix(".html")
+
+
+def _check(
+    out: Path,
+    config: EmbedConfig,
+    images: Sequence[str],
+    data: str | None,
+    overwrite: bool,
+    asked: Asked,
+) -> None:
+    check_table(out, overwrite, beside=[page_of(out)] if asked else [])
+    check_asked(asked)
+    if images and data is not None:
+        raise InputError("name images, or data=, not both")
+    if asked and config.per == "patch":
+        raise InputError("per=patch writes patches: leave it out to compare images")
+
+
+def _source(
+    backbone: Backbone, config: EmbedConfig, images: Sequence[str], data: str | None
+) -> Source:
+    if images:
+        return named_images(images)
+    if data is None:
+        if backbone.run is None:
+            raise InputError("name the images: files, folders, a list, or data=")
+        data = trained_on(open_checkpoint(Path(backbone.source)))
+    how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
+    return data_images(data, config.split, **how)
+
+
+def _grid(backbone: Backbone) -> tuple[int, int]:
+    """Rows and columns of an image's patches."""
+    height, width = backbone.image_size
+    return height // backbone.patch_size, width // backbone.patch_size
+
+
+def _pieces(backbone: Backbone, config: EmbedConfig) -> tuple[str, ...]:
+    """What is kept of an image; with per=patch the patches in place of their mean."""
+    pieces = backbone.pieces(config.features)
+    kinds = {split_piece(piece)[0] for piece in pieces}
+    if "patches" in kinds:
+        raise InputError("features=patches is of evaluations alone: per=patch writes the patches")
+    if config.per == "image":
+        return pieces
+    rows, columns = _grid(backbone)
+    if kinds != {"mean"} or backbone.shape()[0] != rows * columns:
+        raise InputError(
+            f"features={config.features} of {backbone.name} are no patches: per=patch takes last "
+            "or block7 of a ViT"
+        )
+    return tuple(f"tokens{split_piece(piece)[1]}" for piece in pieces)

@@ -1,0 +1,242 @@
+"""What a run tells TensorBoard, Weights & Biases or MLflow, beside metrics.jsonl.
+
+Each is told from a thread of its own: one that is slow, or waits for a network, delays no step, and
+one that fails is given up and named. Nothing leaves the machine unless it was asked for. All that
+they keep lies in the run's folder, with the names under which a run that is resumed goes on.
+
+Suffixes: H and W pixels, C colours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing.pool import AsyncResult, ThreadPool
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dseqjepa.config import Config, LogConfig, flattened
+from dseqjepa.errors import InputError
+from dseqjepa.files import write_whole
+
+FOLDER = "loggers"
+"""In a run's folder."""
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+WAITING = 1000
+"""Messages that a logger may be behind; what comes then is not told to it."""
+PATIENCE_S = 60.0
+"""How long the end of a run waits for a logger."""
+SILENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+}
+"""What keeps these libraries from telling their makers, and the console."""
+
+
+class Logger(Protocol):
+    """What is told of a run, from one thread."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def picture(self, image: Image.Image, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_loggers(config: LogConfig) -> None:
+    """`InputError` where a logger is named that is not installed."""
+    for name in config.to:
+        if find_spec(PACKAGES[name]) is None:
+            raise InputError(f"log.to={name} is not installed: pip install 'dseqjepa[{name}]'")
+
+
+class Loggers:
+    """All that a run names; of a run that goes on at a step, they go on there too."""
+
+    def __init__(self, config: Config, out: Path, step: int, tell: Callable[[str], None]) -> None:
+        self._behind: dict[str, _Behind] = {}
+        if not config.log.to:
+            return
+        folder = out / FOLDER
+        folder.mkdir(exist_ok=True)
+        os.environ.update(SILENT)
+        names = _names(folder)
+        for name in config.log.to:
+            opened = partial(OPENERS[name], config, folder, names[name], step)
+            self._behind[name] = _Behind(name, opened, tell)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """The numbers of a line of metrics.jsonl."""
+        numbers = dict(_numbers(values))
+        for logger in self._behind.values():
+            logger.tell(lambda to: to.metrics(numbers, int(values["step"])))
+
+    def picture(self, image: Image.Image, step: int) -> None:
+        for logger in self._behind.values():
+            logger.tell(lambda to: to.picture(image, step))
+
+    def close(self) -> None:
+        """Wait until all is told, but not for ever."""
+        for logger in self._behind.values():
+            logger.close()
+
+
+class _Behind:
+    """A logger in its thread, and what it has yet to be told."""
+
+    def __init__(self, name: str, opened: Callable[[], Logger], say: Callable[[str], None]) -> None:
+        self.name, self.say = name, say
+        self.is_given_up = False
+        self.logger: Logger | None = None
+        self.pool = ThreadPool(1)  # of a daemon: one that hangs does not keep the process
+        self.last = self._later(lambda: setattr(self, "logger", opened()))
+        self.waiting = [self.last]
+
+    def tell(self, what: Callable[[Logger], None]) -> None:
+        self.waiting = [result for result in self.waiting if not result.ready()]
+        if self.is_given_up:
+            return
+        if len(self.waiting) >= WAITING:
+            self._give_up(TimeoutError(f"it is {WAITING} messages behind"))
+            return
+        self.last = self._later(lambda: what(self.logger) if self.logger is not None else None)
+        self.waiting.append(self.last)
+
+    def close(self) -> None:
+        self.tell(lambda logger: logger.close())
+        self.last.wait(PATIENCE_S)
+        if not self.last.ready():
+            self._give_up(TimeoutError(f"it did not end within {PATIENCE_S:.0f} s"))
+
+    def _later(self, what: Callable[[], Any]) -> AsyncResult[Any]:
+        return self.pool.apply_async(what, error_callback=self._give_up)
+
+    def _give_up(self, error: BaseException) -> None:
+        if not self.is_given_up:
+            self.is_given_up = True
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.say(f"{self.name} is given up, training goes on: {reason}; see metrics.jsonl")
+
+
+def _names(folder: Path) -> dict[str, str]:
+    """What the run is called there: the same when it goes on."""
+    path = folder / "names.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    names = {name: uuid.uuid4().hex for name in PACKAGES}
+    write_whole(path, json.dumps(names) + "\n")
+    return names
+
+
+def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Plain numbers; those of a list by their place, from 1 on."""
+    found = []
+    for key, value in values.items():
+        items = enumerate(value, 1) if isinstance(value, list) else [("", value)]
+        for place, item in items:
+            if isinstance(item, int | float) and not isinstance(item, bool):
+                found.append((f"{key}/{place}" if place else key, float(item)))
+    return found
+
+
+class _TensorBoard:
+    def __init__(self, config: Config, folder: Path, name: str, step: int) -> None:
+        from lightning_fabric.loggers import TensorBoardLogger
+
+        # What was told beyond the checkpoint is dropped there, as it is from metrics.jsonl.
+        how: dict[str, Any] = {"purge_step": step + 1} if step else {}
+        self.logger = TensorBoardLogger(folder, name="tensorboard", version="", **how)
+        if not step:
+            self.logger.experiment.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.logger.log_metrics(values, step)
+        self.logger.experiment.flush()
+
+    def picture(self, image: Image.Image, step: int) -> None:
+        pixels_HWC = np.asarray(image)
+        self.logger.experiment.add_image("regions", pixels_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.logger.finalize("success")
+
+
+class _Wandb:
+    def __init__(self, config: Config, folder: Path, name: str, step: int) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=config.log.project,
+            id=name,
+            name=folder.parent.name,
+            resume="allow",
+            dir=folder,
+            mode="online" if config.log.online else "offline",
+            config=flattened(config.model_dump(mode="json")),
+            settings=wandb.Settings(console="off", save_code=False, disable_git=True),
+        )
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, image: Image.Image, step: int) -> None:
+        import wandb
+
+        self.run.log({"regions": wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class _Mlflow:
+    def __init__(self, config: Config, folder: Path, name: str, step: int) -> None:
+        from mlflow import MlflowClient
+
+        place = config.log.tracking
+        if place == "auto":
+            place = (folder / "mlflow").absolute().as_uri()
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        self.client = MlflowClient(place)
+        project = config.log.project
+        known = self.client.get_experiment_by_name(project)
+        experiment = known.experiment_id if known else self.client.create_experiment(project)
+        found = self.client.search_runs([experiment], f"tags.dseqjepa = '{name}'")
+        if found:
+            self.run = found[0].info.run_id
+            return
+        made = self.client.create_run(
+            experiment, tags={"dseqjepa": name}, run_name=folder.parent.name
+        )
+        self.run = made.info.run_id
+        for key, value in flattened(config.model_dump(mode="json")).items():
+            self.client.log_param(self.run, key, str(value)[:500])
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        told = [Metric(key, value, now, step) for key, value in values.items()]
+        self.client.log_batch(self.run, metrics=told)
+
+    def picture(self, image: Image.Image, step: int) -> None:
+        self.client.log_image(self.run, image, f"regions/{step:08d}.png")
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+OPENERS: dict[str, Callable[[Config, Path, str, int], Logger]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _Mlflow,
+}

@@ -1,0 +1,339 @@
+"""The table holds what the encoder says of each image, and what is read off it is true."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from dseqjepa.embeddings import findings, table
+from dseqjepa.embeddings.findings import Asked
+from dseqjepa.embeddings.run import EmbedConfig, embed_images
+from dseqjepa.errors import InputError
+from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.tasks import features
+from dseqjepa.tasks.backbone import open_backbone
+from dseqjepa.tasks.store import Store
+from tests.children import run_ranks
+from tests.test_cli import contents, run
+
+COUNT = 14
+CPU = EmbedConfig(accelerator="cpu", batch_size=4)
+
+
+def smooth(seed: int, colour: int = 0) -> Image.Image:
+    """A picture that no margin or compression changes much, one colour being strong."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 120, (4, 5, 3), np.uint8)
+    coarse[..., colour] += 130
+    return Image.fromarray(coarse).resize((50, 40), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("embed")
+    torch.manual_seed(0)
+    encoder = VisionTransformer(
+        image_size=(32, 32), patch_size=8, width=64, depth=3, heads=1, class_token=True
+    )
+    torch.save(encoder.state_dict(), here / "encoder.pth")
+    for index in range(COUNT):
+        path = here / "pictures" / "ab"[index % 2] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        smooth(index, index % 2).save(path)
+    smooth(4, 0).save(here / "pictures/b/copy.jpg", quality=80)
+    (here / "pictures/a/bad.png").write_bytes(b"no picture")
+    return here
+
+
+@pytest.fixture
+def here(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    here = tmp_path / "here"
+    shutil.copytree(original, here)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(features, "CHUNK_IMAGES", 5)
+    return here
+
+
+def embed(out: str, *settings: str, asked: Asked | None = None, **more: Any) -> list[Path]:
+    config = EmbedConfig.from_settings(["accelerator=cpu", "batch_size=4", *settings])
+    how = {"images": ["pictures"], **more}
+    return embed_images("encoder.pth", config, Path(out), asked=asked, **how)
+
+
+def columns(path: str) -> dict[str, list[Any]]:
+    return pq.read_table(path).to_pydict()
+
+
+def wanted(name: str, feature: str = "last") -> torch.Tensor:
+    """What the encoder says of one picture, by itself."""
+    backbone = open_backbone("encoder.pth")
+    picture = Image.open(f"pictures/{name}").convert("RGB")
+    image_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    from dseqjepa.data.transforms import EvalTransform
+
+    encoded = backbone(EvalTransform((32, 32))(image_CHW)[None])
+    assert encoded.cls_BD is not None
+    return {
+        "last": lambda: encoded.patches_BND[0].mean(dim=0),
+        "cls": lambda: encoded.cls_BD[0],
+        "block1": lambda: encoded.layers[-2][0].mean(dim=0),
+        "patches": lambda: encoded.patches_BND[0],
+    }[feature]().detach()
+
+
+# The table
+
+
+@pytest.mark.parametrize("feature", ["last", "cls", "block1"])
+def test_a_row_is_an_image_with_its_name_label_and_features(
+    here: Path, capsys: pytest.CaptureFixture[str], feature: str
+) -> None:
+    assert embed("new/all.parquet", f"features={feature}") == [Path("new/all.parquet")]
+    said = capsys.readouterr().out
+    assert "cannot decode pictures/a/bad.png: not a known image" in said
+    assert "15 of 16 images embedded" in said
+    found = columns("new/all.parquet")
+    assert list(found) == ["name", "label", "features"]
+    assert found["name"][:2] == ["a/00.png", "a/02.png"]
+    assert len(found["name"]) == len(set(found["name"])) == COUNT + 1
+    assert found["label"] == [name[0] for name in found["name"]]
+    for place in (0, 9):
+        row = torch.tensor(found["features"][place])
+        torch.testing.assert_close(row, wanted(found["name"][place], feature))
+    schema = pq.read_schema("new/all.parquet")
+    assert "fixed_size_list" in str(schema.field("features").type)
+    assert json.loads(schema.metadata[b"dseqjepa"])["features"] == feature
+    assert os.listdir("new") == ["all.parquet"]
+
+
+def test_every_ending_holds_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dseqjepa.embeddings.run.VALUES", 5 * 64)  # five rows at a time
+    for name in ("x.parquet", "y.npy", "z.csv"):
+        embed(name, asked=Asked(neighbours=2))
+    found = columns("x.parquet")
+    matrix = np.load("y.npy")
+    assert matrix.dtype == np.float32
+    np.testing.assert_array_equal(matrix, np.array(found["features"], np.float32))
+    with open("y.csv", encoding="utf-8", newline="") as file:
+        beside = list(csv.DictReader(file))
+    with open("z.csv", encoding="utf-8", newline="") as file:
+        alone = list(csv.DictReader(file))
+    assert [line["name"] for line in beside] == found["name"] == [line["name"] for line in alone]
+    assert beside[3]["neighbours"] == "|".join(found["neighbours"][3]) == alone[3]["neighbours"]
+    read = np.array([[line[f"f{n}"] for n in range(64)] for line in alone], np.float32)
+    np.testing.assert_array_equal(read, matrix)
+
+
+def test_a_row_may_be_a_patch(here: Path) -> None:
+    embed("p.parquet", "per=patch", "features=last2")
+    found = columns("p.parquet")
+    assert list(found) == ["name", "label", "row", "column", "features"]
+    assert len(found["name"]) == 16 * (COUNT + 1)
+    assert (found["row"][6], found["column"][6]) == (1, 2)
+    rows = torch.tensor(found["features"][16:32])
+    assert rows.shape == (16, 128), "the last block's beside the one before"
+    torch.testing.assert_close(rows[:, 64:], wanted(found["name"][16], "patches"))
+
+
+def test_files_lists_and_data_can_be_named(here: Path) -> None:
+    (here / "lists").mkdir()
+    (here / "lists/some.txt").write_text("pictures/a/02.png\n\n../pictures/b/01.png\n")
+    embed("x.parquet", images=["pictures/b/03.png", "lists/some.txt", "pictures/b/03.png"])
+    assert columns("x.parquet")["name"] == [
+        "pictures/b/03.png", "pictures/a/02.png", "lists/../pictures/b/01.png"
+    ]  # fmt: skip
+    embed("y.parquet", "size=6", images=[], data="scenes")
+    found = columns("y.parquet")
+    assert len(found["name"]) == 6
+    assert {"label", "count"} <= found.keys()
+
+
+# Stopped, and shared
+
+
+def test_a_command_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed("whole.parquet")
+    write, done = Store.write, list[int]()
+
+    def until_two(self: Store, number: int, *rest: Any) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(number)
+        write(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", until_two)
+        with pytest.raises(KeyboardInterrupt):
+            embed("cut.parquet")
+    assert not Path("cut.parquet").exists()
+    seen: list[int] = []
+
+    def counted(self: Store, number: int, *rest: Any) -> None:
+        seen.append(number)
+        write(self, number, *rest)
+
+    monkeypatch.setattr(Store, "write", counted)
+    embed("cut.parquet")
+    assert seen == [2, 3]
+    assert columns("cut.parquet") == columns("whole.parquet")
+    assert not list(here.glob("*.parts"))
+
+
+def on_ranks(folder: Path) -> None:
+    """In a child, as torchrun would."""
+    os.chdir(folder)
+    features.CHUNK_IMAGES = 5
+    embed("two.parquet", asked=Asked(duplicates=True))
+
+
+def test_two_ranks_write_what_one_does(here: Path) -> None:
+    embed("one.parquet", asked=Asked(duplicates=True))
+    run_ranks(2, on_ranks, here, log=here / "log")
+    assert columns("two.parquet") == columns("one.parquet")
+
+
+# What is read off
+
+
+def test_a_copy_is_found_by_all_that_looks_for_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = Asked(neighbours=3, duplicates=True, outliers=True, clusters=2, map="pca")
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save("pictures/a/black.png")
+    written = embed("x.parquet", asked=asked)
+    assert written == [Path("x.parquet"), Path("x.html")]
+    found = columns("x.parquet")
+    place = {name: number for number, name in enumerate(found["name"])}
+    assert found["neighbours"][place["b/copy.jpg"]][0] == "a/04.png"
+    assert found["neighbour_cosines"][place["b/copy.jpg"]][0] > 0.9
+    assert all(name not in found["neighbours"][place[name]] for name in place)
+    assert found["duplicate_of"][place["b/copy.jpg"]] == "a/04.png"
+    assert found["duplicate_of"][place["a/04.png"]] == ""
+    assert max(place, key=lambda name: found["outlier"][place[name]]) == "a/black.png"
+    assert sorted(set(found["cluster"])) == [0, 1]
+    assert found["cluster"].count(0) >= found["cluster"].count(1)
+    said = capsys.readouterr().out
+    assert "are at least so like their own altered copy" in said
+    spread = np.array([found["x"], found["y"]]).std(axis=1)
+    assert spread[0] >= spread[1] > 0
+
+
+def test_the_page_is_one_file_that_asks_for_no_other(here: Path) -> None:
+    Path("pictures/a/<b>&.png").write_bytes(Path("pictures/a/00.png").read_bytes())
+    embed("x.csv", asked=Asked(neighbours=1, map="pca", clusters=2, duplicates=True))
+    page = Path("x.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert set(re.findall(r'(?:src|href)="([^:]+):', page)) == {"data"}
+    assert "&lt;b&gt;&amp;.png" in page
+    assert "<b>&" not in page
+    for title in ("Map", "Clusters", "Neighbours", "Duplicates"):
+        assert f"<h2>{title}</h2>" in page
+
+
+def test_a_threshold_that_is_named_is_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    embed("x.parquet", "threshold=0.0001", asked=Asked(duplicates=True))
+    said = capsys.readouterr().out
+    assert "It was named by threshold=" in said
+    assert "too many, so that these features do not tell duplicates" in said
+
+
+def test_a_umap_is_by_cosine_and_by_seed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the library, which compiles for a minute."""
+
+    class Umap:
+        def __init__(self, **settings: Any) -> None:
+            assert settings == {"metric": "cosine", "random_state": 3, "n_jobs": 1}
+
+        def fit_transform(self, rows_MD: np.ndarray) -> np.ndarray:
+            return rows_MD[:, :2]
+
+    monkeypatch.setattr(findings, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    embed("x.npy", "seed=3", asked=Asked(map="umap"))
+    matrix = np.load("x.npy")
+    with open("x.csv", encoding="utf-8", newline="") as file:
+        x_M = [float(line["x"]) for line in csv.DictReader(file)]
+    np.testing.assert_allclose(x_M, (matrix - matrix.mean(axis=0))[:, 0], atol=1e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("typed", "part"),
+    {
+        "pictures": "out=FILE is missing",
+        "pictures out=x.txt": "out=x.txt must end in .parquet, .npy, .csv",
+        "pictures out=there.csv": "there.csv is there already",
+        "pictures out=there.npy": "there.csv is there already",
+        "pictures data=scenes out=x.csv": "name images, or data=, not both",
+        "out=x.csv": "name the images: files, folders, a list, or data=",
+        "gone out=x.csv": "no such folder: gone",
+        "pictures/a/03.png out=x.csv": "no such image: pictures/a/03.png; did you mean",
+        "list.txt out=x.csv": "the list list.txt names nothing.png, which is no file",
+        "pictures out=x.csv features=lost": "unknown feature 'lost'",
+        "pictures out=x.csv features=block7": "the encoder has blocks 0 to 2",
+        "pictures out=x.csv features=patches": "features=patches is of evaluations alone",
+        "pictures out=x.csv features=cls per=patch": "are no patches",
+        "pictures out=x.csv per=patch --clusters 2": "leave it out to compare images",
+        "pictures out=x.csv feature=last": "unknown key 'feature'; did you mean 'features'?",
+        "pictures out=x.csv --clusters 1": "--clusters one from 2 on",
+        "pictures out=x.csv --map tsne": "--map takes pca or umap, found 'tsne'",
+        "pictures out=there.csv/x.csv": "there.csv",
+    }.items(),
+)
+def test_a_wrong_word_is_refused(
+    typed: str,
+    part: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (here / "there.csv").write_text("mine")
+    (here / "list.txt").write_text("nothing.png\n")
+    before = contents(here)
+    assert run(monkeypatch, "embed", "encoder.pth", *typed.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "part"),
+    [
+        (table, lambda: embed("x.parquet"), "Parquet needs pyarrow: pip install"),
+        (findings, lambda: embed("x.csv", asked=Asked(map="umap")), "needs umap-learn: pip"),
+    ],
+)
+def test_what_is_not_installed_is_said(
+    here: Path, monkeypatch: pytest.MonkeyPatch, module: Any, call: Callable[[], None], part: str
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    before = contents(here)
+    with pytest.raises(InputError, match=part):
+        call()
+    assert contents(here) == before
+
+
+def test_a_table_is_replaced_where_that_is_asked_for(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["embed", "encoder.pth", "pictures", "out=x.csv", "--outliers"]
+    assert run(monkeypatch, *typed) == 0
+    assert capsys.readouterr().out.endswith("written: x.csv\nwritten: x.html\n")
+    assert run(monkeypatch, *typed) == 2
+    assert run(monkeypatch, *typed, "overwrite=true") == 0
