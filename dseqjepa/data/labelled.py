@@ -15,6 +15,7 @@ from dseqjepa.data.formats.cub import CUB
 from dseqjepa.data.formats.flowers import Flowers102
 from dseqjepa.data.formats.imagenet import ImageNet
 from dseqjepa.data.formats.inat import INat, INatMini
+from dseqjepa.data.formats.parquet import Parquet
 from dseqjepa.data.formats.pets import Pets
 from dseqjepa.data.formats.stl10 import STL10
 from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
@@ -48,6 +49,7 @@ OPENERS: dict[str, Opener] = {
     "imagenet": ImageNet,
     "inat": INat,
     "inat-mini": INatMini,
+    "parquet": Parquet,
     "pets": Pets,
     "shards": Shards,
     "stl10": STL10,

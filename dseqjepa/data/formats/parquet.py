@@ -1,0 +1,202 @@
+"""Parquet files as Hugging Face writes image data sets: a column of images, one of labels.
+
+Suffixes: N images, G row groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
+from dseqjepa.data.source import BadImage, Split
+from dseqjepa.errors import InputError, printable
+from dseqjepa.files import json_digest
+
+KEPT = 4
+"""Row groups whose images a process keeps."""
+IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
+"""Names of the two columns; else the only one that looks like it."""
+
+
+class Parquet(ImageFiles):
+    """The rows of a file, or of a folder's files in the order of their names.
+
+    A column of images holds structs of `bytes` and `path`, as the library `datasets` writes them;
+    one of whole numbers is the class, whose names are in the schema's metadata. File names that
+    begin with `train` and with one of `val`, `valid`, `validation` and `test` are splits. A row is
+    read with its whole row group: `data.window=N` reads N of them at a time, any order else reads
+    one for nearly every image.
+
+    Raises:
+        InputError: there are no such files, they differ in their columns, hold no images or are
+            damaged, or pyarrow is missing.
+    """
+
+    origin: ClassVar[str] = "datasets.load_dataset(NAME)['train'].to_parquet(FILE) writes it"
+
+    def __init__(self, path: Path, split: Split) -> None:
+        if find_spec("pyarrow") is None:
+            raise InputError("Parquet needs pyarrow: pip install 'dseqjepa[embed]'")
+        self.has_splits, self.paths = _files(path, split)
+        self.root = self.paths[0].parent
+        files = [_opened(file) for file in self.paths]
+        schema = files[0].schema_arrow
+        for file, one in zip(self.paths, files, strict=True):
+            if one.schema_arrow.names != schema.names:
+                raise InputError(
+                    f"{printable(file)} has the columns {', '.join(one.schema_arrow.names)}, and "
+                    f"{printable(self.paths[0].name)} {', '.join(schema.names)}"
+                )
+        self._column = _image_column(schema, self.paths[0])
+        # A row group is what is read at once: which file it is in, and its number there.
+        self._groups = [
+            (number, group)
+            for number, one in enumerate(files)
+            for group in range(one.num_row_groups)
+        ]
+        self.counts: Sequence[int] = [
+            files[number].metadata.row_group(group).num_rows for number, group in self._groups
+        ]
+        self._start_G = np.cumsum([0, *self.counts])
+        if not self._start_G[-1]:
+            raise InputError(f"{printable(path)} holds no rows")
+        self.labels: Mapping[str, np.ndarray] = {}
+        self.classes: Mapping[str, tuple[str, ...]] = {}
+        self._read_labels(files, schema)
+        self._read: OrderedDict[int, list[Any]] = OrderedDict()
+        self._opened: dict[int, Any] = {}
+
+    def _read_labels(self, files: list[Any], schema: Any) -> None:
+        import pyarrow
+
+        column = next((name for name in LABELS if name in schema.names), "")
+        if not column or not pyarrow.types.is_integer(schema.field(column).type):
+            return
+        parts = [one.read(columns=[column]).column(column) for one in files]
+        if any(part.null_count for part in parts):
+            self.notes = (f"some rows have no {column}: so no image has a label",)
+            return
+        label_N = np.concatenate([part.to_numpy() for part in parts]).astype(np.int64)
+        if label_N.min() < 0 or label_N.max() < 1:  # -1 marks test sets whose labels are withheld
+            return
+        self.labels = {"class": label_N}
+        names = _class_names(schema, column) or tuple(map(str, range(int(label_N.max()) + 1)))
+        if len(names) <= label_N.max():
+            raise InputError(f"{column} goes up to {label_N.max()}, and names {len(names)} classes")
+        self.classes = {"class": names}
+
+    def __len__(self) -> int:
+        return int(self._start_G[-1])
+
+    def content(self, index: int) -> bytes:
+        cell = self._cell(index)
+        found = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not found:
+            raise BadImage(
+                "the row holds no image" if cell is None else "the row holds a path only"
+            )
+        return bytes(found)
+
+    def name(self, index: int) -> str:
+        number, _ = self._groups[self._find(index)[0]]
+        return printable(f"{self.paths[number]}/row {index - self._first_row(number)}")
+
+    def fingerprint(self) -> str:
+        sizes = [[path.name, path.stat().st_size] for path in self.paths]
+        return json_digest(
+            {"files": sizes, "counts": list(self.counts), "pixel_range": self.pixel_range}
+        )
+
+    def _first_row(self, number: int) -> int:
+        first = next(g for g, (file, _) in enumerate(self._groups) if file == number)
+        return int(self._start_G[first])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        index = range(len(self))[index]
+        group = int(np.searchsorted(self._start_G, index, side="right")) - 1
+        return group, index - int(self._start_G[group])
+
+    def _cell(self, index: int) -> Any:
+        group, row = self._find(index)
+        if group not in self._read:
+            number, at = self._groups[group]
+            if number not in self._opened:
+                self._opened[number] = _opened(self.paths[number])
+            try:
+                table = self._opened[number].read_row_group(at, columns=[self._column])
+            except (OSError, ValueError) as error:
+                raise BadImage(f"its row group cannot be read: {error}") from error
+            self._read[group] = table.column(0)
+            while len(self._read) > KEPT:
+                self._read.popitem(last=False)
+        return self._read[group][row].as_py()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": OrderedDict(), "_opened": {}}
+
+
+def _files(path: Path, split: Split) -> tuple[bool, list[Path]]:
+    """Whether there are files of splits, and those of this one."""
+    if path.is_file():
+        return False, [path]
+    found = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    if not found:
+        raise InputError(f"expected Parquet files in {printable(path)}, found none")
+    of_part = {
+        part: [file for file in found if file.name.partition(".")[0].partition("-")[0] == part]
+        for part in ("train", *HELD_OUT_FOLDERS)
+    }
+    held_out = next((of_part[part] for part in HELD_OUT_FOLDERS if of_part[part]), [])
+    if not of_part["train"] or not held_out:
+        return False, found
+    return True, held_out if split == "val" else of_part["train"]
+
+
+def _opened(path: Path) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{printable(path)} is no Parquet file: {error}") from error
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    import pyarrow
+
+    def holds_images(name: str) -> bool:
+        kind = schema.field(name).type
+        return (
+            (
+                pyarrow.types.is_struct(kind)
+                and "bytes" in {kind.field(i).name for i in range(len(kind))}
+            )
+            or pyarrow.types.is_binary(kind)
+            or pyarrow.types.is_large_binary(kind)
+        )
+
+    found = [name for name in schema.names if holds_images(name)]
+    named = [name for name in found if name in IMAGES]
+    if len(named or found) != 1:
+        raise InputError(
+            f"{printable(path)}: expected one column of images, found "
+            f"{', '.join(found) or 'none'} among {', '.join(schema.names)}"
+        )
+    return (named or found)[0]
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...]:
+    """What `datasets` keeps beside the columns."""
+    try:
+        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return tuple(map(str, told["info"]["features"][column]["names"]))
+    except (ValueError, KeyError, TypeError):
+        return ()

@@ -1,0 +1,135 @@
+"""Parquet files as Hugging Face writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from dseqjepa.data.decode import decode
+from dseqjepa.data.formats.parquet import KEPT, Parquet
+from dseqjepa.data.labelled import open_source, open_splits
+from dseqjepa.data.loader import Loader
+from dseqjepa.data.source import BadImage
+from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.errors import InputError
+from tests.data.test_shards import jpeg
+
+HOW: dict[str, Any] = {"size": 0, "image_size": (8, 8), "seed": 0}
+
+
+def write(path: Path, numbers: list[int], group: int = 3, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [{"bytes": jpeg(number), "path": f"{number}.jpg"} for number in numbers]
+    table = pyarrow.table({"image": cells, "label": [n % 2 for n in numbers], **columns})
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    parquet.write_table(table, path, row_group_size=group)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "train-00000-of-00002.parquet", [0, 1, 2, 3, 4])
+    write(tmp_path / "train-00001-of-00002.parquet", [5, 6, 7])
+    write(tmp_path / "test-00000-of-00001.parquet", [8, 9])
+    return tmp_path
+
+
+def test_rows_are_images_in_the_order_of_files(folder: Path):
+    source = Parquet(folder, "train")
+    assert len(source) == 8
+    assert list(source.counts) == [3, 2, 3]
+    for number in range(8):
+        assert source.content(number) == jpeg(number)
+        assert torch.equal(source.image(number), decode(jpeg(number)))
+    assert source.labels["class"].tolist() == [0, 1] * 4
+    assert source.classes == {"class": ("cat", "dog")}
+    assert source.name(6).endswith("train-00001-of-00002.parquet/row 1")
+
+
+def test_files_of_splits_and_a_part_that_is_held_out(folder: Path):
+    train, val = open_splits(f"parquet:{folder}", **HOW)
+    assert (len(train), len(val)) == (8, 2)
+    alone = folder / "train-00000-of-00002.parquet"
+    train, val = open_splits(f"parquet:{alone}", **HOW)
+    assert (len(train), len(val)) == (4, 1)
+
+
+def test_any_order_gives_the_images_and_few_row_groups_stay(folder: Path):
+    source = Parquet(folder, "train")
+    for number in [7, 0, 4, 2, 6, 1]:
+        assert source.content(number) == jpeg(number)
+    many = write(folder / "many.parquet", list(range(20)), group=1)
+    source = Parquet(many, "train")
+    for number in range(20):
+        source.content(number)
+    assert len(source._read) == KEPT
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_of_row_groups(folder: Path, workers: int):
+    source = open_source(f"parquet:{folder}", split="pretrain", **HOW)
+    loader = Loader(source, TrainTransform((8, 8)), batch_size=2, seed=0, workers=workers, window=2)
+    seen = [index for batch in loader.batches(0) for index in batch.index_B.tolist()]
+    loader.close()
+    assert sorted(seen) == list(range(8))
+
+
+def test_rows_without_an_image_are_bad(tmp_path: Path):
+    cells = [{"bytes": jpeg(0), "path": "0"}, {"bytes": None, "path": "1"}, None]
+    parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "a.parquet")
+    source = Parquet(tmp_path, "train")
+    assert source.labels == {}
+    assert source.content(0) == jpeg(0)
+    for number, reason in ((1, "path only"), (2, "no image")):
+        with pytest.raises(BadImage, match=reason):
+            source.image(number)
+
+
+def test_plain_bytes_and_labels_without_names(tmp_path: Path):
+    table = pyarrow.table({"jpeg": [jpeg(0), jpeg(1)], "label": [2, 0]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    source = Parquet(tmp_path, "train")
+    assert source.content(1) == jpeg(1)
+    assert source.classes == {"class": ("0", "1", "2")}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "found none"),
+        (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1"), "is no Parquet file"),
+        (
+            lambda folder: parquet.write_table(pyarrow.table({"x": [1]}), folder / "a.parquet"),
+            "expected one column of images, found none among x",
+        ),
+        (
+            lambda folder: (
+                write(folder / "a.parquet", [0]),
+                write(folder / "b.parquet", [1], more=[1]),
+            ),
+            "b.parquet has the columns image, label, more",
+        ),
+        (
+            lambda folder: write(folder / "a.parquet", []),
+            "holds no rows|expected one column",
+        ),
+    ],
+)
+def test_bad_files_are_told_in_a_line(tmp_path: Path, make: Any, message: str):
+    make(tmp_path)
+    with pytest.raises(InputError, match=message) as told:
+        open_source(f"parquet:{tmp_path}", split="train", **HOW)
+    assert "\n" not in str(told.value)
+
+
+def test_without_pyarrow_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dseqjepa.data.formats.parquet.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'dseqjepa\[embed\]'"):
+        Parquet(folder, "train")
