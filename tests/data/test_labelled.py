@@ -42,7 +42,8 @@ def test_a_format_with_a_path_opens_that_format(mini: Callable[[str], Path]) -> 
 
 
 def test_every_format_has_a_miniature() -> None:
-    assert OPENERS.keys() - WRITERS.keys() == {"inat-mini", "parquet", "shards"}  # the same reader, another folder
+    """But for another folder of the same reader, and files that hold any images."""
+    assert OPENERS.keys() - WRITERS.keys() == {"inat-mini", "parquet", "shards"}
     assert WRITERS.keys() <= OPENERS.keys()
 
 
