@@ -34,7 +34,7 @@ from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig
 from dseqjepa.tasks.features import NOT_FINITE, Extracted, extract, lacking, pooled
 from dseqjepa.tasks.heads import split_by_class
 from dseqjepa.tasks.knn import same_classes
-from dseqjepa.tasks.reading import LabelledImage, LabelledImages, crops_of, seeded, stacked
+from dseqjepa.tasks.reading import Crops, LabelledImage, LabelledImages, seeded, stacked
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
@@ -203,9 +203,10 @@ def train(
     heads = QueryHeads(mean_D, std_D, classes, config).to(job.device)
     bad: dict[str, str] = {}
     encode: Callable[[Tensor], Tensor]
+    read: Callable[[int, int], LabelledImage]
     if config.crops:
         transform = TrainTransform(job.backbone.image_size, config.crop_scale, config.flip)
-        read, encode = crops_of(source, config.task, transform), reader.of_images
+        read, encode = Crops(source, config.task, transform), reader.of_images
     else:
         kept = features_of(job, config, "train", source, reader.pieces)
         source, bad = Subset(source, kept.index_M.numpy()), dict(kept.bad)

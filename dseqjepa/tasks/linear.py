@@ -24,7 +24,7 @@ from dseqjepa.tasks.config import LinearConfig, SweepConfig
 from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lacking, pooled, pooling_of
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
-from dseqjepa.tasks.reading import LabelledImages, crops_of, stacked
+from dseqjepa.tasks.reading import Crops, LabelledImages, stacked
 from dseqjepa.tasks.results import Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.store import features_of, splits_of
@@ -151,7 +151,7 @@ def train(
     identity = {**protocol, "data": source.fingerprint(), "seed": config.seed}
     place = Place.of_head(job, config, "linear", identity, every=per_epoch, workers=config.workers)
     transform = TrainTransform(backbone.image_size, config.crop_scale, config.flip)
-    read, whole = crops_of(source, config.task, transform), per_epoch * batch_size
+    read, whole = Crops(source, config.task, transform), per_epoch * batch_size
     parts = place.parts_of(source, read, recipe, join=stacked, epoch=whole)
     bad = fit(probe, optimizer, recipe, parts, losses, place, place.start())
     job.report_bad(bad, len(source), config.max_bad)

@@ -1,6 +1,6 @@
 """What a task trains and tests on: the samples of each step, by key; the test set in its order.
 
-Suffixes: N images of the source, M training images.
+Suffixes: N images of the source, M training images, A samples that are asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from multiprocessing import get_all_start_methods
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from dseqjepa.data.loader import start_worker
 from dseqjepa.data.patience import patiently, read_image
 from dseqjepa.data.source import BadImage, Source
-from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.data.transforms import Cut, TrainTransform
 from dseqjepa.errors import RunError
 from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.ranks import Ranks
@@ -107,12 +108,12 @@ class Samples(Generic[Sample]):
         """The samples joined, None where no substitute was found for one, and why any were bad."""
         samples: list[Sample] = []
         bad: dict[str, str] = {}
-        for place in range(part * self.size, (part + 1) * self.size):
-            epoch, at = divmod(place, self.epoch)
+        for epoch, at, index, key in self._wanted(part):
             for further in range(1 + SUBSTITUTES):
-                index = int(self._order_of(epoch)[(at + further) % len(self)])
-                who = torch.tensor([index + further * len(self)])
-                key = int(sample_keys(self.seed, epoch, who))
+                if further:
+                    index = int(self._order_of(epoch)[(at + further) % len(self)])
+                    who = torch.tensor([index + further * len(self)])
+                    key = int(sample_keys(self.seed, epoch, who))
                 try:
                     samples.append(patiently(lambda i=index, k=key: self.read(i, k)))  # type: ignore[misc]
                 except BadImage as reason:
@@ -123,24 +124,44 @@ class Samples(Generic[Sample]):
                 return None, bad
         return self.join(samples), bad
 
+    def _wanted(self, part: int) -> Iterator[tuple[int, int, int, int]]:
+        """The epoch of each place of a part, its place in that, which image is there, and its key:
+        all at once, since the cost of each operation on a number is that of many."""
+        places = range(part * self.size, (part + 1) * self.size)
+        for epoch in range(places[0] // self.epoch, places[-1] // self.epoch + 1):
+            first = epoch * self.epoch
+            start, stop = max(places[0], first) - first, min(places[-1] + 1 - first, self.epoch)
+            index_A = self._order_of(epoch)[start:stop]
+            keys_A = sample_keys(self.seed, epoch, index_A)
+            if isinstance(self.read, Crops):
+                self.read.ahead(keys_A)
+            for at, index, key in zip(
+                range(start, stop), index_A.tolist(), keys_A.tolist(), strict=True
+            ):
+                yield epoch, at, index, key
+
     def _order_of(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
             self._order = (epoch, order_of(epoch, len(self), self.seed))
         return self._order[1]
 
 
-def crops_of(
-    source: Source, task: str, transform: TrainTransform
-) -> Callable[[int, int], LabelledImage]:
-    """What reads random crops and their labels, as `Samples` takes it."""
-    label_N = source.labels[task]
+class Crops:
+    """Reads random crops and their labels, as `Samples` takes it."""
 
-    def read(index: int, key: int) -> LabelledImage:
-        (cut,) = transform.cuts(torch.tensor([key]))
-        image_CHW = cut(read_image(source, index, transform.reduction))
-        return LabelledImage(image_CHW, int(label_N[index]))
+    def __init__(self, source: Source, task: str, transform: TrainTransform) -> None:
+        self.source, self.label_N, self.transform = source, source.labels[task], transform
+        self._cuts: dict[int, Cut] = {}
 
-    return read
+    def ahead(self, keys_A: Int64[Tensor, " A"]) -> None:
+        """Draw the crops of these keys together, which come next."""
+        self._cuts = dict(zip(keys_A.tolist(), self.transform.cuts(keys_A), strict=True))
+
+    def __call__(self, index: int, key: int) -> LabelledImage:
+        if key not in self._cuts:
+            (self._cuts[key],) = self.transform.cuts(torch.tensor([key]))
+        image = read_image(self.source, index, self.transform.reduction)
+        return LabelledImage(self._cuts[key](image), int(self.label_N[index]))
 
 
 def stacked(samples: list[LabelledImage]) -> LabelledImages:

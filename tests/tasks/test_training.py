@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage
+from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.maps import DropPath
 from dseqjepa.tasks.reading import (
+    Crops,
     LabelledImage,
     Samples,
     Shuffled,
@@ -275,6 +277,26 @@ def test_every_sample_once_an_epoch_and_each_in_its_own_way() -> None:
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert len({key for _, key in seen}) == 20
+
+
+def test_crops_drawn_together_are_those_drawn_one_by_one() -> None:
+    """Also where one cannot be decoded, and another is read in its place."""
+
+    class Broken(Ten):
+        def image(self, index: int) -> Tensor:
+            if index == 3:
+                raise BadImage("broken")
+            return super().image(index)
+
+    crops = Crops(Broken(), "class", TrainTransform((16, 16), flip=True))
+    together = Samples(crops.source, crops, size=10, seed=0)
+    alone = Samples(crops.source, lambda index, key: crops(index, key), size=10, seed=0)
+    for part in range(2):
+        (found, bad), (wanted, _) = together[part], alone[part]
+        assert bad == {"3": "broken"}
+        assert [one.label for one in found] == [one.label for one in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one.image_CHW, other.image_CHW)
 
 
 def test_an_epoch_may_leave_out_what_fills_no_step() -> None:
