@@ -308,12 +308,15 @@ def _ridge(train_BD: Tensor, test_BD: Tensor, pictures: Pictures) -> float:
     x_BD = ((train_BD - mean_D) / scale_D).double()
     y_BC = F.one_hot(pictures.read_label_B, pictures.classes).double()
     offset_C = y_BC.mean(dim=0)
-    gram_DD = x_BD[fit_M].T @ x_BD[fit_M]
-    rows_DC = x_BD[fit_M].T @ (y_BC[fit_M] - offset_C)
-    eye_DD = torch.eye(len(gram_DD), dtype=torch.float64, device=gram_DD.device)
-    best = (-1.0, torch.zeros_like(rows_DC))
+    x_MD, y_MC = x_BD[fit_M], y_BC[fit_M] - offset_C
+    is_wide = x_MD.shape[1] > len(x_MD)  # then the same weights come from products of the images
+    gram_XX = x_MD @ x_MD.T if is_wide else x_MD.T @ x_MD
+    rows_XC = y_MC if is_wide else x_MD.T @ y_MC
+    eye_XX = torch.eye(len(gram_XX), dtype=torch.float64, device=gram_XX.device)
+    best = (-1.0, x_MD.new_zeros(x_MD.shape[1], pictures.classes))
     for ridge in RIDGES:
-        weight_DC = torch.linalg.solve(gram_DD + ridge * len(fit_M) * eye_DD, rows_DC)
+        found_XC = torch.linalg.solve(gram_XX + ridge * len(fit_M) * eye_XX, rows_XC)
+        weight_DC = x_MD.T @ found_XC if is_wide else found_XC
         held = (x_BD[held_H] @ weight_DC + offset_C).argmax(dim=1)
         best = max(
             best, (_score(held, pictures.read_label_B[held_H]), weight_DC), key=lambda b: b[0]

@@ -34,6 +34,28 @@ def test_every_reading_tells_apart_what_pixels_do(monkeypatch: pytest.MonkeyPatc
     assert read(None, pictures(), 0) == dict.fromkeys(learning.READINGS, 100.0)
 
 
+def test_ridge_of_more_numbers_than_images_is_ridge():
+    from sklearn.linear_model import RidgeClassifier
+
+    true = pictures(60)
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(2, 30, 50, generator=generator)
+    train[:, 0] += true.train_label_B
+    wide = learning._ridge(train, test, true)
+    fit = train[np.arange(30) % 10 > 0]
+    scaled = (train - train.mean(0)) / train.std(0)
+    assert len(fit) < train.shape[1]
+    scores = []
+    for ridge in learning.RIDGES:
+        model = RidgeClassifier(alpha=ridge * len(fit), fit_intercept=False)
+        model.fit(
+            scaled[np.arange(30) % 10 > 0].numpy(), true.train_label_B[np.arange(30) % 10 > 0]
+        )
+        asked = (test - train.mean(0)) / train.std(0)
+        scores.append(100 * model.score(asked.numpy(), true.test_label_B.numpy()))
+    assert min(abs(wide - score) for score in scores) < 1e-6
+
+
 def test_labels_that_mean_nothing_are_not_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(learning, "NEIGHBOURS", 5)
     monkeypatch.setattr(learning, "PROBE", learning.PROBE.model_copy(update={"batch_size": 16}))
