@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dseqjepa.config import Config
+    from dseqjepa.data.dataset import DatasetSource
+    from dseqjepa.embeddings.memory import Embedded, embed
     from dseqjepa.errors import InputError, RunError
     from dseqjepa.methods import build_method
     from dseqjepa.methods.base import Method, Predictions, Step
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
     from dseqjepa.plans.regions import Regions, rank_regions
     from dseqjepa.presets import load_config
     from dseqjepa.train.checkpoint import load_encoder
+    from dseqjepa.train.encoder import TrainedEncoder
+    from dseqjepa.train.loop import Trainer
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
+    "DatasetSource": "data.dataset",
+    "Embedded": "embeddings.memory",
     "Features": "model.vit",
     "InputError": "errors",
     "Look": "model.look",
@@ -33,7 +39,10 @@ _HOME = {
     "Regions": "plans.regions",
     "RunError": "errors",
     "Step": "methods.base",
+    "TrainedEncoder": "train.encoder",
+    "Trainer": "train.loop",
     "build_method": "methods",
+    "embed": "embeddings.memory",
     "load_config": "presets",
     "load_encoder": "train.checkpoint",
     "look_for_saliency": "model.look",
@@ -43,6 +52,8 @@ _HOME = {
 
 __all__ = [
     "Config",
+    "DatasetSource",
+    "Embedded",
     "Features",
     "InputError",
     "Look",
@@ -52,8 +63,11 @@ __all__ = [
     "Regions",
     "RunError",
     "Step",
+    "TrainedEncoder",
+    "Trainer",
     "__version__",
     "build_method",
+    "embed",
     "load_config",
     "load_encoder",
     "look_for_saliency",

@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     }
     | {"preflight"},
     "__main__": {"cli"},
-    "__init__": EVALUATION | {"methods", "presets"},
+    "__init__": EVALUATION | {"methods", "presets", "train", "embeddings"},
 }
 """Part of the package -> the parts, or single modules, that it may stand on beside itself."""
 
