@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dseqjepa.config import Config
-    from dseqjepa.data.images import ImageFolder
+    from dseqjepa.data.dataset import DatasetSource
+    from dseqjepa.embeddings.memory import Embedded, embed
     from dseqjepa.errors import InputError, RunError
     from dseqjepa.methods import build_method
     from dseqjepa.methods.base import Method, Predictions, Step
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from dseqjepa.plans.plan import Plan
     from dseqjepa.plans.regions import Regions, rank_regions
     from dseqjepa.presets import load_config
-    from dseqjepa.tasks.features import extract
     from dseqjepa.train.checkpoint import load_encoder, load_method
+    from dseqjepa.train.encoder import TrainedEncoder
+    from dseqjepa.train.loop import Trainer
     from dseqjepa.train.monitor import verdicts
     from dseqjepa.viz.sheet import image_sheet
     from dseqjepa.viz.trace import trace
@@ -29,8 +31,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "config",
+    "DatasetSource": "data.dataset",
+    "Embedded": "embeddings.memory",
     "Features": "model.vit",
-    "ImageFolder": "data.images",
     "InputError": "errors",
     "Look": "model.look",
     "Method": "methods.base",
@@ -39,8 +42,10 @@ _HOME = {
     "Regions": "plans.regions",
     "RunError": "errors",
     "Step": "methods.base",
+    "TrainedEncoder": "train.encoder",
+    "Trainer": "train.loop",
     "build_method": "methods",
-    "extract": "tasks.features",
+    "embed": "embeddings.memory",
     "image_sheet": "viz.sheet",
     "load_config": "presets",
     "load_encoder": "train.checkpoint",
@@ -54,8 +59,9 @@ _HOME = {
 
 __all__ = [
     "Config",
+    "DatasetSource",
+    "Embedded",
     "Features",
-    "ImageFolder",
     "InputError",
     "Look",
     "Method",
@@ -64,9 +70,11 @@ __all__ = [
     "Regions",
     "RunError",
     "Step",
+    "TrainedEncoder",
+    "Trainer",
     "__version__",
     "build_method",
-    "extract",
+    "embed",
     "image_sheet",
     "load_config",
     "load_encoder",

@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"preflight"},
     "__main__": {"cli"},
     "__init__": EVALUATION
-    | {"methods", "presets", "tasks.features", "train.monitor", "viz.sheet", "viz.trace"},
+    | {"methods", "presets", "embeddings", "train", "viz.sheet", "viz.trace"},
 }
 """Part of the package -> the parts, or single modules, that it may stand on beside itself."""
 

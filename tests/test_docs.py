@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -152,7 +153,17 @@ def test_every_printed_command_works(folder: Path):
     assert ran >= 5
 
 
-@pytest.mark.parametrize(("path", "code"), blocks("python"))
+def notebooks() -> list[tuple[Path, str]]:
+    """The code of each notebook, cell after cell."""
+    found = []
+    for path in sorted((ROOT / "docs").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
+        found.append((path, "\n".join(code)))
+    return found
+
+
+@pytest.mark.parametrize(("path", "code"), [*blocks("python"), *notebooks()])
 def test_every_printed_piece_of_python_runs(path: Path, code: str, folder: Path):
     if "runs/mine" in code and not (folder / "runs" / "mine").exists():
         arguments = ["pretrain", "vitt8_64", "data=my_pictures", "out=runs/mine", *SHRINK]

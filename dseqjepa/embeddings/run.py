@@ -140,16 +140,14 @@ def embed_images(
         out.parent.mkdir(parents=True, exist_ok=True)
         found = stored(parts, backbone, source, pieces, ranks=ranks, console=console, **how)
         if ranks.first:
-            written = _Embedded(config, backbone, source, found, pieces, how).write(
-                out, asked, console
-            )
+            written = _Job(config, backbone, source, found, pieces, how).write(out, asked, console)
             shutil.rmtree(parts)
     ranks.close()
     return written
 
 
 @dataclass(frozen=True, eq=False)
-class _Embedded:
+class _Job:
     """Features of a source, and all that they came from."""
 
     config: EmbedConfig

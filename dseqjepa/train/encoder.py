@@ -14,11 +14,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from dseqjepa.data.dataset import AnyImage, as_bytes
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.model.vit import VisionTransformer
-
-AnyImage = Image.Image | np.ndarray | Tensor
-"""A picture of Pillow, an array [H, W, 3] or [H, W] of bytes, or a tensor [3, H, W] of bytes."""
 
 
 class TrainedEncoder(VisionTransformer):
@@ -47,25 +45,7 @@ class TrainedEncoder(VisionTransformer):
         )
         several: Any = [images] if single else images
         transform = EvalTransform(image_size or self.image_size)
-        tensors = [transform(_bytes(image)) for image in several]
+        tensors = [transform(as_bytes(image)) for image in several]
         if not tensors:
             raise ValueError("expected an image, found none")
         return torch.stack(tensors).to(self.pos_embed.device)
-
-
-def _bytes(image: Any) -> UInt8[Tensor, "3 H W"]:
-    found = image
-    if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
-    if isinstance(image, np.ndarray) and image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
-    if isinstance(image, np.ndarray) and image.ndim == 3:
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    is_image = isinstance(image, Tensor) and image.ndim == 3 and image.shape[0] == 3
-    if not is_image or image.dtype != torch.uint8 or not image.numel():
-        shape, kind = tuple(getattr(found, "shape", ())), getattr(found, "dtype", type(found))
-        raise ValueError(
-            "expected a picture of Pillow, bytes [H, W, 3] in NumPy or bytes [3, H, W] in torch, "
-            f"found {kind} {shape}"
-        )
-    return image

@@ -81,15 +81,27 @@ class Taken(NamedTuple):
     """Of the gradient."""
 
 
+RANDOM = Start()
+
+
 class Trainer:
-    """One run: its modules, its position, and the steps from here to the end."""
+    """One run: its modules, its position, and the steps from here to the end.
+
+    `run` is all of it, as `dseqjepa pretrain` has it; `steps` is for a loop of one's own.
+
+    Args:
+        config: with every `auto` settled (`config.resolved(len(source))`).
+        source: the images; `DatasetSource` makes one of any torch Dataset.
+        out: the run's folder. Nothing is written there before `run` or `save`.
+        start: where the weights come from.
+    """
 
     def __init__(
         self,
         config: Config,
         source: Source,
         out: Path,
-        start: Start,
+        start: Start = RANDOM,
         *,
         probe: Probe | None = None,
         console: Console | None = None,
@@ -209,6 +221,27 @@ class Trainer:
                 by = f"by {stop.name} " if self.stop_after is None else ""
                 self.journal.say(f"stopped {by}at step {self.step}; resume=true goes on")
                 raise Stopped
+
+    def steps(self) -> Iterator[Taken]:
+        """One optimizer step after the other, from here to the end of the schedule.
+
+        Nothing is logged or guarded, and `save` alone saves; `step` counts, `method.target` is the
+        encoder. `RunError` where more images cannot be decoded than `data.max_bad` allows.
+        """
+        for _, batches in self._epochs():
+            end = self.step + self.schedule.steps_per_epoch
+            end -= end % self.schedule.steps_per_epoch
+            while self.step < end:
+                taken = self.take_step(self._seen(batches))
+                (is_bad,) = self.ranks.agree(bool(self.new_bad))
+                if is_bad:
+                    self._note_bad()
+                yield taken
+
+    def _seen(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
+            yield batch
 
     def take_step(
         self,
