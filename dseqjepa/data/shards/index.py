@@ -203,14 +203,14 @@ def _read(
 def _part(path: Path, kept: Path) -> _Part:
     """What a shard holds: read, or as it was read before."""
     status = path.stat()
-    file = kept / f"{path.name}-{status.st_size}-{status.st_mtime_ns}.npy"
+    file = kept / f"{path.name}-{status.st_size}-{status.st_mtime_ns}.bin"
     said = file.with_suffix(".json")
     if said.exists():  # written last
         told = json.loads(said.read_text(encoding="utf-8"))
         names = {int(label): name for label, name in told["names"].items()}
-        return _Part(Shard(**told["shard"]), np.load(file), names)
+        return _Part(Shard(**told["shard"]), np.fromfile(file, RECORD), names)
     part = read_shard(path)
-    np.save(file, part.records_N)
+    part.records_N.tofile(file)
     write_whole(said, json.dumps({"shard": asdict(part.shard), "names": part.names}))
     return part
 
