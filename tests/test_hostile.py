@@ -73,10 +73,12 @@ def runs_what_it_reads(source: str) -> list[str]:
     """Calls that run what they read: pickles, YAML tags, code in strings."""
     found = []
     for name, call in calls(source):
-        weights_only = [k.value for k in call.keywords if k.arg == "weights_only"]
+        said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         runs = name in RUNS_WHAT_IT_READS
         if name == "torch.load":
-            runs = not (weights_only and ast.unparse(weights_only[0]) == "True")
+            runs = said.get("weights_only") != "True"
+        elif name in ("numpy.load", "np.load"):
+            runs = said.get("allow_pickle") != "False"
         elif name == "importlib.import_module":
             runs = not is_own_module(call.args[0])
         if runs:
@@ -91,12 +93,12 @@ def is_own_module(name: ast.expr) -> bool:
     return str(value).startswith(("dseqjepa.", "tests."))
 
 
-def unpacks(source: str) -> list[str]:
+def unpacks(source: str, may_open: bool = False) -> list[str]:
     """Calls that write what an archive holds to where the archive says."""
     found = []
     for name, _ in calls(source):
         is_method = not name.startswith("dseqjepa.") and name.rpartition(".")[2] in METHODS
-        if name in UNPACKS or is_method:
+        if is_method or (name in UNPACKS and not (may_open and name == "tarfile.open")):
             found.append(name)
     return found
 
@@ -113,7 +115,8 @@ PACKAGE = [path for path in FILES if path.parts[0] == "dseqjepa"]
 def test_nothing_that_is_read_is_run_and_no_archive_is_unpacked(path: Path) -> None:
     source = (ROOT / path).read_text()
     assert runs_what_it_reads(source) == []
-    assert unpacks(source) == []
+    # What lies where in a shard is listed, and shards are written; nothing is taken out by name.
+    assert unpacks(source, may_open="shards" in path.parts) == []
 
 
 def test_a_foreign_file_is_read_in_one_place() -> None:

@@ -119,10 +119,12 @@ def _differences(
     bound: float | None,
 ) -> Iterator[Difference]:
     with torch.inference_mode():
-        features = encoder(torch.from_numpy(np.load(data / f"images-{number}.npy")))
+        features = encoder(
+            torch.from_numpy(np.load(data / f"images-{number}.npy", allow_pickle=False))
+        )
     wanted = {"cls": features.cls_BD, "patches": features.patches_BND}
     for name, ours in wanted.items():
         if ours is not None:
-            theirs = torch.from_numpy(np.load(data / f"{name}-{number}.npy"))
+            theirs = torch.from_numpy(np.load(data / f"{name}-{number}.npy", allow_pickle=False))
             unit = max(1.0, float(ours.square().mean().sqrt()))
             yield Difference(name, size, float((ours - theirs).abs().max()) / unit, bound)

@@ -98,7 +98,9 @@ def compare(form: str, folder: str, data: Path) -> None:
     features = READERS[form](folder)
     for path in sorted(data.glob("images-*.npy")):
         size = path.stem.partition("-")[2]
-        found = features(np.load(path), np.load(data / f"pixels-{size}.npy"))
+        found = features(
+            *(np.load(file, allow_pickle=False) for file in (path, data / f"pixels-{size}.npy"))
+        )
         for name, values in found.items():
             np.save(data / f"{name}-{size}.npy", values)
 
