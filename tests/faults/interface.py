@@ -14,7 +14,15 @@ import yaml
 from dseqjepa.presets import load_config
 from tests.faults.campaign import Attempts, fault
 from tests.faults.commands import PRESET, SMALL, command, pictures, pretrain
-from tests.test_hostile import FILES, PACKAGE, ROOT, runs_what_it_reads, shells, unpacks
+from tests.test_hostile import (
+    FILES,
+    PACKAGE,
+    ROOT,
+    may_open_tar,
+    runs_what_it_reads,
+    shells,
+    unpacks,
+)
 
 WRONG = {
     # unknown keys
@@ -183,4 +191,4 @@ def sources(attempts: Attempts) -> None:
             source = (ROOT / path).read_text()
             assert not shells(source)
             if path in PACKAGE:
-                assert not runs_what_it_reads(source) + unpacks(source)
+                assert not runs_what_it_reads(source) + unpacks(source, may_open_tar(path))
