@@ -100,13 +100,9 @@ class Loader:
                 f"{len(source)} images are fewer than one batch of {batch_size * world}: "
                 f"lower data.batch_size to {len(source)} or less, or give more images"
             )
+        check_window(window, source)
         self._order: Order = full_shuffle(len(source), seed)
-        if window:
-            if not isinstance(source, Sharded):
-                raise InputError(
-                    "data.window shuffles within shards, and this data has none: leave it out, or "
-                    "make shards (dseqjepa shards pack)"
-                )
+        if window and isinstance(source, Sharded):
             self._order = window_shuffle(source.counts, window, seed)
         self.batch_size = batch_size
         self.rank = rank
@@ -194,6 +190,15 @@ class Loader:
         for step in range(start_step, self.steps_per_epoch):
             first = (step * self.world + self.rank) * self.batch_size
             yield epoch, self._order(epoch, first, first + self.batch_size)
+
+
+def check_window(window: int, source: Source) -> None:
+    """`InputError` for a window and a source that is not in shards."""
+    if window and not isinstance(source, Sharded):
+        raise InputError(
+            "data.window shuffles within shards, and this data has none: leave it out, or make "
+            "shards (dseqjepa shards pack)"
+        )
 
 
 def start_worker(_number: int) -> None:

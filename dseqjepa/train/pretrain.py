@@ -19,6 +19,7 @@ from rich.console import Console
 from dseqjepa.config import Config, RuntimeConfig, differences
 from dseqjepa.data.cache import available_memory
 from dseqjepa.data.labelled import located, prepare
+from dseqjepa.data.loader import check_window
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.errors import InputError
@@ -178,10 +179,11 @@ def open_training_source(config: Config) -> Source:
 def fitting(config: Config, source: Source) -> Config:
     """The config with every `auto` settled for this data.
 
-    Raises `InputError` where nothing can be decoded, there are too few images, or the model cannot
-    be held in memory.
+    Raises `InputError` where nothing can be decoded, there are too few images, or a window and no
+    shards, or the model cannot be held in memory.
     """
     _check_memory(config)
+    check_window(config.data.window, source)
     _check_some_decode(source, config.data.source)
     if len(source) < config.data.batch_size:
         raise InputError(

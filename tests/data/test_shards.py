@@ -103,6 +103,13 @@ def test_a_window_needs_shards(tmp_path: Path):
     folder = ImageFolder(pictures(tmp_path))
     with pytest.raises(InputError, match=r"data\.window .* shards pack"):
         Loader(folder, TrainTransform((8, 8)), batch_size=2, seed=0, workers=0, window=2)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        app, ["pretrain", "vitt_demo", f"data={tmp_path}", "data.window=2", f"out={out}"]
+    )
+    assert done.exit_code
+    assert isinstance(done.exception, InputError)
+    assert not out.exists()
 
 
 def test_splits_are_folders_and_without_them_a_part_is_held_out(tmp_path: Path):
