@@ -21,18 +21,61 @@ from dseqjepa.ending import fail
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.kernels import keep_few
 
+
+def examples(*lines: str) -> str:
+    """What stands below a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  dseqjepa {line}" for line in lines)
+
+
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Self-supervised image pre-training by ordered latent prediction.",
+    help="Pre-train image encoders on pictures without labels, evaluate them, and use them "
+    "elsewhere.\n\nSettings are words of the form section.key=value; `dseqjepa settings` says what "
+    "each means.",
+    epilog=examples(
+        "pretrain vitt8_64 data=my_pictures out=runs/mine optim.minutes=30",
+        "evaluate knn runs/mine data=my_pictures",
+        "embed runs/mine my_pictures out=mine.parquet",
+    ),
 )
+
+
+def _presets() -> list[str]:
+    from dseqjepa.presets import preset_names
+
+    return list(preset_names())
+
+
+def _tasks() -> list[str]:
+    from dseqjepa.tasks.config import TASKS
+
+    return list(TASKS)
+
+
+def _sections() -> list[str]:
+    from dseqjepa.describe import section_names
+
+    return section_names()
+
 
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="data=PATH out=DIR section.key=value ..."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings, such as data=PATH out=DIR section.key=value."
+    ),
 ]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the config, do nothing.")]
+Preset = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET|FILE.yaml",
+        help="A recipe that `dseqjepa presets` lists, or the config.yaml of a run.",
+        autocompletion=_presets,
+    ),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Show the resolved config and do nothing.")
+]
 
 TASK_HELP = (
     "knn, linear, attentive, dense, lowshot, clevr, finetune, detection, segmentation, discovery"
@@ -46,13 +89,44 @@ def main() -> None:
     ending.run(app, sys.argv[1:] or ["--help"])
 
 
-@app.command()
+def _version(wanted: bool) -> None:
+    if wanted:
+        from dseqjepa import __version__
+
+        print(f"dseqjepa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=examples(
+        "pretrain vitt8_64 data=my_pictures out=runs/mine optim.minutes=30",
+        "pretrain ijepa_vitt8_64 data=my_pictures out=runs/ijepa resume=true",
+        "pretrain vitt8_64 data=my_pictures out=runs/next init_from=runs/mine",
+    )
+)
 def pretrain(
-    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    preset: Preset,
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Pre-train an encoder: dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine"""
+    """Pre-train an encoder on a folder of images.
+
+    out=DIR keeps the run: its config, log, metrics and checkpoints. resume=true resumes the run in
+    it, resume=auto starts one where there is none, and init_from=RUN starts from the weights of
+    another.
+    """
     from dseqjepa.presets import load_config
 
     run, overrides = split_settings(settings or [], RUN_KEYS)
@@ -97,17 +171,17 @@ def pretrain(
     runtime.ranks.close()
 
 
-@app.command("verify-resume")
+@app.command("verify-resume", epilog=examples("verify-resume ijepa_vitt8_64 data=my_pictures"))
 def verify_resume(
-    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    preset: Preset,
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Prove on this machine that a run goes on exactly: dseqjepa verify-resume vitt8_64 data=DIR
+    """Prove that a resumed run is the uninterrupted run.
 
-    Trains a few steps at once, and as many in two processes of which the second goes on from the
-    first's checkpoint; compares every tensor and every metric. Exit code 1 where they differ.
-    steps=N says how many.
+    On this machine a few steps are trained at once, and as many in two processes of which the
+    second resumes from the checkpoint of the first; every tensor and every metric is compared. The
+    exit code is 1 where they differ. steps=N says how many.
     """
     from dseqjepa.presets import load_config
 
@@ -134,19 +208,27 @@ def verify_resume(
     print("exact: a run that was stopped goes on as if it had not been")
 
 
-@app.command()
+@app.command(
+    epilog=examples("preflight vitt8_64 data=my_pictures --out regions.png --json preflight.json")
+)
 def preflight(
-    preset: Annotated[str, typer.Argument(metavar="PRESET|FILE.yaml")],
+    preset: Preset,
     settings: Settings = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.png", help="Draw some images' regions.")
+        Path | None,
+        typer.Option("--out", metavar="FILE.png", help="Draw the regions of some images."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all that is found there.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all that is found to a file."),
     ] = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures"""
+    """Say what a run will cost, before it starts.
+
+    Some steps are measured on this machine, and every image is looked at: broken files, twins and
+    images that are too small are named. Nothing is written but what options name.
+    """
     from dseqjepa.presets import load_config
 
     run, overrides = split_settings(settings or [], ("init_from",))
@@ -160,22 +242,35 @@ def preflight(
     look(config, init_from=init_from, out=out, report=json_file)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "evaluate knn runs/mine data=my_pictures",
+        "evaluate linear runs/mine data=my_pictures preset=quick",
+        "evaluate lowshot runs/mine data=my_pictures fraction=0.2",
+        "evaluate knn timm:test_vit data=my_pictures out=results/timm.json",
+    )
+)
 def evaluate(
-    task: Annotated[str, typer.Argument(metavar="TASK", help=TASK_HELP)],
+    task: Annotated[
+        str,
+        typer.Argument(metavar="TASK", help=f"One of {TASK_HELP}.", autocompletion=_tasks),
+    ],
     backbone: Annotated[
         str,
         typer.Argument(
             metavar="BACKBONE",
-            help="A run, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels.",
+            help="A run, a checkpoint, a weights file or folder, hf:FOLDER, timm:NAME, "
+            "random:PRESET or pixels.",
         ),
     ],
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Evaluate an encoder: dseqjepa evaluate knn runs/mine data=my_pictures
+    """Evaluate an encoder on labelled images.
 
-    preset=quick is the small version of a protocol; out=FILE.json says where the result goes.
+    The full protocol is the default, preset=quick its small version. The result is a table and a
+    JSON file in the run, or out=FILE.json. A classifier that was trained is kept beside it, for
+    `dseqjepa predict`.
     """
     from dseqjepa.tasks.config import TASKS
 
@@ -218,19 +313,20 @@ def _picture_of(task: str) -> Any:
     return partial(draw_result, task)
 
 
-@app.command()
+@app.command(epilog=examples("results runs results", "results runs results --out table.md"))
 def results(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Runs, or folders that hold results.")
+        list[Path], typer.Argument(metavar="DIR...", help="Runs, or folders with results.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write .md, .csv or .json.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the table as .md, .csv or .json."),
     ] = None,
 ) -> None:
-    """Put the results of evaluations side by side: dseqjepa results runs --out table.md
+    """Put the results of evaluations side by side.
 
-    One column a protocol, data included, and one line a recipe; runs that differ in nothing but
-    their seed are one number, with mean and 95 % interval.
+    There is a column for each protocol, data included, and a line for each recipe; runs that differ
+    in nothing but their seed are one number, with mean and 95 % interval.
     """
     from dseqjepa.tasks.table import collect, write_table
 
@@ -241,16 +337,22 @@ def results(
         print(f"written: {out}")
 
 
-@app.command("import")
+@app.command("import", epilog=examples("import ijepa.pth.tar out=runs/imported"))
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="I-JEPA's .pth.tar, a ViT's .pth")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|FOLDER",
+            help="A weights file of a plain ViT, or a folder that transformers or timm wrote.",
+        ),
+    ],
     settings: Settings = None,
 ) -> None:
-    """Bring in an encoder of another project: dseqjepa import IN1K-vit.h.14.pth.tar out=runs/h14
+    """Bring in an encoder of another project.
 
-    Only tensors are read, nothing in the file is run. The result can be evaluated and shown, and
-    init_from starts a run from it. heads=N, image_size=[H,W], mean=[R,G,B] and std=[R,G,B] say what
-    shapes do not.
+    Only tensors are read, nothing in the file is run, and features are compared with those of the
+    other library. The result can be evaluated and shown, and init_from starts a run from it.
+    heads=N, image_size=[H,W], mean=[R,G,B] and std=[R,G,B] say what shapes do not.
     """
     run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
@@ -267,16 +369,24 @@ def import_(
     print(f"imported to {run['out']}: {described(config)}")
 
 
-@app.command()
+@app.command(epilog=examples("export runs/mine --to hf --out mine-hf"))
 def export(
     encoder: Annotated[
         str, typer.Argument(metavar="ENCODER", help="A run, a checkpoint or a weights file.")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="hf, timm, onnx or torch.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="One of hf, timm, onnx and torch.",
+            autocompletion=lambda: ["hf", "timm", "onnx", "torch"],
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or an empty folder.")],
     settings: Settings = None,
 ) -> None:
-    """Hand an encoder to another library: dseqjepa export runs/mine --to hf --out mine-hf
+    """Hand an encoder to another library.
 
     The folder is loaded by that library in a process of its own, and compared with the encoder on
     images of the training (data=PATH names others), before it is handed over. weights=context and
@@ -290,12 +400,19 @@ def export(
     print(f"written: {out}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "embed runs/mine my_pictures out=mine.parquet",
+        "embed runs/mine my_pictures out=looks.csv --neighbours 5 --duplicates --outliers "
+        "--clusters 2 --map pca",
+    )
+)
 def embed(
     encoder: Annotated[
         str,
         typer.Argument(
-            metavar="ENCODER", help="A run, a checkpoint, a weights file, timm:NAME or pixels."
+            metavar="ENCODER",
+            help="A run, a checkpoint, a weights file or folder, hf:FOLDER, timm:NAME or pixels.",
         ),
     ],
     words: Annotated[
@@ -309,7 +426,8 @@ def embed(
         int, typer.Option(metavar="K", help="Find the K most alike images of each.")
     ] = 0,
     duplicates: Annotated[
-        bool, typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE.")
+        bool,
+        typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE names how near."),
     ] = False,
     outliers: Annotated[
         bool, typer.Option("--outliers", help="Score how far an image is from all others.")
@@ -317,16 +435,13 @@ def embed(
     clusters: Annotated[int, typer.Option(metavar="K", help="Sort images into K clusters.")] = 0,
     map: Annotated[str, typer.Option(metavar="pca|umap", help="Place images on a plane.")] = "",
 ) -> None:
-    """Write features as a table: dseqjepa embed runs/mine my_pictures out=mine.parquet
+    """Write the features of images as a table.
 
     out=FILE ends in .parquet, .npy (with a .csv beside it) or .csv. features=last|last4|cls|block7
-    and per=image|patch say which. What is asked for by options stands in further columns, and in
-    a page beside the table. The same command goes on where it was stopped.
+    and per=image|patch say which. What options ask for stands in further columns, and in a page
+    beside the table. The same command resumes where it was stopped.
     """
-    is_setting = re.compile(r"[a-z_]+=")
-    run, overrides = split_settings(
-        [word for word in words or [] if is_setting.match(word)], ("data", "out", "overwrite")
-    )
+    images, run, overrides = _images_and_settings(words, ("data", "out", "overwrite"))
     if "out" not in run:
         raise InputError("out=FILE is missing: name the table, such as out=features.parquet")
     from dseqjepa.embeddings.findings import Asked
@@ -336,7 +451,7 @@ def embed(
         encoder,
         EmbedConfig.from_settings(overrides),
         Path(run["out"]).expanduser(),
-        images=[word for word in words or [] if not is_setting.match(word)],
+        images=images,
         data=run.get("data"),
         overwrite=flag(run, "overwrite"),
         asked=Asked(neighbours, duplicates, outliers, clusters, map),
@@ -345,10 +460,68 @@ def embed(
         print(f"written: {path}")
 
 
-@app.command()
+def _images_and_settings(
+    words: list[str] | None, own: tuple[str, ...]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Of a command that takes both: the images, its own settings, and those of its config."""
+    is_setting = re.compile(r"[a-z_]+=")
+    settings = [word for word in words or [] if is_setting.match(word)]
+    return [word for word in words or [] if word not in settings], *split_settings(settings, own)
+
+
+@app.command(
+    epilog=examples(
+        "predict runs/mine/evaluations/linear-head.safetensors my_pictures",
+        "predict runs/mine/evaluations/linear-head.safetensors my_pictures out=classes.csv top=2",
+    )
+)
+def predict(
+    head: Annotated[
+        Path, typer.Argument(metavar="HEAD", help="A classifier that an evaluation has written.")
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGES]... [KEY=VALUE]...",
+            help="Files, folders, lists of paths (.txt); data=PATH in their place.",
+        ),
+    ] = None,
+) -> None:
+    """Say of which class images are, and how probable that is.
+
+    `dseqjepa evaluate` writes the classifier (linear, lowshot, attentive). out=FILE ends in .csv or
+    .parquet; without it there is a line for each image. top=K names the K most probable classes,
+    and encoder=PATH says where the encoder is, if it was moved.
+    """
+    images, run, overrides = _images_and_settings(words, ("data", "out", "overwrite", "encoder"))
+    from dseqjepa.embeddings.predict import PredictConfig, predict_images
+
+    predict_images(
+        head.expanduser(),
+        PredictConfig.from_settings(overrides),
+        Path(run["out"]).expanduser() if "out" in run else None,
+        images=images,
+        data=run.get("data"),
+        encoder=run.get("encoder"),
+        overwrite=flag(run, "overwrite"),
+        tell=print,
+    )
+    if "out" in run:
+        print(f"written: {run['out']}")
+
+
+@app.command(
+    epilog=examples(
+        "show runs/mine my_pictures --out pictures",
+        "show runs/mine my_pictures --only clusters,pca,similarity --patch 3,4 --out pictures",
+        "show runs/mine --only curves --beside runs/ijepa --out pictures",
+    )
+)
 def show(
-    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the pictures.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="What is to be looked at.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder for the pictures.")],
     images: Annotated[
         list[str] | None,
         typer.Argument(metavar="[IMAGES]...", help="Image files, folders, or what data= takes."),
@@ -356,29 +529,34 @@ def show(
     only: Annotated[
         str,
         typer.Option(
-            help="Which pictures, with commas: sheets, regions, clusters, pca, similarity, "
-            "neighbours, scatter, curves; or all."
+            help="Draw these pictures: sheets, regions, clusters, pca, similarity, neighbours, "
+            "scatter, curves, several with commas between, or all."
         ),
     ] = "sheets,regions",
     beside: Annotated[
-        Path | None, typer.Option(help="A second run or checkpoint to compare with.")
+        Path | None, typer.Option(help="Draw a second run or checkpoint beside it.")
     ] = None,
     patch: Annotated[
-        str | None, typer.Option(metavar="ROW,COL", help="similarity: to which patch, from 0,0.")
+        str | None,
+        typer.Option(metavar="ROW,COL", help="Draw the similarity to this patch, from 0,0."),
     ] = None,
-    clusters: Annotated[int, typer.Option(help="clusters: how many.")] = 4,
+    clusters: Annotated[int, typer.Option(help="Cut images into so many clusters.")] = 4,
     checkpoints: Annotated[
-        int, typer.Option(help="clusters, pca, similarity: the most checkpoints of the run.")
+        int, typer.Option(help="Draw clusters, pca and similarity of at most so many checkpoints.")
     ] = 5,
     data: Annotated[
         str | None,
-        typer.Option(help="neighbours, scatter: the data set; the run's own if not given."),
+        typer.Option(help="Find neighbours, and scatter, in this data set, not in the run's own."),
     ] = None,
-    sample: Annotated[int, typer.Option(help="The most images of --data.")] = 2000,
-    limit: Annotated[int, typer.Option(help="The most images of a folder in IMAGES.")] = 8,
-    ending: Annotated[str, typer.Option("--format", help="png, pdf or svg.")] = "png",
+    sample: Annotated[int, typer.Option(help="Take at most so many images of --data.")] = 2000,
+    limit: Annotated[int, typer.Option(help="Take at most so many images of a folder.")] = 8,
+    ending: Annotated[str, typer.Option("--format", help="Write png, pdf or svg.")] = "png",
 ) -> None:
-    """Draw what an encoder sees: dseqjepa show runs/mine my_pictures --out pictures"""
+    """Draw what an encoder sees in images.
+
+    What it finds salient, the regions it cuts, clusters, neighbours and more are files in --out;
+    the curves of a run are among them.
+    """
     from dseqjepa.viz.show import PICTURES, Request
     from dseqjepa.viz.show import show as draw
 
@@ -400,26 +578,35 @@ def show(
         print(path)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "report runs/mine --out mine.html", "report runs/mine runs/ijepa --out report.html"
+    )
+)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of runs.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")],
-    images: Annotated[int, typer.Option(help="Images in each run's region lens.")] = 6,
+    images: Annotated[int, typer.Option(help="Show so many images of each run.")] = 6,
 ) -> None:
-    """Show in one HTML file what runs learnt: dseqjepa report runs/mine --out mine.html"""
+    """Show in one HTML file what runs have learnt."""
     from dseqjepa.report.page import write_report
 
     written = write_report([run.expanduser() for run in runs], out.expanduser(), images=images)
     print(f"written: {written}")
 
 
-@app.command()
+@app.command(epilog=examples("demo --out demo"))
 def demo(
     settings: Settings = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the demo's files.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", help="A folder for the files of the demo.")] = Path(
+        "demo"
+    ),
     print_config: PrintConfig = False,
 ) -> None:
-    """Train on the embedded scenes for some minutes and show what was learnt. No network, CPU."""
+    """Train on the embedded scenes, and show what was learnt.
+
+    It takes some minutes on a CPU, and no network.
+    """
     from dseqjepa.presets import load_config
 
     config = load_config("dseq_vitt_demo", settings or [])
@@ -431,24 +618,34 @@ def demo(
     run_demo(config, out)
 
 
-scenes = typer.Typer(rich_markup_mode=None, help="The embedded scenes as files.")
+scenes = typer.Typer(
+    rich_markup_mode=None,
+    help="Write the embedded scenes as files.",
+    epilog=examples("scenes export imagenet mini/imagenet"),
+)
 app.add_typer(scenes, name="scenes")
 
 
-shards = typer.Typer(rich_markup_mode=None, help="Images in tar files, for large data sets.")
+shards = typer.Typer(
+    rich_markup_mode=None,
+    help="Keep images in tar files, for large data sets.",
+    epilog=examples("shards pack my_pictures my_shards", "shards index my_shards"),
+)
 app.add_typer(shards, name="shards")
 
 
-@shards.command("pack")
+@shards.command("pack", epilog=examples("shards pack my_pictures my_shards"))
 def pack_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any folder of images.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or an empty folder.")],
-    size: Annotated[int, typer.Option(help="Megabytes of a tar file.", min=1)] = 500,
+    size: Annotated[
+        int, typer.Option(help="Fill a tar file up to so many megabytes.", min=1)
+    ] = 500,
 ) -> None:
-    """Copy image files into tar files and index them: dseqjepa shards pack pictures shards
+    """Copy image files into tar files and index them.
 
-    Byte for byte, in their order, with their classes, as WebDataset has it. data=shards:OUT reads
-    them, and a run on them is the run on the folder.
+    They are copied byte for byte, in their order, with their classes, as WebDataset has it.
+    data=shards:OUT reads them, and a run on them is the run on the folder.
     """
     from dseqjepa.data.shards.pack import pack
 
@@ -456,12 +653,12 @@ def pack_shards(
     print(f"written: {len(paths)} tar files; data=shards:{out} reads them")
 
 
-@shards.command("index")
+@shards.command("index", epilog=examples("shards index my_shards"))
 def index_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of tar files.")],
-    workers: Annotated[int, typer.Option(help="Tar files read at once.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Read so many tar files at once.", min=1)] = 1,
 ) -> None:
-    """Index tar files that others wrote, once: dseqjepa shards index webdataset/train
+    """Index tar files that others wrote, once.
 
     Each is read from beginning to end. What a command that was stopped has read is kept.
     """
@@ -474,14 +671,22 @@ def index_shards(
     )
 
 
-@scenes.command("export")
+@scenes.command(
+    "export",
+    epilog=examples(
+        "scenes export imagenet mini/imagenet",
+        "scenes export coco mini/coco count=60 val_count=20 seed=1",
+    ),
+)
 def export_scenes(
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="imagenet, coco, clevr, ...")],
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="The name of a format: imagenet, coco, ...")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Write scenes in a benchmark's own format: dseqjepa scenes export coco mini/coco
+    """Write scenes in the format of a benchmark.
 
     size=64 count=200 val_count=50 seed=0 say how large and how many. data=FORMAT:DIR reads them.
     """
@@ -497,18 +702,21 @@ def export_scenes(
     print(f"written: {config.count} + {config.val_count} scenes; data={format}:{folder} reads them")
 
 
-@app.command()
+@app.command(epilog=examples("settings method.regions"))
 def settings(
     section: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SECTION]", help="data, method.regions, knn, ...; all if left out."
+            metavar="[SECTION]",
+            help="A section, such as data, method.regions or knn; all of them if left out.",
+            autocompletion=_sections,
         ),
     ] = None,
 ) -> None:
-    """Say what each setting means, its type, range and default: dseqjepa settings method.regions
+    """Say what each setting means.
 
-    Sections are those of a config (`pretrain`), or the names of evaluations (`evaluate`).
+    Its type, range and default stand beside it. Sections are those of a config (`pretrain`), or the
+    names of evaluations (`evaluate`).
     """
     from dseqjepa.describe import describe_settings
 
@@ -516,9 +724,12 @@ def settings(
         print(line)
 
 
-@app.command()
+@app.command(epilog=examples("presets", "presets ijepa_vitb16_in1k"))
 def presets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="The one to be described.", autocompletion=_presets),
+    ] = None,
     print_config: PrintConfig = False,
 ) -> None:
     """List the presets, or say what one is."""

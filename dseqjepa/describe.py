@@ -29,12 +29,23 @@ def describe_settings(section: str | None = None) -> Iterator[str]:
     Raises:
         InputError: there is no such section; the nearest one is named.
     """
-    known = dict(_walk("", Config)) | {name: [task] for name, task in TASKS.items()}
-    for name, task in TASKS.items():
-        known |= dict(_walk(f"{name}.", task))
+    known = _sections()
     if section is not None and section not in known:
         raise InputError(f"there is no section {section!r}{did_you_mean(section, known)}")
     return _lines(known, section)
+
+
+def section_names() -> list[str]:
+    """What `describe_settings` takes."""
+    return list(_sections())
+
+
+def _sections() -> dict[str, list[type[BaseModel]]]:
+    known: dict[str, list[type[BaseModel]]] = dict(_walk("", Config))
+    known |= {name: [task] for name, task in TASKS.items()}
+    for name, task in TASKS.items():
+        known |= dict(_walk(f"{name}.", task))
+    return known
 
 
 def _lines(known: dict[str, list[type[BaseModel]]], section: str | None) -> Iterator[str]:

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "console",
         "presets",
         "train.foreign",
+        "train.others",
         "train.runtime",
         "train.optimizer",
         "train.schedules",

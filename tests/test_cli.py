@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
-from dseqjepa.cli import TASK_HELP, main
+from dseqjepa.cli import TASK_HELP, app, main
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS, KnnConfig
 from dseqjepa.train.loop import Stopped, Trainer
+from tests.test_docs import ROOT
+from tests.test_docs import commands as documented_commands
 from tests.tiny import TINY
 
 PRESET = "dseq_vitt8_64"
@@ -420,13 +426,96 @@ def test_the_help_names_every_task() -> None:
     assert ", ".join(TASKS) == TASK_HELP
 
 
+Command = Any
+
+
+def commands() -> Iterator[tuple[str, Command]]:
+    """Every command by what is typed, groups and all."""
+
+    def below(name: str, command: Command) -> Iterator[tuple[str, Command]]:
+        yield name, command
+        for key, inner in getattr(command, "commands", {}).items():
+            yield from below(f"{name} {key}".strip(), inner)
+
+    return below("", typer.main.get_command(app))
+
+
+@pytest.mark.parametrize(("name", "command"), commands())
+def test_a_help_text_is_sentences_with_examples_below(name: str, command: Command) -> None:
+    texts = {"help": command.help, **{each.name: each.help for each in command.params}}
+    assert all(texts.values()), texts
+    for text in texts.values():
+        for paragraph in text.split("\n\n"):
+            assert re.fullmatch(r"[A-Za-z`].*\.", paragraph.strip(), re.DOTALL), paragraph
+    lines = [line.strip() for line in command.epilog.split("\n")]
+    assert lines[:2] == ["\b", "Examples:"]
+    assert len(lines) > 2
+    documented = {" ".join(line.split()) for line in documented_commands()}
+    for line in lines[2:]:
+        assert line.startswith(f"dseqjepa {name}".strip())
+        # What is documented is run by a test; the demo is run as `make demo`.
+        assert line in documented or line == "dseqjepa demo --out demo", line
+
+
+def test_the_list_of_commands_cuts_no_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    listed = said.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert len(listed) > 12
+    assert all(re.fullmatch(r"  [a-z-]+ +[A-Z].*[^.]\.", line) for line in listed), listed
+
+
+def test_the_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert capsys.readouterr().out == f"dseqjepa {declared['project']['version']}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    {
+        "dseqjepa ev": "evaluate",
+        "dseqjepa evaluate at": "attentive",
+        "dseqjepa pretrain cjepa_vits": "cjepa_vits16_small",
+        "dseqjepa presets cjepa_vits": "cjepa_vits16_small",
+        "dseqjepa export runs/mine --to on": "onnx",
+        "dseqjepa settings method.reg": "method.regions",
+        "dseqjepa embed runs/mine --neigh": "--neighbours",
+        "dseqjepa shards pa": "pack",
+    }.items(),
+)
+def test_a_shell_completes_what_is_typed(typed: str, wanted: str) -> None:
+    """As bash asks: what it runs at each Tab, in a process of its own that loads no torch."""
+    asked = {
+        "_DSEQJEPA_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    script = """
+import atexit, sys
+atexit.register(lambda: print("torch" in sys.modules))
+from dseqjepa.cli import main
+sys.argv = ["dseqjepa"]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [wanted, "False"], done.stdout + done.stderr
+
+
 def test_questions_are_answered_without_torch(here: Path) -> None:
     script = """
 import sys
 from dseqjepa.cli import TASK_HELP, main
-for typed in ([], ["--help"], ["pretrain", "--help"], ["presets"], ["presets", "vitb16_in1k"],
-              ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
-              ["evaluate", "knn", "run", "--print-config"],
+for typed in ([], ["--help"], ["--version"], ["pretrain", "--help"], ["presets"],
+              ["presets", "vitb16_in1k"], ["pretrain", "vitt8_64", "--print-config"],
+              ["demo", "--print-config"], ["evaluate", "knn", "run", "--print-config"],
               ["scenes", "export", "coco", "mini", "--print-config"]):
     sys.argv = ["dseqjepa", *typed]
     main()

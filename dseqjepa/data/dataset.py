@@ -16,17 +16,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dseqjepa.data.decode import of_picture
 from dseqjepa.errors import InputError
 
 AnyImage = Image.Image | np.ndarray | Tensor
-"""A picture of Pillow, an array [H, W, 3] or [H, W] of bytes, or a tensor [3, H, W] of bytes."""
+"""A picture of Pillow (as its file is read: upright, transparency on white), an array [H, W, 3] or
+[H, W] of bytes, or a tensor [3, H, W] of bytes."""
 
 
 def as_bytes(image: Any) -> UInt8[Tensor, "3 H W"]:
     """An `AnyImage` as a tensor; `ValueError` for anything else."""
     found = image
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        return of_picture(image)
     if isinstance(image, np.ndarray) and image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if isinstance(image, np.ndarray) and image.ndim == 3:

@@ -110,10 +110,22 @@ def decode_reduced(
                 turn = orientation if is_upright else 1
                 by, pixels_HWC = _jpeg(jpeg, picture, reduction(height, width), turn)
         if pixels_HWC is None:
-            rgb, turn_by = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
-            pixels_HWC = np.array(rgb if turn_by is None else rgb.transpose(turn_by))
+            pixels_HWC = _pixels(picture, levels, orientation, is_upright)
     # Channels stay last in memory, as they were decoded: resizing is twice as quick that way.
     return Decoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), height, width, by)
+
+
+def of_picture(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
+    """A picture that Pillow holds, as `decode` reads its file; `ValueError` for 32-bit pixels."""
+    pixels_HWC = _pixels(picture, lambda: FULL, _frames(picture)[0], True)
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def _pixels(
+    picture: Image.Image, levels: Callable[[], Levels], orientation: int, is_upright: bool
+) -> Pixels:
+    rgb, turn = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
+    return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
 class Header(NamedTuple):

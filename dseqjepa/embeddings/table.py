@@ -22,7 +22,8 @@ from dseqjepa.files import UNFINISHED, can_make, sync
 ENDINGS = (".parquet", ".npy", ".csv")
 Columns = Mapping[str, Sequence[Any]]
 """Name -> a value for each row: text, a number, or a list of either."""
-Add = Callable[[Columns, Float32[np.ndarray, "R D"]], None]
+Add = Callable[[Columns, Float32[np.ndarray, "R D"] | None], None]
+"""Takes rows: their columns, and their features where the table has them."""
 
 
 def check_table(out: Path, overwrite: bool, beside: Sequence[Path] = ()) -> None:
@@ -75,11 +76,12 @@ def _parquet(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitS
 
     writers: list[Any] = []
 
-    def add(columns: Columns, features_RD: np.ndarray) -> None:
-        flat = pa.array(np.ascontiguousarray(features_RD).reshape(-1))
-        features = pa.FixedSizeListArray.from_arrays(flat, features_RD.shape[1])
+    def add(columns: Columns, features_RD: np.ndarray | None) -> None:
         arrays = {name: pa.array(values) for name, values in columns.items()}
-        table = pa.table({**arrays, "features": features})
+        if features_RD is not None:
+            flat = pa.array(np.ascontiguousarray(features_RD).reshape(-1))
+            arrays["features"] = pa.FixedSizeListArray.from_arrays(flat, features_RD.shape[1])
+        table = pa.table(arrays)
         if not writers:
             schema = table.schema.with_metadata({"dseqjepa": json.dumps(about)})
             writers.append(held.enter_context(pq.ParquetWriter(paths[0], schema)))
@@ -94,8 +96,9 @@ def _numpy(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitSta
     mapped: list[np.memmap] = []
     place = 0
 
-    def add(columns: Columns, features_RD: np.ndarray) -> None:
+    def add(columns: Columns, features_RD: np.ndarray | None) -> None:
         nonlocal place
+        assert features_RD is not None, "a matrix of NumPy is of features"
         if not mapped:
             shape = (rows, features_RD.shape[1])
             mapped.append(np.lib.format.open_memmap(matrix, "w+", np.float32, shape))
@@ -113,12 +116,15 @@ def _csv(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitStack
     write_line = _lines(paths[0], held)
     began = False
 
-    def add(columns: Columns, features_RD: np.ndarray) -> None:
+    def add(columns: Columns, features_RD: np.ndarray | None) -> None:
         nonlocal began
+        lines = list(zip(*columns.values(), strict=True))
+        if features_RD is None:
+            features_RD = np.empty((len(lines), 0), np.float32)
         if not began:
             write_line([*columns, *(f"f{number}" for number in range(features_RD.shape[1]))])
             began = True
-        for line, feature_D in zip(zip(*columns.values(), strict=True), features_RD, strict=True):
+        for line, feature_D in zip(lines, features_RD, strict=True):
             write_line([*map(_text, line), *(f"{value:.9g}" for value in feature_D.tolist())])
 
     return add

@@ -22,6 +22,7 @@ from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, RunError
 from dseqjepa.export import reader
 from dseqjepa.export.formats import FORMATS
+from dseqjepa.model.dialects import farthest
 from dseqjepa.model.vit import VisionTransformer
 
 IMAGES = 4
@@ -126,5 +127,4 @@ def _differences(
     for name, ours in wanted.items():
         if ours is not None:
             theirs = torch.from_numpy(np.load(data / f"{name}-{number}.npy", allow_pickle=False))
-            unit = max(1.0, float(ours.square().mean().sqrt()))
-            yield Difference(name, size, float((ours - theirs).abs().max()) / unit, bound)
+            yield Difference(name, size, farthest(ours, theirs), bound)

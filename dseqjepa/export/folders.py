@@ -17,26 +17,11 @@ from torch import Tensor
 
 from dseqjepa.data.transforms import cover
 from dseqjepa.files import write_whole
+from dseqjepa.model.dialects import HF_LAYER, HF_OUTER, HF_THIRDS
 from dseqjepa.model.vit import VisionTransformer
 
 BILINEAR = 2
 """Pillow's number."""
-LAYER = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-"""A block's part -> what transformers calls it."""
-OUTER = {
-    "pos_embed": "embeddings.position_embeddings",
-    "cls_token": "embeddings.cls_token",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
 
 
 def write_hf(encoder: VisionTransformer, folder: Path) -> None:
@@ -88,17 +73,17 @@ def _hf_names(encoder: VisionTransformer) -> dict[str, Tensor]:
     """The weights by transformers' names, those that its version 4 writes."""
     named: dict[str, Tensor] = {}
     for key, value in encoder.state_dict().items():
-        if key in OUTER:
-            named[OUTER[key]] = value
+        if key in HF_OUTER:
+            named[HF_OUTER[key]] = value
             continue
         _, number, rest = key.split(".", 2)
         part, kind = rest.rsplit(".", 1)
         layer = f"encoder.layer.{number}"
         if part == "attn.qkv":
-            for name, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+            for name, third in zip(HF_THIRDS, value.chunk(3), strict=True):
                 named[f"{layer}.attention.attention.{name}.{kind}"] = third
         else:
-            named[f"{layer}.{LAYER[part]}.{kind}"] = value
+            named[f"{layer}.{HF_LAYER[part]}.{kind}"] = value
     if encoder.prefix:  # the pooler that AutoModel would make up: [CLS] passes it as it is
         named["pooler.dense.weight"] = torch.eye(encoder.width)
         named["pooler.dense.bias"] = torch.zeros(encoder.width)

@@ -38,6 +38,7 @@ from dseqjepa.tasks.reading import Crops, LabelledImage, LabelledImages, seeded,
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
+from dseqjepa.tasks.saved import Head as SavedHead
 from dseqjepa.tasks.store import features_of, reading
 from dseqjepa.tasks.training import Place, Recipe, adamw, check_parts, fit
 
@@ -99,6 +100,12 @@ class QueryHeads(nn.Module):
         patches_BPD = (patches_BPD - self.mean_D) * self.scale_D
         return [head(patches_BPD) for head in self.heads]
 
+    def only(self, number: int) -> dict[str, Tensor]:
+        """What one head needs to classify, on the CPU."""
+        tensors = {f"head.{key}": value for key, value in self.heads[number].state_dict().items()}
+        tensors |= {"mean_D": self.mean_D, "scale_D": self.scale_D}
+        return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
     def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
         """For the optimizer. Vectors do not decay."""
         return [
@@ -146,7 +153,28 @@ class Reader:
 
     def of_rows(self, rows_BR: Float[Tensor, "B _"]) -> Float[Tensor, "B P D"]:
         """Pieces side by side, as `Rows` has them, patch by patch."""
-        return rows_BR.unflatten(1, (len(self.pieces), self.patches, -1)).transpose(1, 2).flatten(2)
+        return _by_patch(rows_BR, len(self.pieces), self.patches)
+
+
+def _by_patch(rows_BR: Tensor, pieces: int, patches: int) -> Tensor:
+    return rows_BR.unflatten(1, (pieces, patches, -1)).transpose(1, 2).flatten(2)
+
+
+def _shape(config: AttentiveConfig) -> dict[str, Any]:
+    """What says of which parts a head is made."""
+    return config.model_dump(mode="json", include={"heads", "pooling", "classifier"})
+
+
+def logits_of(saved: SavedHead, rows_BR: Float[Tensor, "B _"]) -> Float[Tensor, "B C"]:
+    """Of a head that was saved, on pieces side by side."""
+    parts = {key: value.to(rows_BR.device) for key, value in saved.tensors.items()}
+    mean_D, scale_D = parts.pop("mean_D"), parts.pop("scale_D")
+    with seeded(0):  # what it begins with is replaced
+        head = Head(len(mean_D), saved.classes, AttentiveConfig(**saved.settings))
+    head.load_state_dict({key.removeprefix("head."): value for key, value in parts.items()})
+    patches_BPD = _by_patch(rows_BR, len(saved.pieces), rows_BR.shape[1] // len(mean_D))
+    with torch.no_grad():
+        return head.to(rows_BR.device).eval()((patches_BPD - mean_D) * scale_D)
 
 
 def evaluate(job: Job, config: AttentiveConfig) -> Result:
@@ -191,6 +219,7 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
         n_train=len(fitted) + len(held) - len(bad),
         seeds=(config.seed,),
         unfinished=place.unfinished,
+        head=SavedHead("attentive", reader.pieces, heads.only(best), _shape(config), len(names)),
         **lacking(task, train=(job.train, bad), test=(job.test, tested.bad)),
     )
 

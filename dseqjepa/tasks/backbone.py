@@ -3,8 +3,8 @@
 A `Backbone` is called on images and returns what every frozen evaluation reads: [CLS], the patches
 and the last four blocks, after the final norm. What fine-tunes an encoder, or reads its blocks one
 by one, takes it apart instead: `embed`, then each of `blocks`, then `norm`. Both are one
-computation. `open_backbone` makes one of a run, a checkpoint, a foreign file, a timm model, a
-preset's random weights, or of the pixels themselves.
+computation. `open_backbone` makes one of a run, a checkpoint, a foreign file, a model of timm or of
+transformers, a preset's random weights, or of the pixels themselves.
 
 Suffixes: B images, N patches, L tokens (prefix and patches), D width, C colours, H and W pixels.
 """
@@ -33,12 +33,24 @@ from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import ImportConfig, read_encoder
+from dseqjepa.train.others import (
+    CLASS_TOKENS,
+    Folder,
+    HuggingFace,
+    folder_of,
+    hugging_face,
+    timm_library,
+    timm_model,
+)
 
 LAYERS = 4
 """The last blocks whose patches a frozen evaluation reads (docs/evaluations.md)."""
 PIXELS_SIZE = (32, 32)
 RAW_PIXELS = "raw pixels"
-SPECS = "a run's folder, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels"
+SPECS = (
+    "a run's folder, a checkpoint, a weights file or folder, hf:FOLDER, timm:NAME, random:PRESET "
+    "or pixels"
+)
 Grid = tuple[int, int]
 
 
@@ -272,6 +284,73 @@ class FrozenTimm(Backbone):
         return _encoded(heads, tuple(layer.flatten(2).transpose(1, 2) for layer in layers))
 
 
+class FrozenHf(Backbone):
+    """A model of transformers: it can be read, but has no blocks to take apart.
+
+    Its `depth` counts the last blocks or stages whose features have the shape of the last.
+    """
+
+    stem: HuggingFace
+
+    def __init__(
+        self, model: nn.Module, folder: Folder, image_size: tuple[int, int] | None
+    ) -> None:
+        if folder.normalisation is None:
+            raise InputError(
+                f"{folder.path} does not say how images are normalised: put a "
+                "preprocessor_config.json with image_mean and image_std into it"
+            )
+        mean, std = folder.normalisation
+        size = image_size or folder.image_size
+        if size is None:
+            raise InputError(f"{folder.path} does not say for which images: give image_size=[H,W]")
+        stem = HuggingFace(model).eval()
+        with torch.no_grad():
+            try:
+                found = stem(torch.zeros(1, 3, *size), 10**6)
+            except (RuntimeError, TypeError, ValueError) as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise InputError(
+                    f"{folder.path} gives no features of images of {size[0]} x {size[1]}: {reason}"
+                ) from None
+        patch_size, prefix = _patches_of(folder, found[-1], size)
+        names = [name for name, _ in model.named_parameters()]
+        super().__init__(
+            stem,
+            [],
+            nn.Identity(),
+            width=found[-1].shape[1 if found[-1].ndim == 4 else 2],
+            patch_size=patch_size,
+            image_size=size,
+            prefix=prefix,
+            has_cls=prefix > 0 and any(name.endswith(CLASS_TOKENS) for name in names),
+            mean=mean,
+            std=std,
+        )
+        self.depth = len(found)
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
+        raise InputError(untrainable(self.name))
+
+    def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
+        check_normalized(images_BCHW)
+        found = self.stem(self.normalized(images_BCHW), min(last, self.depth))
+        layers = [x.flatten(2).mT if x.ndim == 4 else x for x in found]
+        heads = tuple(layer_BLD[:, 0] for layer_BLD in layers) if self.has_cls else ()
+        return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
+
+
+def _patches_of(folder: Folder, tokens: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """The side of a patch in pixels, and how many tokens come before the patches."""
+    (height, width), count = size, tokens.shape[1]
+    if tokens.ndim == 4:
+        return height // tokens.shape[2], 0
+    side = folder.config.get("patch_size")
+    if isinstance(side, int) and 0 < (patches := (height // side) * (width // side)) <= count:
+        return side, count - patches
+    return round((height * width / count) ** 0.5), 0  # of stages that halve the grid
+
+
 class Pixels(Backbone):
     """The normalised pixels, as one patch or as square ones: what an encoder has to beat."""
 
@@ -333,8 +412,9 @@ def open_backbone(
     """The backbone that a person names, in eval mode on the CPU.
 
     Args:
-        spec: a run's folder or checkpoint; a foreign weights file, which is read in memory; a timm
-            model as `timm:NAME`; the untrained encoder of `random:PRESET`; or `pixels`.
+        spec: a run's folder or checkpoint; a foreign weights file or folder, which is read in
+            memory; a model of timm as `timm:NAME` or `timm:FOLDER`; one of transformers as
+            `hf:FOLDER`; the untrained encoder of `random:PRESET`; or `pixels`.
         weights: which encoder of a JEPA, `target` or `context`.
         pretrained: of `timm:NAME`, whether to fetch its weights; otherwise they are random.
         image_size: height and width in pixels of the images to come; that of the pre-training, if
@@ -353,15 +433,21 @@ def open_backbone(
     if spec == "pixels":
         backbone = Pixels(image_size or PIXELS_SIZE)
     elif colon and kind == "timm":
+        pretrained = pretrained or _is_folder(name)  # for which nothing has to be fetched
         backbone = _timm(name, pretrained, image_size, seed)
         if pretrained:
             backbone.untrained = partial(_timm, name, False, image_size, seed)
         _label(backbone, spec, "pretrained" if pretrained else "random", spec)
+    elif colon and kind == "hf":
+        folder = folder_of(Path(name).expanduser())
+        backbone = _hf(folder, image_size)
+        backbone.untrained = partial(_hf, folder, image_size, seed)
+        _label(backbone, spec, "pretrained", spec)
     elif colon and kind == "random":
         config = load_config(name, [f"runtime.seed={seed}"])
         backbone = own_backbone(untrained_encoder(config), config, image_size)
         _label(backbone, f"untrained {name}", "random", spec)
-    elif Path(spec).expanduser().is_file():
+    elif Path(spec).expanduser().is_file() or _is_folder(spec):
         file = Path(spec).expanduser()
         encoder, config = read_encoder(file, ImportConfig(), weights)
         backbone = own_backbone(encoder, config, image_size)
@@ -402,31 +488,41 @@ def _untrained(config: Config, image_size: tuple[int, int] | None) -> Backbone:
     return own_backbone(untrained_encoder(config), config, image_size)
 
 
+def _is_folder(spec: str) -> bool:
+    """Whether it names a folder that timm or transformers may have written."""
+    return (Path(spec).expanduser() / "config.json").is_file()
+
+
+def _hf(folder: Folder, image_size: tuple[int, int] | None, seed: int | None = None) -> Backbone:
+    if folder.library != "transformers":
+        raise InputError(f"{folder.path} is of {folder.library}: name it timm:{folder.path}")
+    return FrozenHf(hugging_face(folder, seed), folder, image_size)
+
+
 def _label(backbone: Backbone, name: str, weights: str, source: str) -> None:
     backbone.name, backbone.weights, backbone.source = name, weights, source
 
 
 def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed: int) -> Backbone:
-    try:
-        import timm
-        from timm.data import resolve_model_data_config
-    except ModuleNotFoundError:
-        raise InputError(
-            "timm: models need the extra `eval`: pip install 'dseqjepa[eval]'"
-        ) from None
-    is_hub = ":" in name  # hf-hub:..., local-dir:...: timm's own way to say where a model lies
-    if not is_hub and not timm.is_model(name):
-        near = did_you_mean(name.split(".")[0], timm.list_models())
-        raise InputError(f"timm has no model {name!r}{near}")
-    plain = not is_hub and timm.models.is_model_in_modules(name, ("vision_transformer", "deit"))
+    """A model of timm; of a folder, its own weights or random ones of its shape."""
+    timm, architecture = timm_library(), name
+    if _is_folder(name):
+        folder = folder_of(Path(name).expanduser())
+        if folder.library != "timm":
+            raise InputError(f"{name} is of {folder.library}: name it hf:{name}")
+        name, architecture = f"local-dir:{folder.path}", str(folder.config["architecture"])
+    is_hub = ":" in architecture  # hf-hub:..., local-dir:...: timm's own way to say where it lies
+    if not is_hub and not timm.is_model(architecture):
+        near = did_you_mean(architecture.split(".")[0], timm.list_models())
+        raise InputError(f"timm has no model {architecture!r}{near}")
+    plain = not is_hub and timm.models.is_model_in_modules(
+        architecture, ("vision_transformer", "deit")
+    )
     dynamic: dict[str, Any] = {"dynamic_img_size": True} if plain else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **dynamic)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"timm cannot make {name}: {error}") from error
-    data = resolve_model_data_config(model)
+        model = timm_model(name, pretrained, **dynamic)
+    data = timm.data.resolve_model_data_config(model)
     size = image_size or tuple(data["input_size"][1:])
     if plain and isinstance(model, timm.models.VisionTransformer):
         return TimmBackbone(model, size, data)

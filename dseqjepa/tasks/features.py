@@ -298,6 +298,8 @@ class Extracted:
     labels: Mapping[str, Int64[Tensor, " M"]]
     index_M: Int64[Tensor, " M"]
     bad: tuple[tuple[str, str], ...]
+    basis: PatchBasis | None = None
+    """What `patches1` was read by, where it was."""
 
     def rows(self, pieces: Sequence[str]) -> Rows:
         """These pieces side by side."""

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
-from dseqjepa.tasks.features import NOT_FINITE, Rows
+from dseqjepa.tasks.features import NOT_FINITE, PatchBasis, Rows
 from dseqjepa.tasks.reading import Shuffled
+from dseqjepa.tasks.saved import Head, linear_head
 from dseqjepa.tasks.training import Place, Recipe, fit
 
 EPSILON = 1e-5
@@ -228,6 +229,17 @@ class Chosen:
         predicted_NH = self.heads.predict(self.data.of(rows), device)
         place = {setting: number for number, setting in enumerate(self.heads.settings)}
         return {group: predicted_NH[:, place[setting]] for group, setting in self.by_group.items()}
+
+    def head(self, pieces: Sequence[str], basis: PatchBasis | None) -> Head:
+        """The best of all, by itself; `pieces` are those of its feature."""
+        name = self.setting.feature
+        weight_DHC, bias_HC = self.heads.weights[name]
+        place = list(self.heads.group[name]).index(self.setting)
+        mean_D, scale_D = (
+            torch.cat([values_D[columns] for columns in self.data.columns[name]])
+            for values_D in (self.data.mean_D, self.data.scale_D)
+        )
+        return linear_head(pieces, mean_D, scale_D, weight_DHC[:, place], bias_HC[place], basis)
 
     @property
     def group(self) -> str:

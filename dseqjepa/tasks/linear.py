@@ -27,6 +27,7 @@ from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import Crops, LabelledImages, stacked
 from dseqjepa.tasks.results import Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
+from dseqjepa.tasks.saved import Head, linear_head
 from dseqjepa.tasks.store import features_of, splits_of
 from dseqjepa.tasks.training import Place, Recipe, fit
 
@@ -63,6 +64,13 @@ class Probe(nn.Module):
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         return self.linear(self.norm(feature_BD))
+
+    def head(self, pieces: Sequence[str]) -> Head:
+        """As it classifies in eval mode."""
+        variance_D = self.norm.get_buffer("running_var")
+        scale_D = 1 / (variance_D + self.norm.eps).sqrt()
+        mean_D, linear = self.norm.get_buffer("running_mean"), self.linear
+        return linear_head(pieces, mean_D, scale_D, linear.weight.T, linear.bias)
 
     def loss(self, feature_BD: Tensor, label_B: Tensor, per_epoch: int, ranks: Ranks) -> Tensor:
         """That of a step of an epoch of so many."""
@@ -109,6 +117,7 @@ def by_paper(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
         n_train=len(job.train) - len(bad),
         seeds=(config.seed,),
         unfinished=place.unfinished,
+        head=probe.head(pieces),
         **lacking(task, train=(job.train, bad), test=(job.test, test.bad)),
     )
 
@@ -196,6 +205,7 @@ def by_sweep(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
         pooling=pooling_of(backbone.pieces(best.feature)),
         n_train=len(train.index_M),
         seeds=(config.seed,),
+        head=chosen.head(backbone.pieces(best.feature), train.basis),
         **lacking(task, train=(job.train, train.bad), test=(job.test, test.bad)),
     )
 

@@ -32,6 +32,7 @@ from dseqjepa.tasks.results import (
 )
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import balanced, list_name, listed
+from dseqjepa.tasks.saved import Head
 from dseqjepa.tasks.store import splits_of
 
 
@@ -55,6 +56,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
     draws: list[dict[str, Any]] = []
     found: list[Classified] = []
     predicted: list[Tensor] = []
+    heads: list[Head] = []
     for seed, sample in samples.items():
         rows = torch.tensor([place_of[i] for i in sample.tolist() if i in place_of])
         if len(rows) < 2:
@@ -69,6 +71,8 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
             device=job.device,
             only=rows,
         )
+        best = job.backbone.pieces(chosen.setting.feature)
+        heads.append(chosen.head(best, train.basis))
         pred_N = chosen.predict(test.rows(pieces), job.device)[chosen.group]
         predicted.append(pred_N)
         found.append(classified(pred_N, label_N, train.labels[task][rows], names, task))
@@ -105,6 +109,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
         seeds=seeds,
         details={"labelled": how, "draws": draws, **whole.details},
         floors={MAJORITY: _over([each.floors[MAJORITY] for each in found])},
+        head=heads[0],
         **lacking(task, train=(labelled, train.bad), test=(job.test, test.bad)),
         examples=whole.examples,
     )

@@ -35,6 +35,7 @@ from dseqjepa.tasks.results import (
     show,
     write_json,
 )
+from dseqjepa.tasks.saved import head_path, save_head
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.runtime import Runtime, Stopped, join
 from dseqjepa.train.trained_on import trained_on
@@ -129,6 +130,8 @@ def run_task(
         if ranks.first:
             values["warnings"] = _changed(job, fingerprints)
             _publish(job, config, result, values, path, draw)
+            if result.head is not None:
+                _save_head(task, job, config, result, who["digest"], head_path(path))
     ranks.close()
     return path
 
@@ -193,6 +196,22 @@ def _publish(
     if draw is not None and result.examples:
         draw(path.with_suffix(".png"), **result.examples)
         print(f"written: {path.with_suffix('.png')}")
+
+
+def _save_head(
+    task: str, job: Job, config: TaskConfig, result: Result, digest: str, path: Path
+) -> None:
+    save_head(
+        path,
+        result.head,
+        task=task,
+        labels=result.labels,
+        classes=job.train.classes[result.labels],
+        backbone=job.backbone,
+        digest=digest,
+        precision=config.precision,
+    )
+    print(f"written: {path}")
 
 
 def describe(

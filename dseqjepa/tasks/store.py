@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,4 +305,4 @@ def features_of(
             folder = Path(config.cache).expanduser() / part
         found = stored(folder, backbone, source, pieces, console=job.console, **how)
     job.report_bad(dict(found.bad), len(source), config.max_bad, part)
-    return found
+    return replace(found, basis=basis)

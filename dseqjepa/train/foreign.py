@@ -3,8 +3,10 @@
 A foreign file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
 containers and runs nothing, and only when a person names it: to import it, or to evaluate it as
 it is. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
-as DSeq-JEPA's release has it, DINO's `student` and `teacher`, and the state dict of any plain ViT
-with timm's names. Other parts of the file, such as a classifier, are left out.
+as DSeq-JEPA's release has it, DINO's `student` and `teacher`, the state dict of any plain ViT with
+the names of timm, MAE, DINOv2 or transformers, and the folders that timm and transformers write
+(`IJepaModel`, `ViTModel`, `ViTMAEModel`, `Dinov2Model`). Other parts of it, such as a classifier,
+are left out. What an import computes is compared with what its own library does.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, Literal
@@ -33,10 +36,14 @@ from dseqjepa.config import (
     Size,
     validate,
 )
+from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
+from dseqjepa.model.dialects import by_our_names, farthest, folded, misfits
 from dseqjepa.model.vit import VisionTransformer, build_encoder
 from dseqjepa.train.checkpoint import load_into, save_checkpoint
 from dseqjepa.train.folder import claimed
+from dseqjepa.train.others import Folder, folder_of, timm_vit
 
 ENCODERS = {
     "target": ("target_encoder", "teacher", "encoder", "student"),
@@ -44,8 +51,11 @@ ENCODERS = {
 }
 """Our name -> where a JEPA's or DINO's file may hold it, the best first."""
 WRAPPERS = ("model", "state_dict")
-PREFIXES = ("module.", "backbone.", "_orig_mod.")
-NOT_OF_ENCODERS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "decoder", "mask_token")
+PREFIXES = ("module.", "backbone.", "_orig_mod.", "vit.", "ijepa.", "dinov2.")
+NOT_OF_ENCODERS = (
+    "head.", "head_dist.", "fc_norm.", "pre_logits.", "decoder", "mask_token", "classifier.",
+    "pooler.", "embeddings.mask_token",
+)  # fmt: skip
 """Other parts of foreign files, which are left out."""
 ADVICE = ("weights_only", "add_safe_globals", "safe_globals")
 """Words of torch's advice to run a file after all."""
@@ -62,6 +72,11 @@ NOT_WEIGHTS = {
     b"<html": "a web page in place of weights: download the file itself",
 }
 """How files begin that were fetched in the wrong way."""
+FROZEN = "evaluate and embed read it frozen, through its own library"
+SCENES = 4
+"""Rendered scenes on which an import is compared."""
+BOUND = 1e-5
+"""The largest difference of features that is no error, as for exports."""
 
 
 class ImportConfig(Section):
@@ -71,9 +86,10 @@ class ImportConfig(Section):
     """`auto`: those of the named size with this width and depth, else width / 64."""
     image_size: Literal["auto"] | Size = "auto"
     """`auto`: a square, which the number of positions gives."""
-    mean: Colours = IMAGENET_MEAN
-    """Of the normalisation that it was trained with, white being 1; and `std`."""
-    std: Deviations = IMAGENET_STD
+    mean: Literal["auto"] | Colours = "auto"
+    """Of the normalisation that it was trained with, white being 1; `auto`: what its folder says,
+    else ImageNet's. And `std`."""
+    std: Literal["auto"] | Deviations = "auto"
 
 
 def import_encoder(
@@ -91,15 +107,19 @@ def import_encoder(
     Raises `InputError`, before anything is written, where the file is not what is understood: every
     missing, unknown and misshaped key is named.
     """
-    encoders, config, left_out = _built(file, settings, tuple(ENCODERS))
-    if left_out:
-        tell(f"left out, as no part of an encoder: {', '.join(left_out)}")
-    states = {name: encoder.state_dict() for name, encoder in encoders.items()}
+    built = _built(file, settings, tuple(ENCODERS))
+    if built.left_out:
+        tell(f"left out, as no part of an encoder: {', '.join(built.left_out)}")
+    tell(built.compared())
+    states = {name: encoder.state_dict() for name, encoder in built.encoders.items()}
     with claimed(out, overwrite, kept=None):
-        (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        state_of_run = {"config": config.model_dump(mode="json"), "imported_from": str(file)}
+        (out / "config.yaml").write_text(built.config.to_yaml(), encoding="utf-8")
+        state_of_run = {
+            "config": built.config.model_dump(mode="json"),
+            "imported_from": str(file),
+        }
         save_checkpoint(out / "checkpoints", 0, states, state_of_run, keep=1)
-    return config
+    return built.config
 
 
 def described(config: Config) -> str:
@@ -120,23 +140,121 @@ def read_encoder(
 ) -> tuple[VisionTransformer, Config]:
     """The `target` or `context` encoder of a foreign file, in eval mode, and the config that
     describes it: what `import_encoder` writes, without writing it. Errors are the same."""
-    encoders, config, _ = _built(file, settings, (weights,))
-    return encoders[weights].eval(), config
+    built = _built(file, settings, (weights,))
+    if built.folder is not None:  # its settings may say what no shape does
+        built.compared()
+    return built.encoders[weights], built.config
 
 
-def _built(
-    file: Path, settings: ImportConfig, names: tuple[str, ...]
-) -> tuple[dict[str, VisionTransformer], Config, list[str]]:
+@dataclass(frozen=True, eq=False)
+class _Built:
+    """What was made of a foreign file or folder."""
+
+    file: Path
+    encoders: Mapping[str, VisionTransformer]
+    config: Config
+    left_out: list[str]
+    state: Mapping[str, Tensor]
+    """The weights of the first of the encoders by timm's names, as they were stored."""
+    folder: Folder | None
+
+    def compared(self) -> str:
+        """How far its features are from those of its own library, in words.
+
+        Raises:
+            InputError: they are not the same.
+        """
+        encoder, size = next(iter(self.encoders.values())), self.config.data.image_size
+        library = "timm" if self.folder is None else self.folder.library
+        theirs = self._reference(encoder)
+        if theirs is None:
+            return "not compared with timm, which is not installed"
+        scenes = Scenes(SCENES, size=min(max(*size, 32), 512), seed=0, split="val")
+        images = [EvalTransform(size)(scenes.image(index)) for index in range(SCENES)]
+        images_BCHW = encoder.normalized(torch.stack(images))
+        with torch.no_grad():
+            value = farthest(encoder.forward_features(images_BCHW), theirs(images_BCHW))
+        if not value <= BOUND:
+            said = {} if self.folder is None else self.folder.config
+            named = [
+                f"{key}={said[key]}" for key in ("hidden_act", "layer_norm_eps") if key in said
+            ]
+            raise InputError(
+                f"{self.file} does not fit: its features in {library} differ by {value:.1e}, "
+                f"{BOUND:g} is allowed"
+                + (f" ({', '.join(named)}; ours: gelu, 1e-6)" if named else "")
+                + f"; {FROZEN}"
+            )
+        return f"compared with {library} on {SCENES} rendered scenes: {value:.1e} apart at most"
+
+    def _reference(self, encoder: VisionTransformer) -> Callable[[Tensor], Tensor] | None:
+        """What its own library computes of normalised images."""
+        if self.folder is not None:
+            return self.folder.tokens()
+        rows, columns = encoder.grid
+        hidden = encoder.mlp or 4 * encoder.width
+        positions = self.state["pos_embed"].shape[1]
+        return timm_vit(
+            self.state,
+            img_size=self.config.data.image_size,
+            patch_size=encoder.patch_size,
+            embed_dim=encoder.width,
+            depth=encoder.depth,
+            num_heads=encoder.heads,
+            mlp_ratio=(hidden + 0.5) / encoder.width,  # timm multiplies and cuts
+            class_token=bool(encoder.prefix),
+            no_embed_class=positions == rows * columns,
+            qkv_bias="blocks.0.attn.qkv.bias" in self.state,
+            init_values=1.0 if "blocks.0.ls1.gamma" in self.state else None,
+        )
+
+
+def _built(file: Path, settings: ImportConfig, names: tuple[str, ...]) -> _Built:
     """The encoders of these names, the config that describes them, and the keys left out."""
-    states = {name: _named(file, s) for name, s in _encoders(file).items() if name in names}
-    found = {name: _plain(file, state) for name, state in states.items()}
+    folder = folder_of(file) if file.is_dir() else None
+    if folder is not None:
+        settings = _as_said(folder, settings)
+    content = {name: s for name, s in _encoders(file, folder).items() if name in names}
+    size = sum(path.stat().st_size for path in _files(file, folder))
+    states = {name: _named(file, state) for name, state in content.items()}
     left_out = {key for state in states.values() for key in state if _is_beside(key)}
-    config = _describe(file, next(iter(found.values())), settings)
+    found = {name: by_our_names(_plain(file, state, size)) for name, state in states.items()}
+    first = next(iter(found.values()))
+    if unfit := misfits(first):
+        has = " and ".join(f"{what} ({key})" for what, key in unfit.items())
+        raise InputError(f"{file} has {has}, which our encoder has not: {FROZEN}, {_how(folder)}")
+    try:
+        config = _describe(file, first, settings)
+    except InputError as error:
+        if folder is None:
+            raise
+        raise InputError(f"{error}; {FROZEN}, {_how(folder)}") from None
     encoders = {}
     for name, state in found.items():
-        encoders[name] = build_encoder(config)
-        load_into(encoders[name], _with_class_position(state), f"the {name} encoder of {file}")
-    return encoders, config, sorted(left_out)
+        encoders[name] = build_encoder(config).eval()
+        whole = _with_class_position(folded(state))
+        load_into(encoders[name], whole, f"the {name} encoder of {file}")
+    return _Built(file, encoders, config, sorted(left_out), first, folder)
+
+
+def _how(folder: Folder | None) -> str:
+    if folder is None:
+        return "from a folder that one of them wrote: hf:FOLDER or timm:FOLDER"
+    return f"{'hf' if folder.library == 'transformers' else 'timm'}:{folder.path}"
+
+
+def _as_said(folder: Folder, settings: ImportConfig) -> ImportConfig:
+    """With what the folder says of that which the settings leave open."""
+    mean, std = folder.normalisation or ("auto", "auto")
+    said = {"heads": folder.heads, "image_size": folder.image_size, "mean": mean, "std": std}
+    known = {key: value for key, value in said.items() if value is not None}
+    chosen = {key: value for key, value in settings.model_dump().items() if value != "auto"}
+    return ImportConfig(**{**known, **chosen})
+
+
+def _files(file: Path, folder: Folder | None) -> list[Path]:
+    """Where the weights are."""
+    return [file] if folder is None else folder.weights
 
 
 def read_foreign(file: Path) -> Any:
@@ -191,9 +309,12 @@ def _check_archive(file: Path) -> None:
                 )
 
 
-def _encoders(file: Path) -> dict[str, Any]:
+def _encoders(file: Path, folder: Folder | None) -> dict[str, Any]:
     """The state dicts of the target and the context encoder; one alone is both."""
-    content = read_foreign(file)
+    files = _files(file, folder)
+    content = read_foreign(files[0])
+    for path in files[1:]:  # a large model in several files
+        content = {**content, **read_foreign(path)}
     if isinstance(content, Mapping):
         if content.keys() & set(ENCODERS["target"]):
             return {
@@ -228,11 +349,10 @@ def _is_beside(name: str) -> bool:
     return name.startswith(NOT_OF_ENCODERS)
 
 
-def _plain(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an encoder, in float32."""
+def _plain(file: Path, state: Mapping[str, Any], size: int) -> dict[str, Tensor]:
+    """The tensors of an encoder, in float32, out of so many bytes."""
     plain: dict[str, Tensor] = {}
     problems = []
-    size = file.stat().st_size
     for name, value in state.items():
         if _is_beside(name):
             continue
@@ -299,7 +419,11 @@ def _describe(
     name, known_heads = named.get((width, depth), ("vit_base", usual))
     hidden = state[MLP].shape[0] if MLP in state else 0
     values = {
-        "data": {"image_size": size, "mean": settings.mean, "std": settings.std},
+        "data": {
+            "image_size": size,
+            "mean": IMAGENET_MEAN if settings.mean == "auto" else settings.mean,
+            "std": IMAGENET_STD if settings.std == "auto" else settings.std,
+        },
         "model": {
             "name": name,
             "patch_size": patch,

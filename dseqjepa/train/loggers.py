@@ -68,9 +68,15 @@ class Loggers:
         if not config.log.to:
             return
         folder = out / FOLDER
-        folder.mkdir(exist_ok=True)
         os.environ.update(SILENT)
-        names = _names(folder)
+        try:
+            folder.mkdir(exist_ok=True)
+            names = _names(folder)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            for name in config.log.to:
+                tell(f"{name} is given up, training goes on: {folder} is damaged ({reason})")
+            return
         for name in config.log.to:
             opened = partial(OPENERS[name], config, folder, names[name], step)
             self._behind[name] = _Behind(name, opened, tell)
@@ -132,7 +138,8 @@ def _names(folder: Path) -> dict[str, str]:
     """What the run is called there: the same when it goes on."""
     path = folder / "names.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {name: str(known[name]) for name in PACKAGES}
     names = {name: uuid.uuid4().hex for name in PACKAGES}
     write_whole(path, json.dumps(names) + "\n")
     return names

@@ -206,6 +206,38 @@ def test_two_ranks_write_what_one_does(here: Path) -> None:
     assert columns("two.parquet") == columns("one.parquet")
 
 
+def finish(folder: Path) -> None:
+    """In a child: go on with what one process has left."""
+    os.chdir(folder)
+    features.CHUNK_IMAGES = 5
+    embed("cut.parquet")
+
+
+def test_several_ranks_go_on_with_what_one_has_left(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed("whole.parquet")
+    write = Store.write
+
+    def until_one(self: Store, number: int, *rest: Any) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        write(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", until_one)
+        with pytest.raises(KeyboardInterrupt):
+            embed("cut.parquet")
+    kept = {
+        path: path.stat().st_mtime_ns for path in here.glob("cut.parquet.parts/done/*-00000000*")
+    }
+    assert kept
+    run_ranks(2, finish, here, log=here / "log")
+    assert columns("cut.parquet") == columns("whole.parquet")
+    assert "encoding 11 of 16 images" in (here / "log").read_text(encoding="utf-8")
+    assert not list(here.glob("*.parts"))
+
+
 # What is read off
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import dseqjepa as dj
+from dseqjepa.data.decode import decode
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.train.encoder import TrainedEncoder
 from tests.children import ends, start
@@ -127,6 +128,25 @@ def test_images_of_every_kind_are_prepared_alike(encoder: TrainedEncoder) -> Non
             encoder.preprocess([wrong])
     with pytest.raises(ValueError, match="expected an image, found none"):
         encoder.preprocess([])
+
+
+def test_a_picture_of_pillow_is_what_its_file_is(encoder: TrainedEncoder, tmp_path: Path) -> None:
+    """Turned upright, transparency laid on white, 16-bit grey brought to 8 bits."""
+    generator = np.random.default_rng(0)
+    array = generator.integers(0, 256, (50, 70, 4), np.uint8)
+    deep = generator.integers(0, 2**16, (50, 70)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(array[..., :3]).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(array[..., :3]).save(tmp_path / "turned.tiff", exif=exif)
+    Image.fromarray(array).save(tmp_path / "transparent.png")
+    Image.fromarray(array[..., 0]).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for path in sorted(tmp_path.iterdir()):
+        wanted = EvalTransform((32, 32))(decode(path))
+        assert torch.equal(encoder.preprocess(Image.open(path))[0], wanted), path.name
+    with pytest.raises(ValueError, match="32-bit pixels have no agreed white"):
+        encoder.preprocess(Image.fromarray(array[..., 0].astype(np.float32)))
 
 
 def test_a_block_or_token_that_is_not_there_is_refused(images: torch.Tensor) -> None:

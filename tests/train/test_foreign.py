@@ -278,7 +278,8 @@ def test_a_classifier_is_left_out_and_named(tmp_path: Path) -> None:
     torch.save({f"_orig_mod.{key}": v for key, v in model.state_dict().items()}, tmp_path / "x.pth")
     said: list[str] = []
     import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO, tell=said.append)
-    assert said == ["left out, as no part of an encoder: head.bias, head.weight"]
+    assert said[0] == "left out, as no part of an encoder: head.bias, head.weight"
+    assert said[1].startswith("compared with timm on 4 rendered scenes: ")
     assert_same_features(tmp_path / "out", model)
 
 
@@ -395,7 +396,7 @@ def test_the_command_imports_and_refuses(
     for typed, said in {
         "import jepa.pth.tar": "out=DIR is missing",
         "import none.pth out=x": "none.pth does not exist",
-        "import . out=x": ". is not a file",
+        "import . out=x": ". has no config.json: expected what transformers or timm wrote",
         "import jepa.pth.tar out=x head=2": "unknown key 'head'; did you mean 'heads'?",
         "import jepa.pth.tar out=x heads=3": "model.width (128) must be a multiple of the heads",
         "import jepa.pth.tar out=x heads=0": "heads must be",
@@ -411,7 +412,9 @@ def test_the_command_imports_and_refuses(
         assert len(shown.err.splitlines()) == 1
         assert contents(tmp_path) == before
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x") == 0
-    assert capsys.readouterr().out == (
+    compared, _, said = capsys.readouterr().out.partition("\n")
+    assert compared.startswith("compared with timm on 4 rendered scenes: ")
+    assert said == (
         "imported to x: width 128, depth 3, 2 heads, patches of 8 px, 32 x 32 px, without [CLS]\n"
         "taken as given: 2 heads, GELU, LayerNorm with epsilon 1e-6, and images less "
         "[0.485, 0.456, 0.406] over [0.229, 0.224, 0.225]; heads=N, mean=[R,G,B] and std=[R,G,B] "

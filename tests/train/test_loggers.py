@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -169,6 +170,21 @@ def test_a_logger_that_cannot_be_opened_or_hangs_ends_no_run(
     said = (out / "log.txt").read_text()
     assert "wandb is given up, training goes on: no key; see metrics.jsonl" in said
     assert "mlflow is given up, training goes on: it did not end within" in said
+    assert max(told(out)) == STEPS
+
+
+@pytest.mark.parametrize("what", ["{", "[]", '{"wandb": 1}', ""])
+def test_a_folder_of_loggers_that_is_damaged_ends_no_run(tmp_path: Path, what: str) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run_with(out, BOARD, stop_after=7)
+    if what:
+        (out / "loggers/names.json").write_text(what, encoding="utf-8")
+    else:
+        shutil.rmtree(out / "loggers")
+        (out / "loggers").write_text("mine", encoding="utf-8")
+    run_with(out, BOARD, resume=True)
+    assert f"{BOARD} is given up, training goes on: " in (out / "log.txt").read_text()
     assert max(told(out)) == STEPS
 
 

@@ -1,0 +1,160 @@
+"""`dseqjepa predict`: the classes of new images, by a classifier that an evaluation trained.
+
+Suffixes: B images, C classes, K classes that are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from dseqjepa.config import RuntimeConfig, Section
+from dseqjepa.data.images import notes_of
+from dseqjepa.data.source import Source
+from dseqjepa.embeddings.images import data_images, name_of, named_images
+from dseqjepa.embeddings.table import check_table, new_table
+from dseqjepa.errors import InputError, printable
+from dseqjepa.tasks.backbone import Backbone
+from dseqjepa.tasks.features import chunks_of, encode
+from dseqjepa.tasks.saved import About, Head, encoder_of, load_head
+from dseqjepa.train.runtime import join
+
+ENDINGS = (".parquet", ".csv")
+
+
+class PredictConfig(Section):
+    """`dseqjepa predict`: how many classes are named, and how images are read."""
+
+    top: int = Field(1, ge=1)
+    """The classes that are named of an image, the most probable first."""
+    split: Literal["train", "val"] = "val"
+    """Which part of a benchmark's images; of a folder all are taken."""
+    size: int = Field(2000, ge=1, le=10**9)
+    """Number of images of `scenes`."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of `scenes`."""
+    batch_size: int = Field(256, ge=1)
+    """Images that the encoder sees at a time."""
+    workers: int = Field(0, ge=0, le=256)
+    """Processes that read and decode images; 0: this one."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The kind of device; `auto` takes a GPU where there is one."""
+
+
+class Predicted(NamedTuple):
+    """An image's classes, the most probable first, and their probabilities."""
+
+    name: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def predict_images(
+    head: Path,
+    config: PredictConfig,
+    out: Path | None,
+    *,
+    images: Sequence[str] = (),
+    data: str | None = None,
+    encoder: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write the table `out`, or `tell` a line an image; a batch is in memory at a time.
+
+    Args:
+        head: a file that an evaluation wrote.
+        images: files, folders and lists of paths.
+        data: in their place, what `data=` names.
+        encoder: where the encoder is, if it is no longer where it was.
+
+    Raises:
+        InputError: before anything is written; or no image can be decoded.
+    """
+    trained, about = load_head(head)
+    if config.top > len(about.classes):
+        raise InputError(f"top={config.top}: {head} knows {len(about.classes)} classes")
+    if bool(images) == (data is not None):
+        raise InputError("name the images: files, folders, a list; or data=, not both")
+    if out is not None:
+        if out.suffix not in ENDINGS:
+            raise InputError(f"out={out} must end in {' or '.join(ENDINGS)}")
+        check_table(out, overwrite)
+    backbone = encoder_of(head, about, encoder)
+    how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
+    source = named_images(images) if data is None else data_images(data, config.split, **how)
+    for note in notes_of(source):
+        tell(note)
+    device = join(RuntimeConfig(accelerator=config.accelerator), {}).fabric.device
+    bad: list[tuple[str, str]] = []
+    found = _predictions(backbone.to(device), source, trained, about, config, device, bad)
+    count = 0
+    facts = {"head": about.task, "encoder": about.digest, "data": source.fingerprint()}
+    with nullcontext() if out is None else new_table(out, len(source), facts) as add:
+        for batch in found:
+            count += len(batch)
+            if add is not None:
+                add(_columns(batch, config.top), None)
+            else:
+                for each in batch:
+                    tell(_line(each))
+        for name, reason in bad:
+            tell(f"cannot decode {name}: {reason}")
+        if not count:
+            raise InputError(f"none of {len(source)} images can be decoded")
+    tell(f"{count} of {len(source)} images classified")
+
+
+def _predictions(
+    backbone: Backbone,
+    source: Source,
+    head: Head,
+    about: About,
+    config: PredictConfig,
+    device: Any,
+    bad: list[tuple[str, str]],
+) -> Iterator[list[Predicted]]:
+    """Batch by batch; those that cannot be decoded are added to `bad`."""
+    parts = encode(
+        backbone,
+        source,
+        backbone.image_size,
+        head.pieces,
+        chunks_of(len(source)),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=device,
+        bf16=about.precision == "bf16",
+        basis=head.basis,
+    )
+    for part in parts:
+        bad += part.bad
+        if not part.kept:
+            continue
+        probable_BC = head.logits(part.pieces).softmax(dim=1)
+        value_BK, class_BK = probable_BC.topk(config.top, dim=1)
+        yield [
+            Predicted(name_of(source, index), [about.classes[c] for c in class_K], value_K)
+            for index, class_K, value_K in zip(
+                part.kept, class_BK.tolist(), value_BK.tolist(), strict=True
+            )
+        ]
+
+
+def _columns(batch: Sequence[Predicted], top: int) -> dict[str, list[Any]]:
+    """`class` and `probability`; of the second `class_2` and `probability_2`, and so on."""
+    found: dict[str, list[Any]] = {"name": [each.name for each in batch]}
+    for place in range(top):
+        end = f"_{place + 1}" if place else ""
+        found[f"class{end}"] = [each.classes[place] for each in batch]
+        found[f"probability{end}"] = [each.probabilities[place] for each in batch]
+    return found
+
+
+def _line(each: Predicted) -> str:
+    said = zip(each.classes, each.probabilities, strict=True)
+    return "  ".join([printable(each.name), *(f"{printable(c)} {p:.3f}" for c, p in said)])

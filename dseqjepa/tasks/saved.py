@@ -1,0 +1,194 @@
+"""A trained classifier as a file, for `dseqjepa predict`.
+
+It is one safetensors file: the tensors of the classifier, and in its metadata the classes, what of
+an image it reads, and of which encoder. Nothing in it is run.
+
+Suffixes: B images, D width of a feature, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dseqjepa.config import Section, Size
+from dseqjepa.errors import InputError
+from dseqjepa.files import UNFINISHED, sync
+from dseqjepa.tasks.backbone import Backbone, open_backbone
+from dseqjepa.tasks.features import PatchBasis
+
+KEY = "dseqjepa_head"
+"""Of the metadata."""
+
+
+class About(Section):
+    """What a file says of its classifier."""
+
+    format: Literal[1] = 1
+    task: str
+    """The evaluation that trained it."""
+    kind: Literal["linear", "attentive"]
+    labels: str
+    """Which labels of the data."""
+    classes: tuple[str, ...]
+    """Their names, in the order of the logits."""
+    pieces: tuple[str, ...]
+    """What of an image it reads, as `tasks.features` names it."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Of an attentive head."""
+    encoder: str
+    """What was evaluated: a path from the working folder, or timm:NAME and its like."""
+    encoder_from_here: str
+    """The same from where this file lies; empty for what is no path."""
+    weights: str
+    """Which encoder of a run."""
+    init_seed: int
+    """Of random weights."""
+    digest: str
+    """The fingerprint of the encoder."""
+    image_size: Size
+    """Height and width in pixels to which images are brought."""
+    precision: Literal["fp32", "bf16"]
+    """Of the encoder."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A classifier on the pieces of an image."""
+
+    kind: Literal["linear", "attentive"]
+    pieces: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    """Linear: `mean_D` and `scale_D`, by which features are standardised, `weight_DC`, `bias_C`;
+    attentive: those of one `QueryHeads` with a single head."""
+    settings: Mapping[str, Any]
+    classes: int
+    basis: PatchBasis | None = None
+    """What the piece `patches1` is read by."""
+
+    def logits(self, found: Mapping[str, Tensor]) -> Float[Tensor, "B C"]:
+        """Of a batch's pieces, as `tasks.features.pooled` gives them."""
+        x_BD = torch.cat([found[piece] for piece in self.pieces], dim=1)
+        if self.kind == "attentive":
+            from dseqjepa.tasks.attentive import logits_of
+
+            return logits_of(self, x_BD)
+        part = {name: tensor.to(x_BD.device) for name, tensor in self.tensors.items()}
+        return torch.addmm(
+            part["bias_C"], (x_BD - part["mean_D"]) * part["scale_D"], part["weight_DC"]
+        )
+
+
+def linear_head(
+    pieces: Sequence[str],
+    mean_D: Tensor,
+    scale_D: Tensor,
+    weight_DC: Tensor,
+    bias_C: Tensor,
+    basis: PatchBasis | None = None,
+) -> Head:
+    """A linear layer on standardised features, kept on the CPU."""
+    parts = {"mean_D": mean_D, "scale_D": scale_D, "weight_DC": weight_DC, "bias_C": bias_C}
+    tensors = {name: part.detach().cpu().float().contiguous() for name, part in parts.items()}
+    reads_basis = any(piece.startswith("patches") for piece in pieces)
+    used = basis if reads_basis else None
+    return Head("linear", tuple(pieces), tensors, {}, len(bias_C), used)
+
+
+def head_path(result: Path) -> Path:
+    """Where the head of an evaluation lies whose result is this file."""
+    return result.with_name(f"{result.stem}-head.safetensors")
+
+
+def save_head(
+    path: Path,
+    head: Head,
+    *,
+    task: str,
+    labels: str,
+    classes: Sequence[str],
+    backbone: Backbone,
+    digest: str,
+    precision: str,
+) -> None:
+    """Write it whole or not at all. `digest` is that of the backbone."""
+    is_path = Path(backbone.source).exists()
+    beside = os.path.relpath(backbone.source, path.parent) if is_path else ""
+    about = {
+        "task": task, "kind": head.kind, "labels": labels, "classes": list(classes),
+        "pieces": list(head.pieces), "settings": dict(head.settings), "encoder": backbone.source,
+        "encoder_from_here": beside, "weights": backbone.weights, "digest": digest,
+        "init_seed": backbone.seed or 0, "image_size": list(backbone.image_size),
+        "precision": precision,
+    }  # fmt: skip
+    tensors = dict(head.tensors)
+    if head.basis is not None:
+        tensors |= {"basis.mean_PD": head.basis.mean_PD, "basis.basis_DK": head.basis.basis_DK}
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    save_file(tensors, unfinished, {KEY: json.dumps(about)})
+    sync(unfinished)
+    unfinished.replace(path)
+    sync(path.parent)
+
+
+def load_head(path: Path) -> tuple[Head, About]:
+    """What `save_head` wrote; `InputError` for anything else."""
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get(KEY)
+            if said is None:
+                raise InputError(f"{path} holds no head: expected what an evaluation wrote")
+            about = About.model_validate(json.loads(said))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, ValidationError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        known = "it does not exist" if not path.exists() else "it is damaged, or no head"
+        raise InputError(f"{path} cannot be read: {known}") from None
+    basis = None
+    if "basis.mean_PD" in tensors:
+        basis = PatchBasis(tensors.pop("basis.mean_PD"), tensors.pop("basis.basis_DK"))
+    classes = len(about.classes)
+    return Head(about.kind, about.pieces, tensors, about.settings, classes, basis), about
+
+
+def encoder_of(path: Path, about: About, named: str | None) -> Backbone:
+    """The encoder that a head was trained on.
+
+    Args:
+        path: of the head.
+        named: where the encoder is, if it was moved.
+
+    Raises:
+        InputError: it is not there, or is another.
+    """
+    beside = path.parent / about.encoder_from_here
+    moved = bool(about.encoder_from_here) and beside.exists()
+    spec = named or (str(beside) if moved else about.encoder)
+    try:
+        backbone = open_backbone(
+            spec,
+            weights=about.weights if about.weights == "context" else "target",
+            pretrained=about.weights == "pretrained" and spec.startswith("timm:"),
+            image_size=about.image_size,
+            seed=about.init_seed,
+        )
+    except InputError as error:
+        raise InputError(f"the encoder of {path}: {error}; encoder=PATH names it") from None
+    if backbone.digest() != about.digest:
+        raise InputError(
+            f"{spec} is not the encoder that {path} was trained on (its fingerprint is not "
+            f"{about.digest[:16]}): name that one by encoder=PATH, or evaluate again"
+        )
+    return backbone

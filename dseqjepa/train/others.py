@@ -1,0 +1,248 @@
+"""Models of transformers and of timm, as their own libraries run them.
+
+What is imported is compared with them; what does not fit our encoder is evaluated through them. No
+code that lies in a folder is run, and nothing is fetched.
+
+Suffixes: B images, C colours, H and W pixels, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dseqjepa.errors import InputError
+
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+"""Where a folder keeps them, the best first; large models have several files."""
+NORMS = ("layernorm", "norm", "post_layernorm")
+"""What models of transformers call their final norm."""
+CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
+MOST_TEXT = 2**20
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model that transformers or timm wrote: `config` is its config.json."""
+
+    path: Path
+    library: str
+    config: Mapping[str, Any]
+
+    @property
+    def weights(self) -> list[Path]:
+        for pattern in WEIGHTS:
+            if found := sorted(self.path.glob(pattern)):
+                return found
+        raise InputError(f"{self.path} holds no weights: expected {' or '.join(WEIGHTS)}")
+
+    @property
+    def heads(self) -> int | None:
+        if self.library == "timm":
+            return self.config.get("model_args", {}).get("num_heads")
+        return self.config.get("num_attention_heads")
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that positions are stored for."""
+        if self.library == "timm":
+            size = self.config.get("model_args", {}).get("img_size") or self._timm("input_size")
+        else:
+            size = self.config.get("image_size")
+        if isinstance(size, int):
+            return size, size
+        return tuple(size[-2:]) if isinstance(size, list) else None  # type: ignore[return-value]
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """Mean and deviation by which images are normalised; None where it is not said."""
+        if self.library == "timm":
+            values = self._timm("mean"), self._timm("std")
+        else:
+            path = self.path / "preprocessor_config.json"
+            said = _json(path) if path.is_file() else {}
+            values = said.get("image_mean"), said.get("image_std")
+        if any(not isinstance(value, list) or len(value) != 3 for value in values):
+            return None
+        mean, std = (tuple(map(float, value)) for value in values)  # type: ignore[arg-type]
+        return mean, std  # type: ignore[return-value]
+
+    def _timm(self, key: str) -> Any:
+        return self.config.get("pretrained_cfg", {}).get(key, self.config.get(key))
+
+    def tokens(self) -> Callable[[Tensor], Tensor]:
+        """What its library makes of normalised images: tokens (B, L, D) after the final norm."""
+        if self.library == "timm":
+            model = timm_model(f"local-dir:{self.path}", pretrained=True)
+            return lambda images_BCHW: model.eval().forward_features(images_BCHW)
+        found = HuggingFace(hugging_face(self))
+        return lambda images_BCHW: found.eval()(images_BCHW, 1)[-1]
+
+
+def folder_of(path: Path) -> Folder:
+    """The model in a folder; `InputError` where neither library has written one."""
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder: expected one that transformers or timm wrote")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} has no config.json: expected what transformers or timm wrote")
+    config = _json(path / "config.json")
+    if "model_type" in config:
+        return Folder(path, "transformers", config)
+    if "architecture" in config:
+        return Folder(path, "timm", config)
+    raise InputError(
+        f"{path}/config.json names neither a model_type (transformers) nor an architecture (timm)"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = json.loads(file.read(MOST_TEXT))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings: found {type(values).__name__}")
+    return values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither bars nor warnings of a library that loads a model: what matters is an error here."""
+    from transformers.utils import logging as theirs
+
+    level = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    bars = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def hugging_face(folder: Folder, seed: int | None = None) -> nn.Module:
+    """The model of a folder, in float32; with a `seed` one of its shape with random weights.
+
+    Raises:
+        InputError: transformers is not installed, does not know such a model, or cannot load it
+            with all of its weights.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise InputError(
+            f"{folder.path} is a model of transformers: pip install 'dseqjepa[export]'"
+        ) from None
+    where = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(folder.path, **where)
+            if seed is not None:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    return _vision(transformers.AutoModel.from_config(config))
+            model, info = transformers.AutoModel.from_pretrained(
+                folder.path, **where, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # on what it does not know it raises whatever it ran into
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"transformers cannot load {folder.path}: {reason}") from None
+    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    if missing or info["mismatched_keys"]:
+        lacking = ", ".join(sorted([*missing, *map(str, info["mismatched_keys"])])[:4])
+        raise InputError(f"{folder.path} lacks weights, or has others: {lacking}")
+    return _vision(model)
+
+
+def _vision(model: Any) -> nn.Module:
+    """Of a model of images and text the part that sees."""
+    return getattr(model, "vision_model", model)
+
+
+class HuggingFace(nn.Module):
+    """A vision model of transformers: normalised images to the tokens of its last blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        takes = inspect.signature(model.forward).parameters
+        self.takes = {name for name in ("interpolate_pos_encoding", "noise") if name in takes}
+        if "noise" in self.takes:
+            model.config.mask_ratio = 0.0  # type: ignore[union-attr]
+
+    @property
+    def norm(self) -> nn.Module:
+        found = (getattr(self.model, name, None) for name in NORMS)
+        return next((part for part in found if isinstance(part, nn.Module)), nn.Identity())
+
+    def forward(self, images_BCHW: Tensor, last: int) -> list[Tensor]:
+        """Tokens (B, L, D), or maps (B, D, rows, columns), of the `last` blocks or stages as far as
+        they are of one shape, each after the final norm."""
+        more: dict[str, Any] = {"output_hidden_states": True}
+        size = getattr(self.model.config, "image_size", None)
+        own = [size, size] if isinstance(size, int) else list(size or ())
+        if "interpolate_pos_encoding" in self.takes and list(images_BCHW.shape[2:]) != own:
+            more["interpolate_pos_encoding"] = True
+        if "noise" in self.takes:  # MAE: nothing is masked, and the patches stay in their order
+            side: int = self.model.config.patch_size  # type: ignore[union-attr,assignment]
+            patches = (images_BCHW.shape[2] // side) * (images_BCHW.shape[3] // side)
+            order_BN = torch.arange(patches, device=images_BCHW.device)
+            more["noise"] = order_BN.expand(len(images_BCHW), -1).float()
+        seen: list[Tensor] = []
+        hook = self.norm.register_forward_hook(lambda *passed: seen.append(passed[2]))
+        try:
+            found = self.model(pixel_values=images_BCHW, **more)
+        finally:
+            hook.remove()
+        state = found.last_hidden_state
+        states = list(found.hidden_states or ())[1:-1]
+        same = list(takewhile(lambda x: x.shape == state.shape, reversed(states)))[: last - 1]
+        ends = bool(seen) and seen[-1] is state
+        return [*(self.norm(x) if ends else x for x in reversed(same)), state]
+
+
+def timm_library() -> Any:
+    """The package; `InputError` where it is not installed."""
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError:
+        raise InputError(
+            "timm: models need the extra `eval`: pip install 'dseqjepa[eval]'"
+        ) from None
+
+
+def timm_model(name: str, pretrained: bool, **more: Any) -> Any:
+    """A model of timm without a classifier; `InputError` where there is none."""
+    try:
+        return timm_library().create_model(name, pretrained=pretrained, num_classes=0, **more)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split()[:60])
+        raise InputError(f"timm cannot make {name}: {reason}") from error
+
+
+def timm_vit(state: Mapping[str, Tensor], **shape: Any) -> Callable[[Tensor], Tensor] | None:
+    """timm's plain ViT with these weights: normalised images to tokens (B, L, D) after the final
+    norm. None where timm is not installed."""
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ModuleNotFoundError:
+        return None
+    model = VisionTransformer(num_classes=0, global_pool="", fc_norm=False, **shape).eval()
+    model.load_state_dict(dict(state))
+    return model.forward_features
