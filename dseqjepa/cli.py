@@ -89,12 +89,13 @@ def main() -> None:
     ending.run(app, sys.argv[1:] or ["--help"])
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from dseqjepa import __version__
 
         print(f"dseqjepa {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -75,6 +75,9 @@ def predict_images(
     Raises:
         InputError: before anything is written; or no image can be decoded.
     """
+    runtime = join(RuntimeConfig(accelerator=config.accelerator), {})
+    if runtime.ranks.world > 1:
+        raise InputError("predict is one process: start it without torchrun or srun")
     trained, about = load_head(head)
     if config.top > len(about.classes):
         raise InputError(f"top={config.top}: {head} knows {len(about.classes)} classes")
@@ -89,7 +92,7 @@ def predict_images(
     source = named_images(images) if data is None else data_images(data, config.split, **how)
     for note in notes_of(source):
         tell(note)
-    device = join(RuntimeConfig(accelerator=config.accelerator), {}).fabric.device
+    device = runtime.fabric.device
     bad: list[tuple[str, str]] = []
     found = _predictions(backbone.to(device), source, trained, about, config, device, bad)
     count = 0

@@ -24,11 +24,11 @@ BILINEAR = 2
 """Pillow's number."""
 
 
-def write_hf(encoder: VisionTransformer, folder: Path) -> None:
-    """`IJepaModel` without [CLS], `ViTModel` with one, and what its image processor does."""
-    height, width = image_size = _size(encoder)
+def hf_settings(encoder: VisionTransformer) -> dict[str, Any]:
+    """Of `IJepaModel` without [CLS], of `ViTModel` with one."""
+    height, width = _size(encoder)
     with_cls = bool(encoder.prefix)
-    settings = {
+    return {
         "architectures": ["ViTModel" if with_cls else "IJepaModel"],
         "model_type": "vit" if with_cls else "ijepa",
         "hidden_size": encoder.width,
@@ -46,6 +46,11 @@ def write_hf(encoder: VisionTransformer, folder: Path) -> None:
         "pooler_act": "linear",
         "dtype": "float32",
     }
+
+
+def write_hf(encoder: VisionTransformer, folder: Path) -> None:
+    """A model of transformers, and what its image processor does."""
+    height, width = image_size = _size(encoder)
     cover_height, cover_width = cover(image_size)
     # The shorter side of a square cover; a rectangle it has no word for, and squeezes into it.
     square = cover_height == cover_width
@@ -64,12 +69,12 @@ def write_hf(encoder: VisionTransformer, folder: Path) -> None:
         "image_mean": list(encoder.mean),
         "image_std": list(encoder.std),
     }
-    save_file(_hf_names(encoder), folder / "model.safetensors", {"format": "pt"})
-    _write(folder / "config.json", settings)
+    save_file(hf_names(encoder), folder / "model.safetensors", {"format": "pt"})
+    _write(folder / "config.json", hf_settings(encoder))
     _write(folder / "preprocessor_config.json", processor)
 
 
-def _hf_names(encoder: VisionTransformer) -> dict[str, Tensor]:
+def hf_names(encoder: VisionTransformer) -> dict[str, Tensor]:
     """The weights by transformers' names, those that its version 4 writes."""
     named: dict[str, Tensor] = {}
     for key, value in encoder.state_dict().items():
@@ -90,12 +95,12 @@ def _hf_names(encoder: VisionTransformer) -> dict[str, Tensor]:
     return {key: value.detach().clone().contiguous() for key, value in named.items()}
 
 
-def write_timm(encoder: VisionTransformer, folder: Path) -> None:
-    """What `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, by our own names."""
+def timm_settings(encoder: VisionTransformer) -> dict[str, Any]:
+    """Of timm's plain `VisionTransformer`."""
     height, width = image_size = _size(encoder)
     hidden = encoder.mlp or 4 * encoder.width
     cover_height, _ = cover(image_size)
-    settings = {
+    return {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "num_features": encoder.width,
@@ -126,9 +131,13 @@ def write_timm(encoder: VisionTransformer, folder: Path) -> None:
             "classifier": "head",
         },
     }
+
+
+def write_timm(encoder: VisionTransformer, folder: Path) -> None:
+    """What `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, by our own names."""
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    _write(folder / "config.json", settings)
+    _write(folder / "config.json", timm_settings(encoder))
 
 
 def _size(encoder: VisionTransformer) -> tuple[int, int]:

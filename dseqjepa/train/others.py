@@ -3,7 +3,7 @@
 What is imported is compared with them; what does not fit our encoder is evaluated through them. No
 code that lies in a folder is run, and nothing is fetched.
 
-Suffixes: B images, C colours, H and W pixels, L tokens, D width.
+Suffixes: B images, C colours, H and W pixels, N patches, L tokens, D width.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
+from dseqjepa.config import ENCODER_SIZES
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.export import check, formats, reader
 from dseqjepa.export.check import compare
-from dseqjepa.export.folders import write_hf, write_timm
+from dseqjepa.export.folders import hf_names, hf_settings, timm_settings, write_hf, write_timm
 from dseqjepa.export.formats import FORMATS
 from dseqjepa.export.traced import TracedEncoder, _resizing
 from dseqjepa.export.write import ExportConfig, export_encoder
@@ -98,6 +99,51 @@ def test_an_export_computes_the_same(
     assert all(difference.value < 5e-6 for difference in own)
     sizes = {difference.image_size for difference in found}
     assert len(sizes) == (1 if form == "hf" and ours.grid[0] != ours.grid[1] else 2)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_largest_width_leaves_in_every_format(
+    form: str, tmp_path: Path, in_this_process: None
+) -> None:
+    """One block of a ViT-H/14 on a rectangle, whose grid is odd."""
+    width, _, heads = ENCODER_SIZES["vit_huge"]
+    torch.manual_seed(0)
+    ours = VisionTransformer(
+        image_size=(42, 70), patch_size=14, width=width, depth=1, heads=heads, class_token=True
+    )
+    ours.eval().requires_grad_(False)
+    FORMATS[form].write(ours, tmp_path)
+    found = compare(ours, form, tmp_path, Scenes(4, size=70, seed=0, split="val"))
+    assert all(difference.value < 1e-5 for difference in found if difference.bound is not None)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("name", ENCODER_SIZES)
+def test_every_size_has_the_tensors_that_others_build_of_its_settings(
+    name: str, class_token: bool
+) -> None:
+    """The whole depth, in shapes without values."""
+    import timm
+    import transformers
+
+    width, depth, heads = ENCODER_SIZES[name]
+    with torch.device("meta"):
+        ours = VisionTransformer(
+            image_size=(112, 112), patch_size=14, width=width, depth=depth, heads=heads,
+            class_token=class_token,
+        )  # fmt: skip
+        config = transformers.AutoConfig.for_model(**hf_settings(ours))
+        model = transformers.AutoModel.from_config(config)
+        told = timm_settings(ours)
+        theirs = timm.create_model(told["architecture"], num_classes=0, **told["model_args"])
+    assert type(model).__name__ == ("ViTModel" if class_token else "IJepaModel")
+    assert config.num_attention_heads == theirs.blocks[0].attn.num_heads == heads
+    written = sorted(tuple(value.shape) for value in hf_names(ours).values())
+    assert written == sorted(tuple(value.shape) for value in model.state_dict().values())
+    shapes = [
+        {key: value.shape for key, value in each.state_dict().items()} for each in (ours, theirs)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("form", FORMATS)
