@@ -210,8 +210,8 @@ def collapse(attempts: Attempts) -> None:
             assert bool(alarms) == bool(health.KINDS[kind].broken), [str(v) for v in told.values()]
 
 
-EASY_TO_SEE = ("no-stop-gradient", "momentum-0", "lr-too-high", "no-regulariser-batch-8",
-               "no-regulariser", "blind-target")  # fmt: skip
+EASY_TO_SEE = ("no-stop-gradient", "momentum-0", "lr-too-high", "no-regularizer-batch-8",
+               "no-regularizer", "blind-target")  # fmt: skip
 
 
 def resident_mib() -> float:
