@@ -53,9 +53,9 @@ facebookresearch's I-JEPA truncates every context to the shortest one in the bat
 so that a batch is one array without a mask. That is less work per image (`ijepa_truncated`)
 because less is seen. The row states the share of the context that is cut. It is always the last
 patches in raster order, hence the bottom rows, and grows with the batch size; what is seen of an
-image depends on the other images in its batch. The rows `ijepa_MODEL` pad to the longest context instead.
-Padding and packing lose nothing. `ijepa_token` divides the time of each side by the number of context
-patches that it encodes.
+image depends on the other images in its batch. The rows `ijepa_MODEL` pad to the longest context
+instead. Padding and packing lose nothing. `ijepa_token` divides the time of each side by the
+number of context patches that it encodes.
 """,
 }
 """Notes below the tables."""
@@ -102,8 +102,8 @@ def head() -> str:
     return f"""# Benchmarks
 
 Written by `make bench`. To measure a single row, which takes a minute or two, run
-`python benchmarks/SCRIPT --only NAME`. The two sides of a row are timed alternately in one process on
-the same data; the ratio is the median over the pairs, with minimum and maximum in brackets.
+`python benchmarks/SCRIPT --only NAME`. The two sides of a row are timed alternately in one process
+on the same data; the ratio is the median over the pairs, with minimum and maximum in brackets.
 Machines differ and drift, so compare ratios, not seconds. Each script explains its rows
 in its docstring; [LOG.md](LOG.md) discusses what limits the missed goals.
 
