@@ -125,6 +125,10 @@ class DataConfig(Section):
     more or less. Training only, on the device."""
     photometric_views: Literal["shared", "apart"] = "apart"
     """Whether the target encoder sees the same photometric change as the context encoder."""
+    context_window: float = Field(1.0, gt=0.0, le=1.0)
+    """Smallest share of the crop that the context encoder sees, enlarged to the full size, while
+    the target encoder sees all of it; targets are its features at the places of the window. 1: both
+    see the same."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
