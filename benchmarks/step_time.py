@@ -139,7 +139,7 @@ def truncated(
         if number >= effort.warmup:
             pairs.append((1e6 * pair[0] / tokens[0], 1e6 * pair[1] / tokens[1]))
     what = f"time of a {by} token, truncated / packed, {what}"
-    return paired(name, pairs, [b / a for a, b in pairs], "us a token", what)
+    return paired(name, pairs, [b / a for a, b in pairs], "us/token", what)
 
 
 def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
@@ -174,7 +174,7 @@ def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
         pairs.append(((whole - arithmetic) / (steps - 1), whole / (steps - 1)))
     shares = [rest / whole for rest, whole in pairs]
     return paired(
-        name, pairs, shares, "s", f"share of a step beside model arithmetic, batch {batch}"
+        name, pairs, shares, "s", f"share of a step outside model arithmetic, batch {batch}"
     )
 
 
