@@ -8,7 +8,7 @@ once, as a training step does.
 
 The pictures are made here, of the embedded scenes enlarged, with a texture whose amplitude falls
 with the frequency as it does in photographs, at quality 90 with halved colours (4:2:0). That gives
-0.5 bytes a pixel at 500 x 375, and 0.3 at 2000 x 1500, about what files of these sizes have.
+0.5 bytes per pixel at 500 x 375, and 0.3 at 2000 x 1500, about what files of these sizes have.
 """
 
 from __future__ import annotations

@@ -125,6 +125,10 @@ class DataConfig(Section):
     more or less. Training only, on the device."""
     photometric_views: Literal["shared", "apart"] = "apart"
     """Whether the target encoder sees the same photometric change as the context encoder."""
+    context_window: float = Field(1.0, gt=0.0, le=1.0)
+    """Smallest share of the crop that the context encoder sees, enlarged to the full size, while
+    the target encoder sees all of it; targets are its features at the places of the window. 1: both
+    see the same."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -239,9 +243,15 @@ class BlocksConfig(Section):
     context_area: Range = (0.85, 1.0)
     """Smallest and largest share of the grid that the context block holds, before targets are cut
     out."""
+    truncate: Literal["none", "batch"] = "none"
+    """`batch`: as in facebookresearch's code, all images of a batch (per device and micro-batch)
+    share the sizes of their blocks, and every context is cut to the batch's shortest. Faster per
+    image because less of each image is seen; what is seen then depends on the batch."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.truncate == "batch" and self.kind == "scattered":
+            raise ValueError("truncate=batch needs kind=blocks: scattered contexts have one length")
         for key in ("target_area", "target_aspect", "context_area"):
             low, high = getattr(self, key)
             if not (0 < low <= high and (key == "target_aspect" or high <= 1)):

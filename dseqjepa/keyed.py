@@ -50,6 +50,7 @@ class Stream(IntEnum):
     PHOTOMETRIC_TARGET = 18
     SHARDS = 19
     PERMUTE = 20
+    WINDOW = 21
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

@@ -49,6 +49,7 @@ CHOICES = {
     "method.saliency.kind": ("cls_similarity", "cls_attention", "grad_cam", "rarity"),
     "method.regions.kind": ("components", "clusters", "bands"),
     "method.blocks.kind": ("blocks", "scattered"),
+    "method.blocks.truncate": ("none", "batch"),
     "predictor.attention": ("joint", "cross"),
     "target.centring": ("none", "place"),
     "data.photometric_views": ("shared", "apart"),

@@ -30,6 +30,7 @@ from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts
 from dseqjepa.model.photometric import photometric
 from dseqjepa.model.vit import AnyPredictor, Images, Predictor, build_encoder, patchify
+from dseqjepa.model.windows import draw_windows, sample_windows
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
 from dseqjepa.plans.plan import Plan, from_candidates, true_places
 from dseqjepa.plans.regions import Regions
@@ -101,6 +102,7 @@ class Method(nn.Module):
         )
         self.photometric = config.data.photometric
         self.apart = config.data.photometric_views == "apart"
+        self.context_window = config.data.context_window
         self.cut = config.method.cut
         self.target_blocks = config.target.blocks
         self.centres_targets = config.target.centring == "place"
@@ -141,6 +143,7 @@ class Method(nn.Module):
             target_area=self.blocks.target_area,
             target_aspect=self.blocks.target_aspect,
             context_area=self.blocks.context_area,
+            truncate=self.blocks.truncate == "batch",
         )
 
     def look(self, images_BCHW: Images) -> Look:
@@ -171,22 +174,28 @@ class Method(nn.Module):
         values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
         return Predictions(values_UD[: len(row_V)], row_V, patch_V), contexts, context_TD
 
-    def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Images]:
-        """What the context encoder and what the target encoder sees of a batch."""
-        if not self.photometric:
-            return images_BCHW, images_BCHW
-        stream = Stream.PHOTOMETRIC_CONTEXT
-        images_BCHW = self.encoder.normalized(images_BCHW)
-        context_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
-        if not self.apart:
-            return context_BCHW, context_BCHW
-        stream = Stream.PHOTOMETRIC_TARGET
-        return context_BCHW, photometric(images_BCHW, keys_B, self.photometric, stream)
+    def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Look]:
+        """What the context encoder sees of a batch, and what the target encoder saw there."""
+        seen_BCHW = images_BCHW
+        if self.photometric:
+            images_BCHW = self.encoder.normalized(images_BCHW)
+            stream = Stream.PHOTOMETRIC_TARGET if self.apart else Stream.PHOTOMETRIC_CONTEXT
+            seen_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
+            if self.apart:
+                stream = Stream.PHOTOMETRIC_CONTEXT
+                images_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
+            else:
+                images_BCHW = seen_BCHW
+        sight = self.look(seen_BCHW)
+        if self.context_window < 1:
+            window_B23 = draw_windows(keys_B, self.context_window)
+            sight = sight.at_windows(window_B23, self.target.grid_of(seen_BCHW))
+            images_BCHW = sample_windows(self.encoder.normalized(images_BCHW), window_B23)
+        return images_BCHW, sight
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
         """The loss of one batch of uint8 or ImageNet-normalised float images."""
-        images_BCHW, seen_BCHW = self._views(images_BCHW, keys_B)
-        sight = self.look(seen_BCHW)
+        images_BCHW, sight = self._views(images_BCHW, keys_B)
         grid = self.target.grid_of(images_BCHW)
         drawn = self.draw(sight, grid, progress, keys_B)
         plan = drawn.plan

@@ -16,6 +16,7 @@ from torch import Tensor
 from dseqjepa.config import CutConfig, RegionsConfig
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Block, Images, VisionTransformer
+from dseqjepa.model.windows import sample_tokens
 from dseqjepa.plans.regions import Regions, rank_regions
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam, rarity
 
@@ -32,6 +33,15 @@ class Look:
     content_BND: Float[Tensor, "B N D"] | None = None
     """Features less those of a blank image at the same place: what a patch shows rather than where
     it is. None where it was not asked for."""
+
+    def at_windows(self, window_B23: Float[Tensor, "B 2 3"], grid: tuple[int, int]) -> Look:
+        """The same at the patches of each image's window; the images' grid is (rows, columns)."""
+        saliency_BN, content_BND = self.saliency_BN, self.content_BND
+        if saliency_BN is not None:
+            saliency_BN = sample_tokens(saliency_BN[..., None], grid, window_B23)[..., 0]
+        if content_BND is not None:
+            content_BND = sample_tokens(content_BND, grid, window_B23)
+        return Look(sample_tokens(self.patches_BND, grid, window_B23), saliency_BN, content_BND)
 
 
 def look(encoder: VisionTransformer, images_BCHW: Images, *, target_blocks: int = 1) -> Look:

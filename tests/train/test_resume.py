@@ -126,6 +126,7 @@ def test_a_run_stopped_again_and_again_is_the_run_never_stopped(
         ["method.curriculum.unit=region", "method.context=causal", "checkpoint.keep=1"],
         ["method.curriculum.unit=batch", "method.saliency.kind=grad_cam", "runtime.precision=bf16"],
         ["method.regularizer=sigreg", "predictor.attention=cross", "target.blocks=2"],
+        ["data.context_window=0.5", "method.order=inverse"],
         ["target.centring=place", "data.photometric=0.2", "optim.clip_norm=0.05", *PAPER],
     ],
 )
