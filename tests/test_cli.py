@@ -517,8 +517,8 @@ import sys
 from dseqjepa.arguments import as_options
 from dseqjepa.cli import TASK_HELP, app, main
 for typed in ([], ["--help"], ["--version"], ["pretrain", "--help"], ["presets"],
-              ["presets", "vitb16_in1k"], ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
-              ["evaluate", "knn", "run", "--print-config"],
+              ["presets", "vitb16_in1k"], ["pretrain", "vitt8_64", "--print-config"],
+              ["demo", "--print-config"], ["evaluate", "knn", "run", "--print-config"],
               ["scenes", "export", "coco", "mini", "--print-config"]):
     sys.argv = ["dseqjepa", *typed]
     main()
