@@ -244,10 +244,11 @@ def _opened(path: Path, step: int | None) -> Checkpoint:
             log.warning("%s is ignored: it was not finished, it has no state.json", found)
     if not finished:
         what = "holds no checkpoint" if path.exists() else "does not exist"
-        foreign = "; `dseqjepa import` brings in a file of another project"
+        foreign = "; `dseqjepa import` brings in a model of another project"
+        is_foreign = path.is_file() or (path / "config.json").is_file()
         raise InputError(
             f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors "
-            f"files{foreign if path.is_file() else ''}"
+            f"files{foreign if is_foreign else ''}"
         )
     if step is not None:
         if step not in finished:

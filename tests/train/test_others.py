@@ -4,6 +4,7 @@ by what does not fit."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,29 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as raised:
             open_backbone(spec)
         assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match="`dseqjepa import` brings in a model"):
+        load_encoder(tmp_path / "plain")
+
+
+def test_a_library_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "theirs", "ViT", {})
+    torch.save(timm_vit().state_dict(), tmp_path / "x.pth")
+    for name in ("transformers", "timm", "timm.models.vision_transformer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for opened in (
+        lambda: open_backbone(f"hf:{tmp_path}/theirs"),
+        lambda: import_encoder(tmp_path / "theirs", tmp_path / "ours", AUTO),
+    ):
+        with pytest.raises(InputError, match=r"pip install 'dseqjepa\[export\]'"):
+            opened()
+    with pytest.raises(InputError, match=r"pip install 'dseqjepa\[eval\]'"):
+        open_backbone("timm:test_vit")
+    assert not (tmp_path / "ours").exists()
+    said: list[str] = []
+    import_encoder(tmp_path / "x.pth", tmp_path / "ours", ImportConfig(heads=4), tell=said.append)
+    assert said == ["not compared with timm, which is not installed"]
 
 
 # Through every frozen evaluation
