@@ -125,8 +125,8 @@ def pretrain(
 ) -> None:
     """Pre-train an encoder on a folder of images.
 
-    out=DIR keeps the run: its config, log, metrics and checkpoints. resume=true resumes the run in
-    it, resume=auto starts one where there is none, and init_from=RUN starts from the weights of
+    out=DIR holds the run: config, log, metrics and checkpoints. resume=true resumes it, resume=auto
+    starts it if there is no checkpoint, and init_from=RUN starts a new run from the weights of
     another.
     """
     from dseqjepa.presets import load_config
@@ -179,11 +179,11 @@ def verify_resume(
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Prove that a resumed run is the uninterrupted run.
+    """Prove that a resumed run equals the uninterrupted run.
 
-    On this machine a few steps are trained at once, and as many in two processes of which the
-    second resumes from the checkpoint of the first; every tensor and every metric is compared. The
-    exit code is 1 where they differ. steps=N says how many.
+    A few steps are trained in one process, and the same steps in two, the second resuming from the
+    first's checkpoint. Every tensor and every metric is compared; the exit code is 1 if any
+    differs. steps=N sets the number of steps.
     """
     from dseqjepa.presets import load_config
 
@@ -226,10 +226,10 @@ def preflight(
     ] = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Say what a run will cost, before it starts.
+    """Estimate the cost of a run before it starts.
 
-    Some steps are measured on this machine, and every image is looked at: broken files, twins and
-    images that are too small are named. Nothing is written but what options name.
+    A few steps are timed on this machine, and the data is checked for broken files, duplicates and
+    images that are too small. Only the files named by options are written.
     """
     from dseqjepa.presets import load_config
 
@@ -270,8 +270,8 @@ def evaluate(
 ) -> None:
     """Evaluate an encoder on labelled images.
 
-    The full protocol is the default, preset=quick its small version. The result is a table and a
-    JSON file in the run, or out=FILE.json. A classifier that was trained is kept beside it, for
+    The full protocol is the default; preset=quick is a small version. The result is a table and a
+    JSON file in the run's folder, or out=FILE.json. Trained classifiers are saved next to it for
     `dseqjepa predict`.
     """
     from dseqjepa.tasks.config import TASKS
@@ -325,10 +325,10 @@ def results(
         typer.Option("--out", metavar="FILE", help="Write the table as .md, .csv or .json."),
     ] = None,
 ) -> None:
-    """Put the results of evaluations side by side.
+    """Tabulate the results of evaluations.
 
-    There is a column for each protocol, data included, and a line for each recipe; runs that differ
-    in nothing but their seed are one number, with mean and 95 % interval.
+    There is one column per protocol and data set, and one row per recipe; runs that differ only in
+    their seed are summarized by mean and 95 % interval.
     """
     from dseqjepa.tasks.table import collect, write_table
 
@@ -350,11 +350,11 @@ def import_(
     ],
     settings: Settings = None,
 ) -> None:
-    """Bring in an encoder of another project.
+    """Import an encoder from another project.
 
-    Only tensors are read, nothing in the file is run, and features are compared with those of the
-    other library. The result can be evaluated and shown, and init_from starts a run from it.
-    heads=N, image_size=[H,W], mean=[R,G,B] and std=[R,G,B] say what shapes do not.
+    Only tensors are read, no code is run, and the features are compared with those of the other
+    library. The result can be evaluated, shown, and used by init_from. heads=N, image_size=[H,W],
+    mean=[R,G,B] and std=[R,G,B] state what shapes cannot tell.
     """
     run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
@@ -388,11 +388,11 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or an empty folder.")],
     settings: Settings = None,
 ) -> None:
-    """Hand an encoder to another library.
+    """Export an encoder to another library.
 
-    The folder is loaded by that library in a process of its own, and compared with the encoder on
-    images of the training (data=PATH names others), before it is handed over. weights=context and
-    image_size=[H,W] say which encoder, and the size that its positions are stored for.
+    That library loads the folder in its own process, and must compute the same features on training
+    images (data=PATH selects others) before the folder appears. weights=context selects the context
+    encoder, and image_size=[H,W] the size that positions are stored for.
     """
     own, overrides = split_settings(settings or [], ("data",))
     from dseqjepa.export.write import ExportConfig, export_encoder
@@ -429,7 +429,7 @@ def embed(
     ] = 0,
     duplicates: Annotated[
         bool,
-        typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE names how near."),
+        typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE sets the limit."),
     ] = False,
     outliers: Annotated[
         bool, typer.Option("--outliers", help="Score how far an image is from all others.")
@@ -439,9 +439,9 @@ def embed(
 ) -> None:
     """Write the features of images as a table.
 
-    out=FILE ends in .parquet, .npy (with a .csv beside it) or .csv. features=last|last4|cls|block7
-    and per=image|patch say which. What options ask for stands in further columns, and in a page
-    beside the table. The same command resumes where it was stopped.
+    out=FILE ends in .parquet, .npy (with a .csv next to it) or .csv. features=last|last4|cls|block7
+    and per=image|patch select the features. Options add columns, and a page next to the table. The
+    same command resumes where it was stopped.
     """
     images, run, overrides = _images_and_settings(words, ("data", "out", "overwrite"))
     if "out" not in run:
@@ -479,7 +479,7 @@ def _images_and_settings(
 )
 def predict(
     head: Annotated[
-        Path, typer.Argument(metavar="HEAD", help="A classifier that an evaluation has written.")
+        Path, typer.Argument(metavar="HEAD", help="A classifier saved by an evaluation.")
     ],
     words: Annotated[
         list[str] | None,
@@ -489,11 +489,11 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Say of which class images are, and how probable that is.
+    """Classify images with a trained classifier.
 
-    `dseqjepa evaluate` writes the classifier (linear, lowshot, attentive). out=FILE ends in .csv or
-    .parquet; without it there is a line for each image. top=K names the K most probable classes,
-    and encoder=PATH says where the encoder is, if it was moved.
+    `dseqjepa evaluate` saves the classifier (linear, lowshot, attentive). out=FILE ends in .csv or
+    .parquet; without it, one line per image is printed. top=K gives the K most probable classes,
+    and encoder=PATH locates the encoder if it was moved.
     """
     images, run, overrides = _images_and_settings(words, ("data", "out", "overwrite", "encoder"))
     from dseqjepa.embeddings.predict import PredictConfig, predict_images
@@ -556,8 +556,8 @@ def show(
 ) -> None:
     """Draw what an encoder sees in images.
 
-    What it finds salient, the regions it cuts, clusters, neighbours and more are files in --out;
-    the curves of a run are among them.
+    Saliency, regions, clusters, neighbours and more are written to --out, and so are the curves of
+    a run.
     """
     from dseqjepa.viz.show import PICTURES, Request
     from dseqjepa.viz.show import show as draw
@@ -590,7 +590,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")],
     images: Annotated[int, typer.Option(help="Show so many images of each run.")] = 6,
 ) -> None:
-    """Show in one HTML file what runs have learnt."""
+    """Write an HTML report on one or several runs."""
     from dseqjepa.report.page import write_report
 
     written = write_report([run.expanduser() for run in runs], out.expanduser(), images=images)
@@ -605,9 +605,9 @@ def demo(
     ),
     print_config: PrintConfig = False,
 ) -> None:
-    """Train on the embedded scenes, and show what was learnt.
+    """Train on the embedded scenes and show what was learnt.
 
-    It takes some minutes on a CPU, and no network.
+    It takes a few minutes on a CPU and needs no network.
     """
     from dseqjepa.presets import load_config
 
@@ -646,8 +646,8 @@ def pack_shards(
 ) -> None:
     """Copy image files into tar files and index them.
 
-    They are copied byte for byte, in their order, with their classes, as WebDataset has it.
-    data=shards:OUT reads them, and a run on them is the run on the folder.
+    Files are copied byte for byte, in order and with their classes, in WebDataset's layout.
+    data=shards:OUT reads them, and a run on them equals the run on the folder.
     """
     from dseqjepa.data.shards.pack import pack
 
@@ -662,7 +662,7 @@ def index_shards(
 ) -> None:
     """Index tar files that others wrote, once.
 
-    Each is read from beginning to end. What a command that was stopped has read is kept.
+    Each file is read from beginning to end. The same command resumes where it was stopped.
     """
     from dseqjepa.data.shards.index import write_index
 
@@ -715,10 +715,9 @@ def settings(
         ),
     ] = None,
 ) -> None:
-    """Say what each setting means.
+    """Explain settings, with type, range and default.
 
-    Its type, range and default stand beside it. Sections are those of a config (`pretrain`), or the
-    names of evaluations (`evaluate`).
+    Sections are those of a config (`pretrain`) or the names of evaluations (`evaluate`).
     """
     from dseqjepa.describe import describe_settings
 
@@ -734,7 +733,7 @@ def presets(
     ] = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """List the presets, or say what one is."""
+    """List the presets, or describe one."""
     from dseqjepa.presets import describe, preset, preset_names
 
     if name is None:
