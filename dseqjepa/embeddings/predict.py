@@ -34,7 +34,7 @@ class PredictConfig(Section):
     split: Literal["train", "val"] = "val"
     """Which part of a benchmark's images; of a folder all are taken."""
     size: int = Field(2000, ge=1, le=10**9)
-    """Number of images of `scenes`."""
+    """Number of training images of `scenes`."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Of `scenes`."""
     batch_size: int = Field(256, ge=1)
@@ -87,7 +87,7 @@ def predict_images(
         if out.suffix not in ENDINGS:
             raise InputError(f"out={out} must end in {' or '.join(ENDINGS)}")
         check_table(out, overwrite)
-    backbone = encoder_of(head, about, encoder)
+    backbone = encoder_of(head, trained, about, encoder)
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
     source = named_images(images) if data is None else data_images(data, config.split, **how)
     for note in notes_of(source):

@@ -26,7 +26,7 @@ from dseqjepa.config import Section, Size
 from dseqjepa.errors import InputError
 from dseqjepa.files import UNFINISHED, sync
 from dseqjepa.tasks.backbone import Backbone, open_backbone
-from dseqjepa.tasks.features import PatchBasis
+from dseqjepa.tasks.features import PatchBasis, pooled
 
 KEY = "dseqjepa_head"
 """Of the metadata."""
@@ -163,7 +163,7 @@ def load_head(path: Path) -> tuple[Head, About]:
     return Head(about.kind, about.pieces, tensors, about.settings, classes, basis), about
 
 
-def encoder_of(path: Path, about: About, named: str | None) -> Backbone:
+def encoder_of(path: Path, head: Head, about: About, named: str | None) -> Backbone:
     """The encoder that a head was trained on.
 
     Args:
@@ -171,7 +171,7 @@ def encoder_of(path: Path, about: About, named: str | None) -> Backbone:
         named: where the encoder is, if it was moved.
 
     Raises:
-        InputError: it is not there, or is another.
+        InputError: it is not there, is another, or the head does not fit it after all.
     """
     beside = path.parent / about.encoder_from_here
     moved = bool(about.encoder_from_here) and beside.exists()
@@ -191,4 +191,12 @@ def encoder_of(path: Path, about: About, named: str | None) -> Backbone:
             f"{spec} is not the encoder that {path} was trained on (its fingerprint is not "
             f"{about.digest[:16]}): name that one by encoder=PATH, or evaluate again"
         )
+    blank_1CHW = torch.zeros(1, 3, *backbone.image_size, dtype=torch.uint8)
+    try:
+        found = pooled(backbone, blank_1CHW, head.pieces, basis=head.basis)
+        shape = tuple(head.logits(found).shape)
+    except (RuntimeError, LookupError, ValueError, AssertionError) as error:
+        shape = (type(error).__name__,)
+    if shape != (1, len(about.classes)):
+        raise InputError(f"{path} is damaged: it gives its {len(about.classes)} classes no logits")
     return backbone

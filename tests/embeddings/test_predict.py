@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dseqjepa.data.labelled import open_splits
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import open_backbone
 from dseqjepa.tasks.features import extract
-from dseqjepa.tasks.saved import load_head
+from dseqjepa.tasks.saved import KEY, load_head
 from tests.embeddings.test_embed import smooth
 from tests.test_cli import contents, run
 from tests.tiny import TINY
@@ -143,7 +144,7 @@ def test_without_a_file_there_is_a_line_for_each_image(
     assert name.endswith("00.png")
     assert {first.split()[0], second.split()[0]} < {"red", "green", "blue"}
     assert end == "1 of 1 images classified"
-    assert run(monkeypatch, "predict", HEAD, "data=scenes", "size=5") == 0
+    assert run(monkeypatch, "predict", HEAD, "data=scenes", "split=train", "size=5") == 0
     assert capsys.readouterr().out.endswith("5 of 5 images classified\n")
 
 
@@ -218,6 +219,31 @@ def test_a_torn_head_is_refused(here: Path) -> None:
         Path("torn.safetensors").write_bytes(content[:length])
         with pytest.raises(InputError, match=r"torn\.safetensors"):
             load_head(Path("torn.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, about: tensors.update(weight_DC=tensors["weight_DC"].T.contiguous()),
+        lambda tensors, about: tensors.pop("bias_C"),
+        lambda tensors, about: about.update(classes=["red", "green"]),
+        lambda tensors, about: about.update(pieces=["mean1", "nothing1"]),
+        lambda tensors, about: about.update(pieces=["patches1"]),
+        lambda tensors, about: about.update(kind="attentive", settings={"heads": "many"}),
+    ],
+)
+def test_a_head_that_fits_nothing_is_refused(
+    change: Any, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(HEAD)
+    with safe_open(HEAD, "pt") as file:
+        about = json.loads(file.metadata()[KEY])
+    change(tensors, about)
+    save_file(tensors, HEAD, {KEY: json.dumps(about)})
+    assert run(monkeypatch, "predict", HEAD, "pictures", "out=p.csv") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is damaged: it gives its" in line
+    assert not Path("p.csv").exists()
 
 
 def test_new_pictures_may_be_of_any_size_and_kind(
