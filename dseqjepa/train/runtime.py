@@ -182,7 +182,7 @@ def on_this_machine(config: Config) -> Config:
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Older versions of torch do not say what a CPU can do: full precision is right everywhere.
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         is_fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     return config.with_(runtime={"precision": "bf16" if is_fast else "fp32"})
 
