@@ -496,8 +496,9 @@ class RuntimeConfig(Section):
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random: initialisation, order of samples, crops, masks."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the forward and backward pass; weights stay in float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "bf16"
+    """Precision of the forward and backward pass; weights stay in float32. `auto`: bf16 where the
+    device multiplies it in hardware, which the run's config.yaml then states."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """The kind of device; `auto` takes a GPU where there is one."""
     attention: Literal["auto", "matmul", "sdpa", "varlen"] = "auto"
