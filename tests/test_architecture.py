@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "demo",
     }
-    | {"preflight"},
+    | {"preflight", "__init__"},
     "__main__": {"cli"},
     "__init__": EVALUATION
     | {"methods", "presets", "embeddings", "train", "viz.sheet", "viz.trace"},

@@ -442,7 +442,7 @@ def commands() -> Iterator[tuple[str, Command]]:
     return below("", typer.main.get_command(app))
 
 
-@pytest.mark.parametrize(("name", "command"), commands())
+@pytest.mark.parametrize(("name", "command"), list(commands()))
 def test_a_help_text_is_sentences_with_examples_below(name: str, command: Command) -> None:
     texts = {"help": command.help, **{each.name: each.help for each in command.params}}
     assert all(texts.values()), texts
@@ -483,8 +483,8 @@ def test_the_version_is_that_of_the_package(
     {
         "dseqjepa ev": "evaluate",
         "dseqjepa evaluate at": "attentive",
-        "dseqjepa pretrain cjepa_vits": "cjepa_vits16_small",
-        "dseqjepa presets cjepa_vits": "cjepa_vits16_small",
+        "dseqjepa pretrain cjepa_vits16_s": "cjepa_vits16_small",
+        "dseqjepa presets cjepa_vits16_s": "cjepa_vits16_small",
         "dseqjepa export runs/mine --to on": "onnx",
         "dseqjepa settings method.reg": "method.regions",
         "dseqjepa embed runs/mine --neigh": "--neighbours",

@@ -20,7 +20,7 @@ from dseqjepa.embeddings.table import check_table, new_table
 from dseqjepa.errors import InputError, printable
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.features import chunks_of, encode
-from dseqjepa.tasks.saved import About, Head, encoder_of, load_head
+from dseqjepa.tasks.saved import About, SavedHead, encoder_of, load_head
 from dseqjepa.train.runtime import join
 
 ENDINGS = (".parquet", ".csv")
@@ -115,7 +115,7 @@ def predict_images(
 def _predictions(
     backbone: Backbone,
     source: Source,
-    head: Head,
+    head: SavedHead,
     about: About,
     config: PredictConfig,
     device: Any,

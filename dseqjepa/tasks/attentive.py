@@ -38,7 +38,7 @@ from dseqjepa.tasks.reading import Crops, LabelledImage, LabelledImages, seeded,
 from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
-from dseqjepa.tasks.saved import Head as SavedHead
+from dseqjepa.tasks.saved import SavedHead
 from dseqjepa.tasks.store import features_of, reading
 from dseqjepa.tasks.training import Place, Recipe, adamw, check_parts, fit
 

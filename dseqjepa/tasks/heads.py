@@ -27,7 +27,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.tasks.features import NOT_FINITE, PatchBasis, Rows
 from dseqjepa.tasks.reading import Shuffled
-from dseqjepa.tasks.saved import Head, linear_head
+from dseqjepa.tasks.saved import SavedHead, linear_head
 from dseqjepa.tasks.training import Place, Recipe, fit
 
 EPSILON = 1e-5
@@ -230,7 +230,7 @@ class Chosen:
         place = {setting: number for number, setting in enumerate(self.heads.settings)}
         return {group: predicted_NH[:, place[setting]] for group, setting in self.by_group.items()}
 
-    def head(self, pieces: Sequence[str], basis: PatchBasis | None) -> Head:
+    def head(self, pieces: Sequence[str], basis: PatchBasis | None) -> SavedHead:
         """The best of all, by itself; `pieces` are those of its feature."""
         name = self.setting.feature
         weight_DHC, bias_HC = self.heads.weights[name]

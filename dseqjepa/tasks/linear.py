@@ -27,7 +27,7 @@ from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import Crops, LabelledImages, stacked
 from dseqjepa.tasks.results import Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
-from dseqjepa.tasks.saved import Head, linear_head
+from dseqjepa.tasks.saved import SavedHead, linear_head
 from dseqjepa.tasks.store import features_of, splits_of
 from dseqjepa.tasks.training import Place, Recipe, fit
 
@@ -65,7 +65,7 @@ class Probe(nn.Module):
     def forward(self, feature_BD: Tensor) -> Tensor:
         return self.linear(self.norm(feature_BD))
 
-    def head(self, pieces: Sequence[str]) -> Head:
+    def head(self, pieces: Sequence[str]) -> SavedHead:
         """As it classifies in eval mode."""
         variance_D = self.norm.get_buffer("running_var")
         scale_D = 1 / (variance_D + self.norm.eps).sqrt()

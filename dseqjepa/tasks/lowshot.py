@@ -32,7 +32,7 @@ from dseqjepa.tasks.results import (
 )
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import balanced, list_name, listed
-from dseqjepa.tasks.saved import Head
+from dseqjepa.tasks.saved import SavedHead
 from dseqjepa.tasks.store import splits_of
 
 
@@ -56,7 +56,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
     draws: list[dict[str, Any]] = []
     found: list[Classified] = []
     predicted: list[Tensor] = []
-    heads: list[Head] = []
+    heads: list[SavedHead] = []
     for seed, sample in samples.items():
         rows = torch.tensor([place_of[i] for i in sample.tolist() if i in place_of])
         if len(rows) < 2:

@@ -64,7 +64,7 @@ class About(Section):
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class SavedHead:
     """A classifier on the pieces of an image."""
 
     kind: Literal["linear", "attentive"]
@@ -97,13 +97,13 @@ def linear_head(
     weight_DC: Tensor,
     bias_C: Tensor,
     basis: PatchBasis | None = None,
-) -> Head:
+) -> SavedHead:
     """A linear layer on standardised features, kept on the CPU."""
     parts = {"mean_D": mean_D, "scale_D": scale_D, "weight_DC": weight_DC, "bias_C": bias_C}
     tensors = {name: part.detach().cpu().float().contiguous() for name, part in parts.items()}
     reads_basis = any(piece.startswith("patches") for piece in pieces)
     used = basis if reads_basis else None
-    return Head("linear", tuple(pieces), tensors, {}, len(bias_C), used)
+    return SavedHead("linear", tuple(pieces), tensors, {}, len(bias_C), used)
 
 
 def head_path(result: Path) -> Path:
@@ -113,7 +113,7 @@ def head_path(result: Path) -> Path:
 
 def save_head(
     path: Path,
-    head: Head,
+    head: SavedHead,
     *,
     task: str,
     labels: str,
@@ -142,7 +142,7 @@ def save_head(
     sync(path.parent)
 
 
-def load_head(path: Path) -> tuple[Head, About]:
+def load_head(path: Path) -> tuple[SavedHead, About]:
     """What `save_head` wrote; `InputError` for anything else."""
     try:
         with safe_open(path, "pt") as file:
@@ -160,10 +160,10 @@ def load_head(path: Path) -> tuple[Head, About]:
     if "basis.mean_PD" in tensors:
         basis = PatchBasis(tensors.pop("basis.mean_PD"), tensors.pop("basis.basis_DK"))
     classes = len(about.classes)
-    return Head(about.kind, about.pieces, tensors, about.settings, classes, basis), about
+    return SavedHead(about.kind, about.pieces, tensors, about.settings, classes, basis), about
 
 
-def encoder_of(path: Path, head: Head, about: About, named: str | None) -> Backbone:
+def encoder_of(path: Path, head: SavedHead, about: About, named: str | None) -> Backbone:
     """The encoder that a head was trained on.
 
     Args:

@@ -8,7 +8,6 @@ Suffixes: B images, C colours, H and W pixels, N patches, L tokens, D width.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import os
@@ -220,11 +219,12 @@ class HuggingFace(nn.Module):
 def timm_library() -> Any:
     """The package; `InputError` where it is not installed."""
     try:
-        return importlib.import_module("timm")
+        import timm
     except ModuleNotFoundError:
         raise InputError(
             "timm: models need the extra `eval`: pip install 'dseqjepa[eval]'"
         ) from None
+    return timm
 
 
 def timm_model(name: str, pretrained: bool, **more: Any) -> Any:
