@@ -74,7 +74,7 @@ class Result:
     examples: Mapping[str, Any] = field(default_factory=dict)
     """What a picture of the result is drawn of."""
     head: Any = None
-    """The trained classifier (a `tasks.saved.SavedHead`), if there is one; of several draws, that of
+    """The trained classifier (a `tasks.saved.SavedHead`), if there is one; of several draws that of
     the first."""
     unfinished: Sequence[Path] = ()
     """Files and folders that the evaluation would resume from: of no more use when the result is
