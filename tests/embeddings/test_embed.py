@@ -234,7 +234,7 @@ def test_several_ranks_go_on_with_what_one_has_left(
     assert kept
     run_ranks(2, finish, here, log=here / "log")
     assert columns("cut.parquet") == columns("whole.parquet")
-    assert "encoding 11 of 16 images" in (here / "log").read_text(encoding="utf-8")
+    assert "encoding 11 of 16 images" in (here / "log.0").read_text(encoding="utf-8")
     assert not list(here.glob("*.parts"))
 
 

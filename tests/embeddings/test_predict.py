@@ -151,6 +151,7 @@ def test_without_a_file_there_is_a_line_for_each_image(
 def test_a_head_finds_its_encoder_where_it_was_or_is_now(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert run(monkeypatch, "evaluate", "linear", "run", "data=pictures", *QUICK) == 0
     typed = [f"{here}/pictures", "out=p.csv", "overwrite=true"]
     (here / "run").rename(tmp_path / "moved")
     head = str(tmp_path / "moved/evaluations/linear-head.safetensors")
