@@ -51,6 +51,7 @@ class Stream(IntEnum):
     SHARDS = 19
     PERMUTE = 20
     WINDOW = 21
+    FIGURE = 22
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

@@ -198,7 +198,7 @@ DATA = {
     "empty": "no images found below empty: saw 0 files",
     "texts": "no images found below texts: saw 1 files",
     "broken": "broken: none of 12 images tried can be decoded (broken/0.png: not a known image",
-    "": "data= is empty: expected a folder, scenes, or name:path",
+    "": "data= is empty: expected a folder, scenes, scenes:fine or name:path",
     "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",
     "fashion-mnist:pictures": "expected train-images-idx3-ubyte",
     "fashion-mnist:gone": "no such folder: gone",

@@ -19,7 +19,7 @@ from dseqjepa.data.formats.parquet import Parquet
 from dseqjepa.data.formats.pets import Pets
 from dseqjepa.data.formats.stl10 import STL10
 from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
-from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.scenes import FINE, SPECS, Scenes
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
@@ -69,8 +69,9 @@ def open_source(
     """Open what `data=` names.
 
     Args:
-        spec: `scenes`, `name:path` for a format in `OPENERS`, or a folder of images. A folder
-            called `scenes` is `./scenes`; one with a colon in its name is found if it exists.
+        spec: `scenes` or `scenes:fine`, `name:path` for a format in `OPENERS`, or a folder of
+            images. A folder called `scenes` is `./scenes`; one with a colon in its name is found if
+            it exists.
         split: which part. "pretrain" and "train" of a folder without splits of its own are all of
             it, and "val" its hold-out. Only `open_splits` gives parts that are disjoint.
         size: number of training images of `scenes`; its validation images are a fifth of that, at
@@ -91,7 +92,8 @@ def open_source(
 
 
 def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], seed: int) -> Source:
-    if spec == "scenes":
+    part: Literal["train", "val"] = "val" if split == "val" else "train"
+    if spec in SPECS:
         height, width = image_size
         if height != width:
             raise InputError(
@@ -99,12 +101,12 @@ def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], see
                 f"found {height} x {width}"
             )
         count = min(2000, max(500, size // 5)) if split == "val" else size
-        return Scenes(count, size=height, seed=seed, split="val" if split == "val" else "train")
+        return Scenes(count, size=height, seed=seed, split=part, fine=spec == FINE)
     name, colon, path = spec.partition(":")
     if colon and "/" not in name and not Path(spec).is_dir():
         if name not in OPENERS:
             raise InputError(
-                f"data={spec}: expected a folder, scenes, or name:path, "
+                f"data={spec}: expected a folder, scenes, scenes:fine or name:path, "
                 f"found the unknown format {name!r}{did_you_mean(name, OPENERS)}"
             )
         try:
@@ -112,8 +114,7 @@ def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], see
         except InputError as error:
             raise InputError(f"{error}; {OPENERS[name].origin}") from error
     if not spec:
-        raise InputError("data= is empty: expected a folder, scenes, or name:path")
-    part: Literal["train", "val"] = "val" if split == "val" else "train"
+        raise InputError("data= is empty: expected a folder, scenes, scenes:fine or name:path")
     return ImageFolder(Path(spec).expanduser(), part, labelled=split != "pretrain")
 
 
@@ -149,7 +150,7 @@ def open_splits(
 def located(spec: str) -> str:
     """The same data for any working directory: with an absolute path, links undone."""
     name, colon, path = spec.partition(":")
-    if spec == "scenes":
+    if spec in SPECS:
         return spec
     if colon and "/" not in name and not Path(spec).is_dir():
         return f"{name}:{os.path.realpath(Path(path).expanduser())}"

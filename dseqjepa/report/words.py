@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 from dseqjepa.config import Config, differences
+from dseqjepa.data.scenes import SPECS
 from dseqjepa.errors import printable
 from dseqjepa.presets import preset, preset_names
 from dseqjepa.report.run import Run, Score
@@ -125,7 +126,7 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
         if candidate.method.name == config.method.name:
             changed = differences(candidate, config)
             changed.pop("data.source", None)
-            if config.data.source != "scenes":
+            if config.data.source not in SPECS:
                 changed.pop("data.size", None)  # nothing reads it
             found.append((len(changed), candidate.model != config.model, name, changed))
     _, _, name, changed = min(found, key=lambda item: item[:2])

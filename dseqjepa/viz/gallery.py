@@ -17,6 +17,7 @@ from torch import Tensor
 from dseqjepa.config import Config
 from dseqjepa.data.decode import ENDINGS, decode
 from dseqjepa.data.images import ImageFolder, Subset
+from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
@@ -67,7 +68,7 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
 def open_images(spec: str, config: Config) -> Source:
     """What `data=` names: the held-out part where it has one, else all of it."""
     path = Path(spec).expanduser()
-    if spec != "scenes" and path.is_dir():
+    if spec not in SPECS and path.is_dir():
         return ImageFolder(path, "val")
     return source_of(config, "val", spec)
 
