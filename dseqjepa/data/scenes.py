@@ -43,6 +43,7 @@ from dseqjepa.data.layouts import (
 )
 from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.render import MATERIALS, Layout, render, truth
+from dseqjepa.data.solids import Vec3
 from dseqjepa.data.source import Objects
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
@@ -114,7 +115,7 @@ def render_scene(seed: int, index: int, size: int = 64, *, fine: bool = False) -
     objects = []
     for number, first in enumerate(range(0, len(layout.bodies), parts), start=1):
         bodies = layout.bodies[first : first + parts]
-        centre_3 = np.mean([body.centre_3 for body in bodies], axis=0, dtype=np.float32)
+        centre_3: Vec3 = np.stack([body.centre_3 for body in bodies]).mean(axis=0)
         seen_HW = instance_HW == number
         rows, columns = np.flatnonzero(seen_HW.any(1)), np.flatnonzero(seen_HW.any(0))
         x, y, depth = layout.camera.view(centre_3)
