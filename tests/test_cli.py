@@ -142,7 +142,7 @@ SETTINGS = {
     "method.saliency.kind\nx=1": "unknown key 'method.saliency.kind\\nx'",
     "optim.accumulate=3": "must be a multiple of optim.accumulate",
     "data.image_size=36": "must be a multiple of model.patch_size (8)",
-    "data.image_size=8": "holds a single patch",
+    "data.image_size=8": "is a single patch",
     "data.batch_size=64": "pictures has 12 images, fewer than data.batch_size=64: lower it to 12",
     "data.workers": "expected key=value, found 'data.workers'",
     "pictures": "expected key=value, found 'pictures'; did you mean data=pictures?",

@@ -44,7 +44,7 @@ def as_bytes(image: Any) -> UInt8[Tensor, "3 H W"]:
 class DatasetSource:
     """A torch Dataset, with a length, as a `Source`: its items are images, or begin with one.
 
-    They are to be whole and 8-bit: crops and normalisation belong to the training. What else an
+    They are to be whole and 8-bit: crops and normalization belong to the training. What else an
     item holds is not read. `InputError` where the data set has no length, or no image.
     """
 

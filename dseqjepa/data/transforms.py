@@ -1,6 +1,6 @@
 """From decoded images of any size to one batch of a fixed size, still 8-bit.
 
-Normalisation belongs to the model's side: batches of bytes are a quarter of the memory and of the
+Normalization belongs to the model's side: batches of bytes are a quarter of the memory and of the
 way to the device. Both transforms interpolate bilinearly with antialiasing: that is what the
 recipes in the literature do (it is RandomResizedCrop's default, which I-JEPA keeps), it costs the
 same as bicubic, and it cannot overshoot, so no byte is clipped.

@@ -50,7 +50,7 @@ LINES = 5
 
 
 class Head(nn.Module):
-    """Logits (B, C) of standardised patches (B, P, D)."""
+    """Logits (B, C) of standardized patches (B, P, D)."""
 
     def __init__(self, width: int, classes: int, config: AttentiveConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Head(nn.Module):
 
 
 class QueryHeads(nn.Module):
-    """A head a setting, and what standardises the patches that they read."""
+    """A head a setting, and what standardizes the patches that they read."""
 
     mean_D: Tensor
     scale_D: Tensor

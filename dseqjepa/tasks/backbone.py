@@ -54,8 +54,8 @@ class Backbone(nn.Module):
     """An encoder, wherever its weights come from. In eval mode when `open_backbone` returns it.
 
     Its parameters are those of `stem` (patches, prefix tokens, positions), `blocks` and `norm`.
-    Images are uint8 and normalised once, by this backbone's own mean and deviation; float images
-    are taken as normalised.
+    Images are uint8 and normalized once, by this backbone's own mean and deviation; float images
+    are taken as normalized.
     """
 
     name: str
@@ -273,7 +273,7 @@ class FrozenTimm(Backbone):
 
 
 class Pixels(Backbone):
-    """The normalised pixels, as one patch or as square ones: what an encoder has to beat."""
+    """The normalized pixels, as one patch or as square ones: what an encoder has to beat."""
 
     def __init__(self, image_size: tuple[int, int], side: int | None = None) -> None:
         height, width = image_size

@@ -56,7 +56,7 @@ BASIS_IMAGES = 1024
 
 
 Encoder = Callable[..., Features]
-"""Takes uint8 images (B, 3, H, W) and normalises them itself."""
+"""Takes uint8 images (B, 3, H, W) and normalizes them itself."""
 
 
 def pieces_of(feature: str, depth: int, has_cls: bool) -> tuple[str, ...]:

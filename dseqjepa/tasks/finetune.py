@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K) of images, uint8 or normalised."""
+        """Logits (B, K) of images, uint8 or normalized."""
         self.drop_path.draw(len(images_BCHW))
         x_BLD, _ = self.backbone.embed(images_BCHW)
         for block in self.backbone.blocks:

@@ -1,7 +1,7 @@
 """Linear classifiers on frozen features, many at once.
 
 All heads on one set of features are one matrix: one product gives the logits of every head, and
-each goes its own way by its own learning rate and weight decay. Features are standardised by the
+each goes its own way by its own learning rate and weight decay. Features are standardized by the
 mean and deviation of the training images, which is what a BatchNorm without affine comes to.
 
 The minimum is that of multinomial logistic regression: mean cross-entropy plus weight_decay / 2 of

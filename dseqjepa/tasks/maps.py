@@ -125,7 +125,7 @@ class Rescale(nn.Module):
 
     Args:
         width: channels, which stay as they are.
-        norm: makes the normalisation between the two convolutions.
+        norm: makes the normalization between the two convolutions.
     """
 
     def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:

@@ -60,7 +60,7 @@ from dseqjepa.train.runtime import Stopped, StopRequest
 from dseqjepa.train.schedules import cosine, linear, stepped
 
 Losses = dict[str, Tensor]
-"""Loss terms by name; their sum is what is minimised."""
+"""Loss terms by name; their sum is what is minimized."""
 
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 """Parameters with more than one dimension that do not decay, as in MAE and BEiT."""
@@ -120,7 +120,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Place:
     """Where and how a training runs. On a CPU only the number of parts of a step changes its
-    result, and that only in what is drawn, or normalised, within a part."""
+    result, and that only in what is drawn, or normalized, within a part."""
 
     folder: Path | None = None
     """Of its checkpoints, metrics.jsonl and log.txt; None: nothing is kept, or said."""

@@ -96,7 +96,7 @@ class Start:
             return f"resume from step {self.resume.step} ({self.resume.path})"
         if self.init_from is not None:
             return f"init_from {self.init_from.path} (weights only, a new run)"
-        return "random initialisation"
+        return "random initialization"
 
 
 def save_checkpoint(

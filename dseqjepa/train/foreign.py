@@ -72,7 +72,7 @@ class ImportConfig(Section):
     image_size: Literal["auto"] | Size = "auto"
     """`auto`: a square, which the number of positions gives."""
     mean: Colours = IMAGENET_MEAN
-    """Of the normalisation that it was trained with, white being 1; and `std`."""
+    """Of the normalization that it was trained with, white being 1; and `std`."""
     std: Deviations = IMAGENET_STD
 
 

@@ -27,7 +27,7 @@ LEARNING = (
         {
             "prediction_loss": "prediction",
             "mean_prediction_loss": "predicting the mean",
-            "loss": "with regulariser",
+            "loss": "with regularizer",
         },
         at_zero=True,
     ),
@@ -81,10 +81,10 @@ HEALTH = (
         at_zero=True,
     ),
     Topic(
-        "Regulariser",
+        "Regularizer",
         "The term against collapse, before its weight.",
         "term",
-        {"regularizer": "regulariser"},
+        {"regularizer": "regularizer"},
     ),
 )
 REGIONS = (

@@ -121,7 +121,7 @@ def trace(
 
     Args:
         method: a trained method in eval mode, as `load_method` gives it.
-        images_BCHW: uint8 or ImageNet-normalised, of a size that the patch size divides.
+        images_BCHW: uint8 or ImageNet-normalized, of a size that the patch size divides.
         keys_B: whatever is random in an image's plan is a function of its key.
         cut: how to cut images for a method without regions of its own (the defaults of `CutConfig`
             if None); not read otherwise.

@@ -218,7 +218,7 @@ def one_rank(attempts: Attempts) -> None:
             assert code == [1], text
             assert took < WAIT_S + 5, f"{took:.1f} s"
             assert said in text.splitlines()[-1], text
-            assert "resume=true goes on from the last checkpoint" in text
+            assert "resume=true continues from the last checkpoint" in text
             open_checkpoint(out)
 
 

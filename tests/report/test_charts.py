@@ -17,7 +17,7 @@ from tests.report.test_words import run_of
 KEYS = {
     "prediction": "prediction_loss",
     "predicting the mean": "mean_prediction_loss",
-    "with regulariser": "loss",
+    "with regularizer": "loss",
     "skill": "skill",
     "kNN probe": "probe_knn",
     "RankMe": "rank_me",
@@ -27,7 +27,7 @@ KEYS = {
     "by image": "variance_image",
     "left over": "variance_rest",
     "size": "region_area",
-    "regulariser": "regularizer",
+    "regularizer": "regularizer",
     "regions": "regions",
     "steps": "steps_per_image",
     "ranked": "ranked_share",

@@ -32,7 +32,7 @@ def test_every_number_of_the_metrics_is_there(made: Runs):
         for number, loss in enumerate(by_step, start=1):
             assert line.get(step_loss(number)) == loss
     assert run.notes == []
-    assert run.start == "random initialisation"
+    assert run.start == "random initialization"
     assert run.total_steps == run.steps[-1]["step"] == 15
     assert [path.name for path in run.checkpoints] == [f"step-{3 * n:08d}" for n in range(6)]
 

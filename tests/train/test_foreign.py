@@ -324,7 +324,7 @@ def test_float_images_that_are_not_normalised_are_refused(tmp_path: Path, scale:
     import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO)
     images_BCHW = torch.rand(2, 3, *SIZE) * scale
     for encoder in (load_encoder(tmp_path / "out"), open_backbone(str(tmp_path / "out"))):
-        with pytest.raises(ValueError, match="float images are taken as normalised, found values"):
+        with pytest.raises(ValueError, match="expected normalized float images, found values"):
             encoder(images_BCHW)
         encoder(images_BCHW / scale * 4 - 2)
         encoder(torch.zeros(1, 3, *SIZE))

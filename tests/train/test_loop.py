@@ -94,7 +94,7 @@ def test_metrics_say_what_was_promised(finished: Path) -> None:
 
 def test_the_log_says_how_it_began_and_how_it_is(finished: Path) -> None:
     lines = (finished / "log.txt").read_text().splitlines()
-    assert lines[0] == "start: random initialisation"
+    assert lines[0] == "start: random initialization"
     assert "dseq on memory: 40 images, vit_nano/8 at 32 x 32 px" in lines[1]
     assert "4 epochs of 5 steps, global batch 8" in lines[2]
     assert "effective learning rate 0.001" in lines[2]

@@ -332,7 +332,7 @@ def test_auto_starts_and_starts_again_and_resumes(
     assert all(value.equal(before[key]) for key, value in tensors(out).items())
     starts = [json.loads(line)["start"] for line in (out / "run.jsonl").read_text().splitlines()]
     assert [start.partition(" (")[0] for start in starts] == [
-        "random initialisation", "resume step 5", "resume step 11", "resume step 20"
+        "random initialization", "resume step 5", "resume step 11", "resume step 20"
     ]  # fmt: skip
 
 

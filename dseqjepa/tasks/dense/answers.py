@@ -84,7 +84,7 @@ def voting(
 def regression(
     patches: Patches, target_MPC: Targets, config: DenseConfig
 ) -> tuple[Answer, dict[str, Any]]:
-    """Log depth by ridge regression on standardised features, and how feature and ridge were
+    """Log depth by ridge regression on standardized features, and how feature and ridge were
     chosen: by the mean squared error on the hold-out's patches."""
     rows, target_RC, (fit_R, held_R) = _known(patches, target_MPC, config)
     grid: list[dict[str, Any]] = []

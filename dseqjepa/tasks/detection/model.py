@@ -1,7 +1,7 @@
 """torchvision's Mask R-CNN on a plain ViT.
 
 Maps of four blocks in four sizes go through a feature pyramid (Lin et al., 2017); the blocks
-between attend in windows, as in ViTDet (Li et al., 2022). Images are normalised by the backbone,
+between attend in windows, as in ViTDet (Li et al., 2022). Images are normalized by the backbone,
 and by nothing else.
 
 Suffixes: B images, C colours, D channels, H and W pixels, K objects.
@@ -29,7 +29,7 @@ ANCHOR = 8
 
 
 class Pyramid(nn.Module):
-    """Normalised images to the five maps that torchvision's detectors read, by their names."""
+    """Normalized images to the five maps that torchvision's detectors read, by their names."""
 
     def __init__(self, backbone: Backbone, width: int, window: int, drop_path: float) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Detector(nn.Module):
             mask_predictor=MaskRCNNPredictor(mask_width, mask_width, classes + 1),
             min_size=longest_side,  # the shorter side can only come that far if both are equal
             max_size=longest_side,
-            # What comes in is normalised: (x - 0) / 1.
+            # What comes in is normalized: (x - 0) / 1.
             image_mean=[0.0] * 3,
             image_std=[1.0] * 3,
             size_divisible=divisor(backbone.patch_size),

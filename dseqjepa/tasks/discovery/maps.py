@@ -110,7 +110,7 @@ def baselines(
     map's success is contrast.
 
     Args:
-        images_BCHW: normalised.
+        images_BCHW: normalized.
         index_B: the images' places in the data.
     """
     rows, columns = grid

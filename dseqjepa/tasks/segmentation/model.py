@@ -114,7 +114,7 @@ class Segmenter(nn.Module):
             initialize(module)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K, H, W) at the size of the images, uint8 or normalised."""
+        """Logits (B, K, H, W) at the size of the images, uint8 or normalized."""
         maps = self.rescale(maps_of(self.backbone, images_BCHW, self.drop_path))
         return resized(self.head(maps), images_BCHW.shape[-2:])
 
@@ -144,7 +144,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """He's initialisation for what a ReLU follows, 0.01 for classifiers; biases zero."""
+    """He's initialization for what a ReLU follows, 0.01 for classifiers; biases zero."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             if part.bias is None:

@@ -15,7 +15,7 @@ MOMENTUM = 0.1
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """In training several ranks normalise by the mean and variance of all their images, as one rank
+    """In training several ranks normalize by the mean and variance of all their images, as one rank
     with all of them would; gradients flow through both. Alone it is torch's."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

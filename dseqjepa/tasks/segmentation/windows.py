@@ -28,8 +28,8 @@ def sliding_logits(
     """Mean over all windows of a pixel's logits (K, H, W), float32.
 
     Args:
-        model: (B, C, window, window) normalised images to (B, K, window, window) logits.
-        image_CHW: a normalised image; where it is smaller than a window it is seen with a border
+        model: (B, C, window, window) normalized images to (B, K, window, window) logits.
+        image_CHW: a normalized image; where it is smaller than a window it is seen with a border
             of zeros to the right and below.
     """
     height, width = image_CHW.shape[-2:]
