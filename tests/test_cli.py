@@ -155,7 +155,7 @@ SETTINGS = {
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
-    "model.width=16384 model.depth=900": "are there: lower model.width, model.depth or model.mlp",
+    "model.width=16384 model.depth=900": "are available: lower model.width, model.depth or model.mlp",
     "predictor.width=16384 predictor.depth=900": "lower predictor.width or predictor.depth",
     "method.regularizer=vicreg method.regularizer_over=pooled method.vicreg.projector_width=1e6": (
         "lower method.vicreg.projector_width"
@@ -164,8 +164,8 @@ SETTINGS = {
     "=2": "expected section.key=value, found '=2'",
     "data.workers=[": "cannot read the value '['",
     "data.workers=!!python/object/apply:os.system ['touch executed']": "cannot read the value",
-    "runtime.accelerator=cuda": "torch finds no such device here; use auto or cpu",
-    "runtime.accelerator=mps": "torch finds no such device here; use auto or cpu",
+    "runtime.accelerator=cuda": "torch finds no such device; use auto or cpu",
+    "runtime.accelerator=mps": "torch finds no such device; use auto or cpu",
     "resume=maybe": "resume must be true or false or auto, or a step, found 'maybe'",
     "resume=[": "resume must be true or false or auto, or a step, found '['",
     "resume=auto overwrite=true": "leave out overwrite",
@@ -177,8 +177,8 @@ SETTINGS = {
     "init_from=nothing": "nothing does not exist: expected a run's folder",
     "init_from=pictures": "pictures holds no checkpoint",
     "init_from=damaged": "target.safetensors is damaged",
-    "init_from=run model.width=16": "run/config.yaml as the preset has its settings",
-    "init_from=run data.image_size=48": "another encoder: data.image_size (32, 32) there, (48, 48)",
+    "init_from=run model.width=16": "run/config.yaml as the preset, which has its settings",
+    "init_from=run data.image_size=48": "a different encoder: data.image_size (32, 32) there, (48, 48)",
 }
 
 

@@ -128,7 +128,7 @@ def test_it_looks_through_the_weights_that_a_run_would_start_from(
     text, _ = run(config, init_from=tmp_path / "run")
     assert "untrained" not in text
     other = tiny_config("dseq_vitt8_64", *settings(folder, "model.depth=1"))
-    with pytest.raises(InputError, match=r"is another encoder: model\.depth 2 there, 1 here"):
+    with pytest.raises(InputError, match=r"is a different encoder: model\.depth 2 there, 1 here"):
         preflight(other, init_from=tmp_path / "run")
 
 

@@ -109,7 +109,7 @@ def test_a_strangers_run_shows_no_pictures_of_the_folder_that_it_names(runs: Run
     redirect(runs[1], str(tmp_path / "private"))
     lens = build_lens(read(runs[1]), 2, DEFAULT)
     assert lens.content is None
-    assert "holds other images than the run saw" in lens.notes[0]
+    assert "contains other images than the run saw" in lens.notes[0]
 
 
 def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):

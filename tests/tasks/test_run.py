@@ -67,8 +67,8 @@ def test_without_data_a_run_is_tested_on_its_own_wherever_one_stands(
     assert evaluate("knn", "../runs/0") == 2  # its namesake here has other files
     said = capsys.readouterr().err
     assert "no such folder" in said
-    assert "pictures holds other images than the run saw" in said
-    assert "name them by data=PATH" in said
+    assert "pictures contains other images than the run saw" in said
+    assert "give their path as data=PATH" in said
     shutil.rmtree(other / "pictures")
     shutil.copytree(here / "gone", other / "pictures")
     assert evaluate("knn", "../runs/0") == 0  # moved along with the working directory

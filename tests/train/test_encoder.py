@@ -125,7 +125,7 @@ def test_images_of_every_kind_are_prepared_alike(encoder: TrainedEncoder) -> Non
     for wrong in (array / 255, array[..., :2], torch.zeros(3, 4, 4)):
         with pytest.raises(ValueError, match="expected a picture of Pillow, bytes"):
             encoder.preprocess([wrong])
-    with pytest.raises(ValueError, match="expected an image, found none"):
+    with pytest.raises(ValueError, match="expected at least one image, found none"):
         encoder.preprocess([])
 
 

@@ -346,6 +346,9 @@ def test_a_closed_pipe_ends_no_run(tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     assert ends([start(train_into_a_closed_pipe, out, log=log)], 240) == [0], log.read_text()
     lines = (out / "log.txt").read_text().splitlines()
-    assert lines[0] == "the console is gone (Broken pipe): what follows stands here alone"
+    assert (
+        lines[0]
+        == "the console is closed (Broken pipe): from here on, the log is only in this file"
+    )
     assert lines[-1].startswith("done: 5 steps")
     assert open_checkpoint(out).step == 5

@@ -99,7 +99,7 @@ def test_a_line_cut_short_is_left_out_and_other_damage_is_named(tmp_path: Path) 
     path.write_text("\n".join(lines) + '\n{"step": 3, "lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     path.write_text("{broken\n" + lines[0] + "\n")
-    with pytest.raises(InputError, match="line 1 is no JSON"):
+    with pytest.raises(InputError, match="line 1 is not JSON"):
         read_metrics(tmp_path)
     path.write_text("[1]\n" + lines[0] + "\n")
     with pytest.raises(InputError, match="line 1 has no step"):
