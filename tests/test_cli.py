@@ -155,7 +155,7 @@ SETTINGS = {
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
-    "model.width=16384 model.depth=900": "are available: lower model.width, model.depth or model.mlp",
+    "model.width=16384 model.depth=900": "available: lower model.width, model.depth or model.mlp",
     "predictor.width=16384 predictor.depth=900": "lower predictor.width or predictor.depth",
     "method.regularizer=vicreg method.regularizer_over=pooled method.vicreg.projector_width=1e6": (
         "lower method.vicreg.projector_width"
@@ -178,7 +178,7 @@ SETTINGS = {
     "init_from=pictures": "pictures holds no checkpoint",
     "init_from=damaged": "target.safetensors is damaged",
     "init_from=run model.width=16": "run/config.yaml as the preset, which has its settings",
-    "init_from=run data.image_size=48": "a different encoder: data.image_size (32, 32) there, (48, 48)",
+    "init_from=run data.image_size=48": "different encoder: data.image_size (32, 32) there, (48, ",
 }
 
 
@@ -192,8 +192,8 @@ def test_a_wrong_setting_is_refused(refuse: Refuse, settings: str) -> None:
 DATA = {
     "picture": "no such folder: picture; did you mean 'pictures'?",
     "file": "expected a folder, found a file: file",
-    "empty": "no images found below empty: saw 0 files",
-    "texts": "no images found below texts: saw 1 files",
+    "empty": "no images found in empty: saw 0 files",
+    "texts": "no images found in texts: saw 1 files",
     "broken": "broken: none of 12 images tried can be decoded (broken/0.png: not a known image",
     "": "data= is empty: expected a folder, scenes, or name:path",
     "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",

@@ -235,7 +235,7 @@ def test_deep_images_pages_and_what_is_left_out_are_worth_a_warning(tmp_path: Pa
     assert str(folder) in text
     warnings = "\n".join(map(str, found["warnings"]))  # type: ignore[call-overload]
     assert "1 of 11 files in" in warnings
-    assert "not images of a format that is read: 1 .heic" in warnings
+    assert "not images in a supported format: 1 .heic" in warnings
     assert "9 of 10 images tried have 16 bits" in warnings
     assert "of grey ones 0 becomes black and 4095 white" in warnings
     assert "1 of 10 files tried hold several images" in warnings

@@ -218,7 +218,8 @@ def test_a_console_that_is_gone_is_given_up_and_the_log_goes_on(
         monkeypatch.undo()
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert lines == [
-        f"the console is closed ({error.strerror}): from here on, the log is only in this file", "one", "two"
+        f"the console is closed ({error.strerror}): from here on, the log is only in this file",
+        "one", "two",
     ]  # fmt: skip
     assert steps_in(tmp_path) == [1]
 

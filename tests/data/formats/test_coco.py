@@ -244,11 +244,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a path that climbs": (
         lambda content: content["images"][2].update(file_name="../../etc/hosts"),
-        "names ../../etc/hosts, which lies outside of .*train2017",
+        "names ../../etc/hosts, which is outside .*train2017",
     ),
     "a path from the root": (
         lambda content: content["images"][2].update(file_name="/etc/hosts"),
-        "names /etc/hosts, which lies outside of .*train2017",
+        "names /etc/hosts, which is outside .*train2017",
     ),
     "no outline": (first(segmentation=[]), "annotation 9000 is damaged .no segmentation"),
     "half a point": (first(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "9000 is .*no list of points"),

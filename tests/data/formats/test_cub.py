@@ -55,7 +55,7 @@ DAMAGE = {
     "no label": (LABELS, "7 7\n", "", r"images.txt line 7: image 7 is not in .*class"),
     "no split": (SPLIT, "7 1\n", "", r"images.txt line 7: image 7 is not in .*split"),
     "a split of three": (SPLIT, "7 1\n", "7 2\n", r"split.txt line 7: expected 1 .*2"),
-    "an image twice": (IMAGES, "\n7 007", "\n6 007", r"images.txt line 7: 6 is there twice, see"),
+    "an image twice": (IMAGES, "\n7 007", "\n6 007", r"images.txt line 7: duplicate 6, see"),
     "words": (IMAGES, "\n7 007", "\nseven 007", r"images.txt line 7: expected a number.*'seven'"),
     "half a line": (IMAGES, "\n7 007.Ring/Ring_0007.jpg", "\n7", r"line 7: expected 'ID PATH'"),
 }
