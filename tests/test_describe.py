@@ -38,7 +38,7 @@ def test_a_section_shows_type_range_default_and_meaning() -> None:
     assert "  min_area  number >= 0.0 and <= 1.0, default 0.15\n      Minimum share" in text
     assert "seed" not in text
     knn = "\n".join(describe_settings("knn"))
-    assert "  k  whole number >= 1 and <= 1000000000, default 20\n      Neighbours" in knn
+    assert "  k  whole number >= 1 and <= 1000000000, default 20\n      Number of neigh" in knn
     assert "  ks  [whole number >= 1 and <= 1000000000, ...], default [5, 10," in knn
 
 

@@ -1,13 +1,13 @@
-"""The loop of every evaluation that trains, the whole backbone or a head on it.
+"""The training loop of all evaluations that train, whether a whole backbone or a head.
 
-A step's batch is computed in parts: each of several ranks has its own, or several one after the
-other (`accumulate`). Two ranks with a part each do what one does with two, but for what a model
-computes over all ranks, such as batch norm.
+A step's batch is computed in parts: each rank has its own, or several in sequence
+(`accumulate`). Two ranks with one part each compute what one rank does with two, except for
+operations across ranks, such as batch norm.
 
-Everything random is a function of where it happens: a sample's augmentation of (seed, epoch,
-index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step, part). So
-a checkpoint holds weights, the optimizer's state and the step, and a run that was stopped goes on
-as if it had not been, bit for bit on a CPU.
+All randomness is keyed: a sample's augmentation by (seed, epoch, index), draws inside the model
+(drop path, dropout, proposals) by (seed, step, part). A checkpoint therefore contains weights,
+optimizer state and the step, and a resumed training equals an uninterrupted one, bit for bit on a
+CPU.
 """
 
 from __future__ import annotations
@@ -400,7 +400,7 @@ class _Fitting:
             f"training: {self.recipe.steps} steps of {self.recipe.batch_size} images of "
             f"{len(self.parts)} on {self.ranks.world} x {place.device.type}"
             f"{f' in {number} parts' if number > 1 else ''}, "
-            + (f"from step {self.step}" if self.step else "from the start")
+            + (f"from step {self.step}" if self.step else "from the beginning")
         )
 
     def run(self) -> None:
@@ -433,7 +433,7 @@ class _Fitting:
                         self._save()
                     journal.advance(self.step)
                     if stopping:
-                        journal.say(f"stopped at step {self.step}; resume=true goes on")
+                        journal.say(f"stopped at step {self.step}; resume=true continues")
                         raise Stopped
         finally:
             journal.close()
@@ -486,7 +486,7 @@ class _Fitting:
         if batch is None:
             name, reason = next(iter(unread.items()))
             raise RunError(
-                f"at step {self.step} {SUBSTITUTES + 1} images one after the other cannot be "
+                f"at step {self.step} {SUBSTITUTES + 1} consecutive images cannot be "
                 f"decoded, such as {name}: {reason}"
             )
         return batch
@@ -517,18 +517,18 @@ class _Fitting:
         self.ranks.wait()
 
     def _report(self, terms: Losses, norm: Tensor | None, clock: _Pace) -> None:
-        """One line for people and one for programs. `RunError` where the loss is not finite, before
+        """One line for people and one for programs. `RunError` if the loss is non-finite, before
         such weights are written."""
         step, steps = self.step, self.recipe.steps
         values = {name: float(self.ranks.total(value)) for name, value in terms.items()}
         loss = sum(values.values())
         if not math.isfinite(loss):
-            raise RunError(f"the loss is not finite at step {step}: lower lr")
+            raise RunError(f"the loss is non-finite at step {step}: lower lr")
         lr = self.recipe.lr_at(step - 1)
         norms = {} if norm is None else {"gradient_norm": float(norm)}
         self.journal.metrics({"step": step, "loss": loss, "lr": lr, **values, **norms})
         left = duration(clock.left(step, steps))
-        self.journal.say(f"step {step}/{steps}  loss {loss:.4f}  lr {lr:.2g}  left {left}")
+        self.journal.say(f"step {step}/{steps}  loss {loss:.4f}  lr {lr:.2g}  {left} left")
 
 
 def frozen_backbones(model: nn.Module) -> dict[str, Backbone]:
