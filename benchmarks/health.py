@@ -39,6 +39,7 @@ from dseqjepa.train.pretrain import open_training_source, pretrain
 
 SIZE = (
     "data.workers=0",
+    "runtime.precision=fp32",
     "data.batch_size=64",
     "model.name=vit_nano",
     "model.width=64",

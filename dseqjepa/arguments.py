@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dseqjepa.errors import InputError
+
+
+def as_options(command: Any, words: list[str]) -> list[str]:
+    """The words of a command line, `name=value` written as `--name value` wherever the command
+    that they name has such an option: both spellings are one.
+
+    `command` is the whole program as `typer.main.get_command` gives it.
+    """
+    done: list[str] = []
+    rest = list(words)
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command = command.commands[rest[0]]
+        done.append(rest.pop(0))
+    valued = {
+        option.removeprefix("--").replace("-", "_"): option
+        for parameter in command.params
+        if parameter.param_type_name == "option" and not parameter.is_flag
+        for option in parameter.opts
+    }
+    for word in rest:
+        key, equals, value = word.partition("=")
+        done += [valued[key], value] if equals and key in valued else [word]
+    return done
 
 
 def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

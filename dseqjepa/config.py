@@ -243,9 +243,15 @@ class BlocksConfig(Section):
     context_area: Range = (0.85, 1.0)
     """Smallest and largest share of the grid that the context block covers, before targets are
     removed."""
+    truncate: Literal["none", "batch"] = "none"
+    """`batch`: as in facebookresearch's code, all images of a batch (per device and micro-batch)
+    share the sizes of their blocks, and every context is cut to the batch's shortest. Faster per
+    image, because less of each image is seen; what is seen then depends on the batch."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.truncate == "batch" and self.kind == "scattered":
+            raise ValueError("truncate=batch needs kind=blocks: scattered contexts have one length")
         for key in ("target_area", "target_aspect", "context_area"):
             low, high = getattr(self, key)
             if not (0 < low <= high and (key == "target_aspect" or high <= 1)):
@@ -491,8 +497,9 @@ class RuntimeConfig(Section):
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random: initialization, order of samples, crops, masks."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the forward and backward pass; weights stay in float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "bf16"
+    """Precision of the forward and backward pass; weights stay in float32. `auto`: bf16 if the
+    device supports it in hardware, else fp32; the run's config.yaml records the choice."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Type of device; `auto`: a GPU if there is one."""
     attention: Literal["auto", "matmul", "sdpa", "varlen"] = "auto"

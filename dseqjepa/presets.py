@@ -159,6 +159,7 @@ def vitt_demo() -> Config:
         predictor={"width": 64, "depth": 2, "heads": 2},
         optim={"epochs": 4, "warmup_epochs": 0.4},
         checkpoint={"every_steps": 78, "keep": 10},
+        runtime={"precision": "auto"},
         probe={"every_epochs": 0},
     )
 

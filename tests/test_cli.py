@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
-from dseqjepa.cli import TASK_HELP, main
+from dseqjepa.arguments import as_options
+from dseqjepa.cli import TASK_HELP, app, main
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS, KnnConfig
 from dseqjepa.train.loop import Stopped, Trainer
@@ -313,6 +316,7 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "report run --out file/a.html": "file is a file",
         "report run --out a.html --images 0": "images must be at least 1, found 0",
         "demo --out file": "--out file is a file: give a folder",
+        "demo out=file": "--out file is a file: give a folder",
         "demo --out full": "--out full holds 'mine.txt', which is not of a demo",
         "demo data.size=0": "data.size must be greater than or equal to 1, found 0",
     }.items(),
@@ -423,7 +427,8 @@ def test_the_help_names_every_task() -> None:
 def test_questions_are_answered_without_torch(here: Path) -> None:
     script = """
 import sys
-from dseqjepa.cli import TASK_HELP, main
+from dseqjepa.arguments import as_options
+from dseqjepa.cli import TASK_HELP, app, main
 for typed in ([], ["--help"], ["pretrain", "--help"], ["presets"], ["presets", "vitb16_in1k"],
               ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
               ["evaluate", "knn", "run", "--print-config"],
@@ -453,3 +458,19 @@ def test_the_process_has_the_exit_code_and_shows_no_traceback(here: Path) -> Non
         assert len(done.stderr.splitlines()) == (code != 0)
         assert "Traceback" not in done.stderr
     assert not (here / "new").exists()
+
+
+def test_every_option_is_understood_without_its_dashes() -> None:
+    program: Any = typer.main.get_command(app)
+    seen = 0
+    groups: list[tuple[list[str], Any]] = [([], program)]
+    while groups:
+        names, command = groups.pop()
+        groups += [([*names, name], c) for name, c in getattr(command, "commands", {}).items()]
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.is_flag:
+                option, seen = parameter.opts[0], seen + 1
+                words = [*names, "first", f"{option[2:].replace('-', '_')}=a=b", "section.out=1"]
+                expected = [*names, "first", option, "a=b", "section.out=1"]
+                assert as_options(program, words) == expected
+    assert seen > 10

@@ -144,6 +144,7 @@ class Method(nn.Module):
             target_area=self.blocks.target_area,
             target_aspect=self.blocks.target_aspect,
             context_area=self.blocks.context_area,
+            truncate=self.blocks.truncate == "batch",
         )
 
     def look(self, images_BCHW: Images) -> Look:

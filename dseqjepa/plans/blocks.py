@@ -1,7 +1,7 @@
 """Random rectangles on the patch grid: I-JEPA's context and target blocks (arXiv 2301.08243).
 
 Every rectangle is a pure function of its image's key: an image's blocks do not depend on its batch,
-and no block is truncated to the size of another image's.
+and no block is truncated to the size of another image's, unless `truncate` is set.
 
 Suffixes: B images, M rectangles of an image, N patches of a grid (row-major), H rows, W columns.
 """
@@ -42,6 +42,7 @@ def sample_blocks(
     target_area: Range = (0.15, 0.2),
     target_aspect: Range = (0.75, 1.5),
     context_area: Range = (0.85, 1.0),
+    truncate: bool = False,
 ) -> Blocks:
     """Draw `targets` target blocks and one square context block, minus all targets, per image.
 
@@ -52,6 +53,9 @@ def sample_blocks(
         target_area: lowest and highest fraction of the grid that a target block covers.
         target_aspect: lowest and highest height / width of a target block.
         context_area: lowest and highest fraction of the grid that the context block covers.
+        truncate: use one context size and one target size for the whole batch, drawn by its first
+            image's key, and cut every context to the batch's shortest non-empty one, keeping its
+            first patches in row-major order (as facebookresearch's I-JEPA does).
 
     Sizes and positions are those of `sample_rectangles`.
 
@@ -60,9 +64,17 @@ def sample_blocks(
     """
     # The context is drawn first, so that it does not depend on the number of targets.
     uniform_BMD = _draws(keys_B, Stream.BLOCKS, 1 + targets)
+    if truncate:  # the first two numbers are a rectangle's size
+        uniform_BMD[:, :1, :2] = uniform_BMD[:1, :1, :2].clone()
+        uniform_BMD[:, 1:, :2] = uniform_BMD[:1, 1:2, :2].clone()
     context_B1N = _rectangles(uniform_BMD[:, :1], grid, context_area, SQUARE)
     target_BMN = _rectangles(uniform_BMD[:, 1:], grid, target_area, target_aspect)
-    return Blocks(context_B1N[:, 0] & ~target_BMN.any(dim=1), target_BMN)
+    context_BN = context_B1N[:, 0] & ~target_BMN.any(dim=1)
+    if truncate:
+        place_BN = context_BN.cumsum(dim=1)
+        length_B = place_BN[:, -1]
+        context_BN &= place_BN <= length_B.where(length_B > 0, grid[0] * grid[1]).amin()
+    return Blocks(context_BN, target_BMN)
 
 
 def scatter_patches(

@@ -53,6 +53,7 @@ from dseqjepa.train.runtime import (
     Stopped,
     StopRequest,
     connect,
+    on_this_machine,
     own_parts,
     whole_module,
     whole_tensors,
@@ -109,6 +110,7 @@ class Trainer:
         stop_after: int | None = None,
         picture: Picture | None = None,
     ) -> None:
+        config = on_this_machine(config)
         self.config, self.source, self.out, self.probe = config, source, out, probe
         self.picture = picture
         self.stop_after = stop_after

@@ -31,7 +31,7 @@ from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loggers import check_loggers
 from dseqjepa.train.loop import Picture, Probe, Trainer
 from dseqjepa.train.rehearsal import state_bytes, time_epochs
-from dseqjepa.train.runtime import Runtime, Stopped, connect, place
+from dseqjepa.train.runtime import Runtime, Stopped, connect, on_this_machine, place
 from dseqjepa.train.trained_on import source_of
 
 FREE_ON_RESUME = (
@@ -89,6 +89,7 @@ def pretrain(
         RunError: while it runs.
         Stopped: by SIGTERM, with a checkpoint on disk.
     """
+    config = on_this_machine(config)
     runtime = runtime or connect(config)
     ranks, began = runtime.ranks, time.perf_counter()
     is_timed = config.optim.is_timed

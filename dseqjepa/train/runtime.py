@@ -112,6 +112,7 @@ OWN_OF_A_RANK = {"data.source", "data.workers", "data.cache"}
 
 def connect(config: Config) -> Runtime:
     """`join`, for training. `InputError` if the batch is not divisible by the ranks."""
+    config = on_this_machine(config)
     problem, world = "", place().world
     if config.data.batch_size % (config.optim.accumulate * world):
         problem = (
@@ -170,6 +171,20 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
         _init_group(fabric, here, store, timeout)
     fabric.launch()
     return Runtime(fabric, Ranks(runtime.timeout_s, here.on_node == here.world))
+
+
+def on_this_machine(config: Config) -> Config:
+    """The config with `runtime.precision=auto` resolved: bf16 on GPUs that support it, and on CPUs
+    with AVX-512 bf16 or AMX, as used for docs/benchmarks.md."""
+    if config.runtime.precision != "auto":
+        return config
+    if config.runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older versions of torch do not report CPU features; full precision works everywhere.
+        found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        is_fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return config.with_(runtime={"precision": "bf16" if is_fast else "fp32"})
 
 
 def _problem(runtime: RuntimeConfig, here: Launch) -> str:

@@ -83,6 +83,7 @@ CASES = [
     ("ijepa_vitt8_64", "method.regularizer=sigreg", "data.photometric=0.2"),
     ("dseq_vitt8_64", "data.context_window=0.5"),
     ("ijepa_vitt8_64", "method.blocks.kind=scattered"),
+    ("ijepa_vitt8_64", "method.blocks.truncate=batch"),
     ("cjepa_vitt8_64", "method.vicreg.projector_width=8"),
 ]
 
