@@ -110,7 +110,7 @@ def test_what_is_no_run_is_refused(runs: Runs, tmp_path: Path):
         ([], "found none"),
         ([tmp_path / "gone"], "no such run"),
         ([tmp_path / "file"], "found the file"),
-        ([tmp_path / "empty"], "holds no config.yaml"),
+        ([tmp_path / "empty"], "has no config.yaml"),
         ([tmp_path], "did you mean"),
         ([runs[0], runs[0]], "given twice"),
     ):
