@@ -126,7 +126,7 @@ class Store:
                 raise ValueError("its SHA-256 differs")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{path} is damaged ({error}): remove it, and the chunk will be made anew"
+                f"{path} is damaged ({error}): delete it to recompute the chunk"
             ) from None
         return done
 

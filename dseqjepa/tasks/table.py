@@ -60,7 +60,7 @@ class ResultTable:
         table = "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in body)
         many = any(len(c.files) > 1 for cells in self.lines.values() for c in cells.values())
         how = "95 % interval in brackets: over test images or draws of one run"
-        how += ", by Student's t over the n runs where there are several.\n" if many else ".\n"
+        how += ", by Student's t over the n runs if there are several.\n" if many else ".\n"
         return table + "\n" + how + "".join(f"- {_escaped(note)}\n" for note in self.notes)
 
     def _texts(self, cells: Mapping[int, Cell]) -> list[str]:

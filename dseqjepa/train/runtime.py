@@ -207,7 +207,7 @@ def _problem(runtime: RuntimeConfig, here: Launch) -> str:
     if runtime.devices not in (1, here.on_node):
         return (
             f"runtime.devices={runtime.devices}, but {here.on_node} processes were started on this "
-            "node: leave it out, or start as many (the command does so by itself, torchrun with "
+            "node: leave it out, or start as many (the command does so on its own, torchrun with "
             "--nproc-per-node)"
         )
     return ""

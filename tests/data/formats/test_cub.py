@@ -39,7 +39,7 @@ DAMAGE = {
         "99 7\n",
         r"labels.txt line 7: image 99 is not in .*images",
     ),
-    "a label twice": (LABELS, "7 7\n", "6 7\n", r"line 7: image 6 is there twice"),
+    "a label twice": (LABELS, "7 7\n", "6 7\n", r"line 7: duplicate image 6"),
     "a class that is not there": (
         LABELS,
         "7 7\n",
