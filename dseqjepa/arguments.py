@@ -1,4 +1,4 @@
-"""The words of a command line: a command's own settings, and those that belong to a config."""
+"""Parsing of `key=value` arguments: a command's own settings, and those of a config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def as_options(command: Any, words: list[str]) -> list[str]:
 
 
 def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """A command's own `key=value` settings, and those that belong to the config."""
+    """Split arguments into a command's own `key=value` settings and those of the config."""
     mine: dict[str, str] = {}
     others = []
     for setting in settings:
@@ -52,7 +52,7 @@ def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str,
 
 
 def resume_of(run: dict[str, str]) -> bool | int | Literal["auto"]:
-    """Whether to resume, or from which step; "auto": where there is something to resume."""
+    """Whether to resume, or from which step; "auto": if there is something to resume."""
     value = run.get("resume", "")
     if value.lower() == "auto":
         return "auto"
@@ -60,7 +60,7 @@ def resume_of(run: dict[str, str]) -> bool | int | Literal["auto"]:
 
 
 def row_and_column(text: str) -> tuple[int, int]:
-    """`3,4`, both from 0."""
+    """Row and column from `3,4`, both counted from 0."""
     row, comma, column = text.partition(",")
     if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
         raise InputError(f"expected --patch ROW,COL, such as 3,4, found {text!r}")
@@ -68,8 +68,7 @@ def row_and_column(text: str) -> tuple[int, int]:
 
 
 def flag(run: dict[str, str], key: str, beside: str = "") -> bool:
-    """A command's own setting that is true or false; false if it is not given. `beside` says what
-    else it may be."""
+    """A command's own boolean setting, false by default. `beside` names other values it accepts."""
     value = run.get(key, "false").lower()
     if value not in ("true", "false"):
         raise InputError(f"{key} must be true or false{beside}, found {run[key]!r}")

@@ -145,7 +145,7 @@ SETTINGS = {
     "method.saliency.kind\nx=1": "unknown key 'method.saliency.kind\\nx'",
     "optim.accumulate=3": "must be a multiple of optim.accumulate",
     "data.image_size=36": "must be a multiple of model.patch_size (8)",
-    "data.image_size=8": "holds a single patch",
+    "data.image_size=8": "is a single patch",
     "data.batch_size=64": "pictures has 12 images, fewer than data.batch_size=64: lower it to 12",
     "data.workers": "expected key=value, found 'data.workers'",
     "pictures": "expected key=value, found 'pictures'; did you mean data=pictures?",
@@ -158,7 +158,7 @@ SETTINGS = {
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
-    "model.width=16384 model.depth=900": "are there: lower model.width, model.depth or model.mlp",
+    "model.width=16384 model.depth=900": "available: lower model.width, model.depth or model.mlp",
     "predictor.width=16384 predictor.depth=900": "lower predictor.width or predictor.depth",
     "method.regularizer=vicreg method.regularizer_over=pooled method.vicreg.projector_width=1e6": (
         "lower method.vicreg.projector_width"
@@ -167,8 +167,8 @@ SETTINGS = {
     "=2": "expected section.key=value, found '=2'",
     "data.workers=[": "cannot read the value '['",
     "data.workers=!!python/object/apply:os.system ['touch executed']": "cannot read the value",
-    "runtime.accelerator=cuda": "torch finds no such device here; use auto or cpu",
-    "runtime.accelerator=mps": "torch finds no such device here; use auto or cpu",
+    "runtime.accelerator=cuda": "torch finds no such device; use auto or cpu",
+    "runtime.accelerator=mps": "torch finds no such device; use auto or cpu",
     "resume=maybe": "resume must be true or false or auto, or a step, found 'maybe'",
     "resume=[": "resume must be true or false or auto, or a step, found '['",
     "resume=auto overwrite=true": "leave out overwrite",
@@ -180,8 +180,8 @@ SETTINGS = {
     "init_from=nothing": "nothing does not exist: expected a run's folder",
     "init_from=pictures": "pictures holds no checkpoint",
     "init_from=damaged": "target.safetensors is damaged",
-    "init_from=run model.width=16": "run/config.yaml as the preset has its settings",
-    "init_from=run data.image_size=48": "another encoder: data.image_size (32, 32) there, (48, 48)",
+    "init_from=run model.width=16": "run/config.yaml as the preset, which has its settings",
+    "init_from=run data.image_size=48": "different encoder: data.image_size (32, 32) there, (48, ",
 }
 
 
@@ -195,8 +195,8 @@ def test_a_wrong_setting_is_refused(refuse: Refuse, settings: str) -> None:
 DATA = {
     "picture": "no such folder: picture; did you mean 'pictures'?",
     "file": "expected a folder, found a file: file",
-    "empty": "no images found below empty: saw 0 files",
-    "texts": "no images found below texts: saw 1 files",
+    "empty": "no images found in empty: saw 0 files",
+    "texts": "no images found in texts: saw 1 files",
     "broken": "broken: none of 12 images tried can be decoded (broken/0.png: not a known image",
     "": "data= is empty: expected a folder, scenes, scenes:fine or name:path",
     "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",
@@ -312,7 +312,7 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "report": "Missing argument 'RUN...'",
         "report run": "Missing option '--out'",
         "report nothing --out a.html": "no such run: nothing",
-        "report run --out empty": "--out empty is a folder: name a file, such as empty/report.html",
+        "report run --out empty": "--out empty is a folder: give a file, such as empty/report.html",
         "report run --out file/a.html": "file is a file",
         "report run --out a.html --images 0": "images must be at least 1, found 0",
         "demo --out file": "--out file is a file: give a folder",

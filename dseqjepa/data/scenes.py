@@ -1,8 +1,8 @@
-"""The embedded data set: rendered scenes of several objects, with everything about them known.
+"""The built-in data set: rendered scenes of several objects, with full ground truth.
 
-Scene `index` of a seed is a pure function of the two, the same at every size. Its labels are about
-the main object: the nearest one and the largest in the picture. Colours, materials, poses, light,
-ground, sky and camera vary at random, so that the pixels alone say little about the shape.
+Scene `index` of a seed is a pure function of the two, the same at every size. Its labels describe
+the main object: the nearest one, and the largest in the image. Colours, materials, poses, light,
+ground, sky and camera vary at random, so that pixels alone say little about the shape.
 
 In the variant `scenes:fine` every object is a figure, a small head on a torso. The class is the
 shape of the main figure's head. Two heads share each torso: a head determines its torso, and a
@@ -48,7 +48,7 @@ from dseqjepa.data.source import Objects
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
-GENERATOR_VERSION = 1  # to be raised whenever the same (seed, index) gives another picture
+GENERATOR_VERSION = 1  # to be incremented whenever the same (seed, index) gives a different image
 
 SHAPES = SHAPE_NAMES
 COUNTS = tuple(str(count + 1) for count in range(MAX_COUNT))
@@ -57,10 +57,10 @@ DISTANCE_RANGES = tuple(
     f"{low} to {high}" for low, high in pairwise((DISTANCES[0], *DISTANCE_EDGES, DISTANCES[1]))
 )
 CATEGORIES = ("ground", *SHAPES)
-"""The classes of pixels, 1, 2, ...; the sky is none of them."""
+"""The pixel classes 1, 2, ...; the sky has none."""
 FARTHEST = 20.0
-"""Depth, in scene units, beyond which no pixel is judged: 17 % of those that are not sky,
-where the ground runs from there to thousands of units."""
+"""Depth, in scene units, beyond which pixels are not scored: 17 % of non-sky pixels, where the
+ground extends to thousands of units."""
 SPLITS = ("train", "val")
 FINE = "scenes:fine"
 SPECS = ("scenes", FINE)
@@ -162,9 +162,9 @@ def split_seed(seed: int, split: str) -> int:
 class Scenes:
     """`count` scenes as a `Source`. The splits of a seed are streams of different scenes.
 
-    Images are rendered when asked for, once, into one array; `prepare` fills it ahead, best before
-    loader workers start. The class and the depth of every pixel are known. Tasks: class (shape),
-    colour, material and distance (of the main object), count (of all objects, the label 0 for one).
+    Images are rendered once, on demand, into one array; `prepare` fills it ahead, best before
+    loader workers start. The class and depth of every pixel are known. Tasks: class (shape),
+    colour, material and distance of the main object, and count of all objects (label 0 means one).
     """
 
     categories = CATEGORIES
@@ -208,7 +208,7 @@ class Scenes:
         return len(self._done_B)
 
     def image(self, index: int) -> Tensor:
-        """The image as uint8 [3, size, size]; a view of the cache, not to be written to."""
+        """The image as uint8 [3, size, size]; a view of the cache, not to be modified."""
         index = range(len(self))[index]
         if not self._done_B[index]:
             self._images_B3HW[index] = _render_images(self._seed, self.size, self._fine, [index])[0]
