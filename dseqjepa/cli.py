@@ -458,20 +458,37 @@ def pack_shards(
 
 @shards.command("index")
 def index_shards(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of tar files.")],
+    place: Annotated[
+        str, typer.Argument(metavar="FOLDER|URL", help="Where tar files lie, or files of images.")
+    ],
     workers: Annotated[int, typer.Option(help="Tar files read at once.", min=1)] = 1,
 ) -> None:
     """Index tar files that others wrote, once: dseqjepa shards index webdataset/train
 
-    Each is read from beginning to end. What a command that was stopped has read is kept.
+    Each is read from beginning to end. What a command that was stopped has read is kept. A URL is
+    a folder, or PATTERN-{000..146}.tar where its server lists none.
     """
     from dseqjepa.data.shards.index import write_index
 
-    index = write_index(folder.expanduser(), workers=workers, tell=print)
+    index = write_index(place, workers=workers, tell=print)
     print(
         f"{len(index.records_N)} images in {len(index.shards)} tar files, "
-        f"{len(index.classes) or 'no'} classes; data=shards:{folder} reads them"
+        f"{len(index.classes) or 'no'} classes; data=shards:{place} reads them"
     )
+
+
+@shards.command("push")
+def push_shards(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tar files with their index.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Such as s3://bucket/name.")],
+) -> None:
+    """Copy shards to where machines can fetch them: dseqjepa shards push my_shards s3://mine/all
+
+    Tar files that lie there already, by name and size, are not copied again; the index comes last.
+    """
+    from dseqjepa.data.shards.push import push
+
+    print(f"copied: {push(folder.expanduser(), url, tell=print)} files; data=shards:{url}")
 
 
 @scenes.command("export")

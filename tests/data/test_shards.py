@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -152,17 +154,17 @@ def test_indexing_that_was_stopped_reads_the_rest(tmp_path: Path, monkeypatch: p
         shard(tmp_path / f"{number}.tar", {"0.jpg": jpeg(number)})
     read: list[str] = []
 
-    def stopping(path: Path, most: int):
+    def stopping(most: int, file: BinaryIO, name: str):
         if len(read) == most:
             raise KeyboardInterrupt
-        read.append(path.name)
-        return read_shard(path)
+        read.append(name)
+        return read_shard(file, name)
 
-    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", lambda path: stopping(path, 2))
+    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", partial(stopping, 2))
     with pytest.raises(KeyboardInterrupt):
         write_index(tmp_path)
     assert not (tmp_path / LIST).exists()
-    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", lambda path: stopping(path, 9))
+    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", partial(stopping, 9))
     write_index(tmp_path)
     assert read == ["0.tar", "1.tar", "2.tar"]
     assert not (tmp_path / PARTS).exists()
