@@ -144,15 +144,27 @@ def preflight(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all that is found there.")
     ] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="A device that is not here: a100, h100, h200, l40s.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="--on: how many of them.", min=1)] = 1,
     print_config: PrintConfig = False,
 ) -> None:
-    """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures"""
+    """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures
+
+    --on h100 --devices 64 works out what it would cost there, on ImageNet-1k, without data.
+    """
     from dseqjepa.presets import load_config
 
     run, overrides = split_settings(settings or [], ("init_from",))
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
+        return
+    if on is not None:
+        from dseqjepa.forecast import preflight_on
+
+        preflight_on(config, on, devices, report=json_file)
         return
     from dseqjepa.preflight import preflight as look
 
@@ -466,10 +478,16 @@ def index_shards(
     """Index tar files that others wrote, once: dseqjepa shards index webdataset/train
 
     Each is read from beginning to end. What a command that was stopped has read is kept. A URL is
-    a folder, or PATTERN-{000..146}.tar where its server lists none.
+    a folder, or PATTERN-{000..146}.tar where its server lists none. A folder of image files gets a
+    list of them, with which a start looks at no file.
     """
+    from dseqjepa.data.images import list_images
     from dseqjepa.data.shards.index import write_index
 
+    folder = Path(place).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar*")):
+        print(f"{list_images(folder)} images listed; data={place} looks at none of them to start")
+        return
     index = write_index(place, workers=workers, tell=print)
     print(
         f"{len(index.records_N)} images in {len(index.shards)} tar files, "

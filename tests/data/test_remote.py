@@ -232,9 +232,11 @@ def test_the_extra_that_a_scheme_needs_is_named(
 ):
     import fsspec
 
+    assert fsspec
+    known = sys.modules["fsspec.registry"]._registry
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(fsspec.registry.target, scheme, raising=False)
+    monkeypatch.delitem(known, scheme, raising=False)
     with pytest.raises(InputError, match=rf"{scheme}:// needs .* 'dseqjepa\[{extra}\]'"):
         Shards(f"{scheme}://x/y", "train")
 
@@ -296,20 +298,21 @@ def test_a_full_disk_first_makes_room_and_then_is_told_in_a_line(
     source = Shards(files.url, "train")
     starts = source._start_S.tolist()
     source.content(starts[0])
-    room = {"left": 1}
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def allocate(descriptor: int, start: int, size: int) -> None:
-        if room["left"] == 0 and kept(cache):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        room["left"] = 0
-        if not room.get("ever", 1):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def one_shard_fits(descriptor: int, start: int, size: int) -> None:
+        if kept(cache):
+            raise full
 
-    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(os, "posix_fallocate", one_shard_fits)
     source.content(starts[1])
     source.content(starts[2])
     assert kept(cache) == ["000002.tar"]
-    room["ever"] = 0
+
+    def none_fits(descriptor: int, start: int, size: int) -> None:
+        raise full
+
+    monkeypatch.setattr(os, "posix_fallocate", none_fits)
     with pytest.raises(RunError, match=rf"cannot keep 000000\.tar .*No space left.*{FOLDER}"):
         read_image(source, starts[0])
     assert not list(cache.glob("*/.tmp-*"))
@@ -333,8 +336,8 @@ def read_all(url: str, folder: str, order: int) -> None:
     source, local = Shards(url, "train"), Shards(Path(folder), "train")
     for index in sorted(range(len(local)), key=lambda n: (n * 7 + order * 5) % len(local)):
         assert source.content(index) == local.content(index)
-        there = [p.stat().st_size for p in remote.cache_folder().glob("*/*.tar") if p.exists()]
-        assert sum(there) <= remote.cache_limit()
+        with remote._locked(remote.cache_folder() / ".lock"):
+            assert sum(status.st_size for _, status in remote._kept()) <= remote.cache_limit()
 
 
 def test_several_processes_share_a_folder_that_is_too_small(

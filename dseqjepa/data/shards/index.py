@@ -31,7 +31,7 @@ from dseqjepa.data.decode import ENDINGS
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.shards.remote import Found, Remote, is_url, listed, matching
-from dseqjepa.errors import InputError, printable
+from dseqjepa.errors import InputError, RunError, printable
 from dseqjepa.files import remove, sync, write_whole
 
 LIST, RECORDS, PARTS = "dseqjepa-shards.json", "dseqjepa-shards.bin", ".dseqjepa-shards"
@@ -160,7 +160,7 @@ def _bring(home: Remote) -> None:
             raise InputError(
                 f"{printable(home.url)} has no index of its tar files: {_again(home)}"
             ) from error
-    except OSError as error:
+    except (OSError, RunError) as error:
         raise InputError(f"cannot read the index: {error}") from error
 
 

@@ -62,7 +62,7 @@ def cache_limit() -> int:
             raise ValueError
     except ValueError:
         raise InputError(f"{GIGABYTES}={printable(text)}: expected a number above 0") from None
-    return int(limit)
+    return round(limit)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Remote:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Alone with a file among the processes of this machine."""
+        """Alone with a file among the processes of this machine; `RunError` where none can be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -267,7 +267,7 @@ def _patience(kind: str) -> dict[str, Any]:
 # On this machine
 
 
-class _NoRoom(Exception):
+class _NoRoom(RunError):
     """This machine cannot hold a file, whoever sends it."""
 
 
