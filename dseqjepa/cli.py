@@ -456,15 +456,24 @@ def pack_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any folder of images.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or an empty folder.")],
     size: Annotated[int, typer.Option(help="Megabytes of a tar file.", min=1)] = 500,
+    is_shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="In a random order, for a small data.window.")
+    ] = False,
 ) -> None:
     """Copy image files into tar files and index them: dseqjepa shards pack pictures shards
 
     Byte for byte, in their order, with their classes, as WebDataset has it. data=shards:OUT reads
-    them, and a run on them is the run on the folder.
+    them, and a run on them is the run on the folder, unless --shuffled.
     """
     from dseqjepa.data.shards.pack import pack
 
-    paths = pack(folder.expanduser(), out.expanduser(), size=size * 10**6, tell=print)
+    paths = pack(
+        folder.expanduser(),
+        out.expanduser(),
+        size=size * 10**6,
+        seed=0 if is_shuffled else None,
+        tell=print,
+    )
     print(f"written: {len(paths)} tar files; data=shards:{out} reads them")
 
 
