@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "embeddings": EVALUATION | {"console", "tasks", "train.runtime", "viz"},
     "preflight": EVALUATION | {"methods", "train", "viz"},
+    "forecast": MODEL | {"methods", "data", "train.rehearsal"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
     | {
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "demo",
     }
-    | {"preflight"},
+    | {"preflight", "forecast"},
     "__main__": {"cli"},
     "__init__": EVALUATION
     | {"methods", "presets", "embeddings", "train", "viz.sheet", "viz.trace"},

@@ -32,6 +32,7 @@ from dseqjepa.data.decode import (
     highest,
     is_picture,
 )
+from dseqjepa.data.listing import Listing, read_list, write_list
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean, printable
@@ -121,14 +122,17 @@ class ImageFiles:
         if self.pixel_range != "auto":
             digest.update(f"{self.pixel_range}".encode())  # other pixels of the same files
         for index, path in enumerate(self._paths_N):
-            try:
-                size = patiently(self.path(index).stat).st_size
-            except OSError as error:
-                raise InputError(
-                    f"cannot read {self.name(index)}, which existed before: {error.strerror}"
-                ) from error
-            digest.update(b"%s\0%d\0" % (path, size))
+            digest.update(b"%s\0%d\0" % (path, self._size(index)))
         return digest.hexdigest()
+
+    def _size(self, index: int) -> int:
+        """Bytes of an image's file."""
+        try:
+            return patiently(self.path(index).stat).st_size
+        except OSError as error:
+            raise InputError(
+                f"cannot read {self.name(index)}, which existed before: {error.strerror}"
+            ) from error
 
 
 class ImageFolder(ImageFiles):
@@ -162,7 +166,9 @@ class ImageFolder(ImageFiles):
         splits = _split_folders(root)
         self.has_splits = bool(splits)
         folder = splits.get(split, root)
-        paths, notes = images_below(folder)
+        listing = read_list(folder)
+        paths, notes = _of(listing) if listing else images_below(folder)
+        self._sizes_N = listing.sizes_N if listing else None
         level = 1 if split == "all" and splits else 0
         folders = [_folder(path, level) for path in paths]
         self._trained = splits["train"] if split == "val" and splits else folder
@@ -182,6 +188,7 @@ class ImageFolder(ImageFiles):
             if labelled and kept:
                 notes.append(f"{said}: they are left out")
                 paths, folders = [paths[n] for n in kept], [folders[n] for n in kept]
+                self._sizes_N = None if self._sizes_N is None else self._sizes_N[kept]
                 is_classed = True
             else:
                 notes.append(f"{said}, so no image has a label")
@@ -192,9 +199,30 @@ class ImageFolder(ImageFiles):
             self.labels = {"class": np.array([number[name] for name in folders], dtype=np.int64)}
             self.classes = {"class": tuple(map(printable, sorted(names)))}
 
+    def _size(self, index: int) -> int:
+        return super()._size(index) if self._sizes_N is None else int(self._sizes_N[index])
+
     def _sample(self) -> Iterable[Content]:
-        paths, _ = images_below(self._trained)
+        listing = read_list(self._trained)
+        paths, _ = _of(listing) if listing else images_below(self._trained)
         return [self._trained / paths[place] for place in evenly(len(paths))]
+
+
+def list_images(root: Path) -> int:
+    """Keep a list of the images below a folder, one in each part where it has splits, which every
+    `ImageFolder` reads from then on; how many images there are."""
+    root = existing_folder(root)
+    count = 0
+    for folder in _split_folders(root).values() or [root]:
+        folders: list[str] = []
+        paths, notes = images_below(folder, folders)
+        write_list(folder, paths, folders, notes)
+        count += len(paths)
+    return count
+
+
+def _of(listing: Listing) -> tuple[list[str], list[str]]:
+    return [os.fsdecode(path) for path in listing.paths_N], listing.notes
 
 
 class Subset:
@@ -295,11 +323,11 @@ def _holds_image(folder: Path) -> bool:
     return any(is_image(path, folder) for path in visible_files(folder))
 
 
-def images_below(folder: Path) -> tuple[list[str], list[str]]:
+def images_below(folder: Path, folders: list[str] | None = None) -> tuple[list[str], list[str]]:
     """The paths of all images, in order, and notes about other files; `InputError` without any
-    image."""
+    image. The folders that are searched are added to `folders`."""
     dead: list[str] = []
-    files = list(visible_files(folder, dead))
+    files = list(visible_files(folder, dead, folders))
     paths = sorted(path for path in files if is_image(path, folder))
     left = Counter(_kind(path) for path in set(files) - set(paths))
     others = ", ".join(f"{count} {kind}" for kind, count in left.most_common(MOST_KINDS))
@@ -326,9 +354,11 @@ def _kind(path: str) -> str:
     return printable(Path(path).suffix.lower()) or "without an extension"
 
 
-def visible_files(root: Path, dead: list[str] | None = None) -> Iterator[str]:
+def visible_files(
+    root: Path, dead: list[str] | None = None, folders: list[str] | None = None
+) -> Iterator[str]:
     """The paths of all visible files below `root`, relative to it and with "/"; broken links are
-    added to `dead`."""
+    added to `dead`, and the folders that are searched to `folders`."""
     read: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -338,6 +368,8 @@ def visible_files(root: Path, dead: list[str] | None = None) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in read:
             continue
         read.add((status.st_dev, status.st_ino))
+        if folders is not None:
+            folders.append(prefix)
         below = []
         for entry in _visible(folder):
             if entry.is_symlink() and not os.path.exists(entry.path):

@@ -20,6 +20,7 @@ from dseqjepa.data.formats.pets import Pets
 from dseqjepa.data.formats.stl10 import STL10
 from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
 from dseqjepa.data.scenes import FINE, SPECS, Scenes
+from dseqjepa.data.shards.remote import is_url
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
@@ -33,7 +34,7 @@ class Opener(Protocol):
 
     origin: str
 
-    def __call__(self, path: Path, split: Split) -> Source: ...
+    def __call__(self, path: Path, split: Split, /) -> Source: ...
 
 
 OPENERS: dict[str, Opener] = {
@@ -104,18 +105,29 @@ def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], see
         return Scenes(count, size=height, seed=seed, split=part, fine=spec == FINE)
     name, colon, path = spec.partition(":")
     if colon and "/" not in name and not Path(spec).is_dir():
+        if path.startswith("//") and name not in OPENERS:
+            raise InputError(f"data={spec}: expected images in shards there: data=shards:{spec}")
         if name not in OPENERS:
             raise InputError(
                 f"data={spec}: expected a folder, scenes, scenes:fine or name:path, "
                 f"found the unknown format {name!r}{did_you_mean(name, OPENERS)}"
             )
         try:
+            if is_url(path):
+                return _behind(name, path, split)
             return OPENERS[name](Path(path).expanduser(), split)
         except InputError as error:
             raise InputError(f"{error}; {OPENERS[name].origin}") from error
     if not spec:
         raise InputError("data= is empty: expected a folder, scenes, scenes:fine or name:path")
     return ImageFolder(Path(spec).expanduser(), part, labelled=split != "pretrain")
+
+
+def _behind(name: str, url: str, split: Split) -> Source:
+    """What lies behind a URL."""
+    if name != "shards":
+        raise InputError(f"data={name}:{url}: {name} is read from a folder; shards have URLs")
+    return Shards(url, split)
 
 
 def open_splits(
@@ -151,6 +163,8 @@ def located(spec: str) -> str:
     """The same data from any working directory: with an absolute path and links resolved."""
     name, colon, path = spec.partition(":")
     if spec in SPECS:
+        return spec
+    if colon and is_url(path):
         return spec
     if colon and "/" not in name and not Path(spec).is_dir():
         return f"{name}:{os.path.realpath(Path(path).expanduser())}"

@@ -192,8 +192,10 @@ class Loader:
 
 
 def check_window(window: int, source: Source) -> None:
-    """`InputError` for a window and a source that is not in shards."""
-    if window and not isinstance(source, Sharded):
+    """`InputError` for a window and a source that is not in shards, or cannot be read so."""
+    if isinstance(source, Sharded):
+        source.check_window(window)
+    elif window:
         raise InputError(
             "data.window shuffles within shards, and this data has none: leave it out, or create "
             "shards (dseqjepa shards pack)"

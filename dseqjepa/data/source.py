@@ -134,6 +134,11 @@ class Sharded(Source, Protocol):
 
     counts: Sequence[int]
 
+    def check_window(self, window: int) -> None:
+        """`InputError` where images cannot be read in an order that shuffles `window` of the files
+        at a time; all of them, if 0."""
+        ...
+
 
 class BadImage(Exception):
     """An image that cannot be decoded. The message contains the reason, not the name."""
