@@ -37,7 +37,7 @@ PRESETS = MODELS | {"vith14_224": "vith14_in1k"}
 
 
 def benchmark_config(method: str, model: str, precision: str, *overrides: str) -> Config:
-    """The preset's sizes with the paper's step: its saliency and regions, no regulariser."""
+    """The preset's sizes with the paper's step: its saliency and regions, no regularizer."""
     paper = ["method.saliency.kind=cls_similarity", "method.regions.kind=components"]
     if model == "vitt8_64":
         paper.append("method.regions.min_area=0.05")

@@ -224,12 +224,18 @@ def preflight(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write all that is found to a file."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="Compute for another device: a100, h100, h200 or l40s."),
+    ] = None,
+    devices: Annotated[int, typer.Option(help="Count so many of them.", min=1)] = 1,
     print_config: PrintConfig = False,
 ) -> None:
     """Estimate the cost of a run before it starts.
 
     A few steps are timed on this machine, and the data is checked for broken files, duplicates and
-    images that are too small. Only the files named by options are written.
+    images that are too small. Only the files named by options are written. --on h100 --devices 64
+    works out what it would cost there, on ImageNet-1k, without data.
     """
     from dseqjepa.presets import load_config
 
@@ -237,6 +243,11 @@ def preflight(
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
+        return
+    if on is not None:
+        from dseqjepa.forecast import preflight_on
+
+        preflight_on(config, on, devices, report=json_file)
         return
     from dseqjepa.preflight import preflight as look
 
@@ -643,34 +654,67 @@ def pack_shards(
     size: Annotated[
         int, typer.Option(help="Fill a tar file up to so many megabytes.", min=1)
     ] = 500,
+    is_shuffled: Annotated[
+        bool,
+        typer.Option("--shuffled", help="Write them in random order, for a small data.window."),
+    ] = False,
 ) -> None:
     """Copy image files into tar files and index them.
 
     Files are copied byte for byte, in order and with their classes, in WebDataset's layout.
-    data=shards:OUT reads them, and a run on them equals the run on the folder.
+    data=shards:OUT reads them, and a run on them equals the run on the folder, unless --shuffled.
     """
     from dseqjepa.data.shards.pack import pack
 
-    paths = pack(folder.expanduser(), out.expanduser(), size=size * 10**6, tell=print)
+    paths = pack(
+        folder.expanduser(),
+        out.expanduser(),
+        size=size * 10**6,
+        seed=0 if is_shuffled else None,
+        tell=print,
+    )
     print(f"written: {len(paths)} tar files; data=shards:{out} reads them")
 
 
 @shards.command("index", epilog=examples("shards index my_shards"))
 def index_shards(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of tar files.")],
+    place: Annotated[
+        str, typer.Argument(metavar="FOLDER|URL", help="Where tar files lie, or files of images.")
+    ],
     workers: Annotated[int, typer.Option(help="Read so many tar files at once.", min=1)] = 1,
 ) -> None:
     """Index tar files that others wrote, once.
 
-    Each file is read from beginning to end. The same command resumes where it was stopped.
+    Each file is read from beginning to end. The same command resumes where it was stopped. A URL is
+    a folder, or PATTERN-{000..146}.tar where its server lists none. A folder of image files gets a
+    list of them, with which a start looks at no file.
     """
+    from dseqjepa.data.images import list_images
     from dseqjepa.data.shards.index import write_index
 
-    index = write_index(folder.expanduser(), workers=workers, tell=print)
+    folder = Path(place).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar*")):
+        print(f"{list_images(folder)} images listed; data={place} looks at none of them to start")
+        return
+    index = write_index(place, workers=workers, tell=print)
     print(
         f"{len(index.records_N)} images in {len(index.shards)} tar files, "
-        f"{len(index.classes) or 'no'} classes; data=shards:{folder} reads them"
+        f"{len(index.classes) or 'no'} classes; data=shards:{place} reads them"
     )
+
+
+@shards.command("push", epilog=examples("shards push my_shards s3://mine/all"))
+def push_shards(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tar files with their index.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="A place such as s3://bucket/name.")],
+) -> None:
+    """Copy shards to where machines can fetch them.
+
+    Tar files that lie there already, by name and size, are not copied again; the index comes last.
+    """
+    from dseqjepa.data.shards.push import push
+
+    print(f"copied: {push(folder.expanduser(), url, tell=print)} files; data=shards:{url}")
 
 
 @scenes.command(

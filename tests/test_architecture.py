@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "embeddings": EVALUATION | {"console", "tasks", "train.runtime", "viz"},
     "preflight": EVALUATION | {"methods", "train", "viz"},
+    "forecast": MODEL | {"methods", "data", "train.rehearsal"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
     | {
@@ -70,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "demo",
     }
-    | {"preflight", "__init__"},
+    | {"preflight", "forecast", "__init__"},
     "__main__": {"cli"},
     "__init__": EVALUATION
     | {"methods", "presets", "embeddings", "train", "viz.sheet", "viz.trace"},

@@ -140,7 +140,7 @@ SETTINGS = {
     "optim.warmup_epochs=2": "warmup_epochs (2.0) must not exceed epochs (1)",
     "ema.start=1.1": "ema.start must be less than or equal to 1",
     "runtime.seed=-1": "runtime.seed must be greater than or equal to 0",
-    "runtime.precision=fp64": "runtime.precision must be 'fp32' or 'bf16'",
+    "runtime.precision=fp64": "runtime.precision must be 'auto', 'fp32' or 'bf16'",
     "model.name=vit_giant": "model.name must be 'vit_nano', ",
     "method.saliency.kind=cls_attention model.class_token=false": "or keep the token",
     "method.name=mae": "method.name must be 'dseq' or 'ijepa' or 'cjepa'",
@@ -149,7 +149,7 @@ SETTINGS = {
     "method.saliency.kind\nx=1": "unknown key 'method.saliency.kind\\nx'",
     "optim.accumulate=3": "must be a multiple of optim.accumulate",
     "data.image_size=36": "must be a multiple of model.patch_size (8)",
-    "data.image_size=8": "holds a single patch",
+    "data.image_size=8": "is a single patch",
     "data.batch_size=64": "pictures has 12 images, fewer than data.batch_size=64: lower it to 12",
     "data.workers": "expected key=value, found 'data.workers'",
     "pictures": "expected key=value, found 'pictures'; did you mean data=pictures?",
@@ -158,11 +158,13 @@ SETTINGS = {
     "batch_size=4": "unknown key 'batch_size'; did you mean data.batch_size?",
     "every_steps=4": "did you mean checkpoint.every_steps or log.every_steps?",
     "optim.min_area=1": "did you mean method.regions.min_area?",
-    "--data pictures": "No such option: --data; settings have no dashes: data=VALUE",
+    "--batch-size 4": "unknown key 'batch_size'; did you mean data.batch_size?",
+    "--data.batch_size=64": "fewer than data.batch_size=64: lower it to 12",
+    "--data.batch_size 64 --data.workers": "data: workers must not be True",
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
-    "model.width=16384 model.depth=900": "are there: lower model.width, model.depth or model.mlp",
+    "model.width=16384 model.depth=900": "available: lower model.width, model.depth or model.mlp",
     "predictor.width=16384 predictor.depth=900": "lower predictor.width or predictor.depth",
     "method.regularizer=vicreg method.regularizer_over=pooled method.vicreg.projector_width=1e6": (
         "lower method.vicreg.projector_width"
@@ -171,8 +173,8 @@ SETTINGS = {
     "=2": "expected section.key=value, found '=2'",
     "data.workers=[": "cannot read the value '['",
     "data.workers=!!python/object/apply:os.system ['touch executed']": "cannot read the value",
-    "runtime.accelerator=cuda": "torch finds no such device here; use auto or cpu",
-    "runtime.accelerator=mps": "torch finds no such device here; use auto or cpu",
+    "runtime.accelerator=cuda": "torch finds no such device; use auto or cpu",
+    "runtime.accelerator=mps": "torch finds no such device; use auto or cpu",
     "resume=maybe": "resume must be true or false or auto, or a step, found 'maybe'",
     "resume=[": "resume must be true or false or auto, or a step, found '['",
     "resume=auto overwrite=true": "leave out overwrite",
@@ -184,8 +186,8 @@ SETTINGS = {
     "init_from=nothing": "nothing does not exist: expected a run's folder",
     "init_from=pictures": "pictures holds no checkpoint",
     "init_from=damaged": "target.safetensors is damaged",
-    "init_from=run model.width=16": "run/config.yaml as the preset has its settings",
-    "init_from=run data.image_size=48": "another encoder: data.image_size (32, 32) there, (48, 48)",
+    "init_from=run model.width=16": "run/config.yaml as the preset, which has its settings",
+    "init_from=run data.image_size=48": "different encoder: data.image_size (32, 32) there, (48, ",
 }
 
 
@@ -199,10 +201,10 @@ def test_a_wrong_setting_is_refused(refuse: Refuse, settings: str) -> None:
 DATA = {
     "picture": "no such folder: picture; did you mean 'pictures'?",
     "file": "expected a folder, found a file: file",
-    "empty": "no images found below empty: saw 0 files",
-    "texts": "no images found below texts: saw 1 files",
+    "empty": "no images found in empty: saw 0 files",
+    "texts": "no images found in texts: saw 1 files",
     "broken": "broken: none of 12 images tried can be decoded (broken/0.png: not a known image",
-    "": "data= is empty: expected a folder, scenes, or name:path",
+    "": "data= is empty: expected a folder, scenes, scenes:fine or name:path",
     "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",
     "fashion-mnist:pictures": "expected train-images-idx3-ubyte",
     "fashion-mnist:gone": "no such folder: gone",
@@ -316,7 +318,7 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "report": "Missing argument 'RUN...'",
         "report run": "Missing option '--out'",
         "report nothing --out a.html": "no such run: nothing",
-        "report run --out empty": "--out empty is a folder: name a file, such as empty/report.html",
+        "report run --out empty": "--out empty is a folder: give a file, such as empty/report.html",
         "report run --out file/a.html": "file is a file",
         "report run --out a.html --images 0": "images must be at least 1, found 0",
         "demo --out file": "--out file is a file: give a folder",
@@ -560,4 +562,14 @@ def test_every_option_is_understood_without_its_dashes() -> None:
                 words = [*names, "first", f"{option[2:].replace('-', '_')}=a=b", "section.out=1"]
                 expected = [*names, "first", option, "a=b", "section.out=1"]
                 assert as_options(program, words) == expected
+                assert as_options(program, expected) == expected
     assert seen > 10
+
+
+def test_every_setting_is_understood_with_dashes() -> None:
+    program = typer.main.get_command(app)
+    typed = "pretrain vitt8_64 --data my_pictures --out=a=b --optim.lr 1e-3 --init-from x --resume"
+    meant = "pretrain vitt8_64 data=my_pictures out=a=b optim.lr=1e-3 init_from=x resume=true"
+    assert as_options(program, typed.split()) == meant.split()
+    for same in ("pretrain --help", "pretrain vitt8_64 --print-config data=x", "show --nonsense"):
+        assert as_options(program, same.split()) == same.split()

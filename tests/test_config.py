@@ -285,7 +285,7 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "optim.epochs=10": "optim: warmup_epochs (15.0) must not exceed epochs (10)",
         "data.image_size=200": "data.image_size (200, 200) must be a multiple of "
         "model.patch_size (16)",
-        "data.image_size=16": "data.image_size holds a single patch: nothing could be predicted",
+        "data.image_size=16": "data.image_size is a single patch: there is nothing to predict",
         "optim.accumulate=3": "data.batch_size (2048) must be a multiple of optim.accumulate x "
         "runtime.devices (3 x 1)",
         "model.heads=5": "model.width (768) must be a multiple of the heads (5)",

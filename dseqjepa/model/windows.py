@@ -14,9 +14,9 @@ from dseqjepa.keyed import Stream, uniforms
 
 
 def draw_windows(keys_B: Int64[Tensor, " B"], area: float) -> Float[Tensor, "B 2 3"]:
-    """Windows of the view's aspect that hold `area` to 1 of it, uniformly, anywhere inside it.
+    """Windows with the view's aspect covering `area` to 1 of it, uniform in size and position.
 
-    As the affine maps from a window's coordinates to the view's, both from -1 to 1 (x first).
+    Returned as affine maps from a window's coordinates to the view's, both from -1 to 1 (x first).
     """
     area_B, x_B, y_B = uniforms(keys_B, Stream.WINDOW, 3).float().unbind(1)
     side_B = (area + (1 - area) * area_B).sqrt()
@@ -31,9 +31,9 @@ def draw_windows(keys_B: Int64[Tensor, " B"], area: float) -> Float[Tensor, "B 2
 def sample_windows(
     maps_BCHW: Float[Tensor, "B C height width"], window_B23: Float[Tensor, "B 2 3"]
 ) -> Float[Tensor, "B C height width"]:
-    """The windows of images or of feature maps, resampled bilinearly to the size of the whole.
+    """The windows of images or feature maps, resampled bilinearly to the full size.
 
-    The same map serves both: pixel and patch centres lie at the same fractions of a side.
+    The same map serves both: pixel and patch centres are at the same fractions of a side.
     """
     maps_BCHW = maps_BCHW.float()
     grid = F.affine_grid(window_B23, list(maps_BCHW.shape), align_corners=False)

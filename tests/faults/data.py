@@ -335,7 +335,7 @@ def flaky_disk(attempts: Attempts) -> None:
                 with mock.patch.object(images, "decode_reduced", fail_once), short:
                     said = pretrain(folder, out, f"data.workers={workers}", "data.cache=none")
                 assert said.code == 0, said
-                assert "images had to be read again, such as" in said.out
+                assert "images had to be re-read, such as" in said.out
                 assert not (out / "bad_files.jsonl").exists()
                 ours, theirs = (lines(run / "metrics.jsonl") for run in (out, calm))
                 assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
@@ -361,7 +361,7 @@ def flaky_disk(attempts: Attempts) -> None:
             ]
             assert waiting, said
             assert any("good-011.png" in line for line in waiting), waiting
-            assert "data came after" in said.out
+            assert "data arrived after" in said.out
 
 
 @fault(31, "Disk full for the features of an evaluation, then not", quick=1, full=3)

@@ -69,7 +69,7 @@ def changed_meanwhile(attempts: Attempts) -> None:
                 assert command(*typed_of(folder / "pictures", out)).code == 0
             warnings = json.loads(out.read_text())["warnings"]
             assert warnings
-            assert "changed while they were evaluated" in warnings[0]
+            assert "changed during the evaluation" in warnings[0]
 
 
 def train_and_stay(folder: Path) -> None:

@@ -144,7 +144,7 @@ def terminal_lost(attempts: Attempts) -> None:
                 train_here(out, True)
             else:
                 assert ends([child], 240) == [0], log.read_text()
-                assert "the console is gone (Broken pipe)" in (out / "log.txt").read_text()
+                assert "the console is closed (Broken pipe)" in (out / "log.txt").read_text()
             assert_same_run(whole, out)
 
 
@@ -218,7 +218,7 @@ def one_rank(attempts: Attempts) -> None:
             assert code == [1], text
             assert took < WAIT_S + 5, f"{took:.1f} s"
             assert said in text.splitlines()[-1], text
-            assert "resume=true goes on from the last checkpoint" in text
+            assert "resume=true continues from the last checkpoint" in text
             open_checkpoint(out)
 
 
@@ -287,7 +287,7 @@ def readers(attempts: Attempts) -> None:
             assert ends([start(train_with_readers, out, fate, log=log)], 240) == [1]
             text = log.read_text()
             if fate == "killed":
-                said = r"a process that reads images has died \(process \d+ by signal 9\)"
+                said = r"a data loader worker died \(process \d+ by signal 9\)"
                 assert re.search(said, text.splitlines()[-1]), text
             else:
                 assert "ZeroDivisionError: a bug in image 11" in text
