@@ -703,7 +703,7 @@ def index_shards(
     )
 
 
-@shards.command("push", epilog=examples("shards push my_shards s3://mine/all"))
+@shards.command("push", epilog=examples("shards push bucket_shards s3://pictures/mine"))
 def push_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tar files with their index.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="A place such as s3://bucket/name.")],
