@@ -192,11 +192,12 @@ def encoder_of(path: Path, head: SavedHead, about: About, named: str | None) -> 
             f"{about.digest[:16]}): name that one by encoder=PATH, or evaluate again"
         )
     blank_1CHW = torch.zeros(1, 3, *backbone.image_size, dtype=torch.uint8)
+    shape: tuple[int, ...] = ()
     try:
         found = pooled(backbone, blank_1CHW, head.pieces, basis=head.basis)
         shape = tuple(head.logits(found).shape)
-    except (RuntimeError, LookupError, ValueError, AssertionError) as error:
-        shape = (type(error).__name__,)
+    except (RuntimeError, LookupError, ValueError, AssertionError):
+        pass  # what it gives is nothing that fits
     if shape != (1, len(about.classes)):
         raise InputError(f"{path} is damaged: it gives its {len(about.classes)} classes no logits")
     return backbone

@@ -62,7 +62,7 @@ class Folder:
             size = self.config.get("image_size")
         if isinstance(size, int):
             return size, size
-        return tuple(size[-2:]) if isinstance(size, list) else None  # type: ignore[return-value]
+        return tuple(size[-2:]) if isinstance(size, list) else None
 
     @property
     def normalisation(self) -> Normalisation | None:
