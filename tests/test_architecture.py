@@ -55,6 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preflight": EVALUATION | {"methods", "train", "viz"},
     "forecast": MODEL | {"methods", "data", "train.rehearsal"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
+    "__init__": EVALUATION
+    | {"methods", "presets", "embeddings", "train", "viz.sheet", "viz.trace"},
     "cli": EVALUATION
     | {
         "arguments",
@@ -73,8 +75,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     }
     | {"preflight", "forecast", "__init__"},
     "__main__": {"cli"},
-    "__init__": EVALUATION
-    | {"methods", "presets", "embeddings", "train", "viz.sheet", "viz.trace"},
 }
 """Part of the package -> the parts, or single modules, that it may stand on beside itself."""
 
