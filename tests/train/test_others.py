@@ -339,7 +339,7 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as raised:
             open_backbone(spec)
         assert "\n" not in str(raised.value)
-    with pytest.raises(InputError, match="`dseqjepa import` brings in a model"):
+    with pytest.raises(InputError, match="use `dseqjepa import` for files"):
         load_encoder(tmp_path / "plain")
 
 
