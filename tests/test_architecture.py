@@ -57,6 +57,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "embeddings": EVALUATION | {"console", "tasks", "train.runtime", "viz"},
+    "studies": EVALUATION
+    | {
+        "console",
+        "presets",
+        "tasks.config",
+        "tasks.table",
+        "train.folder",
+        "train.clock",
+        "viz",
+        "report",
+    },
     "preflight": EVALUATION | {"methods", "train", "viz"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
     "cli": EVALUATION
@@ -73,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "embeddings",
         "viz",
         "report",
+        "studies",
         "demo",
     }
     | {"preflight"},

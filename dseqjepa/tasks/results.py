@@ -240,10 +240,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Rows as people read them: one line an encoder, one column a task and metric; the other way
     round where there are many metrics."""

@@ -30,13 +30,12 @@ from dseqjepa.tasks.results import (
     NOT_PER_CENT,
     Result,
     choose_path,
-    device_name,
     row,
     show,
     write_json,
 )
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.runtime import Runtime, Stopped, join
+from dseqjepa.train.runtime import Runtime, Stopped, device_name, join
 from dseqjepa.train.trained_on import trained_on
 
 SCENES = 20_000

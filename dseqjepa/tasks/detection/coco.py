@@ -16,17 +16,15 @@ import numpy as np
 
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.bootstrap import draw_again
+from dseqjepa.tasks.config import AP_ENDINGS
 
 RESAMPLES = 200
-NAMES = ("", "_50", "_75", "_small", "_medium", "_large")
-"""What the first six of COCO's numbers are: the mean over IoU thresholds 0.5 to 0.95, those at two
-of them, and the mean for objects below 32 x 32, below 96 x 96, and larger."""
 Kind = Literal["bbox", "segm"]
 
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """Average precisions by the endings in `NAMES`, as shares of 1. One of which there are no
+    """Average precisions by the endings in `AP_ENDINGS`, as shares of 1. One of which there are no
     objects is left out."""
 
     values: Mapping[str, float]
@@ -118,7 +116,7 @@ class _Evaluator:
         ]
         return {
             name: float(part[part > -1].mean())
-            for name, part in zip(NAMES, parts, strict=True)
+            for name, part in zip(AP_ENDINGS, parts, strict=True)
             if (part > -1).any()
         }
 
