@@ -61,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {
         "console",
         "presets",
+        "settings",
         "tasks.config",
         "tasks.table",
         "train.folder",
