@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from dseqjepa import ending
-from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
+from dseqjepa.arguments import as_options, flag, resume_of, row_and_column, split_settings
 from dseqjepa.ending import fail
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.kernels import keep_few
@@ -43,7 +43,8 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
     keep_few()
-    ending.run(app, sys.argv[1:] or ["--help"])
+    words = sys.argv[1:] or ["--help"]
+    ending.run(app, as_options(typer.main.get_command(app), words))
 
 
 @app.command()
@@ -144,15 +145,27 @@ def preflight(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all that is found there.")
     ] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="A device that is not here: a100, h100, h200, l40s.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="--on: how many of them.", min=1)] = 1,
     print_config: PrintConfig = False,
 ) -> None:
-    """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures"""
+    """What a run will cost here, before it starts: dseqjepa preflight vitt8_64 data=my_pictures
+
+    --on h100 --devices 64 works out what it would cost there, on ImageNet-1k, without data.
+    """
     from dseqjepa.presets import load_config
 
     run, overrides = split_settings(settings or [], ("init_from",))
     config = load_config(preset, overrides)
     if print_config:
         print(config.to_yaml(), end="")
+        return
+    if on is not None:
+        from dseqjepa.forecast import preflight_on
+
+        preflight_on(config, on, devices, report=json_file)
         return
     from dseqjepa.preflight import preflight as look
 
@@ -515,34 +528,66 @@ def pack_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any folder of images.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or an empty folder.")],
     size: Annotated[int, typer.Option(help="Megabytes of a tar file.", min=1)] = 500,
+    is_shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="In a random order, for a small data.window.")
+    ] = False,
 ) -> None:
     """Copy image files into tar files and index them: dseqjepa shards pack pictures shards
 
     Byte for byte, in their order, with their classes, as WebDataset has it. data=shards:OUT reads
-    them, and a run on them is the run on the folder.
+    them, and a run on them is the run on the folder, unless --shuffled.
     """
     from dseqjepa.data.shards.pack import pack
 
-    paths = pack(folder.expanduser(), out.expanduser(), size=size * 10**6, tell=print)
+    paths = pack(
+        folder.expanduser(),
+        out.expanduser(),
+        size=size * 10**6,
+        seed=0 if is_shuffled else None,
+        tell=print,
+    )
     print(f"written: {len(paths)} tar files; data=shards:{out} reads them")
 
 
 @shards.command("index")
 def index_shards(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of tar files.")],
+    place: Annotated[
+        str, typer.Argument(metavar="FOLDER|URL", help="Where tar files lie, or files of images.")
+    ],
     workers: Annotated[int, typer.Option(help="Tar files read at once.", min=1)] = 1,
 ) -> None:
     """Index tar files that others wrote, once: dseqjepa shards index webdataset/train
 
-    Each is read from beginning to end. What a command that was stopped has read is kept.
+    Each is read from beginning to end. What a command that was stopped has read is kept. A URL is
+    a folder, or PATTERN-{000..146}.tar where its server lists none. A folder of image files gets a
+    list of them, with which a start looks at no file.
     """
+    from dseqjepa.data.images import list_images
     from dseqjepa.data.shards.index import write_index
 
-    index = write_index(folder.expanduser(), workers=workers, tell=print)
+    folder = Path(place).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.tar*")):
+        print(f"{list_images(folder)} images listed; data={place} looks at none of them to start")
+        return
+    index = write_index(place, workers=workers, tell=print)
     print(
         f"{len(index.records_N)} images in {len(index.shards)} tar files, "
-        f"{len(index.classes) or 'no'} classes; data=shards:{folder} reads them"
+        f"{len(index.classes) or 'no'} classes; data=shards:{place} reads them"
     )
+
+
+@shards.command("push")
+def push_shards(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tar files with their index.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Such as s3://bucket/name.")],
+) -> None:
+    """Copy shards to where machines can fetch them: dseqjepa shards push my_shards s3://mine/all
+
+    Tar files that lie there already, by name and size, are not copied again; the index comes last.
+    """
+    from dseqjepa.data.shards.push import push
+
+    print(f"copied: {push(folder.expanduser(), url, tell=print)} files; data=shards:{url}")
 
 
 @scenes.command("export")

@@ -17,9 +17,15 @@ from PIL import Image
 import dseqjepa as dj
 from dseqjepa.cli import main
 from tests.children import ends, start
+from tests.data.servers import buckets
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/decisions").glob("*.md")),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHRINK = [
     "data.batch_size=16", "model.width=32", "model.depth=1", "model.heads=2", "optim.epochs=1",
@@ -106,7 +112,8 @@ def typed(arguments: list[str], cwd: Path) -> None:
 def run_typed(arguments: list[str], cwd: Path) -> None:
     """As `dseqjepa ARGUMENTS` would, without the seconds that a fresh process imports for."""
     log = cwd / "said.txt"
-    child = start(typed, arguments, cwd, log=log, OMP_NUM_THREADS="1")
+    aws = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "DSEQ"))}
+    child = start(typed, arguments, cwd, log=log, OMP_NUM_THREADS="1", **aws)
     assert ends([child], 300) == [0], " ".join(arguments) + "\n" + log.read_text()
 
 
@@ -120,8 +127,14 @@ def test_make_test_runs_lint_types_and_all_tests():
         assert part in printed
 
 
-def test_every_printed_command_works(folder: Path):
+def test_every_printed_command_works(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """In order and in one folder, as a reader would type them; training is shrunk."""
+    monkeypatch.setenv("DSEQJEPA_CACHE", str(folder / "cache"))
+    with buckets(monkeypatch):
+        run_commands(folder)
+
+
+def run_commands(folder: Path) -> None:
     ran = 0
     for line in commands():
         words = line.split()
@@ -133,7 +146,9 @@ def test_every_printed_command_works(folder: Path):
             )
         elif line in ("make test", "pip install ."):
             continue  # the run of these tests; and the test below
-        elif words[0] == "dseqjepa" and words[1] in ("pretrain", "preflight"):
+        elif (
+            words[0] == "dseqjepa" and words[1] in ("pretrain", "preflight") and "--on" not in words
+        ):
             own = {word.partition("=")[0] for word in words[3:]}
             shrink = [s for s in SHRINK if s.partition("=")[0] not in own or "epochs" in s]
             if "optim.minutes" in own:  # which sets the epochs

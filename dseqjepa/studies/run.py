@@ -36,7 +36,7 @@ from dseqjepa.studies.summary import (
 RETRIES = ("failed", "unhealthy")
 DRAWN = (
     "Prediction loss", "Skill", "kNN probe", "Effective rank (RankMe)",
-    "Likeness of different images", "Spread of the features",
+    "Similarity of different images", "Spread of the features",
 )  # fmt: skip
 """The curves of curves.png; the page has all of them."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -16,7 +18,15 @@ from dseqjepa.cli import app
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.labelled import open_source, open_splits
 from dseqjepa.data.loader import Loader
-from dseqjepa.data.shards.index import LIST, PARTS, RECORDS, open_index, read_shard, write_index
+from dseqjepa.data.shards.index import (
+    LIST,
+    PARTS,
+    RECORD,
+    RECORDS,
+    open_index,
+    read_shard,
+    write_index,
+)
 from dseqjepa.data.shards.pack import pack
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import BadImage
@@ -66,6 +76,18 @@ def test_packed_images_are_those_of_the_folder(tmp_path: Path, packed: Path):
         assert shards.content(index) == folder.path(index).read_bytes()
         assert torch.equal(shards.image(index), folder.image(index))
         assert f"{index:09d}-a_picture_" in shards.name(index)
+
+
+def test_shuffled_shards_hold_the_same_images_and_labels(tmp_path: Path, packed: Path):
+    pack(tmp_path / "pictures", tmp_path / "mixed", size=5000, seed=0)
+    plain, mixed = Shards(packed, "train"), Shards(tmp_path / "mixed", "train")
+
+    def held(source: Shards) -> list[tuple[bytes, int]]:
+        label_N = source.labels["class"]
+        return [(source.content(n), int(label_N[n])) for n in range(len(source))]
+
+    assert sorted(held(mixed)) == sorted(held(plain))
+    assert held(mixed) != held(plain)
 
 
 def test_a_run_on_shards_is_the_run_on_the_folder(tmp_path: Path):
@@ -152,17 +174,17 @@ def test_indexing_that_was_stopped_reads_the_rest(tmp_path: Path, monkeypatch: p
         shard(tmp_path / f"{number}.tar", {"0.jpg": jpeg(number)})
     read: list[str] = []
 
-    def stopping(path: Path, most: int):
+    def stopping(most: int, file: BinaryIO, name: str):
         if len(read) == most:
             raise KeyboardInterrupt
-        read.append(path.name)
-        return read_shard(path)
+        read.append(name)
+        return read_shard(file, name)
 
-    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", lambda path: stopping(path, 2))
+    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", partial(stopping, 2))
     with pytest.raises(KeyboardInterrupt):
         write_index(tmp_path)
     assert not (tmp_path / LIST).exists()
-    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", lambda path: stopping(path, 9))
+    monkeypatch.setattr("dseqjepa.data.shards.index.read_shard", partial(stopping, 9))
     write_index(tmp_path)
     assert read == ["0.tar", "1.tar", "2.tar"]
     assert not (tmp_path / PARTS).exists()
@@ -250,6 +272,84 @@ def test_a_cut_off_tar_is_refused_when_it_is_indexed(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:1900])
     with pytest.raises(InputError, match="no whole tar file: unexpected end"):
         write_index(tmp_path)
+
+
+def hostile(path: Path, **facts: object) -> Path:
+    """A shard of one image whose header says what is not so."""
+    member = tarfile.TarInfo("a.jpg")
+    member.size = 900
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if "size" in facts:
+        size = tarfile.itn(facts["size"], 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+        header[124:136] = size
+    if "kind" in facts:
+        header[156:157] = facts["kind"]
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + jpeg(0)[:900].ljust(1024, b"\0") + bytes(1024))
+    return path
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"size": -512}, {"size": -(10**9)}, {"size": 2**62}, {"size": 10**10}, {"kind": b"S"}],
+    ids=str,
+)
+def test_hostile_sizes_are_refused_at_once(tmp_path: Path, facts: dict[str, object]):
+    hostile(tmp_path / "a.tar", **facts)
+    with pytest.raises(InputError, match=r"a\.tar"):
+        write_index(tmp_path)
+    assert not (tmp_path / LIST).exists()
+
+
+NAMES = [
+    "../../up.jpg",
+    "/etc/passwd.jpg",
+    "a\nb.jpg",
+    "\x1b[31mred.jpg",
+    "x" * 300 + ".jpg",
+    "é.jpg",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_names_are_names_and_nothing_else(tmp_path: Path, name: str):
+    place = tmp_path / "deep" / "place"
+    shard(place / "a.tar", {name: jpeg(0)})
+    write_index(place)
+    source = Shards(place, "train")
+    assert source.content(0) == jpeg(0)
+    assert source.name(0).isprintable()
+    assert sorted(tmp_path.rglob("*.jpg")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("json", b"[" * 500_000),
+        ("cls", b"9" * 100_000),
+        ("cls", b"99999999"),
+        ("json", b'{"label": 1048576}'),
+        ("cls", b"\xff\xfe"),
+    ],
+)
+def test_hostile_labels_are_refused(tmp_path: Path, name: str, content: bytes):
+    shard(tmp_path / "a.tar", {"a.jpg": jpeg(0), f"a.{name}": content})
+    with pytest.raises(InputError, match=r"a\.tar"):
+        write_index(tmp_path)
+
+
+def test_records_that_lead_outside_of_their_shard_are_no_images(packed: Path):
+    records_N = np.fromfile(packed / RECORDS, RECORD)
+    records_N["offset"][:3] = -5, 2**60, 10**6
+    records_N["size"][3] = 2**32 - 1
+    records_N.tofile(packed / RECORDS)
+    source = Shards(packed, "train")
+    for index in range(4):
+        with pytest.raises(BadImage, match="outside of"):
+            source.image(index)
+        assert source.name(index)
+    source.image(4)
 
 
 def test_an_index_of_other_files_is_not_used(packed: Path):

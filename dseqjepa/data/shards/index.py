@@ -5,7 +5,8 @@ first dot; the image is `KEY.jpg`, `.png`, `.webp` or another format that is rea
 number in `KEY.cls`, or `label` or `cls` of `KEY.json`, whose `class` may name it.
 
 The index lies beside the tar files, two files for all of them: a list of shards, and one record an
-image, which every process maps into its memory.
+image, which every process maps into its memory. That of tar files behind a URL is copied to this
+machine.
 
 Suffixes: N images, S shards.
 """
@@ -16,7 +17,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
@@ -27,8 +28,10 @@ from typing import BinaryIO
 import numpy as np
 
 from dseqjepa.data.decode import ENDINGS
+from dseqjepa.data.patience import patiently
 from dseqjepa.data.processes import end_with_parent
-from dseqjepa.errors import InputError, printable
+from dseqjepa.data.shards.remote import Found, Remote, is_url, listed, matching
+from dseqjepa.errors import InputError, RunError, printable
 from dseqjepa.files import remove, sync, write_whole
 
 LIST, RECORDS, PARTS = "dseqjepa-shards.json", "dseqjepa-shards.bin", ".dseqjepa-shards"
@@ -39,6 +42,22 @@ UNKNOWN = -1
 LARGEST = 2**32 - 1
 MOST_TEXT = 2**20
 """Bytes of a .json or .cls that are looked at."""
+MOST_CLASSES = 2**20
+
+
+@dataclass(frozen=True)
+class Local:
+    """The files of a folder."""
+
+    folder: Path
+
+    def open(self, name: str, size: int) -> int:
+        """A descriptor of a file."""
+        return os.open(self.folder / name, os.O_RDONLY)
+
+
+Home = Local | Remote
+"""Where tar files lie. Their index is in its `folder`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,7 @@ class Shard:
 class Index:
     """Some shards of a folder and their images, shard after shard."""
 
-    folder: Path
+    home: Home
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
     """By label; empty where some image has none."""
@@ -96,58 +115,139 @@ def shard_paths(pattern: str) -> list[Path]:
 
 
 def open_index(pattern: str) -> Index:
-    """The index of these shards. `InputError` where there is none, or not of these files."""
+    """The index of these shards, which a folder, a pattern or a URL names.
+
+    Raises:
+        InputError: there is no index, or it is not of these files; a server cannot be read.
+    """
+    if is_url(pattern):
+        home, _ = matching(pattern, [])
+        _bring(home)
+        shards, classes = _listed(home)
+        _, names = matching(pattern, list(shards))
+        if not names:
+            raise InputError(f"no tar file of the index matches {printable(pattern)}")
+        return _chosen(home, shards, classes, names)
     paths = shard_paths(pattern)
-    folder = paths[0].parent
-    again = f"dseqjepa shards index {printable(folder)} makes it"
-    try:
-        listed = json.loads((folder / LIST).read_text(encoding="utf-8"))
-        shards = {row["name"]: Shard(**row) for row in listed["shards"]}
-        classes, version = tuple(listed["classes"]), listed["version"]
-    except FileNotFoundError as error:
-        raise InputError(f"{printable(folder)} has no index of its tar files: {again}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / LIST} is damaged ({error}): {again} anew") from error
-    if version != VERSION:
-        raise InputError(
-            f"{folder / LIST} is of version {version}, expected {VERSION}: {again} anew"
-        )
+    local = Local(paths[0].parent)
+    shards, classes = _listed(local)
     for path in paths:
-        listed_size = shards[path.name].size if path.name in shards else None
-        if path.stat().st_size != listed_size:
-            found = "is not in it" if listed_size is None else "has another size by now"
+        if path.name in shards and path.stat().st_size != shards[path.name].size:
             raise InputError(
-                f"the index in {printable(folder)} is older: {path.name} {found}; {again}"
+                f"the index in {printable(local.folder)} is older: {path.name} has another size by "
+                f"now; {_again(local)}"
             )
-    total = sum(shard.count for shard in shards.values())
-    file = folder / RECORDS
-    if not file.is_file() or file.stat().st_size != total * RECORD.itemsize:
-        raise InputError(f"{file} does not belong to {LIST}: {again} anew")
+    return _chosen(local, shards, classes, [path.name for path in paths])
+
+
+def _again(home: Home) -> str:
+    where = home.url if isinstance(home, Remote) else home.folder
+    return f"dseqjepa shards index {printable(where)} makes it"
+
+
+def _bring(home: Remote) -> None:
+    """Have the index that lies behind a URL here, as it is by now; else what was made here."""
+    file = home.folder / LIST
+    try:
+        text = home.text(LIST)
+        with home.alone(LIST):
+            if not file.exists() or file.read_bytes() != text:
+                shards, _ = _parsed(home, text)
+                home.fetch(RECORDS, _records_size(shards), anew=True)
+                write_whole(file, text.decode())
+    except FileNotFoundError as error:
+        if not file.exists():
+            raise InputError(
+                f"{printable(home.url)} has no index of its tar files: {_again(home)}"
+            ) from error
+    except (OSError, RunError) as error:
+        raise InputError(f"cannot read the index: {error}") from error
+
+
+def _listed(home: Home) -> tuple[dict[str, Shard], tuple[str, ...]]:
+    try:
+        text = (home.folder / LIST).read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{printable(home.folder)} has no index of its tar files: {_again(home)}"
+        ) from error
+    return _parsed(home, text)
+
+
+def _parsed(home: Home, text: bytes) -> tuple[dict[str, Shard], tuple[str, ...]]:
+    """Shards by name, and classes, of a list that anybody may have written."""
+    file = home.folder / LIST
+    try:
+        told = json.loads(text)
+        rows, classes, version = told["shards"], tuple(map(str, told["classes"])), told["version"]
+        if version != VERSION:
+            raise InputError(
+                f"{file} is of version {version}, expected {VERSION}: {_again(home)} anew"
+            )
+        shards = {str(row["name"]): Shard(**row) for row in rows}
+        for name, shard in shards.items():
+            _check(name, shard)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged ({error}): {_again(home)} anew") from error
+    return shards, classes
+
+
+def _check(name: str, shard: Shard) -> None:
+    if Path(name).name != name or name.startswith(".") or not name.isprintable():
+        raise ValueError(f"{printable(name)} is no name of a tar file in this folder")
+    numbers = (shard.size, shard.count, shard.without)
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
+        raise ValueError(f"{name} has the sizes {numbers}")
+
+
+def _records_size(shards: dict[str, Shard]) -> int:
+    return sum(shard.count for shard in shards.values()) * RECORD.itemsize
+
+
+def _chosen(
+    home: Home, shards: dict[str, Shard], classes: tuple[str, ...], names: Sequence[str]
+) -> Index:
+    """The index of some of the shards of a folder."""
+    for name in names:
+        if name not in shards:
+            raise InputError(
+                f"the index in {printable(home.folder)} is older: {printable(name)} is not in it; "
+                f"{_again(home)}"
+            )
+    size, file = _records_size(shards), home.folder / RECORDS
+    if not file.is_file() or file.stat().st_size != size:
+        raise InputError(f"{file} does not belong to {LIST}: {_again(home)} anew")
+    total = size // RECORD.itemsize
     all_N = np.memmap(file, RECORD, mode="r", shape=(total,)) if total else np.empty(0, RECORD)
-    chosen = tuple(shards[path.name] for path in paths)
+    chosen = tuple(shards[name] for name in names)
     if len(chosen) == len(shards):
-        return Index(folder, chosen, classes, all_N)
+        return Index(home, chosen, classes, all_N)
     starts = dict(zip(shards, np.cumsum([0, *(s.count for s in shards.values())]), strict=False))
     parts = [all_N[starts[shard.name] :][: shard.count] for shard in chosen]
-    return Index(folder, chosen, classes, np.concatenate(parts))
+    return Index(home, chosen, classes, np.concatenate(parts))
 
 
 def write_index(
-    folder: Path, *, workers: int = 1, tell: Callable[[str], None] = lambda line: None
+    place: Path | str, *, workers: int = 1, tell: Callable[[str], None] = lambda line: None
 ) -> Index:
-    """Read all tar files of a folder once and write their index; `tell` hears of each.
+    """Read all tar files of a folder, or those behind a URL, once and write their index beside
+    them; `tell` hears of each.
 
-    What a run that was stopped has read is not read again.
+    What a run that was stopped has read is not read again. Where a URL cannot be written to, the
+    index is kept on this machine, and `tell` says so.
 
     Raises:
         InputError: a file is cut off or no tar file, a shard holds no image, two images share a
-            key, one label has two names, or nothing can be written there.
+            key, one label has two names, a server cannot be read, or nothing can be written.
     """
-    paths = shard_paths(str(folder))
-    kept = folder / PARTS
+    home, files = _found(place)
+    folder, kept = home.folder, home.folder / PARTS
+    where = printable(place)
     try:
-        kept.mkdir(exist_ok=True)
-        parts = list(_read(paths, kept, workers, tell))
+        kept.mkdir(parents=True, exist_ok=True)
+        parts = list(_read(home, files, workers, tell))
         names: dict[int, str] = {}
         for part in parts:
             for label, name in part.names.items():
@@ -166,13 +266,47 @@ def write_index(
         (folder / LIST).unlink(missing_ok=True)  # a list is of the records beside it, or not there
         unfinished.replace(folder / RECORDS)
         shards = [asdict(part.shard) for part in parts]
-        listed = {"version": VERSION, "classes": classes, "shards": shards}
-        write_whole(folder / LIST, json.dumps(listed, indent=1) + "\n")
+        told = {"version": VERSION, "classes": classes, "shards": shards}
+        write_whole(folder / LIST, json.dumps(told, indent=1) + "\n")
         sync(folder)
         remove(kept)
+        if isinstance(home, Remote):
+            _publish(home, tell)
     except OSError as error:
-        raise InputError(f"cannot write the index in {printable(folder)}: {error}") from error
-    return open_index(str(folder))
+        raise InputError(f"cannot write the index of {where}: {error}") from error
+    return open_index(str(place))
+
+
+def _found(place: Path | str) -> tuple[Home, list[Found]]:
+    """Where tar files lie, and which there are."""
+    if not is_url(place):
+        paths = shard_paths(str(place))
+        return Local(paths[0].parent), [
+            Found(path.name, status.st_size, str(status.st_mtime_ns))
+            for path, status in ((path, path.stat()) for path in paths)
+        ]
+    try:
+        home, files = listed(str(place), ".tar")
+    except OSError as error:
+        raise InputError(f"cannot list {printable(place)}: {error}") from error
+    if not files:
+        raise InputError(f"expected tar files in {printable(place)}, found none")
+    return home, files
+
+
+def _publish(home: Remote, tell: Callable[[str], None]) -> None:
+    """Copy an index to where its tar files are, the list last."""
+    try:
+        for name in (RECORDS, LIST):
+            home.put(home.folder / name)
+    except (OSError, NotImplementedError) as error:
+        try:
+            is_other = home.text(LIST) != (home.folder / LIST).read_bytes()
+        except OSError:
+            is_other = False
+        if is_other:
+            raise
+        tell(f"kept in {home.folder}, because {printable(home.url)} takes no files: {error}")
 
 
 def _classes(label_of_shards: Sequence[np.ndarray], names: dict[int, str]) -> tuple[str, ...]:
@@ -185,68 +319,80 @@ def _classes(label_of_shards: Sequence[np.ndarray], names: dict[int, str]) -> tu
 
 
 def _read(
-    paths: Sequence[Path], kept: Path, workers: int, tell: Callable[[str], None]
+    home: Home, files: Sequence[Found], workers: int, tell: Callable[[str], None]
 ) -> Iterator[_Part]:
     """The parts of all shards in order, read side by side."""
+
+    def told(parts: Iterable[_Part]) -> Iterator[_Part]:
+        for number, part in enumerate(parts, start=1):
+            yield part
+            tell(f"{number} of {len(files)}: {part.shard.name}")
+
+    homes = [home] * len(files)
     if workers < 2:
-        for number, path in enumerate(paths, start=1):
-            yield _part(path, kept)
-            tell(f"{number} of {len(paths)}: {path.name}")
+        yield from told(map(_part, homes, files))
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
-        found = pool.map(_part, paths, [kept] * len(paths))
-        for number, (path, part) in enumerate(zip(paths, found, strict=True), start=1):
-            yield part
-            tell(f"{number} of {len(paths)}: {path.name}")
+        yield from told(pool.map(_part, homes, files))
 
 
-def _part(path: Path, kept: Path) -> _Part:
+def _part(home: Home, found: Found) -> _Part:
     """What a shard holds: read, or as it was read before."""
-    status = path.stat()
-    file = kept / f"{path.name}-{status.st_size}-{status.st_mtime_ns}.bin"
+    file = home.folder / PARTS / f"{found.name}-{found.size}-{found.version}.bin"
     said = file.with_suffix(".json")
     if said.exists():  # written last
         told = json.loads(said.read_text(encoding="utf-8"))
         names = {int(label): name for label, name in told["names"].items()}
         return _Part(Shard(**told["shard"]), np.fromfile(file, RECORD), names)
-    part = read_shard(path)
+    descriptor = patiently(lambda: home.open(found.name, found.size))
+    with os.fdopen(descriptor, "rb") as tar:
+        part = read_shard(tar, found.name)
     part.records_N.tofile(file)
     write_whole(said, json.dumps({"shard": asdict(part.shard), "names": part.names}))
     return part
 
 
-def read_shard(path: Path) -> _Part:
+def read_shard(file: BinaryIO, name: str) -> _Part:
     """Read a tar file from its beginning to its end."""
     records, names, without = [], {}, 0
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for key, members in _samples(tar):
                 images = [m for m in members if m.name.lower().endswith(ENDINGS)]
                 if len(images) > 1:
                     raise InputError(
-                        f"{path}: {printable(key)} has {len(images)} images, expected one "
+                        f"{name}: {printable(key)} has {len(images)} images, expected one "
                         f"({', '.join(printable(Path(m.name).name) for m in images[:3])})"
                     )
-                label, name = _label(file, path, members)
+                for member in members:
+                    _check_member(name, member, size)
+                label, class_name = _label(file, name, members)
                 if not images:
                     without += 1
                     continue
                 (image,) = images
-                if image.offset_data + image.size > size or image.size > LARGEST:
-                    raise InputError(f"{path} is cut off in {printable(image.name)}")
                 file.seek(image.offset_data)
                 crc = zlib.crc32(file.read(image.size))
                 records.append((image.offset_data, label, image.size, crc))
-                if name:
-                    names[label] = name
-    except tarfile.TarError as error:
-        raise InputError(f"{path} is no whole tar file: {error}") from error
+                if class_name:
+                    names[label] = class_name
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # what its parser runs into
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name} is no whole tar file: {error}") from error
     if not records:
-        raise InputError(f"{path} holds no image: expected names that end in {' '.join(ENDINGS)}")
-    return _Part(
-        Shard(path.name, size, len(records), without), np.array(records, dtype=RECORD), names
-    )
+        raise InputError(f"{name} holds no image: expected names that end in {' '.join(ENDINGS)}")
+    return _Part(Shard(name, size, len(records), without), np.array(records, dtype=RECORD), names)
+
+
+def _check_member(shard: str, member: tarfile.TarInfo, size: int) -> None:
+    if member.size < 0 or member.size > LARGEST:
+        raise InputError(f"{shard}: {printable(member.name)} claims {member.size} bytes")
+    if member.issparse():
+        raise InputError(f"{shard}: {printable(member.name)} is stored with holes: pack it anew")
+    if member.offset_data + member.size > size:
+        raise InputError(f"{shard} is cut off in {printable(member.name)}")
 
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
@@ -266,7 +412,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]
         yield key, members
 
 
-def _label(file: BinaryIO, path: Path, members: Sequence[tarfile.TarInfo]) -> tuple[int, str]:
+def _label(file: BinaryIO, shard: str, members: Sequence[tarfile.TarInfo]) -> tuple[int, str]:
     """The label and the name of its class, of a sample; `UNKNOWN` and "" where it has none."""
     label, name = UNKNOWN, ""
     for member in members:
@@ -283,8 +429,13 @@ def _label(file: BinaryIO, path: Path, members: Sequence[tarfile.TarInfo]) -> tu
                 value = told.get("label", told.get("cls")) if isinstance(told, dict) else None
                 label = value if type(value) is int else label
                 name = str(told.get("class", "")) if isinstance(told, dict) else ""
-        except ValueError as error:
-            raise InputError(f"{path}: {printable(member.name)} cannot be read: {error}") from error
-    if label < UNKNOWN or label > 2**31:
-        raise InputError(f"{path}: {printable(members[0].name)} has the label {label}")
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{shard}: {printable(member.name)} cannot be read: {error}"
+            ) from error
+    if not UNKNOWN <= label < MOST_CLASSES:
+        raise InputError(
+            f"{shard}: {printable(members[0].name)} has the label {label}, expected one below "
+            f"{MOST_CLASSES:,}"
+        )
     return label, name

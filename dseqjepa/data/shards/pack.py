@@ -9,10 +9,14 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.shards.index import write_index
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import UNFINISHED, sync
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 
 LONGEST = 60
 """Characters of a file's own name that its key keeps."""
@@ -23,12 +27,14 @@ def pack(
     out: Path,
     *,
     size: int,
+    seed: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Copy the image files of a folder, byte for byte and in their order, into tar files of about
-    `size` bytes, with their classes, and index them.
+    """Copy the image files of a folder, byte for byte, into tar files of about `size` bytes, with
+    their classes, and index them.
 
-    Splits become folders. Gives the tar files.
+    They come in their order, or in a random one by `seed`, which a window of few shards needs
+    where the folder is sorted by class. Splits become folders. Gives the tar files.
 
     Raises:
         InputError: the folder holds no images, `out` is not empty or cannot be written to.
@@ -43,25 +49,32 @@ def pack(
     try:
         for name, source in parts.items():
             (out / name).mkdir(parents=True, exist_ok=True)
-            paths += _write(source, out / name, size, tell)
+            order_N = np.arange(len(source))
+            if seed is not None:
+                keys_N = sample_keys(seed, 0, torch.arange(len(source)))
+                order_N = shuffled(keys_N, Stream.SHUFFLE).numpy()
+            paths += _write(source, out / name, order_N, size, tell)
             write_index(out / name, tell=lambda line: tell(f"indexed {line}"))
     except OSError as error:
         raise InputError(f"cannot write to {printable(out)}: {error.strerror}") from error
     return paths
 
 
-def _write(source: ImageFolder, folder: Path, size: int, tell: Callable[[str], None]) -> list[Path]:
+def _write(
+    source: ImageFolder, folder: Path, order_N: np.ndarray, size: int, tell: Callable[[str], None]
+) -> list[Path]:
     label_N, classes = source.labels.get("class"), source.classes.get("class", ())
     done: list[Path] = []
-    index = 0
-    while index < len(source):
+    place = 0
+    while place < len(source):
         path = folder / f"{len(done):06d}.tar"
         unfinished = path.with_name(f"{UNFINISHED}{path.name}")
         with tarfile.open(unfinished, "w", format=tarfile.PAX_FORMAT) as tar:
-            while index < len(source) and (tar.offset < size or tar.offset == 0):
+            while place < len(source) and (tar.offset < size or tar.offset == 0):
+                index = int(order_N[place])
                 file = source.path(index)
                 stem = re.sub(r"[^0-9A-Za-z_-]+", "_", file.stem)[:LONGEST]
-                key = f"{index:09d}-{stem}"
+                key = f"{place:09d}-{stem}"
                 _add(tar, f"{key}{file.suffix.lower() or '.jpg'}", file.read_bytes())
                 told = {"path": str(file.relative_to(source.root))}
                 if label_N is not None:
@@ -69,11 +82,11 @@ def _write(source: ImageFolder, folder: Path, size: int, tell: Callable[[str], N
                     _add(tar, f"{key}.cls", str(label).encode())
                     told |= {"class": classes[label]}
                 _add(tar, f"{key}.json", json.dumps(told).encode())
-                index += 1
+                place += 1
         sync(unfinished)
         unfinished.replace(path)
         done.append(path)
-        tell(f"{index} of {len(source)} images: {path.name}")
+        tell(f"{place} of {len(source)} images: {path.name}")
     return done
 
 

@@ -1,4 +1,4 @@
-"""Images in tar files as a data set: `data=shards:PATH`.
+"""Images in tar files as a data set: `data=shards:PATH`, a folder, a pattern or a URL.
 
 Suffixes: N images, S shards.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -15,9 +16,11 @@ from typing import ClassVar
 import numpy as np
 
 from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
-from dseqjepa.data.shards.index import open_index
+from dseqjepa.data.patience import WAITS, passing
+from dseqjepa.data.shards.index import LIST, open_index
+from dseqjepa.data.shards.remote import GIGABYTES, Remote, cache_limit, has_file, is_folder, is_url
 from dseqjepa.data.source import BadImage, Split
-from dseqjepa.errors import printable
+from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest
 
 HEADER = 512
@@ -40,13 +43,15 @@ class Shards(ImageFiles):
 
     origin: ClassVar[str] = "dseqjepa shards pack FOLDER OUT makes shards of image files"
 
-    def __init__(self, path: Path, split: Split) -> None:
-        parts = [name for name in ("train", *HELD_OUT_FOLDERS) if (path / name).is_dir()]
+    def __init__(self, place: Path | str, split: Split) -> None:
+        parts = _parts(place)
         self.has_splits = len(parts) > 1 and parts[0] == "train"
         if self.has_splits:
-            path = path / (parts[1] if split == "val" else "train")
-        index = open_index(str(path))
-        self.root, self.shards = index.folder, index.shards
+            place = f"{place}/{parts[1] if split == 'val' else 'train'}"
+        index = open_index(str(place))
+        self.home, self.root, self.shards = index.home, index.home.folder, index.shards
+        if isinstance(self.home, Remote):
+            self._check_room(cache_limit(), max(shard.size for shard in self.shards))
         self.counts = [shard.count for shard in index.shards]
         self._start_S = np.cumsum([0, *self.counts])
         self._records_N = index.records_N
@@ -59,6 +64,7 @@ class Shards(ImageFiles):
         if without:
             self.notes = (f"{without} samples in {printable(self.root)} have no image",)
         self._open: dict[int, int] = {}
+        self._failures: defaultdict[int, list[str]] = defaultdict(list)
 
     def __len__(self) -> int:
         return len(self._records_N)
@@ -66,8 +72,10 @@ class Shards(ImageFiles):
     def content(self, index: int) -> bytes:
         """The bytes of an image's file; `BadImage` where they are not what was indexed."""
         shard, record = self._find(index)
-        size = int(record["size"])
-        found = self._pread(shard, size, int(record["offset"]))
+        size, offset = int(record["size"]), int(record["offset"])
+        if not 0 <= offset <= self.shards[shard].size - size:
+            raise BadImage(f"its index says that it lies outside of {self.shards[shard].name}")
+        found = self._pread(shard, size, offset)
         if len(found) < size:
             raise BadImage(f"{self.shards[shard].name} is cut off: {len(found)} of {size} bytes")
         if zlib.crc32(found) != int(record["crc"]):
@@ -77,13 +85,31 @@ class Shards(ImageFiles):
     def name(self, index: int) -> str:
         """The shard and the file's name in it, which is read from there."""
         shard, record = self._find(index)
-        file, offset = self.root / self.shards[shard].name, int(record["offset"])
-        try:
-            header = self._pread(shard, HEADER, offset - HEADER)
+        offset = int(record["offset"])
+        where = self.home.url if isinstance(self.home, Remote) else self.root
+        try:  # of a file that is here: whoever asks what is being read must not wait for it too
+            with open(self.root / self.shards[shard].name, "rb") as file:
+                header = os.pread(file.fileno(), HEADER, max(offset - HEADER, 0))
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (tarfile.TarError, OSError):
             member = f"byte {offset}"
-        return printable(f"{file}/{member}")
+        return printable(f"{where}/{self.shards[shard].name}/{member}")
+
+    def check_window(self, window: int) -> None:
+        """`InputError` where an order that takes `window` shards at a time, or all at once (0),
+        would fetch the same shard over and over."""
+        if isinstance(self.home, Remote):
+            sizes = sorted((shard.size for shard in self.shards), reverse=True)
+            # While the last images of a window are read the first of the next one are asked for.
+            self._check_room(cache_limit(), sum(sizes[: 2 * window] if window else sizes), window)
+
+    def _check_room(self, limit: int, needed: int, window: int | None = None) -> None:
+        if needed > limit:
+            hint = "" if window is None else ", or shuffle within a smaller data.window"
+            raise InputError(
+                f"{printable(self.home.folder)} may hold {limit / 1e9:,.3g} GB of shards, and "
+                f"{needed / 1e9:,.3g} are needed at a time: raise {GIGABYTES}{hint}"
+            )
 
     def fingerprint(self) -> str:
         facts = [[shard.name, shard.size, shard.count] for shard in self.shards]
@@ -95,11 +121,33 @@ class Shards(ImageFiles):
         return int(np.searchsorted(self._start_S, index, side="right")) - 1, self._records_N[index]
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        if isinstance(self.home, Remote):
+            # A file that is kept open would keep its room when another one takes its place.
+            descriptor = self._fetched(shard)
+            try:
+                return os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
         if shard not in self._open:
             if len(self._open) >= OPEN_AT_ONCE:
                 os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self.root / self.shards[shard].name, os.O_RDONLY)
+            self._open[shard] = self.home.open(self.shards[shard].name, self.shards[shard].size)
         return os.pread(self._open[shard], size, offset)
+
+    def _fetched(self, shard: int) -> int:
+        """A descriptor of a shard from behind a URL. One that does not come in all the tries of
+        `patience` for one image is not asked for again for each of the others."""
+        failures, name = self._failures[shard], self.shards[shard].name
+        if len(failures) > len(WAITS):
+            tried = f"(tried {len(failures)} times)"
+            raise BadImage(f"{name} cannot be fetched: {failures[-1]} {tried}")
+        try:
+            descriptor = self.home.open(name, self.shards[shard].size)
+        except OSError as error:
+            failures += [str(error)] * (1 if passing(error) else len(WAITS) + 1 - len(failures))
+            raise
+        failures.clear()
+        return descriptor
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}
@@ -107,3 +155,13 @@ class Shards(ImageFiles):
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def _parts(place: Path | str) -> list[str]:
+    """The parts of a data set that are folders of their own."""
+    names = ("train", *HELD_OUT_FOLDERS)
+    if not is_url(place):
+        return [name for name in names if (Path(place) / name).is_dir()]
+    if not is_folder(str(place)) or has_file(str(place), LIST):
+        return []
+    return [name for name in names if has_file(f"{str(place).rstrip('/')}/{name}", LIST)]

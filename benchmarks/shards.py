@@ -1,0 +1,237 @@
+"""Reading shards: against a folder, webdataset and litdata; what an index of many images costs.
+
+Both sides of a comparison read the same JPEG bytes in one process on one thread, in turn, and cut
+the same crops with this project's transform, so that what differs is how a library finds and
+shuffles images; `read_` leaves decoding out. webdataset reads the same tar files with a shuffle
+buffer of 1,000 images, litdata its own chunks of the same images and size, shuffled.
+
+`memory` and `start` use an index made for the purpose, whose millions of records all lead to the
+same few images. `entropy` draws orders of 1,281,167 images in 1,000 classes, 4,500 in a shard, and
+reads no image at all.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import Benchmark, Effort, Row, main, paired, speedup
+from loader import SETTINGS, epochs_of, folder
+
+from dseqjepa.data.decode import decode_reduced
+from dseqjepa.data.images import ImageFolder
+from dseqjepa.data.loader import Loader
+from dseqjepa.data.order import full_shuffle, window_shuffle
+from dseqjepa.data.shards.index import LIST, RECORDS, VERSION, Shard, read_shard
+from dseqjepa.data.shards.pack import pack
+from dseqjepa.data.shards.source import Shards
+from dseqjepa.data.transforms import TrainTransform
+from dseqjepa.keyed import Stream, sample_keys, shuffled
+
+SHARD = 2_000_000
+"""Bytes of a shard: a hundredth of a usual one, as there are a thousandth of the images."""
+BATCH, WINDOW, BUFFER, CROP = 64, 4, 1000, 224
+FEW, MANY, STARTED = 10**4, 10**8, 10**7
+IMAGENET, CLASSES, IN_SHARD, STEP = 1_281_167, 1000, 4500, 2048
+
+
+@contextmanager
+def packed(effort: Effort) -> Iterator[tuple[Path, Path, int]]:
+    """Pictures in a folder, the same in shards, and how many."""
+    setting = SETTINGS["jpeg_500x375_224"]
+    setting = setting._replace(images=8 if effort.smoke else setting.images)
+    torch.set_num_threads(1)
+    with folder(setting) as root, tempfile.TemporaryDirectory() as out:
+        shards = Path(out) / "shards"
+        pack(root, shards, size=SHARD)
+        yield root, shards, setting.images
+
+
+def loader(source: Shards | ImageFolder, images: int, window: int = 0) -> Loader:
+    transform = TrainTransform((CROP, CROP), (0.3, 1.0))
+    size = min(BATCH, images)
+    return Loader(source, transform, batch_size=size, seed=0, workers=0, window=window)
+
+
+def cut(transform: TrainTransform, content: bytes, index: int) -> torch.Tensor:
+    """What a worker of ours does with the bytes of an image."""
+    (crop,) = transform.cuts(sample_keys(0, 0, torch.tensor([index])))
+    return crop(decode_reduced(content, transform.reduction))
+
+
+def against_folder(name: str, effort: Effort) -> Row:
+    with packed(effort) as (root, shards, images):
+        ours = epochs_of(loader(Shards(shards, "train"), images))
+        theirs = epochs_of(loader(ImageFolder(root), images))
+        what = f"{images} images in any order, folder's time / shards'"
+        return speedup(name, ours, theirs, effort, what)
+
+
+def webdataset_of(shards: Path) -> Callable[[], Iterator[bytes]]:
+    import webdataset
+
+    paths = [str(path) for path in sorted(shards.glob("*.tar"))]
+
+    def read() -> Iterator[bytes]:
+        samples = webdataset.WebDataset(paths, shardshuffle=len(paths)).shuffle(BUFFER)
+        return (sample["jpg"] for sample in samples)
+
+    return read
+
+
+def litdata_of(shards: Path) -> Callable[[], Iterator[bytes]]:
+    from litdata import StreamingDataset
+    from litdata.streaming import Cache
+
+    place, source = shards.with_name("chunks"), Shards(shards, "train")
+    place.mkdir()
+    cache = Cache(str(place), chunk_bytes=SHARD)
+    for index in range(len(source)):
+        cache[index] = source.content(index)
+    cache.done()
+    cache.merge()
+    dataset = StreamingDataset(str(place), shuffle=True)
+    return lambda: iter(dataset)
+
+
+LIBRARIES = {"webdataset": webdataset_of, "litdata": litdata_of}
+
+
+def against_library(name: str, effort: Effort) -> Row:
+    """A worker's epoch: read, decode, cut; or read alone."""
+    kind, _, library = name.partition("_")
+    with packed(effort) as (_, shards, images):
+        theirs = LIBRARIES[library](shards)
+        source = Shards(shards, "train")
+        transform = TrainTransform((CROP, CROP), (0.3, 1.0))
+        epochs = count()
+        order = window_shuffle(source.counts, WINDOW, 0)
+
+        def ours_alone() -> None:
+            deque(map(source.content, order(next(epochs), 0, images).tolist()), 0)
+
+        def theirs_whole() -> None:
+            batch = [cut(transform, content, index) for index, content in enumerate(theirs())]
+            torch.stack(batch)
+
+        what = f"{images} images, {library}'s time / ours with data.window={WINDOW}"
+        if kind == "read":
+            return speedup(name, ours_alone, lambda: deque(theirs(), 0), effort, what)
+        ours = epochs_of(loader(source, images, WINDOW))
+        return speedup(name, ours, theirs_whole, effort, what)
+
+
+def made_index(root: Path, images: int) -> Path:
+    """An index of so many images, in shards of 100,000, that are all links to one tar file."""
+    few = next(root.glob("*.tar"))
+    with few.open("rb") as file:
+        found = read_shard(file, few.name)
+    place = root / f"index-{images}"
+    place.mkdir()
+    each = min(images, 100_000)
+    records_N = np.resize(found.records_N, each)
+    names = [f"{number:06d}.tar" for number in range(images // each)]
+    with (place / RECORDS).open("wb") as out:
+        for shard in names:
+            os.link(few, place / shard)
+            out.write(records_N.tobytes())
+    rows = [asdict(Shard(shard, few.stat().st_size, each)) for shard in names]
+    listed = {"version": VERSION, "classes": [], "shards": rows}
+    (place / LIST).write_text(json.dumps(listed))
+    return place
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def start(place: str, batches: int) -> tuple[float, float]:
+    """In a process of its own: seconds to the first batch, and bytes that some batches took."""
+    torch.set_num_threads(1)
+    warm = torch.arange(2**20).sort()  # what the first use of torch takes is not the index's
+    del warm
+    before, began = anonymous(), time.perf_counter()
+    source = Shards(Path(place), "train")
+    reading = loader(source, len(source))
+    steps = reading.batches(1, reading.steps_per_epoch // 2)
+    next(steps)
+    first = time.perf_counter() - began
+    for _ in range(batches):
+        next(steps)
+    return first, float(anonymous() - before)
+
+
+def of_many(name: str, effort: Effort) -> Row:
+    """Few images and many, each in a new process."""
+    kind = name.partition("_")[0]
+    many = STARTED if kind == "start" else MANY
+    many = 10 * FEW if effort.smoke else many
+    place = 0 if kind == "start" else 1
+    fork = multiprocessing.get_context("spawn")
+    with packed(effort) as (_, shards, _images):
+        places = [str(made_index(shards, images)) for images in (FEW, many)]
+        pairs = []
+        for _ in range(effort.repeats):
+            values = []
+            for where in places:
+                with fork.Pool(1) as pool:
+                    values.append(pool.apply(start, (where, 1 if effort.smoke else 20))[place])
+            pairs.append((values[1], values[0]))
+    unit = "s" if kind == "start" else "B"
+    what = f"{FEW:,} images' {'time to a batch' if place == 0 else 'memory'} / {many:,} images'"
+    return paired(name, pairs, [few / of for of, few in pairs], unit, what)
+
+
+def entropy(name: str, effort: Effort) -> Row:
+    """The mean class entropy of a batch in bits, against that of a full shuffle."""
+    _, packing, window = name.split("_")
+    images = IMAGENET // 50 if effort.smoke else IMAGENET
+    label_N = np.arange(images) * CLASSES // images
+    if packing == "shuffled":
+        label_N = label_N[shuffled(sample_keys(0, 0, torch.arange(images)), Stream.SPLIT).numpy()]
+    counts = [IN_SHARD] * (images // IN_SHARD) + [images % IN_SHARD]
+    orders = window_shuffle(counts, int(window), 0), full_shuffle(images, 0)
+    pairs = []
+    for epoch in range(effort.repeats):
+        bits = []
+        for order in orders:
+            label_P = label_N[order(epoch, 0, images)]
+            batches = label_P[: len(label_P) // STEP * STEP].reshape(-1, STEP)
+            bits.append(float(np.mean([bits_of(batch) for batch in batches])))
+        pairs.append((bits[0], bits[1]))
+    what = f"batches of {STEP} of images packed {packing}, {window} shards at a time / any order"
+    return paired(name, pairs, [ours / other for ours, other in pairs], "bits", what)
+
+
+def bits_of(label_B: np.ndarray) -> float:
+    share_C = np.bincount(label_B) / len(label_B)
+    share_C = share_C[share_C > 0]
+    return float(-(share_C * np.log2(share_C)).sum())
+
+
+WINDOWS = (1, 4, 16, 64)
+BENCHMARKS: dict[str, Benchmark] = {
+    "folder": against_folder,
+    **{
+        f"{kind}_{library}": against_library for kind in ("worker", "read") for library in LIBRARIES
+    },
+    "start_10m": of_many,
+    "memory_100m": of_many,
+    **{f"entropy_{how}_{n}": entropy for how in ("by-class", "shuffled") for n in WINDOWS},
+}
+
+if __name__ == "__main__":
+    main(__doc__, BENCHMARKS)

@@ -1,0 +1,382 @@
+"""Files behind a URL: each is fetched whole to this machine, once, and kept while there is room.
+
+Whole, because a tar file that is fetched from its beginning to its end comes as quickly as the
+network is, where a request an image would wait for an answer an image, in every epoch anew.
+
+The folder for them belongs to the machine, not to a run: the environment names it. Any number of
+processes may use it at once. A file in it is whole; one that is being fetched has another name, and
+has its room set apart from the beginning.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from dseqjepa.data.patience import patiently
+from dseqjepa.errors import InputError, RunError, did_you_mean, printable
+from dseqjepa.files import UNFINISHED
+
+T = TypeVar("T")
+
+FOLDER, GIGABYTES = "DSEQJEPA_CACHE", "DSEQJEPA_CACHE_GB"
+"""What the environment may say: the folder, and how many gigabytes of shards it may hold."""
+DEFAULT_GIGABYTES = 100
+SILENCE = 60.0
+"""Seconds without a byte after which a server is given up."""
+LONGEST = 3600.0
+"""Seconds of one answer of a server, however it trickles."""
+AT_ONCE = 2**23
+"""Bytes asked for and written at once."""
+EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+"""The extra of this package that a scheme needs."""
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def is_url(place: str | Path) -> bool:
+    return "://" in str(place)
+
+
+def cache_folder() -> Path:
+    """Where fetched files lie."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return Path(os.environ.get(FOLDER) or base / "dseqjepa").expanduser()
+
+
+def cache_limit() -> int:
+    """Bytes of shards that may lie there."""
+    text = os.environ.get(GIGABYTES) or str(DEFAULT_GIGABYTES)
+    try:
+        limit = float(text) * 1e9
+        if not 0 < limit < 2**62:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"{GIGABYTES}={printable(text)}: expected a number above 0") from None
+    return round(limit)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """The files right below a URL, as a folder of this machine's where they lie once fetched."""
+
+    url: str
+
+    @property
+    def folder(self) -> Path:
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return cache_folder() / digest
+
+    def open(self, name: str, size: int) -> int:
+        """A descriptor of a file of `size` bytes, which is fetched where it is not here.
+
+        Raises:
+            OSError: the file cannot be fetched; `patience` knows whether it is worth another try.
+            RunError: this machine has no room for it.
+        """
+        file = self.folder / name
+        while True:  # another process may make room between fetching and opening
+            with suppress(FileNotFoundError):
+                return _opened(file, size)
+            self.fetch(name, size)
+
+    def fetch(self, name: str, size: int, *, anew: bool = False) -> None:
+        """Have a file of `size` bytes here; `anew` where one of that size may be another one."""
+        file = self.folder / name
+        try:
+            with self.alone(name):
+                if anew or not _is_whole(file, size):
+                    _fetch(f"{self.url}/{name}", file, size)
+        except _NoRoom as error:
+            raise RunError(
+                f"cannot keep {name} of {printable(self.url)} in {cache_folder()}: {error}; make "
+                f"room, or name another folder by {FOLDER}"
+            ) from error
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Alone with a file among the processes of this machine; `RunError` where none can be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _NoRoom(f"{error.strerror}: {error.filename}") from error
+        with _locked(self.folder / f".{name}.lock"):
+            yield
+
+    def text(self, name: str) -> bytes:
+        """A small file, as it is there now; `FileNotFoundError` where there is none."""
+        return patiently(lambda: _asked(self.url, lambda fs, path: fs.cat_file(f"{path}/{name}")))
+
+    def put(self, file: Path) -> bool:
+        """Copy a file there, unless one of its name and size lies there; whether it was copied."""
+        size = file.stat().st_size
+
+        def copied(fs: Any, path: str) -> bool:
+            there = f"{path}/{file.name}"
+            with suppress(FileNotFoundError):
+                if file.suffix == ".tar" and fs.info(there)["size"] == size:
+                    return False
+            fs.makedirs(path, exist_ok=True)
+            fs.put_file(str(file), there)
+            return True
+
+        return patiently(lambda: _asked(self.url, copied))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file as its server lists it."""
+
+    name: str
+    size: int
+    version: str
+    """Changes when the file does."""
+
+
+def has_file(url: str, name: str) -> bool:
+    """Whether a folder's URL holds a small file; `InputError` where its server cannot be read."""
+    try:
+        Remote(url.rstrip("/")).text(name)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"cannot read {printable(url)}: {error}") from error
+    return True
+
+
+def is_folder(pattern: str) -> bool:
+    """Whether a URL means all of a folder."""
+    return not _split(pattern)[1]
+
+
+def listed(pattern: str, ending: str) -> tuple[Remote, list[Found]]:
+    """The files that a URL holds or a pattern matches (`*`, `?`, or `{000..012}`)."""
+    base, last = _split(pattern)
+    names = _expanded(last) if BRACES.search(last) else []
+
+    def found(fs: Any, path: str) -> list[Found]:
+        paths = [f"{path}/{name}" for name in names]
+        if not paths:
+            there = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
+            wanted = last or f"*{ending}"
+            paths = [f"{path}/{name}" for name in sorted(there) if fnmatchcase(name, wanted)]
+        infos = [(path.rpartition("/")[2], fs.info(path)) for path in paths]
+        for name, info in infos:
+            if info.get("size") is None:
+                raise InputError(f"{printable(pattern)}: the server tells no size of {name}")
+        return [
+            Found(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
+            for name, info in infos
+        ]
+
+    return Remote(base), patiently(lambda: _asked(base, found))
+
+
+def matching(pattern: str, names: list[str]) -> tuple[Remote, list[str]]:
+    """Of files that are known to lie there those that a pattern means."""
+    base, last = _split(pattern)
+    if BRACES.search(last):
+        return Remote(base), _expanded(last)
+    return Remote(base), [name for name in names if fnmatchcase(name, last or "*")]
+
+
+def _split(pattern: str) -> tuple[str, str]:
+    """A folder's URL, and the pattern of names in it; "" where it means the whole folder."""
+    base, _, last = pattern.rstrip("/").rpartition("/")
+    is_pattern = any(mark in last for mark in "*?{[") or last.endswith(".tar")
+    return (base, last) if is_pattern else (pattern.rstrip("/"), "")
+
+
+def _expanded(name: str) -> list[str]:
+    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar."""
+    found = BRACES.search(name)
+    if found is None:
+        return [name]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    return [
+        other
+        for number in numbers
+        for other in _expanded(BRACES.sub(f"{number:0{len(first)}d}", name, count=1))
+    ]
+
+
+def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
+    """What a server says. Its errors, and those of its library, become an `OSError`: one that may
+    pass, unless the file is not there or not for us."""
+    fs, path = file_system(url)
+    try:
+        return ask(fs, path)
+    except (InputError, _NoRoom):
+        raise
+    except Exception as error:  # each library has kinds of its own
+        if isinstance(error, FileNotFoundError) and not _is_refused(error.__cause__):
+            raise
+        if isinstance(error, PermissionError) or _is_refused(error, 400, 500):
+            raise PermissionError(errno.EACCES, f"{url} is refused: {_said(error)}") from error
+        raise OSError(errno.EIO, f"{url}: {_said(error)}") from error
+
+
+def _is_refused(error: BaseException | None, low: int = 500, high: int = 600) -> bool:
+    """Whether an error stands for an answer whose status is one of these, and not "later"."""
+    status = getattr(error, "status", None)
+    return isinstance(status, int) and low <= status < high and status not in (408, 429)
+
+
+def _said(error: Exception) -> str:
+    return printable(f"{type(error).__name__} {error}".strip())
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """What reads this URL, and its path there; `InputError` names what is missing for it."""
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url, **_patience(EXTRAS.get(scheme, "")))
+    except ImportError as error:
+        extra = EXTRAS.get(scheme)
+        needed = f"pip install 'dseqjepa[{extra}]'" if extra else str(error)
+        raise InputError(f"{printable(scheme)}:// needs a package: {needed}") from error
+    except ValueError as error:
+        hint = did_you_mean(scheme, EXTRAS)
+        raise InputError(f"{printable(url)} has an unknown scheme{hint}") from error
+
+
+def _patience(kind: str) -> dict[str, Any]:
+    """How long the library of a kind of server waits, in its own words."""
+    if kind == "http":
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=LONGEST, sock_connect=SILENCE, sock_read=SILENCE)
+        return {"client_kwargs": {"timeout": limits}}
+    if kind == "s3":
+        return {"config_kwargs": {"connect_timeout": SILENCE, "read_timeout": SILENCE}}
+    return {}
+
+
+# On this machine
+
+
+class _NoRoom(RunError):
+    """This machine cannot hold a file, whoever sends it."""
+
+
+def _fetch(url: str, file: Path, size: int) -> None:
+    """Make a file hold what a URL gives, if that is `size` bytes."""
+    unfinished = file.with_name(f"{UNFINISHED}{file.name}")
+    try:
+        _set_apart(unfinished, size)
+        _asked(url, lambda fs, path: _copy(fs, path, unfinished, size))
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _copy(fs: Any, path: str, unfinished: Path, size: int) -> None:
+    # A web server's answer is read as it comes; others are asked for a part at a time.
+    part_by_part = {"block_size": AT_ONCE, "cache_type": "none"}
+    how = {"block_size": 0, "size": size} if "http" in fs.protocol else part_by_part
+    done = 0
+    with fs.open(path, "rb", **how) as coming, unfinished.open("r+b") as out:
+        while done <= size and (part := coming.read(AT_ONCE)):
+            _write(out, part)
+            done += len(part)
+    if done != size:
+        more = "more" if done > size else f"{done}"
+        raise OSError(errno.EIO, f"{more} bytes came where the index has {size}: cut off or newer")
+
+
+def _write(out: BinaryIO, part: bytes) -> None:
+    try:
+        out.write(part)
+        out.flush()
+    except OSError as error:
+        raise _NoRoom(error.strerror) from error
+
+
+def _set_apart(unfinished: Path, size: int) -> None:
+    """Have the disk hold `size` bytes for a file, in the place of what was not used longest."""
+    limit = cache_limit()
+    if size > limit:
+        raise _NoRoom(f"it has {size:,} bytes, and {GIGABYTES} allows {limit:,}")
+    with _locked(cache_folder() / ".lock"):
+        oldest_first = sorted(_kept(), key=lambda kept: kept[1].st_mtime)
+        used = sum(status.st_size for _, status in oldest_first)
+        while True:
+            if used + size <= limit:
+                try:
+                    with unfinished.open("wb") as file:
+                        os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                        os.ftruncate(file.fileno(), size)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not oldest_first:
+                        raise _NoRoom(error.strerror) from error
+            if not oldest_first:
+                raise _NoRoom(f"other processes are filling its {limit:,} bytes")
+            path, status = oldest_first.pop(0)
+            if _is_idle(path):
+                path.unlink(missing_ok=True)
+                used -= status.st_size
+
+
+def _kept() -> Iterator[tuple[Path, os.stat_result]]:
+    for path in cache_folder().glob("*/*.tar"):
+        with suppress(FileNotFoundError):
+            yield path, path.stat()
+    for path in cache_folder().glob(f"*/{UNFINISHED}*.tar"):
+        with suppress(FileNotFoundError):
+            yield path, path.stat()
+
+
+def _is_idle(path: Path) -> bool:
+    """Whether no process is writing this file; one that was killed is not."""
+    if not path.name.startswith(UNFINISHED):
+        return True
+    lock = path.with_name(f".{path.name.removeprefix(UNFINISHED)}.lock")
+    with lock.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _opened(file: Path, size: int) -> int:
+    """A descriptor; its file is the one last used. `FileNotFoundError` for one of another size."""
+    descriptor = os.open(file, os.O_RDONLY)
+    if os.fstat(descriptor).st_size != size:
+        os.close(descriptor)
+        raise FileNotFoundError(file)
+    with suppress(OSError):  # a cache that may be read only
+        os.utime(descriptor)
+    return descriptor
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    with suppress(FileNotFoundError):
+        status = file.stat()
+        return stat.S_ISREG(status.st_mode) and status.st_size == size
+    return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes of this machine; a process that dies lets go."""
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise _NoRoom(f"{error.strerror}: {error.filename}") from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

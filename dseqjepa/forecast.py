@@ -1,0 +1,257 @@
+"""`dseqjepa preflight PRESET --on h100 --devices 64`: what a run would cost on machines elsewhere,
+from counted FLOPs and bytes.
+
+With P trained and Q target parameters, n devices, b images on each at a time, F FLOPs per image
+(`model.flops`, mean of the plans at the start and at the end of the curriculum):
+
+    hours            epochs * images * F / (n * share * rate)
+    state            (16 P + 4 Q) bytes: weights, gradient and two moments of AdamW; the target
+    activations      b * sum of (W * width * tokens * blocks) over encoder and predictor, and the
+                     target's of one block; W bytes are what autograd keeps (`KEPT`)
+    memory, ddp      state + 4 P (the buckets in which gradients travel) + activations
+    memory, fsdp     state / n + 2 whole blocks with their gradients + activations
+    sent, ddp        2 (n - 1) / n * 4 P bytes per device and step: a ring's all-reduce
+    sent, fsdp       (n - 1) / n * 4 (3 P + Q): trained weights are gathered twice and their
+                     gradients scattered, the target's weights gathered once
+    checkpoint       (12 P + 4 Q) bytes
+    images read      images/s * bytes of an image's file
+
+`rate` is what a large matrix product reaches on the device, and `share` what a whole step reached
+of it in docs/gpu.md, by the encoder's width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dseqjepa.config import Config
+from dseqjepa.data.scenes import Scenes
+from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.keyed import sample_keys
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
+from dseqjepa.model.flops import Tokens, count_tokens, step_flops
+from dseqjepa.train.rehearsal import state_bytes
+
+IMAGENET = (1_281_167, 147_897_477_120 // 1_281_167)
+"""Images to train on, and bytes of one, by the size of the archive."""
+REACHED = 778 / 989
+"""What a product of 8192 x 8192 matrices reached of the data sheet's rate: docs/gpu.md."""
+PLANNED = 16
+"""Images whose plans are counted."""
+KEPT = {"bf16": 36, "fp32": 64}
+"""Bytes that autograd keeps for a number of a token in a block. In bf16: the inputs of two norms 4
+each, what they give to matrix products 2 each, queries, keys and values 6, what attention gives 2,
+the hidden layer before and after its activation 8 each."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """By its data sheet: FLOP/s of dense bf16 products, bytes of memory."""
+
+    rate: float
+    memory: float
+
+
+DEVICES = {
+    "a100": Device(312e12, 80e9),
+    "h100": Device(989e12, 80e9),
+    "h200": Device(989e12, 141e9),
+    "l40s": Device(362e12, 48e9),
+}
+WIDTHS = (192, 384, 768, 1280)
+SHARES = {"dseq": (0.045, 0.116, 0.198, 0.174), "ijepa": (0.044, 0.144, 0.232, 0.212)}
+"""Of the matrix products' rate, by the encoder's width, with 1024, 256, 128 and 32 images at a
+time: docs/gpu.md. C-JEPA is taken for I-JEPA."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a run, or of one step on one device; bytes, seconds and numbers."""
+
+    devices: int
+    batch: int
+    flops: float
+    """Of one image."""
+    share: float
+    images_per_s: float
+    """Of all devices."""
+    hours: float
+    device_hours: float
+    state: float
+    activations: float
+    memory_ddp: float
+    memory_fsdp: float
+    memory_there: float
+    sent_ddp: float
+    sent_fsdp: float
+    checkpoint: float
+    read_per_s: float
+    step_s: float
+
+
+def forecast(
+    config: Config, on: str, devices: int, data: tuple[int, int] = IMAGENET, seed: int = 0
+) -> Forecast:
+    """What a run would cost; `data` are the number of images and the bytes of one.
+
+    Raises:
+        InputError: there is no such device, or the batch cannot be divided among so many.
+    """
+    if on not in DEVICES:
+        raise InputError(f"unknown device {on!r}{did_you_mean(on, DEVICES)}")
+    device, (images, image_bytes) = DEVICES[on], data
+    at_a_time, left = divmod(config.data.batch_size, devices * config.optim.accumulate)
+    if left:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} cannot be divided among {devices} devices "
+            f"with optim.accumulate={config.optim.accumulate}"
+        )
+    config = config.resolved(images)
+    with torch.device("meta"):  # shapes without values
+        method = build_method(config)
+    tokens = plans(config, seed)
+    flops = sum(step_flops(method.encoder, method.predictor, t) / t.images for t in tokens) / 2
+    rate = device.rate * REACHED * share(config)
+    rate_of_all = devices * rate / flops
+    assert config.optim.epochs != "auto"
+    steps_images = config.optim.epochs * (images // config.data.batch_size) * config.data.batch_size
+    hours = steps_images / rate_of_all / 3600
+    state = state_bytes(method)
+    kept = at_a_time * max(activations(method, t, config) for t in tokens)
+    trained = sum(4 * p.numel() for p in method.parameters() if p.requires_grad)
+    target = sum(4 * p.numel() for p in method.target.parameters())
+    block = max(sum(4 * p.numel() for p in b.parameters()) for b in method.encoder.blocks)
+    others = (devices - 1) / devices
+    is_alone = devices == 1
+    return Forecast(
+        devices=devices,
+        batch=at_a_time,
+        flops=flops,
+        share=share(config),
+        images_per_s=rate_of_all,
+        hours=hours,
+        device_hours=hours * devices,
+        state=state,
+        activations=kept,
+        memory_ddp=state + kept + (0 if is_alone else trained),
+        memory_fsdp=state / devices + kept + (0 if is_alone else 4 * block),
+        memory_there=device.memory,
+        sent_ddp=2 * others * trained,
+        sent_fsdp=others * (3 * trained + target),
+        checkpoint=3 * trained + target,
+        read_per_s=rate_of_all * image_bytes,
+        step_s=config.data.batch_size / rate_of_all,
+    )
+
+
+def share(config: Config) -> float:
+    """Of the rate of matrix products that steps reach, between the widths that were measured."""
+    shares = SHARES["dseq" if config.method.name == "dseq" else "ijepa"]
+    return float(np.interp(config.model.width, WIDTHS, shares))
+
+
+def plans(config: Config, seed: int) -> tuple[Tokens, Tokens]:
+    """What the plans of scenes need at the start and at the end of a run.
+
+    They are looked at by an encoder as shallow as the method's settings allow: where regions lie
+    takes no more, and untrained it is either way.
+    """
+    own = config.method.model_dump()
+    depth = 1 + max(_block(own, "saliency", "block"), _block(own, "regions", "features"))
+    shallow = config.with_(
+        model={"depth": min(depth, config.model.depth)},
+        predictor={"depth": 1},
+        target={"blocks": 1},
+        method={**own, "regularizer": "none"},
+        runtime={"precision": "fp32"},
+    )
+    method = build_method(shallow).eval()
+    height, width = config.data.image_size
+    scenes = Scenes(PLANNED, size=max(height, width), seed=seed, split="train")
+    images_BCHW = torch.stack([scenes.image(n)[:, :height, :width] for n in range(PLANNED)])
+    keys_B = sample_keys(seed, 0, torch.arange(PLANNED))
+
+    sight, grid = method.look(images_BCHW), method.target.grid_of(images_BCHW)
+
+    def counted(progress: float) -> Tokens:
+        plan = method.draw(sight, grid, progress, keys_B).plan
+        return count_tokens(plan, PLANNED, method.context_mode, method.encoder, method.predictor)
+
+    return counted(0.0), counted(1.0)
+
+
+def _block(method: dict[str, object], section: str, key: str) -> int:
+    found = method.get(section)
+    value = found.get(key) if isinstance(found, dict) else 0
+    return value if isinstance(value, int) else 0
+
+
+def activations(method: Method, tokens: Tokens, config: Config) -> float:
+    """Bytes kept for one image from the forward to the backward pass."""
+    number = KEPT[config.runtime.precision]
+    encoder, predictor = method.encoder, method.predictor
+    numbers = tokens.encoder * encoder.width * len(encoder.blocks)
+    numbers += tokens.predictor * predictor.embed.out_features * len(predictor.blocks)
+    # The target keeps nothing, but what one of its blocks computes is there at once.
+    patches = encoder.grid[0] * encoder.grid[1] + encoder.prefix
+    return number * (numbers / tokens.images + patches * encoder.width)
+
+
+def table(config: Config, on: str, found: Forecast) -> Table:
+    """For people."""
+    shown = Table("the run", f"{found.devices} x {on}")
+    rows = {
+        "images at a time, per device": f"{found.batch}",
+        "GFLOP per image": f"{found.flops / 1e9:.1f}",
+        "share of a matrix product's rate": f"{found.share:.1%} (docs/gpu.md)",
+        "images/s": f"{found.images_per_s:,.0f}",
+        "seconds per step": f"{found.step_s:.2f}",
+        f"hours, {config.optim.epochs} epochs": f"{found.hours:,.1f}",
+        "device-hours": f"{found.device_hours:,.0f}",
+        "memory per device, ddp": _of(found.memory_ddp, found.memory_there),
+        "memory per device, fsdp": _of(found.memory_fsdp, found.memory_there),
+        "of it activations": _gb(found.activations),
+        "image files read": f"{found.read_per_s / 1e6:,.0f} MB/s",
+        "checkpoint": _gb(found.checkpoint),
+        "sent per device and step, ddp": _sent(found.sent_ddp, found.step_s),
+        "sent per device and step, fsdp": _sent(found.sent_fsdp, found.step_s),
+    }
+    for row in rows.items():
+        shown.add_row(*row)
+    return shown
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _of(size: float, there: float) -> str:
+    return f"{_gb(size)} of {there / 1e9:.0f}{', does not fit' if size > there else ''}"
+
+
+def _sent(size: float, seconds: float) -> str:
+    return f"{_gb(size)}, {size / seconds / 1e9:.2f} GB/s over a whole step"
+
+
+def preflight_on(
+    config: Config,
+    on: str,
+    devices: int,
+    *,
+    report: Path | None = None,
+    console: Console | None = None,
+) -> Forecast:
+    """Work it out and print it; `report` is a JSON file for the same."""
+    found = forecast(config, on, devices)
+    (console or Console()).print(table(config, on, found))
+    if report is not None:
+        report.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    return found

@@ -1,0 +1,109 @@
+"""What a run would cost elsewhere: formulas against what was measured, and against torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dseqjepa.cli import app
+from dseqjepa.errors import InputError
+from dseqjepa.forecast import DEVICES, KEPT, activations, forecast
+from dseqjepa.methods import build_method
+from dseqjepa.model.flops import count_tokens
+from dseqjepa.model.vit import set_attention
+from dseqjepa.presets import load_config
+from dseqjepa.train.rehearsal import state_bytes
+from tests.tiny import PAPER, float_images, tiny_config
+
+MEASURED = {
+    # images at a time, GFLOP per image, GiB at the peak, images/s: docs/gpu.md
+    ("dseq_vits16_in1k", ()): (256, 0.116 * 778e3 / 3438, 7.4, 3438),
+    ("dseq_vitt16_in1k", ("data.image_size=64", "model.patch_size=8")): (
+        1024, 0.045 * 778e3 / 14930, 5.3, 14930,
+    ),
+    ("ijepa_vitb16_in1k", ()): (128, 0.232 * 778e3 / 1568, 12.4, 1568),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", MEASURED, ids=lambda key: key[0])
+def test_it_foretells_what_was_measured_on_one_gpu(preset: tuple[str, tuple[str, ...]]):
+    """At lambda 1, as there: FLOPs within 8 %, memory within 15 %, images/s within 10 %."""
+    batch, flops, gib, rate = MEASURED[preset]
+    curriculum = ["method.curriculum.start=1"] if preset[0].startswith("dseq") else []
+    config = load_config(preset[0], [*preset[1], *curriculum, f"data.batch_size={batch}"])
+    found = forecast(config, "h200", 1)
+    assert found.flops / 1e9 == pytest.approx(flops, rel=0.08)
+    assert found.memory_ddp / 2**30 == pytest.approx(gib, rel=0.15)
+    assert found.images_per_s == pytest.approx(rate, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_bytes_that_autograd_keeps_are_counted(precision: str):
+    """Of a wide model, where blocks are nearly all of it: within a fifth, on a CPU."""
+    config = tiny_config(
+        "dseq_vitt8_64", "method.regularizer=none", *PAPER, f"runtime.precision={precision}",
+        "model.width=192", "model.depth=6", "model.heads=3", "data.image_size=128",
+    )  # fmt: skip
+    method = build_method(config)
+    set_attention(method, "sdpa")
+    images_BCHW, keys_B = float_images(8, (128, 128)), torch.arange(8)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.numel() > 10_000:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.no_grad():
+        plan = method.plan(images_BCHW, progress=1.0, keys_B=keys_B)
+    tokens = count_tokens(plan, 8, method.context_mode, method.encoder, method.predictor)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cast:
+        step = method(images_BCHW, progress=1.0, keys_B=keys_B)
+    target = KEPT[precision] * (method.encoder.grid[0] * method.encoder.grid[1] + 1) * 192
+    assert sum(kept.values()) / 8 == pytest.approx(
+        activations(method, tokens, config) - target, rel=0.2
+    )
+    step.loss.backward()
+
+
+def test_more_devices_share_the_work_and_the_state():
+    config = load_config("ijepa_vitt16_in1k")
+    one, many = forecast(config, "h100", 1), forecast(config, "h100", 64)
+    assert many.hours == pytest.approx(one.hours / 64)
+    assert many.device_hours == pytest.approx(one.device_hours)
+    assert many.batch * 64 == one.batch
+    assert one.sent_ddp == one.sent_fsdp == 0
+    assert many.memory_fsdp < many.memory_ddp < one.memory_ddp
+    with torch.device("meta"):
+        method = build_method(config)
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    assert many.sent_ddp == pytest.approx(2 * 63 / 64 * 4 * trained)
+    assert many.state == state_bytes(method)
+
+
+@pytest.mark.parametrize(
+    ("on", "devices", "message"),
+    [("h10", 1, "did you mean 'h100'"), ("h100", 3, "cannot be divided among 3 devices")],
+)
+def test_what_cannot_be_is_told_in_a_line(on: str, devices: int, message: str):
+    with pytest.raises(InputError, match=message):
+        forecast(load_config("ijepa_vitt16_in1k"), on, devices)
+
+
+def test_the_command(tmp_path: Path):
+    file = tmp_path / "found.json"
+    command = ["preflight", "ijepa_vitt16_in1k", "--on", "a100", "--devices", "8"]
+    done = CliRunner().invoke(app, [*command, "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    for word in ("8 x a100", "device-hours", "fsdp", "checkpoint", "image files read"):
+        assert word in done.output
+    found = json.loads(file.read_text())
+    assert found["memory_there"] == DEVICES["a100"].memory
+    assert found["read_per_s"] > 1e6
