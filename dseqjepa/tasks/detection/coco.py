@@ -24,8 +24,8 @@ Kind = Literal["bbox", "segm"]
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """Average precisions by the suffixes in `AP_ENDINGS`, as shares of 1; those without objects are left
-    out."""
+    """Average precisions by the suffixes in `AP_ENDINGS`, as shares of 1; those without objects are
+    left out."""
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
