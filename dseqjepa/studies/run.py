@@ -78,7 +78,7 @@ def run_study(
     chosen = _chosen(cells_of(study, out), only)
     study, frozen = freeze(study, out, allow_changed)
     record(out / "starts.jsonl", retry=list(retry))
-    _try_again(chosen, collect(study, frozen, out) if "unhealthy" in retry else {}, retry)
+    try_again(chosen, collect(study, frozen, out) if "unhealthy" in retry else {}, retry)
     stopped_by = Pool(chosen, jobs, console, stale_s).run()
     summary = collect(study, frozen, out)
     write_outputs(study, summary, out, console)
@@ -108,7 +108,8 @@ def _chosen(cells: Sequence[StudyCell], only: str) -> list[StudyCell]:
     return [cells[names.index(only)]]
 
 
-def _try_again(cells: Sequence[StudyCell], summary: Values, retry: Collection[str]) -> None:
+def try_again(cells: Sequence[StudyCell], summary: Values, retry: Collection[str]) -> None:
+    """Forget failures, and remove unhealthy runs, where `retry` says so."""
     unhealthy = {
         cell["name"]
         for cell in summary.get("cells", ())

@@ -162,7 +162,7 @@ def _correct(family: Sequence[Values]) -> None:
         claim["p_holm"] = p_holm
         claim["detectable"] = detectable(count, len(family)) * claim["deviation"]
         interval = f"{claim['mean']:+.2f} ({claim['low']:+.2f} to {claim['high']:+.2f})"
-        figures = f"{interval} over {count} seeds, Holm p = {p_holm:.3g}"
+        figures = f"{interval} over {count} seeds, Holm p {shown_p(p_holm)}"
         if p_holm < LEVEL:
             claim["verdict"] = "holds" if claim["mean"] > 0 else "the opposite holds"
         else:
@@ -276,6 +276,10 @@ def _shown(mean: Values | None) -> str:
     return f"{mean['mean']:.1f}{spread} (n={len(mean['runs'])})"
 
 
+def shown_p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 CLAIM_HEAD = (
     "claim", "verdict", "difference (95 %)", "paired t", "sign flips (least possible)", "Holm",
     "effect size", "could have been seen",
@@ -299,9 +303,9 @@ def claim_rows(summary: Values) -> list[list[str]]:
                 claim["verdict"],
                 f"{claim['mean']:+.2f} ({claim['low']:+.2f} to {claim['high']:+.2f}), "
                 f"n={len(claim['differences'])}",
-                f"{claim['p_t']:.3g}" if has_spread else "no spread",
-                f"{claim['p_signs']:.3g} ({claim['least_p_signs']:.3g})",
-                f"{claim['p_holm']:.3g}",
+                shown_p(claim["p_t"]) if has_spread else "no spread",
+                f"{shown_p(claim['p_signs'])} ({shown_p(claim['least_p_signs'])})",
+                shown_p(claim["p_holm"]),
                 f"{claim['effect']:.2f}" if has_spread else "–",
                 f"{claim['detectable']:.2f}",
             ]

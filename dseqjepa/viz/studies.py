@@ -100,7 +100,7 @@ def _name(claim: Values) -> str:
 
 def _numbers(claim: Values) -> str:
     interval = f"({claim['low']:+.2f} to {claim['high']:+.2f})"
-    return f"{claim['mean']:+.2f} {interval}, p {claim['p_holm']:.2g}"
+    return f"{claim['mean']:+.2f} {interval}, p {claim['p_holm']:.3f}"
 
 
 def bands(charts: Sequence[Values], title: str) -> Figure:

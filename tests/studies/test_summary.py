@@ -15,7 +15,7 @@ from rich.console import Console
 from dseqjepa.studies.cells import StudyCell, cells_of
 from dseqjepa.studies.declare import Study
 from dseqjepa.studies.folder import freeze
-from dseqjepa.studies.run import write_outputs, write_slurm
+from dseqjepa.studies.run import try_again, write_outputs, write_slurm
 from dseqjepa.studies.statistics import compare, detectable, holm
 from dseqjepa.studies.summary import collect, markdown, table_of
 from dseqjepa.viz import studies
@@ -230,6 +230,19 @@ def test_the_pictures_show_the_claims_and_are_legible(study: Study, tmp_path: Pa
     figure = bands(charts, "tiny")
     assert_legible(figure)
     assert len({str(studies.style_of(number)) for number in range(18)}) == 18
+
+
+def test_an_unhealthy_run_starts_anew_when_asked_for_and_no_other(
+    study: Study, tmp_path: Path
+) -> None:
+    summary = make_all(study, tmp_path, inverse_1={"cosine": 0.9999})
+    cells = cells_of(study, tmp_path)
+    cells[0].failure.write_text("{}")
+    try_again(cells, summary, ["unhealthy"])
+    assert [cell.name for cell in cells if not cell.run.exists()] == ["scenes/inverse/seed-1"]
+    assert cells[0].failure.exists()
+    try_again(cells, summary, ["failed"])
+    assert not cells[0].failure.exists()
 
 
 def test_a_job_array_has_a_task_for_each_run(
