@@ -55,7 +55,7 @@ def freeze(
     if not (out / FROZEN).exists():
         _check_empty(out)
         now = _now()
-        frozen = {
+        frozen: dict[str, Any] = {
             "format": FORMAT,
             "study": study.name,
             "design": _design(study),
