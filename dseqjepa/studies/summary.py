@@ -160,7 +160,9 @@ def _correct(family: Sequence[Values]) -> None:
             continue
         count = len(claim["differences"])
         claim["p_holm"] = p_holm
-        claim["detectable"] = detectable(count, len(family)) * claim["deviation"]
+        has_spread = claim["p_t"] is not None
+        found = detectable(count, len(family)) * claim["deviation"]
+        claim["detectable"] = found if has_spread else None
         interval = f"{claim['mean']:+.2f} ({claim['low']:+.2f} to {claim['high']:+.2f})"
         figures = f"{interval} over {count} seeds, Holm p {shown_p(p_holm)}"
         if p_holm < LEVEL:
@@ -168,8 +170,9 @@ def _correct(family: Sequence[Values]) -> None:
         else:
             claim["verdict"] = "cannot be told"
             figures += (
-                f"; a difference of {claim['detectable']:.2f} would have been seen with a "
-                "probability of 0.8"
+                f"; a difference of {found:.2f} would have been seen with a probability of 0.8"
+                if has_spread
+                else "; all seeds differ by the same, so there is no t test"
             )
         claim["sentence"] = f"{figures}."
 
@@ -307,7 +310,7 @@ def claim_rows(summary: Values) -> list[list[str]]:
                 f"{shown_p(claim['p_signs'])} ({shown_p(claim['least_p_signs'])})",
                 shown_p(claim["p_holm"]),
                 f"{claim['effect']:.2f}" if has_spread else "–",
-                f"{claim['detectable']:.2f}",
+                f"{claim['detectable']:.2f}" if has_spread else "–",
             ]
         )
     return rows

@@ -108,6 +108,20 @@ def test_the_opposite_is_said_where_it_holds(tmp_path: Path) -> None:
     assert make_all(study, tmp_path)["claims"][0]["verdict"] == "the opposite holds"
 
 
+def test_differences_without_spread_say_nothing(study: Study, tmp_path: Path) -> None:
+    for cell in cells_of(study, tmp_path):
+        make_run(cell, 50.0 + cell.seed)
+    summary = summary_of(study, tmp_path)
+    for claim in summary["claims"]:
+        assert (claim["verdict"], claim["p_t"], claim["detectable"]) == (
+            "cannot be told",
+            None,
+            None,
+        )
+        assert claim["sentence"].endswith("so there is no t test.")
+    assert "| no spread | 1.000 (0.062) | 1.000 | – | – |" in markdown(summary)
+
+
 def test_no_claim_is_tested_before_all_its_runs_are_there(study: Study, tmp_path: Path) -> None:
     claims = make_all(study, tmp_path, random_4={"unfinished": True})["claims"]
     first, second = claims
