@@ -608,6 +608,83 @@ def report(
     print(f"written: {written}")
 
 
+STUDY_KEYS = (
+    "out", "jobs", "scale", "data", "seeds", "retry", "cell", "allow_changed",
+)  # fmt: skip
+
+
+@app.command(
+    epilog=examples(
+        "study plan table5",
+        "study table5 out=studies/order jobs=2",
+        "study mine.yaml out=studies/mine",
+    )
+)
+def study(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[plan] NAME|FILE.yaml [KEY=VALUE]...",
+            help="table4, headline, ... or a file; out=DIR jobs=2 scale=laptop data=PATH seeds=0,1",
+        ),
+    ],
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Write a job array instead of running.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Test claims about methods over several seeds.
+
+    Every variant, seed and evaluation is an ordinary run, and the claims are frozen before anything
+    runs. The same command resumes a study, also from several machines that share its folder; `study
+    plan NAME` estimates the cost. section.key=value changes the recipe of all variants.
+    scale=laptop, gpu or paper; data=PATH,PATH; retry=failed or unhealthy; allow_changed=code or
+    machine; cell=NUMBER runs a single cell.
+    """
+    is_plan, (name, *settings) = words[0] == "plan", words[words[0] == "plan" :] or ["plan"]
+    own, overrides = split_settings(
+        [f"data={word[12:]}" if word.startswith("data.source=") else word for word in settings],
+        STUDY_KEYS,
+    )
+    from dseqjepa.studies.builtin import declared
+
+    found = declared(
+        name,
+        overrides,
+        scale=own.get("scale"),
+        data=own.get("data"),
+        seeds=own.get("seeds"),
+    )
+    if print_config:
+        print(found.to_yaml(), end="")
+        return
+    jobs = own.get("jobs", "1")
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise InputError(f"jobs must be a number from 1 on, found {jobs!r}")
+    from dseqjepa.studies.run import plan_study, run_study, write_slurm
+
+    if is_plan:
+        plan_study(found, int(jobs))
+        return
+    if "out" not in own:
+        raise InputError("out=DIR is missing: name the folder in which the study is kept")
+    out = Path(own["out"]).expanduser()
+    changed = own["allow_changed"].split(",") if "allow_changed" in own else []
+    if slurm:
+        print(f"written: {write_slurm(found, out, int(jobs), changed)}")
+        return
+    stopped_by = run_study(
+        found,
+        out,
+        jobs=int(jobs),
+        only=own.get("cell", ""),
+        retry=own["retry"].split(",") if "retry" in own else (),
+        allow_changed=changed,
+    )
+    if stopped_by:
+        sys.exit(128 + stopped_by)
+
+
 @app.command(epilog=examples("demo --out demo"))
 def demo(
     settings: Settings = None,

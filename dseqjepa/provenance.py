@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -18,14 +20,31 @@ PACKAGE = Path(__file__).parent
 
 
 def environment() -> dict[str, Any]:
-    """The commit of the code, if it is in git, and package versions."""
+    """The code and its commit, if it is in git; versions; the processor and its threads."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"commit": _commit(), "versions": found}
+    return {
+        "commit": _commit(),
+        "versions": found,
+        "code": code_digest(),
+        "machine": machine(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+    }
+
+
+@cache
+def machine() -> str:
+    """The kind of processor, as the system calls it: sums may differ between two kinds."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not on Linux
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
 
 
 @cache
@@ -45,7 +64,6 @@ def record(file: Path, **said: Any) -> None:
         "folder": str(Path.cwd()),
         "host": platform.node(),
         "system": platform.platform(),
-        "code": code_digest(),
         **environment(),
         **said,
     }

@@ -52,6 +52,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},
     "embeddings": EVALUATION | {"console", "tasks", "train.runtime", "viz"},
+    "studies": EVALUATION
+    | {
+        "console",
+        "presets",
+        "settings",
+        "tasks.config",
+        "tasks.table",
+        "train.folder",
+        "train.clock",
+        "viz",
+        "report",
+    },
     "preflight": EVALUATION | {"methods", "train", "viz"},
     "forecast": MODEL | {"methods", "data", "train.rehearsal"},
     "demo": EVALUATION | {"methods", "train", "tasks", "viz", "report"},
@@ -71,6 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "embeddings",
         "viz",
         "report",
+        "studies",
         "demo",
     }
     | {"preflight", "forecast", "__init__"},

@@ -63,8 +63,8 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with what the documents name: pictures in two classes, idx files and a
-    foreign encoder."""
+    """A working folder with what the documents name: pictures in two classes, idx files, a
+    foreign encoder, and the YAML that a document shows, under its name."""
     here = tmp_path_factory.mktemp("docs")
     generator = np.random.default_rng(0)
     for label in ("cats", "dogs"):
@@ -75,6 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = dj.build_method(dj.load_config("ijepa_vitt_demo")).target.state_dict()
     wrapped = {f"module.{key}": value for key, value in encoder.items()}
     torch.save({"encoder": wrapped, "target_encoder": wrapped, "epoch": 9}, here / "ijepa.pth.tar")
+    for path, code in blocks("yaml"):
+        (here / f"{path.stem}.yaml").write_text(code, encoding="utf-8")
     data = here / "fashion"
     data.mkdir()
     for part, count in (("train", 64), ("t10k", 32)):
@@ -155,6 +157,8 @@ def run_commands(folder: Path) -> None:
             run_typed([*words[1:], *shrink], folder)
         elif words[:2] == ["dseqjepa", "evaluate"]:
             run_typed([*words[1:], *SHRINK_TASK.get(words[2], ())], folder)
+        elif words[:2] == ["dseqjepa", "study"]:
+            run_typed([*words[1:], *SHRINK, *(["seeds=0,1"] if ".yaml" in line else [])], folder)
         elif words[:3] == ["dseqjepa", "scenes", "export"]:
             own = [word for word in words if not word.startswith(("count=", "val_count="))]
             run_typed([*own[1:], "count=60", "val_count=20"], folder)

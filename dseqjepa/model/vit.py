@@ -189,6 +189,11 @@ def initialize(module: nn.Module) -> None:
         block.mlp.fc2.weight.div_((2 * index) ** 0.5)
 
 
+def draw_unused(*shape: int) -> None:
+    """Draw for a parameter that a model lacks, so that all others begin as they do beside it."""
+    nn.init.trunc_normal_(torch.empty(shape), std=0.02)
+
+
 class VisionTransformer(nn.Module):
     """The encoder.
 
@@ -232,6 +237,8 @@ class VisionTransformer(nn.Module):
         self.register_buffer("pos_embed", torch.cat([nothing, positions_ND])[None])
         self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        if not class_token:
+            draw_unused(1, width)
         initialize(self)
         with torch.no_grad():
             self.patch_embed.proj.weight.mul_(patch_init_scale)
@@ -412,6 +419,8 @@ class AnyPredictor(nn.Module, ABC):
         self.blocks = nn.ModuleList(self.block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.proj = Linear(width, encoder_width)
+        if not mask_token:
+            draw_unused(1, width)
         initialize(self)
 
     @abstractmethod

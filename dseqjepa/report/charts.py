@@ -5,7 +5,7 @@ A chart is plain JSON: the page draws it and knows no metric by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count, takewhile
 from statistics import fmean as mean
 from typing import Any
@@ -21,8 +21,11 @@ MOST_POINTS = 2000
 """Maximum number of log lines drawn per run, evenly spaced."""
 
 
-def groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The charts of some runs, in groups with a title; charts without a value are left out."""
+def groups(
+    runs: Sequence[Run], called: Callable[[Sequence[Run]], str] = group_name
+) -> list[dict[str, Any]]:
+    """The charts of some runs, in groups with a title; charts without a value are left out. Runs
+    that differ in their seed alone are a line, which has the name that `called` gives them."""
     titled = (
         ("Learning", LEARNING, False),
         ("Health", HEALTH, False),
@@ -34,9 +37,12 @@ def groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
         charts: list[dict[str, Any]] = []
         for topic in topics:
             if "loss_by_step" in topic.curves:
-                charts += [_by_step(topic, group, len(runs) > 1) for group in alike(runs)]
+                charts += [
+                    _by_step(topic, group, called(group) if len(runs) > 1 else "")
+                    for group in alike(runs)
+                ]
             else:
-                charts.append(_chart(topic, runs))
+                charts.append(_chart(topic, runs, called))
         charts = [chart for chart in charts if chart["series"]]
         if charts:
             found.append({"title": title, "folded": folded, "charts": charts})
@@ -62,13 +68,15 @@ def interval_chart(task: str, metric: str, scores: Sequence[tuple[str, Score]]) 
     }
 
 
-def _chart(topic: Topic, runs: Sequence[Run]) -> dict[str, Any]:
+def _chart(
+    topic: Topic, runs: Sequence[Run], called: Callable[[Sequence[Run]], str]
+) -> dict[str, Any]:
     """With several runs only the first curve, once for runs that differ only in their seed."""
     first, *others = topic.curves.items()
     if len(runs) > 1:
         series = [
-            _series(group_name(group), group, first[0], runs.index(group[0]))
-            for group in alike(runs)
+            _series(called(group), group, first[0], colour)
+            for colour, group in enumerate(alike(runs))
         ]
     else:
         curves = enumerate((first, *others))
@@ -83,12 +91,12 @@ def _chart(topic: Topic, runs: Sequence[Run]) -> dict[str, Any]:
     return _plain(topic, topic.title, meaning, series)
 
 
-def _by_step(topic: Topic, group: Sequence[Run], named: bool) -> dict[str, Any]:
+def _by_step(topic: Topic, group: Sequence[Run], name: str) -> dict[str, Any]:
     """The loss of each prediction step; step k predicts region k + 1 from the regions before."""
     logged = {key for run in group for line in run.steps for key in line}
     numbers = takewhile(lambda k: step_loss(k) in logged, count(1))
     series = [_series(f"step {k}", group, step_loss(k), k - 1) for k in numbers]
-    title = f"{topic.title}: {group_name(group)}" if named else topic.title
+    title = f"{topic.title}: {name}" if name else topic.title
     return _plain(topic, title, topic.meaning, series)
 
 

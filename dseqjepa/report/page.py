@@ -77,12 +77,8 @@ def write_report(paths: Sequence[Path], out: Path, *, images: int = IMAGES) -> P
 
 def render(runs: Sequence[Run], images: int = IMAGES) -> str:
     """The page's HTML."""
-    import jinja2
-
     shared = shared_cut([run.config.method for run in runs])
     lenses = [build_lens(run, images, shared) for run in runs]
-    scripts = [_plotly(), *(_read(name) for name in ("curves.js", "lens.js", "page.js"))]
-    style = _read("page.css")
     together = words.alike(runs)
     tasks = _tasks(together)
     data = {
@@ -92,26 +88,10 @@ def render(runs: Sequence[Run], images: int = IMAGES) -> str:
         ],
         "groups": groups(runs),
         "lenses": [lens.content for lens in lenses if lens.content],
-        "colours": {
-            "lines": {theme: _lines(paper) for theme, paper in PAPERS.items()},
-            "regions": [_css(colour) for colour in PALETTE],
-            "heat": [_css(colour) for colour in HEAT],
-        },
     }
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.FileSystemLoader(HERE),
-    )
-    environment.filters |= {"interval": words.interval, "shown": words.shown}
-    return environment.get_template("page.html").render(
-        policy=_policy(scripts, style),
-        scripts=scripts,
-        style=style,
-        unwanted=re.findall(MAP_STYLE, scripts[0]),
-        data=data,
+    return filled(
+        "page.html",
+        data,
         reports=[_told(run) for run in runs],
         recipes=[_recipe(group) for group in together],
         columns=[_column(group) for group in together],
@@ -123,6 +103,35 @@ def render(runs: Sequence[Run], images: int = IMAGES) -> str:
         measured=list(words.trained_scores(runs)),
         seeds=words.over_seeds(runs),
         tasks=tasks,
+    )
+
+
+def filled(template: str, data: dict[str, Any], **values: Any) -> str:
+    """A page of a template: `data` is what its scripts draw, the rest what the template shows."""
+    import jinja2
+
+    scripts = [_plotly(), *(_read(name) for name in ("curves.js", "lens.js", "page.js"))]
+    style = _read("page.css")
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(HERE),
+    )
+    environment.filters |= {"interval": words.interval, "shown": words.shown}
+    colours = {
+        "lines": {theme: _lines(paper) for theme, paper in PAPERS.items()},
+        "regions": [_css(colour) for colour in PALETTE],
+        "heat": [_css(colour) for colour in HEAT],
+    }
+    return environment.get_template(template).render(
+        policy=_policy(scripts, style),
+        scripts=scripts,
+        style=style,
+        unwanted=re.findall(MAP_STYLE, scripts[0]),
+        data=data | {"colours": colours},
+        **values,
     )
 
 

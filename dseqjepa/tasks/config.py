@@ -16,6 +16,17 @@ from dseqjepa.config import Fraction, Range, Section, Size, check_pixel_range
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
+AP_ENDINGS = ("", "_50", "_75", "_small", "_medium", "_large")
+"""What the first six of COCO's numbers are: the mean over IoU thresholds 0.5 to 0.95, those at two
+of them, and the mean for objects below 32 x 32, below 96 x 96, and larger."""
+MAP_METRICS = ("auc", "pointing", "corloc", "max_f", "iou")
+"""What `discovery` measures of a saliency map."""
+REGION_METRICS = (
+    "regions", "region_area", "region1_on_object", "best_iou", "best_iou_rank", "ece",
+    "one_patch_regions",
+)  # fmt: skip
+"""What it measures of regions."""
+
 
 class TaskConfig(Section):
     """Settings of every evaluation. The full protocol is the default."""
@@ -54,6 +65,11 @@ class TaskConfig(Section):
     """Type of device; `auto`: a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the encoder's forward pass (and backward pass, if it is trained)."""
+
+    @property
+    def yields(self) -> tuple[str, ...]:
+        """The metrics of a result, where the data has labels for all that is asked."""
+        return ("accuracy", "balanced_accuracy")
 
     @model_validator(mode="after")
     def _pixels(self) -> Self:
@@ -173,6 +189,10 @@ class DetectionConfig(TrainedConfig):
     proposals: Count = 512
     """Regions per image on which the heads are trained."""
 
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return tuple(kind + ending for kind in ("ap_box", "ap_mask") for ending in AP_ENDINGS)
+
 
 class SegmentationConfig(TrainedConfig):
     """`dseqjepa evaluate segmentation`: the paper's protocol by default."""
@@ -208,6 +228,10 @@ class SegmentationConfig(TrainedConfig):
         if not 0 < self.factors[0] <= self.factors[1]:
             raise ValueError(f"factors must satisfy 0 < low <= high, found {self.factors}")
         return self
+
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return ("miou", "pixel_accuracy")
 
 
 class FrozenConfig(TaskConfig):
@@ -249,6 +273,10 @@ class KnnConfig(FrozenConfig):
     """Numbers of neighbours that `sweep` tries."""
     temperatures: tuple[Positive, ...] = (0.02, 0.04, 0.07, 0.1, 0.2)
     """Temperatures that `sweep` tries."""
+
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return (*super().yields, *(["swept"] if self.sweep else []))
 
 
 class SweepConfig(Section):
@@ -309,6 +337,13 @@ class LinearConfig(FrozenConfig):
     @property
     def reads_patches(self) -> bool:
         return self.protocol == "sweep"
+
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return (
+            *super().yields,
+            *(["pooled", "moments", "patches"] if self.protocol == "sweep" else []),
+        )
 
 
 class AttentiveConfig(FrozenConfig):
@@ -396,6 +431,13 @@ class DenseConfig(FrozenConfig):
     def reads_patches(self) -> bool:
         return True
 
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return (
+            *(["miou", "miou_knn"] if self.task != "depth" else []),
+            *(["depth_rmse", "depth_delta1"] if self.task != "segmentation" else []),
+        )
+
 
 class LowshotSweepConfig(SweepConfig):
     """A sweep for few images: stronger weight decay, and a larger hold-out."""
@@ -450,6 +492,10 @@ class ClevrConfig(FrozenConfig):
     weight_decay: float = Field(0.05, ge=0)
     """Weight decay."""
 
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return tuple(self.task.split("+"))
+
 
 class DiscoveryConfig(TaskConfig):
     """`dseqjepa evaluate discovery`: do saliency and regions find the objects, without training?
@@ -474,6 +520,10 @@ class DiscoveryConfig(TaskConfig):
     """Minimum share of the grid that a region must cover; `auto`: the run's own, else 0.02."""
     encode_batch: Count = 64
     """Images per forward pass of the encoder."""
+
+    @property
+    def yields(self) -> tuple[str, ...]:
+        return (*MAP_METRICS, *REGION_METRICS)
 
 
 TASKS: dict[str, type[TaskConfig]] = {

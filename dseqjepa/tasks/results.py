@@ -242,10 +242,6 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(values, indent=1) + "\n")
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """A readable table: one row per encoder, one column per task and metric; transposed if there
     are many metrics."""

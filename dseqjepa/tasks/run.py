@@ -30,14 +30,13 @@ from dseqjepa.tasks.results import (
     NOT_PER_CENT,
     Result,
     choose_path,
-    device_name,
     row,
     show,
     write_json,
 )
 from dseqjepa.tasks.saved import head_path, save_head
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.runtime import Runtime, Stopped, join
+from dseqjepa.train.runtime import Runtime, Stopped, device_name, join
 from dseqjepa.train.trained_on import trained_on
 
 SCENES = 20_000

@@ -57,11 +57,11 @@ class ResultTable:
         head = ["encoder", *self.columns]
         rows = [[name, *self._texts(cells)] for name, cells in self.lines.items()]
         body = [head, ["---"] + ["---:"] * len(self.columns), *rows]
-        table = "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in body)
+        table = "".join(f"| {' | '.join(map(escaped, line))} |\n" for line in body)
         many = any(len(c.files) > 1 for cells in self.lines.values() for c in cells.values())
         how = "95 % interval in brackets: over test images or draws of one run"
         how += ", by Student's t over the n runs if there are several.\n" if many else ".\n"
-        return table + "\n" + how + "".join(f"- {_escaped(note)}\n" for note in self.notes)
+        return table + "\n" + how + "".join(f"- {escaped(note)}\n" for note in self.notes)
 
     def _texts(self, cells: Mapping[int, Cell]) -> list[str]:
         return [str(cells[n]) if n in cells else "" for n in range(len(self.columns))]
@@ -325,7 +325,7 @@ def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
     return tuple(titles)
 
 
-def _escaped(cell: str) -> str:
+def escaped(cell: str) -> str:
     """Third-party text escaped for Markdown: on one line, neither HTML nor a link."""
     shown = html.escape(printable(cell), quote=False)
     return shown.replace("`", "\\`").replace("](", "]\\(").replace("|", "\\|")

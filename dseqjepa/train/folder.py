@@ -63,6 +63,18 @@ def locked(out: Path, name: str = "") -> Iterator[None]:
         yield
 
 
+def is_in_use(out: Path) -> bool:
+    """Whether a process holds the run's folder `out`."""
+    if not (out / LOCK).is_file():
+        return False
+    with (out / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 @contextmanager
 def claimed(
     out: Path, overwrite: bool, kept: Checkpoint | None, unless_kept: bool = False

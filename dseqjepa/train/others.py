@@ -75,7 +75,7 @@ class Folder:
             values = said.get("image_mean"), said.get("image_std")
         if any(not isinstance(value, list) or len(value) != 3 for value in values):
             return None
-        mean, std = (tuple(map(float, value)) for value in values)  # type: ignore[arg-type]
+        mean, std = (tuple(map(float, value)) for value in values)
         return mean, std  # type: ignore[return-value]
 
     def _timm(self, key: str) -> Any:

@@ -31,7 +31,14 @@ from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loggers import check_loggers
 from dseqjepa.train.loop import Picture, Probe, Trainer
 from dseqjepa.train.rehearsal import state_bytes, time_epochs
-from dseqjepa.train.runtime import Runtime, Stopped, connect, on_this_machine, place
+from dseqjepa.train.runtime import (
+    Runtime,
+    Stopped,
+    connect,
+    device_name,
+    on_this_machine,
+    place,
+)
 from dseqjepa.train.trained_on import source_of
 
 FREE_ON_RESUME = (
@@ -125,13 +132,12 @@ def pretrain(
             folder = claimed(out, overwrite, start.init_from, unless_kept=resume == "auto")
         ranks.together(lambda: held.enter_context(folder) if ranks.first else None)
         if ranks.first:
-            device = str(runtime.fabric.device)
             record(
                 out / "run.jsonl",
                 preset=preset,
                 start=_shown(start),
                 ranks=ranks.world,
-                device=device,
+                device=device_name(runtime.fabric.device),
             )
         prepare(data)
         if is_timed and start.resume is None:

@@ -237,6 +237,11 @@ def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) ->
     )
 
 
+def device_name(device: torch.device) -> str:
+    """The kind of device, and which model of it where there are several."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def shard(method: nn.Module, mesh: Any) -> nn.Module:
     """Shard the parameters over the ranks, block by block; a block is gathered while it runs."""
     for block in (b for part in method.children() for b in getattr(part, "blocks", ())):

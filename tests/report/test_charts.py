@@ -133,5 +133,5 @@ def test_runs_that_differ_in_their_seed_are_one_line_with_a_band():
         "name": "mean of run0 and run1", "colour": 0, "x": [0, 1], "y": [4, 1],
         "low": [3, 1], "high": [5, 1],
     }  # fmt: skip
-    assert alone == {"name": "run2", "colour": 2, "x": [0, 1], "y": [7, 7]}
+    assert alone == {"name": "run2", "colour": 1, "x": [0, 1], "y": [7, 7]}
     assert chart["meaning"].endswith("Bands span the lowest to the highest seed.")

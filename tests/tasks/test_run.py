@@ -125,6 +125,7 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     assert f"written: {here}/runs/0/evaluations/{task}.json" in printed
     found = json.loads((here / f"runs/0/evaluations/{task}.json").read_text())
     assert found["task"] == found["protocol"]["task"] == task
+    assert set(found["metrics"]) == set(TASKS[task].from_settings(settings).yields)
     quick = "preset=quick" in settings
     assert found["preset"] == found["protocol"]["preset"] == ("quick" if quick else "full")
     assert ("preset=quick" in printed) == quick

@@ -16,18 +16,16 @@ import numpy as np
 
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.bootstrap import draw_again
+from dseqjepa.tasks.config import AP_ENDINGS
 
 RESAMPLES = 200
-NAMES = ("", "_50", "_75", "_small", "_medium", "_large")
-"""The first six of COCO's numbers: the mean over IoU thresholds 0.5 to 0.95, the values at two of
-them, and the mean for objects below 32 x 32, below 96 x 96, and larger."""
 Kind = Literal["bbox", "segm"]
 
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """Average precisions by the suffixes in `NAMES`, as shares of 1; those without objects are left
-    out."""
+    """Average precisions by the suffixes in `AP_ENDINGS`, as shares of 1; those without objects are
+    left out."""
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
@@ -117,7 +115,7 @@ class _Evaluator:
         ]
         return {
             name: float(part[part > -1].mean())
-            for name, part in zip(NAMES, parts, strict=True)
+            for name, part in zip(AP_ENDINGS, parts, strict=True)
             if (part > -1).any()
         }
 

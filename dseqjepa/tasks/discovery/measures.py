@@ -21,11 +21,6 @@ from dseqjepa.tasks.discovery.maps import SaliencyMap
 from dseqjepa.tasks.discovery.truth import MOST, Truth
 from dseqjepa.tasks.results import Metric
 
-MAP_METRICS = ("auc", "pointing", "corloc", "max_f", "iou")
-REGION_METRICS = (
-    "regions", "region_area", "region1_on_object", "best_iou", "best_iou_rank", "ece",
-    "one_patch_regions",
-)  # fmt: skip
 PLAIN = frozenset({"regions", "best_iou_rank"})
 """Metrics that are not in per cent."""
 

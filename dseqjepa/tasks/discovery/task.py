@@ -25,7 +25,7 @@ from dseqjepa.plans.regions import KINDS as REGION_KINDS
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, OwnBackbone, open_backbone, own_backbone
 from dseqjepa.tasks.bootstrap import RESAMPLES, resample_weights
-from dseqjepa.tasks.config import DiscoveryConfig
+from dseqjepa.tasks.config import MAP_METRICS, REGION_METRICS, DiscoveryConfig
 from dseqjepa.tasks.discovery.maps import (
     MapReader,
     SaliencyMap,
@@ -36,8 +36,6 @@ from dseqjepa.tasks.discovery.maps import (
     look_of,
 )
 from dseqjepa.tasks.discovery.measures import (
-    MAP_METRICS,
-    REGION_METRICS,
     Measures,
     cut_regions,
     measure_map,

@@ -16,7 +16,8 @@ import torch
 
 from dseqjepa.data.source import Instances
 from dseqjepa.errors import InputError
-from dseqjepa.tasks.detection.coco import NAMES, average_precision
+from dseqjepa.tasks.config import AP_ENDINGS
+from dseqjepa.tasks.detection.coco import average_precision
 from dseqjepa.tasks.detection.samples import as_results
 from tests.tasks.dense_data import SceneObjects
 
@@ -126,7 +127,7 @@ def test_it_equals_pycocotools(truth: SceneObjects, library: str, kind: Any) -> 
         theirs.evaluate()
         theirs.accumulate()
         theirs.summarize()
-    wanted = {name: v for name, v in zip(NAMES, theirs.stats, strict=False) if v > -1}
+    wanted = {name: v for name, v in zip(AP_ENDINGS, theirs.stats, strict=False) if v > -1}
     assert found.values == pytest.approx(wanted, abs=1e-12)
     assert 0.1 < found.values[""] < 0.8
     precision = theirs.eval["precision"][:, :, :, 0, -1]

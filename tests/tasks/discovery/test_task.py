@@ -21,10 +21,9 @@ from dseqjepa.model.vit import patchify
 from dseqjepa.plans.regions import KINDS as REGION_KINDS
 from dseqjepa.plans.saliency import rarity
 from dseqjepa.tasks.backbone import own_backbone
-from dseqjepa.tasks.config import DiscoveryConfig
+from dseqjepa.tasks.config import MAP_METRICS, REGION_METRICS, DiscoveryConfig
 from dseqjepa.tasks.discovery import evaluate
 from dseqjepa.tasks.discovery.maps import baselines, foreign_rarity, look_of
-from dseqjepa.tasks.discovery.measures import MAP_METRICS, REGION_METRICS
 from dseqjepa.tasks.run import Job, run_task
 from dseqjepa.train.checkpoint import save_checkpoint
 from dseqjepa.train.pretrain import open_training_source

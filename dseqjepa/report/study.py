@@ -1,0 +1,88 @@
+"""The page of a study: its table, its claims with their intervals, its curves, its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dseqjepa.report.charts import groups
+from dseqjepa.report.page import filled
+from dseqjepa.report.run import Run
+
+Values = Mapping[str, Any]
+
+
+def study_charts(runs: Mapping[str, Sequence[tuple[str, Run]]]) -> list[dict[str, Any]]:
+    """The groups of curves of each data set.
+
+    Args:
+        runs: by data set, each with the variant that it is of; runs that differ in their seed alone
+            become one line with a band, which has the variant's name.
+    """
+    found = []
+    for data, named in runs.items():
+        variant_of = {run.name: variant for variant, run in named}
+
+        def called(group: Sequence[Run], names: Mapping[str, str] = variant_of) -> str:
+            return names[group[0].name]
+
+        for group in groups([run for _, run in named], called):
+            title = f"{data}: {group['title']}" if len(runs) > 1 else group["title"]
+            found.append({**group, "title": title})
+    return found
+
+
+def render_study(
+    summary: Values,
+    charts: Sequence[Values],
+    declaration: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    claims: tuple[Sequence[str], Sequence[Sequence[str]]],
+) -> str:
+    """The page's HTML.
+
+    Args:
+        summary: what study.json holds.
+        charts: as `study_charts` makes them.
+        declaration: the text of study.yaml.
+        table, claims: head and rows of both tables.
+    """
+    cells = summary["cells"]
+    return filled(
+        "study.html",
+        {"tasks": _forests(summary["claims"]), "groups": list(charts), "lenses": []},
+        study=summary["study"],
+        frozen=summary["frozen"],
+        cells=cells,
+        done=sum(cell["state"] == "done" for cell in cells),
+        notes=summary["notes"],
+        head=table[0],
+        rows=table[1],
+        claim_head=claims[0],
+        claim_rows=claims[1],
+        declaration=declaration,
+    )
+
+
+def _forests(claims: Sequence[Values]) -> list[dict[str, Any]]:
+    """Paired differences with their intervals, a chart for each metric."""
+    found: dict[str, list[Values]] = {}
+    for claim in claims:
+        if "differences" in claim:
+            found.setdefault(f"{claim['evaluation']} {claim['metric']}", []).append(claim)
+    return [
+        {
+            "title": f"Paired differences of {name}",
+            "unit": f"difference in {name}",
+            "rows": [
+                {
+                    "name": f"{claim['higher']} > {claim['than']}, {claim['data']}",
+                    "colour": 0,
+                    **{key: claim[key] for key in ("low", "high")},
+                    "value": claim["mean"],
+                }
+                for claim in group
+            ],
+        }
+        for name, group in found.items()
+    ]

@@ -1,0 +1,1 @@
+"""Studies: variants x seeds x evaluations, and claims that are written down before they run."""
