@@ -230,11 +230,9 @@ def test_urls_that_mean_nothing(data: str, message: str):
 def test_the_extra_that_a_scheme_needs_is_named(
     monkeypatch: pytest.MonkeyPatch, scheme: str, module: str, extra: str
 ):
-    import fsspec
+    from fsspec.registry import _registry as known
 
-    assert fsspec
-    known = sys.modules["fsspec.registry"]._registry
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+    for name in {module, *(name for name in sys.modules if name.split(".")[0] == module)}:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(known, scheme, raising=False)
     with pytest.raises(InputError, match=rf"{scheme}:// needs .* 'dseqjepa\[{extra}\]'"):

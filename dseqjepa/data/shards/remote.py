@@ -219,17 +219,21 @@ def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
     except (InputError, _NoRoom):
         raise
     except Exception as error:  # each library has kinds of its own
-        if isinstance(error, FileNotFoundError) and not _is_refused(error.__cause__):
+        # A web server's library says of every failed question for a size that there is no file.
+        of_web = type(error.__cause__).__module__.startswith("aiohttp")
+        if isinstance(error, FileNotFoundError) and not (of_web and not _is_no(error.__cause__)):
             raise
-        if isinstance(error, PermissionError) or _is_refused(error, 400, 500):
+        if isinstance(error, PermissionError) or _is_no(error):
             raise PermissionError(errno.EACCES, f"{url} is refused: {_said(error)}") from error
         raise OSError(errno.EIO, f"{url}: {_said(error)}") from error
 
 
-def _is_refused(error: BaseException | None, low: int = 500, high: int = 600) -> bool:
-    """Whether an error stands for an answer whose status is one of these, and not "later"."""
+def _is_no(error: BaseException | None) -> bool:
+    """Whether an error stands for an answer that another try will not change."""
     status = getattr(error, "status", None)
-    return isinstance(status, int) and low <= status < high and status not in (408, 429)
+    if not isinstance(status, int):
+        return False
+    return status == 501 or (400 <= status < 500 and status not in (408, 429))
 
 
 def _said(error: Exception) -> str:
