@@ -381,6 +381,8 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name} is no whole tar file: {error}") from error
+    except OSError as error:  # also for a header that leads nowhere
+        raise InputError(f"{name} cannot be read: {error}") from error
     if not records:
         raise InputError(f"{name} holds no image: expected names that end in {' '.join(ENDINGS)}")
     return _Part(Shard(name, size, len(records), without), np.array(records, dtype=RECORD), names)

@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -279,7 +280,8 @@ def _fetch(url: str, file: Path, size: int) -> None:
     """Make a file hold what a URL gives, if that is `size` bytes."""
     unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
-        _set_apart(unfinished, size)
+        while not _set_apart(unfinished, size):
+            time.sleep(0.1)
         _asked(url, lambda fs, path: _copy(fs, path, unfinished, size))
         unfinished.replace(file)
     finally:
@@ -308,12 +310,14 @@ def _write(out: BinaryIO, part: bytes) -> None:
         raise _NoRoom(error.strerror) from error
 
 
-def _set_apart(unfinished: Path, size: int) -> None:
-    """Have the disk hold `size` bytes for a file, in the place of what was not used longest."""
+def _set_apart(unfinished: Path, size: int) -> bool:
+    """Have the disk hold `size` bytes for a file, in the place of what was not used longest; False
+    where what other processes are fetching right now takes all of the room."""
     limit = cache_limit()
     if size > limit:
         raise _NoRoom(f"it has {size:,} bytes, and {GIGABYTES} allows {limit:,}")
     with _locked(cache_folder() / ".lock"):
+        unfinished.unlink(missing_ok=True)  # of a process that was killed
         oldest_first = sorted(_kept(), key=lambda kept: kept[1].st_mtime)
         used = sum(status.st_size for _, status in oldest_first)
         while True:
@@ -322,12 +326,12 @@ def _set_apart(unfinished: Path, size: int) -> None:
                     with unfinished.open("wb") as file:
                         os.posix_fallocate(file.fileno(), 0, max(size, 1))
                         os.ftruncate(file.fileno(), size)
-                    return
+                    return True
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not oldest_first:
                         raise _NoRoom(error.strerror) from error
             if not oldest_first:
-                raise _NoRoom(f"other processes are filling its {limit:,} bytes")
+                return False
             path, status = oldest_first.pop(0)
             if _is_idle(path):
                 path.unlink(missing_ok=True)
@@ -335,10 +339,8 @@ def _set_apart(unfinished: Path, size: int) -> None:
 
 
 def _kept() -> Iterator[tuple[Path, os.stat_result]]:
+    """The tar files that lie there, those that are being fetched among them."""
     for path in cache_folder().glob("*/*.tar"):
-        with suppress(FileNotFoundError):
-            yield path, path.stat()
-    for path in cache_folder().glob(f"*/{UNFINISHED}*.tar"):
         with suppress(FileNotFoundError):
             yield path, path.stat()
 
