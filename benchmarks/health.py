@@ -39,6 +39,7 @@ from dseqjepa.train.pretrain import open_training_source, pretrain
 
 SIZE = (
     "data.workers=0",
+    "runtime.precision=fp32",
     "data.batch_size=64",
     "model.name=vit_nano",
     "model.width=64",
@@ -124,7 +125,7 @@ KINDS = {
     "pictures-ijepa": Kind("ijepa", pictures=True),
     "no-stop-gradient": Kind(
         settings=("method.regularizer=none", "ema.start=0", "ema.end=0"),
-        broken="EMA momentum 0 without stop-gradient, no regulariser",
+        broken="EMA momentum 0 without stop-gradient, no regularizer",
         build=NoStopGradient,
     ),
     "no-stop-gradient-pictures": Kind(
@@ -135,7 +136,7 @@ KINDS = {
     ),
     "momentum-0": Kind(
         settings=("method.regularizer=none", "ema.start=0", "ema.end=0"),
-        broken="EMA momentum 0, no regulariser",
+        broken="EMA momentum 0, no regularizer",
     ),
     "lr-too-high": Kind(
         settings=("optim.lr=0.1", "optim.start_lr=0.1", "optim.warmup_epochs=0"),
@@ -146,16 +147,16 @@ KINDS = {
         settings=("optim.lr=0.1", "optim.start_lr=0.1", "optim.warmup_epochs=0"),
         broken="the same with DSeq-JEPA",
     ),
-    "no-regulariser-batch-8": Kind(
+    "no-regularizer-batch-8": Kind(
         settings=("method.regularizer=none", "data.batch_size=8", "ema.start=0.9"),
-        broken="no regulariser, batches of 8, EMA from 0.9",
+        broken="no regularizer, batches of 8, EMA from 0.9",
     ),
-    "no-regulariser": Kind(
-        settings=("method.regularizer=none",), broken="no regulariser (EMA from 0.99)"
+    "no-regularizer": Kind(
+        settings=("method.regularizer=none",), broken="no regularizer (EMA from 0.99)"
     ),
     "pooled": Kind(
         settings=("method.regularizer_over=pooled",),
-        broken="the regulariser sees the mean of an image only",
+        broken="the regularizer sees the mean of an image only",
     ),
     "pooled-dseq": Kind(
         "dseq", settings=("method.regularizer_over=pooled",), broken="the same with DSeq-JEPA"
@@ -168,7 +169,7 @@ KINDS = {
             "method.vicreg.covariance=0",
             "method.regularizer_weight=1",
         ),
-        broken="a regulariser that only pulls together",
+        broken="a regularizer with only the similarity term",
     ),
     "blind-target": Kind(broken="the target sees no pixels", build=BlindTarget),
     "one-image": Kind(broken="all images are the same", wrap=OneImage),
@@ -229,10 +230,10 @@ def table(out: Path) -> str:
     runs = {name: read(out, name) for name in KINDS}
     numbers = [
         "| kind | seeds | std / start | cosine | RankMe / start | skill | variance by place "
-        "| by image | steps not taken |",
+        "| by image | skipped steps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    alarms = ["| kind | what is wrong | runs | with an alarm | first alarm at step | reason |",
+    alarms = ["| kind | defect | runs | with an alarm | first alarm at step | reason |",
               "|---|---|---|---|---|---|"]  # fmt: skip
     for name, of_kind in runs.items():
         if not of_kind:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from dseqjepa.config import Config
 from dseqjepa.data.labelled import open_splits
-from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.scenes import SPECS, Scenes
 from dseqjepa.keyed import Stream, sample_keys, shuffled, uniforms
 from dseqjepa.methods import build_method
 from dseqjepa.model.look import look
@@ -400,7 +400,8 @@ def run(options: argparse.Namespace) -> None:
 
 def one(options: argparse.Namespace) -> None:
     for found in run_one(options):
-        data = Path(options.data[0].partition(":")[0]).name
+        data = options.data[0]
+        data = data if data in SPECS else Path(data.partition(":")[0]).name
         row = {"data": data, "variant": options.variant[0], "seed": options.seeds[0]}
         row |= {"batch": options.batch, "steps": options.steps, "set": options.set, **found}
         with options.out.open("a") as file:

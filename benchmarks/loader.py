@@ -1,14 +1,14 @@
 """Reading images: this project's loader against torchvision's ImageFolder with PIL transforms.
 
 Both sides read the same JPEG files from disk, in one process on one thread, and give the same kind
-of batches: RandomResizedCrop with scale 0.3 to 1, bilinear with antialiasing, and normalised as
+of batches: RandomResizedCrop with scale 0.3 to 1, bilinear with antialiasing, and normalized as
 float32. The other side is what most training scripts have: `ImageFolder`, its PIL loader,
-`RandomResizedCrop`, `ToTensor`, `Normalize` and torch's `DataLoader`. Ours normalises a batch at
+`RandomResizedCrop`, `ToTensor`, `Normalize` and torch's `DataLoader`. Ours normalizes a batch at
 once, as a training step does.
 
 The pictures are made here, of the embedded scenes enlarged, with a texture whose amplitude falls
 with the frequency as it does in photographs, at quality 90 with halved colours (4:2:0). That gives
-0.5 bytes a pixel at 500 x 375, and 0.3 at 2000 x 1500, about what files of these sizes have.
+0.5 bytes per pixel at 500 x 375, and 0.3 at 2000 x 1500, about what files of these sizes have.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def torchvisions(root: Path, setting: Setting) -> DataLoader[tuple[torch.Tensor,
 
 
 def epochs_of(loader: Loader) -> Callable[[], None]:
-    """Reads the next epoch, normalised as the step does it."""
+    """Reads the next epoch, normalized as the step does it."""
     epochs = count()
 
     def read() -> None:

@@ -44,7 +44,7 @@ def of_peak(name: str, effort: Effort, *, model: str, precision: str) -> Row:
     for _ in range(effort.warmup):
         rates()
     pairs = [rates() for _ in range(effort.repeats)]
-    what = f"step / matmul FLOP rate, batch {batch}, {flops / 1e9:.0f} GFLOP a step"
+    what = f"step / matmul FLOP rate, batch {batch}, {flops / 1e9:.0f} GFLOP per step"
     return paired(name, pairs, [step / peak for step, peak in pairs], "GFLOP/s", what)
 
 

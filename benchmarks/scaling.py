@@ -4,11 +4,11 @@
     regions      at most 2 to 9 regions an image, alpha 0.01, 128 px with patches of 8 px
     batch        8 to 512 images, 64 px with patches of 8 px
 
-Each prints its points. The ratio is the time a token at the largest point over that at the
+Each prints its points. The ratio is the time per token at the largest point over that at the
 smallest: 1 is linear in the tokens. A token counts as often as it is computed, in encoder forwards:
 1 in the target, 3 in the context encoder (forward and backward), and in the predictor by its width
 and depth. Attention is quadratic in the tokens of one image, so `image_size` also says what the
-ratio of FLOPs a token is: that much is the model's own.
+ratio of FLOPs per token is: that much is the model's own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sweep(name: str, effort: Effort, points: Sequence[Point], what: str) -> Row:
         middle = sorted(taken)[len(taken) // 2]
         print(
             f"  {p.label:>12}  {middle:8.4f} s  {p.tokens:10.0f} tokens  "
-            f"{middle / p.tokens * 1e6:7.2f} us a token  {p.flops / middle / 1e9:6.0f} GFLOP/s"
+            f"{middle / p.tokens * 1e6:7.2f} us/token  {p.flops / middle / 1e9:6.0f} GFLOP/s"
         )
     first, last = points[0], points[-1]
     pairs = [(row[-1] / last.tokens * 1e6, row[0] / first.tokens * 1e6) for row in times]
@@ -69,8 +69,8 @@ def sweep(name: str, effort: Effort, points: Sequence[Point], what: str) -> Row:
         name,
         pairs,
         [largest / smallest for largest, smallest in pairs],
-        "us a token",
-        f"time a token, {what}; FLOPs a token {flops:.2f}",
+        "us/token",
+        f"time per token, {what}; FLOPs per token {flops:.2f}",
     )
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dseqjepa.config import Config
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.keyed import sample_keys
 from dseqjepa.model.look import KINDS, look_for_saliency
@@ -83,10 +84,14 @@ def crops(photos: Sequence[Tensor], each: int, side: int) -> Tensor:
     return torch.stack([transform(photos[i % len(photos)], key) for i, key in enumerate(keys)])
 
 
-def encoder_maps(encoder: VisionTransformer, images_BCHW: Tensor) -> Iterator[tuple[str, Maps]]:
+def encoder_maps(
+    encoder: VisionTransformer, images_BCHW: Tensor, config: Config
+) -> Iterator[tuple[str, Maps]]:
+    """Maps of every kind, and the features that the run's clusters are made of."""
+    content = config.method.cut.regions.features
     for kind in KINDS:
         looks = [
-            look_for_saliency(encoder, batch, kind=kind, content="target")
+            look_for_saliency(encoder, batch, kind=kind, content=content)
             for batch in images_BCHW.split(BATCH)
         ]
         yield kind, Maps(*(torch.cat(parts) for parts in zip(
@@ -206,10 +211,10 @@ def chart_of(counts: Counts, title: str, caption: str) -> Figure:
     return page.figure
 
 
-def examples(encoder: VisionTransformer, images_BCHW: Tensor, side: int) -> Figure:
+def examples(encoder: VisionTransformer, images_BCHW: Tensor, side: int, config: Config) -> Figure:
     """The same crops cut in five ways."""
     grid = (side, side)
-    maps = dict(encoder_maps(encoder, images_BCHW))
+    maps = dict(encoder_maps(encoder, images_BCHW, config))
     ways = [
         ("cls_similarity", "components", 0.15), ("cls_similarity", "components", 0.01),
         ("rarity", "components", 0.15), ("rarity", "components", 0.01),
@@ -268,7 +273,7 @@ def main() -> None:
     for side in SIDES:
         images_BCHW = crops(photos, wanted.each, side * patch)
         for who, encoder in encoders.items():
-            for kind, some in encoder_maps(encoder, images_BCHW):
+            for kind, some in encoder_maps(encoder, images_BCHW, checkpoint.config):
                 maps.setdefault(who, {}).setdefault(WORDS[kind], {})[side] = some
         for kind, some in random_maps(side, len(images_BCHW)):
             maps["random"].setdefault(kind, {})[side] = some
@@ -288,7 +293,7 @@ def main() -> None:
         "may hold; the paper's is 0.15.",
     )  # fmt: skip
     images_BCHW = crops(photos, 1, 14 * patch)
-    sheet = examples(trained, images_BCHW, 14)
+    sheet = examples(trained, images_BCHW, 14, checkpoint.config)
     for drawn, name in ((figure, "sequences.png"), (sheet, "regions-cut.png")):
         save(drawn, wanted.out / name)
         shrink(wanted.out / name)

@@ -37,7 +37,7 @@ PRESETS = MODELS | {"vith14_224": "vith14_in1k"}
 
 
 def benchmark_config(method: str, model: str, precision: str, *overrides: str) -> Config:
-    """The preset's sizes with the paper's step: its saliency and regions, no regulariser."""
+    """The preset's sizes with the paper's step: its saliency and regions, no regularizer."""
     paper = ["method.saliency.kind=cls_similarity", "method.regions.kind=components"]
     if model == "vitt8_64":
         paper.append("method.regions.min_area=0.05")
@@ -80,6 +80,8 @@ class Bench:
         generator = torch.Generator().manual_seed(SEED)
         size = (batch, 3, *config.data.image_size)
         self.config = config
+        self.progress = 1.0
+        """How far the curriculum has come."""
         images_BCHW = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
         self.device = device
         self.images_BCHW = images_BCHW.to(device)
@@ -113,7 +115,7 @@ class Bench:
 
     def packed_loss(self) -> Tensor:
         with self.autocast():
-            return self.method(self.images_BCHW, progress=1.0, keys_B=self.keys_B).loss
+            return self.method(self.images_BCHW, progress=self.progress, keys_B=self.keys_B).loss
 
     def dense_loss(self) -> Tensor:
         """As the authors' release does it: every step of every image at full length."""
@@ -129,19 +131,21 @@ class Bench:
             target_BND = target_features(self.method.look(self.images_BCHW).patches_BND)
             return truncated_loss(self.method, self.images_BCHW, target_BND, cut)
 
-    def context_tokens(self) -> int:
-        """Context patches of the batch, as the packed side encodes them: each once."""
+    def tokens(self) -> dict[str, int]:
+        """Context patches of the batch, as the packed side encodes them: each once; and predicted
+        patches."""
         look = self.method.look(self.images_BCHW)
-        plan = self.method.draw(look, self.grid, 1.0, self.keys_B).plan
+        plan = self.method.draw(look, self.grid, self.progress, self.keys_B).plan
         images, encoder = len(self.images_BCHW), self.method.encoder
         mode, predictor = self.method.context_mode, self.method.predictor
         tokens = count_tokens(plan, images, mode, encoder, predictor).encoder
-        return tokens - encoder.prefix * images  # one context per image, with one [CLS]
+        context = tokens - encoder.prefix * images  # one context per image, with one [CLS]
+        return {"context": context, "predicted": int(plan.target_SN.sum())}
 
     def _other_loss(self, compute: Callable[..., Tensor]) -> Tensor:
         with self.autocast():
             sight = self.method.look(self.images_BCHW)
-            plan = self.method.draw(sight, self.grid, 1.0, self.keys_B).plan
+            plan = self.method.draw(sight, self.grid, self.progress, self.keys_B).plan
             target_BND = target_features(sight.patches_BND)
             steps = self.method.steps_per_image
             return compute(self.method, self.images_BCHW, target_BND, plan, steps)

@@ -2,11 +2,17 @@
 
     MODEL_PRECISION             DSeq-JEPA against full-length, masked sequences; alpha 0.15
     MODEL_PRECISION_a05         the same with alpha 0.05
+    curriculum_MODEL_PRECISION  the same over a curriculum from lambda 0, where all images have
+                                I-JEPA's blocks, to 1: the mean of steps at 0, 1/4, 1/2, 3/4 and 1
+    lambda0_MODEL_PRECISION     the same at lambda 0
     MODEL_PRECISION_a05_causal  region-causal contexts against prefix contexts, both packed
     ijepa_MODEL_PRECISION       I-JEPA against contexts and targets padded to the batch's longest
-    ijepa_truncated_MODEL_PRECISION  the same against contexts cut to the batch's shortest, as in
+    ijepa_cut_MODEL_PRECISION   the same against contexts cut to the batch's shortest, as in
                                 facebookresearch's code: less of each image is seen
     ijepa_token_MODEL_PRECISION the same, the time of each context token
+    ijepa_predicted_MODEL_PRECISION  the same, the time of each predicted token
+    ijepa_truncated_MODEL_PRECISION  I-JEPA with the contexts of both sides cut to the shortest
+                                (method.blocks.truncate=batch)
     overhead_MODEL_PRECISION    the share of a real run's step that is not model arithmetic
 
 The ratio is other / ours; of `overhead` it is the share itself. Without `--only` those of `USUAL`
@@ -17,7 +23,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import StringIO
@@ -27,6 +33,7 @@ from typing import Any
 from harness import Benchmark, Effort, Row, main, paired, seconds, speedup
 from rich.console import Console
 from sides import MODELS, Bench, benchmark_config
+from torch import Tensor
 from truncated import typical_cut
 
 import dseqjepa.methods.base as base
@@ -39,9 +46,11 @@ BATCH = {"vitt8_64": 64, "vits16_224": 16, "vitb16_224": 8}
 FULL_PRECISION_BATCH = {"vitt8_64": 64, "vits16_224": 8, "vitb16_224": 4}
 """Smaller where a dense step would take half a minute."""
 OVERHEAD_STEPS = 16
+LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 USUAL = (
     "vitt8_64_bf16",
     "vitt8_64_fp32",
+    "curriculum_vitt8_64_bf16",
     "vitt8_64_bf16_a05_causal",
     "ijepa_vitt8_64_bf16",
     "vits16_224_bf16",
@@ -65,6 +74,23 @@ def against_dense(name: str, effort: Effort, *, model: str, precision: str, min_
         lambda: bench.step(bench.dense_loss),
         effort,
         f"dense / packed step, batch {batch}, alpha {min_area}",
+    )
+
+
+def curriculum(
+    name: str, effort: Effort, *, model: str, precision: str, at: Sequence[float] = LAMBDAS
+) -> Row:
+    batch = batch_of(model, precision, effort)
+    bench = Bench(benchmark_config("dseq", model, precision), batch)
+
+    def steps(loss: Callable[[], Tensor]) -> None:
+        for bench.progress in at:
+            bench.step(loss)
+
+    where = f"lambda {at[0]:g} to {at[-1]:g}" if len(at) > 1 else f"lambda {at[0]:g}"
+    what = f"dense / packed step, batch {batch}, {where}"
+    return speedup(
+        name, lambda: steps(bench.packed_loss), lambda: steps(bench.dense_loss), effort, what
     )
 
 
@@ -94,23 +120,26 @@ def ijepa(name: str, effort: Effort, *, model: str, precision: str) -> Row:
 
 
 def truncated(
-    name: str, effort: Effort, *, model: str, precision: str, by_token: bool = False
+    name: str, effort: Effort, *, model: str, precision: str, by: str = "", truncate: str = "none"
 ) -> Row:
+    """Against contexts cut to the batch's shortest; `by` says what is counted instead of images."""
     batch = 2 * batch_of(model, precision, effort)
-    bench = Bench(benchmark_config("ijepa", model, precision), batch)
+    setting = f"method.blocks.truncate={truncate}"
+    bench = Bench(benchmark_config("ijepa", model, precision, setting), batch)
     cut = typical_cut(bench.config.method.blocks, batch, bench.grid)
     ours, other = bench.packed_loss, partial(bench.truncated_loss, cut)
     what = f"batch {batch}, {1 - cut.kept / cut.drawn:.0%} of the context cut"
-    if not by_token:
+    if not by:
         what = f"truncated / packed step, {what}"
         return speedup(name, lambda: bench.step(ours), lambda: bench.step(other), effort, what)
+    tokens = bench.tokens()[by], {"context": cut.kept, "predicted": cut.target_BMQ.numel()}[by]
     pairs = []
     for number in range(effort.warmup + effort.repeats):
         pair = seconds(lambda: bench.step(ours)), seconds(lambda: bench.step(other))
         if number >= effort.warmup:
-            pairs.append((1e6 * pair[0] / bench.context_tokens(), 1e6 * pair[1] / cut.kept))
-    what = f"time of a context token, truncated / packed, {what}"
-    return paired(name, pairs, [b / a for a, b in pairs], "us a token", what)
+            pairs.append((1e6 * pair[0] / tokens[0], 1e6 * pair[1] / tokens[1]))
+    what = f"time of a {by} token, truncated / packed, {what}"
+    return paired(name, pairs, [b / a for a, b in pairs], "us/token", what)
 
 
 def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
@@ -145,7 +174,7 @@ def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
         pairs.append(((whole - arithmetic) / (steps - 1), whole / (steps - 1)))
     shares = [rest / whole for rest, whole in pairs]
     return paired(
-        name, pairs, shares, "s", f"share of a step beside model arithmetic, batch {batch}"
+        name, pairs, shares, "s", f"share of a step outside model arithmetic, batch {batch}"
     )
 
 
@@ -193,8 +222,12 @@ def benchmarks() -> dict[str, Benchmark]:
             named[f"{base_name}_a05"] = partial(against_dense, min_area=0.05, **kind)
             named[f"{base_name}_a05_causal"] = partial(causal, **kind)
             named[f"ijepa_{base_name}"] = partial(ijepa, **kind)
-            named[f"ijepa_truncated_{base_name}"] = partial(truncated, **kind)
-            named[f"ijepa_token_{base_name}"] = partial(truncated, by_token=True, **kind)
+            named[f"curriculum_{base_name}"] = partial(curriculum, **kind)
+            named[f"lambda0_{base_name}"] = partial(curriculum, at=(0.0,), **kind)
+            named[f"ijepa_cut_{base_name}"] = partial(truncated, **kind)
+            named[f"ijepa_token_{base_name}"] = partial(truncated, by="context", **kind)
+            named[f"ijepa_predicted_{base_name}"] = partial(truncated, by="predicted", **kind)
+            named[f"ijepa_truncated_{base_name}"] = partial(truncated, truncate="batch", **kind)
             if model != "vitb16_224":  # the larger the model, the smaller the share
                 named[f"overhead_{base_name}"] = partial(overhead, **kind)
     return named

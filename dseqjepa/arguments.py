@@ -1,15 +1,38 @@
-"""The words of a command line: a command's own settings, and those that belong to a config."""
+"""Parsing of `key=value` arguments: a command's own settings, and those of a config."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dseqjepa.errors import InputError
 
 
+def as_options(command: Any, words: list[str]) -> list[str]:
+    """The words of a command line, `name=value` written as `--name value` wherever the command
+    that they name has such an option: both spellings are one.
+
+    `command` is the whole program as `typer.main.get_command` gives it.
+    """
+    done: list[str] = []
+    rest = list(words)
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command = command.commands[rest[0]]
+        done.append(rest.pop(0))
+    valued = {
+        option.removeprefix("--").replace("-", "_"): option
+        for parameter in command.params
+        if parameter.param_type_name == "option" and not parameter.is_flag
+        for option in parameter.opts
+    }
+    for word in rest:
+        key, equals, value = word.partition("=")
+        done += [valued[key], value] if equals and key in valued else [word]
+    return done
+
+
 def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """A command's own `key=value` settings, and those that belong to the config."""
+    """Split arguments into a command's own `key=value` settings and those of the config."""
     mine: dict[str, str] = {}
     others = []
     for setting in settings:
@@ -29,7 +52,7 @@ def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str,
 
 
 def resume_of(run: dict[str, str]) -> bool | int | Literal["auto"]:
-    """Whether to resume, or from which step; "auto": where there is something to resume."""
+    """Whether to resume, or from which step; "auto": if there is something to resume."""
     value = run.get("resume", "")
     if value.lower() == "auto":
         return "auto"
@@ -37,7 +60,7 @@ def resume_of(run: dict[str, str]) -> bool | int | Literal["auto"]:
 
 
 def row_and_column(text: str) -> tuple[int, int]:
-    """`3,4`, both from 0."""
+    """Row and column from `3,4`, both counted from 0."""
     row, comma, column = text.partition(",")
     if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
         raise InputError(f"expected --patch ROW,COL, such as 3,4, found {text!r}")
@@ -45,8 +68,7 @@ def row_and_column(text: str) -> tuple[int, int]:
 
 
 def flag(run: dict[str, str], key: str, beside: str = "") -> bool:
-    """A command's own setting that is true or false; false if it is not given. `beside` says what
-    else it may be."""
+    """A command's own boolean setting, false by default. `beside` names other values it accepts."""
     value = run.get(key, "false").lower()
     if value not in ("true", "false"):
         raise InputError(f"{key} must be true or false{beside}, found {run[key]!r}")

@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from dseqjepa import ending
-from dseqjepa.arguments import flag, resume_of, row_and_column, split_settings
+from dseqjepa.arguments import as_options, flag, resume_of, row_and_column, split_settings
 from dseqjepa.ending import fail
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.kernels import keep_few
@@ -43,7 +43,8 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
     keep_few()
-    ending.run(app, sys.argv[1:] or ["--help"])
+    words = sys.argv[1:] or ["--help"]
+    ending.run(app, as_options(typer.main.get_command(app), words))
 
 
 @app.command()

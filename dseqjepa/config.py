@@ -2,8 +2,8 @@
 
 A config comes from a preset or a YAML file (`presets.load_config`), is changed by
 `section.key=value` overrides, and is written back resolved into the run's directory. An unknown key
-is an error that names the nearest right one; so is every contradiction that can be seen without the
-data.
+is an error that names the nearest valid one; so is every contradiction that can be detected without
+the data.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Section(BaseModel):
 
     @classmethod
     def from_settings(cls, settings: Iterable[str]) -> Self:
-        """A config of `key=value` settings; `InputError` names the key at fault."""
+        """A config from `key=value` settings; `InputError` names the key at fault."""
         values: dict[str, Any] = {}
         for setting in settings:
             apply_override(values, setting)
@@ -89,42 +89,45 @@ def check_pixel_range(found: Literal["auto", "file"] | tuple[int, int]) -> None:
 
 
 class DataConfig(Section):
-    """Which images, and what becomes of them before the encoder."""
+    """Which images, and how they are prepared for the encoder."""
 
     source: str = "scenes"
-    """A folder, `scenes`, or `name:path`; `data=PATH` on the command line is short for it."""
+    """A folder, `scenes`, or `name:path`; `data=PATH` is short for it on the command line."""
     size: int = Field(20_000, ge=1, le=10**9)
-    """Number of images of `scenes`; other sources bring their own."""
+    """Number of images of `scenes`; ignored for other sources."""
     image_size: Size = (224, 224)
-    """Height and width in pixels of what the encoder sees; one number means a square."""
+    """Height and width in pixels of the encoder's input; one number means a square."""
     batch_size: int = Field(2048, ge=1, le=10**7)
-    """Images in one optimizer step, over all devices and accumulation steps."""
+    """Global batch size: images per optimizer step, over all devices and micro-batches."""
     workers: int = Field(8, ge=0, le=256)
-    """Processes that read and decode images, per device; 0: the training process itself."""
+    """Processes per device that read and decode images; 0: the training process does it."""
     window: int = Field(0, ge=0, le=10**6)
-    """Shards within which images are shuffled, the shards themselves coming in random order: reads
-    are nearly sequential. 0: any image may come at any place, from shards or files."""
+    """Number of shards shuffled together, in random order of shards, so that reads are nearly
+    sequential. 0: a full shuffle of all images, from shards or files."""
     cache: Literal["auto", "none"] = "auto"
-    """`auto`: decoded images stay in memory if all fit into a quarter of what is available."""
+    """`auto`: keep decoded images in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
-    """The share of undecodable images above which a run stops."""
+    """Share of undecodable images above which a run stops."""
     pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
-    """The values of 16-bit grey images that become black and white. `auto`: 0 and the largest
-    number of so many bits as the data set uses; `file`: the extremes of each file."""
+    """The values of 16-bit grey images that map to black and white. `auto`: 0 and the largest
+    number of the bit depth that the data set uses; `file`: the extremes of each file."""
     mean: Colours = IMAGENET_MEAN
-    """What normalisation subtracts of red, green and blue, white being 1, before it divides by
-    `std`."""
+    """Mean of red, green and blue that normalization subtracts (white is 1)."""
     std: Deviations = IMAGENET_STD
-    """What normalisation divides by, after `mean` is subtracted."""
+    """Standard deviation that normalization divides by, after subtracting `mean`."""
     crop_scale: Range = (0.3, 1.0)
-    """Smallest and largest share of an image's area that a random crop holds."""
+    """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = False
-    """Whether half of the crops are mirrored left to right."""
+    """Whether crops are flipped horizontally with probability one half."""
     photometric: Fraction = 0.0
-    """Strength of random brightness, contrast and saturation: each is scaled by up to this factor
-    more or less. Training only, on the device."""
+    """Strength of random brightness, contrast and saturation: each is scaled by a factor within 1
+    plus or minus this. Training only, on the device."""
     photometric_views: Literal["shared", "apart"] = "apart"
     """Whether the target encoder sees the same photometric change as the context encoder."""
+    context_window: float = Field(1.0, gt=0.0, le=1.0)
+    """Smallest share of the crop in the random window that the context encoder sees, enlarged to
+    the full size. The target encoder sees the whole crop, and targets are its features at the
+    window's positions. 1: both see the same."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -152,21 +155,22 @@ class ModelConfig(Section):
     """The encoder."""
 
     name: Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-    """The encoder's size: sets `width`, `depth` and `heads` unless they are given."""
+    """Encoder size: sets `width`, `depth` and `heads` unless they are given."""
     patch_size: int = Field(16, ge=1, le=4096)
-    """Side of a patch in pixels."""
+    """Patch side in pixels."""
     class_token: bool = True
     """Whether the encoder has a [CLS] token."""
     width: int = Field(0, ge=0, le=65536)
-    """0: as the name says. The same holds for `depth` and `heads`."""
+    """Width of the tokens; 0: set by `name`."""
     depth: int = Field(0, ge=0, le=1000)
-    """Number of blocks; 0: as the name says."""
+    """Number of blocks; 0: set by `name`."""
     heads: int = Field(0, ge=0, le=1024)
-    """Attention heads of a block; 0: as the name says."""
+    """Attention heads per block; 0: set by `name`."""
     mlp: int = Field(0, ge=0, le=524288)
-    """Width of the hidden layer of each block's MLP; 0: four times `width`."""
+    """Hidden width of each block's MLP; 0: four times `width`."""
     patch_init_scale: float = Field(1.0, gt=0)
-    """Factor on the patch embedding's initial weights: more of the image against positions."""
+    """Factor on the patch embedding's initial weights; above 1, image content weighs more than
+    positions."""
     position_scale: float = Field(1.0, gt=0)
     """Factor on the encoder's fixed sin-cos positions."""
 
@@ -188,18 +192,18 @@ class PredictorConfig(Section):
     """The predictor."""
 
     width: int = Field(384, ge=4, le=65536)
-    """Width of the predictor's tokens; the encoder's are projected to it."""
+    """Width of the predictor's tokens, to which the encoder's are projected."""
     depth: int = Field(6, ge=1, le=1000)
     """Number of blocks."""
     heads: int = Field(12, ge=1, le=1024)
-    """Attention heads of a block."""
+    """Attention heads per block."""
     mask_token: bool = True
-    """False: queries are positions only, as in the authors' release."""
+    """Whether queries include a learned mask token; false: positions only, as in the release."""
     attention: Literal["joint", "cross"] = "joint"
-    """`joint`: context tokens and mask tokens attend to each other, so that a context is computed
-    again for each of its targets. `cross`: mask tokens read the context by cross-attention."""
+    """`joint`: context and mask tokens attend to each other, so a context is recomputed for each of
+    its targets. `cross`: mask tokens read the context by cross-attention."""
     output_norm: bool = False
-    """Whether predictions pass a LayerNorm without affine, as targets do."""
+    """Whether predictions pass through a LayerNorm without affine, as targets do."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -215,33 +219,39 @@ def _check_width(section: str, width: int, heads: int) -> None:
 
 
 class TargetConfig(Section):
-    """What the predictor has to guess."""
+    """The features that the predictor has to predict."""
 
     blocks: int = Field(1, ge=1, le=1000)
-    """How many last blocks are averaged into the targets, each after the final norm."""
+    """Number of last blocks averaged into the targets, each after the final norm."""
     centring: Literal["none", "place"] = "none"
-    """`place`: each target less the mean over the batch at its place, then normalised again."""
+    """`place`: subtract the batch mean at each position from the targets, then normalize again."""
 
 
 class BlocksConfig(Section):
-    """I-JEPA's random blocks (arXiv 2301.08243): areas as a share of the grid, aspect h / w."""
+    """I-JEPA's random blocks (arXiv 2301.08243): areas as shares of the grid, aspect h / w."""
 
     kind: Literal["blocks", "scattered"] = "blocks"
-    """`scattered`: single patches drawn at random are the one target, all others the context."""
+    """`scattered`: one target of single patches drawn at random; all others are the context."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """The share of patches that `scattered` predicts."""
+    """Share of patches that `scattered` predicts."""
     targets: int = Field(4, ge=1, le=1000)
     """Target blocks per image."""
     target_area: Range = (0.15, 0.2)
-    """Smallest and largest share of the grid that a target block holds."""
+    """Smallest and largest share of the grid that a target block covers."""
     target_aspect: Range = (0.75, 1.5)
     """Smallest and largest height / width of a target block."""
     context_area: Range = (0.85, 1.0)
-    """Smallest and largest share of the grid that the context block holds, before targets are cut
-    out."""
+    """Smallest and largest share of the grid that the context block covers, before targets are
+    removed."""
+    truncate: Literal["none", "batch"] = "none"
+    """`batch`: as in facebookresearch's code, all images of a batch (per device and micro-batch)
+    share the sizes of their blocks, and every context is cut to the batch's shortest. Faster per
+    image, because less of each image is seen; what is seen then depends on the batch."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.truncate == "batch" and self.kind == "scattered":
+            raise ValueError("truncate=batch needs kind=blocks: scattered contexts have one length")
         for key in ("target_area", "target_aspect", "context_area"):
             low, high = getattr(self, key)
             if not (0 < low <= high and (key == "target_aspect" or high <= 1)):
@@ -250,7 +260,7 @@ class BlocksConfig(Section):
 
 
 class VicregConfig(Section):
-    """Weights of VICReg's terms (arXiv 2105.04906) inside the regulariser."""
+    """Weights of VICReg's terms (arXiv 2105.04906) within the regularizer."""
 
     similarity: float = Field(25.0, ge=0)
     """Weight of the squared distance between context and target means."""
@@ -259,18 +269,18 @@ class VicregConfig(Section):
     covariance: float = Field(1.0, ge=0)
     """Weight of the squared covariances between features."""
     projector_width: int = Field(3072, ge=0, le=10**6)
-    """0: the terms act on the features themselves."""
+    """Width of the projector; 0: no projector, the terms act on the features themselves."""
 
 
 class SigregConfig(Section):
     """SIGReg, the sketched test against a standard Gaussian of LeJEPA (arXiv 2511.08544)."""
 
     slices: int = Field(64, ge=1, le=10**6)
-    """Random directions, drawn anew in each step."""
+    """Number of random directions, redrawn at each step."""
     knots: int = Field(17, ge=3, le=10**6)
-    """Points in [0, `limit`] at which characteristic functions are compared."""
+    """Number of points in [0, `limit`] at which characteristic functions are compared."""
     limit: float = Field(5.0, gt=0)
-    """The largest frequency of the characteristic functions."""
+    """Largest frequency of the characteristic functions."""
 
 
 METHODS = {
@@ -278,55 +288,54 @@ METHODS = {
     "ijepa": "methods.ijepa:IJepaConfig",
     "cjepa": "methods.ijepa:CJepaConfig",
 }
-"""Every method by its name: where its config class is, which says all else. It is imported when it
-is needed."""
+"""Method name -> its config class, imported on first use; the class declares everything else."""
 
 
 class MethodConfig(Section):
-    """What every method has; a class of its own declares each (docs/tour.md shows how)."""
+    """Settings that every method has; each method has its own subclass (see docs/tour.md)."""
 
     title: ClassVar[str]
-    """The method's name as people write it."""
+    """Display name of the method."""
     blocks: BlocksConfig = BlocksConfig()
     loss_weighting: Literal["token", "region"] = "token"
-    """What the loss is a mean over: predicted patches, or regions (mean inside each first)."""
+    """Whether the loss is a mean over predicted patches, or over regions (mean of each first)."""
     prediction_weight: float = Field(1.0, ge=0)
-    """Factor on the prediction loss; 0 is the control in which the regulariser alone teaches."""
+    """Weight of the prediction loss; 0: a control trained by the regularizer alone."""
     regularizer: Literal["none", "vicreg", "sigreg"] = "none"
-    """A term against collapse, on the context encoder's features."""
+    """Regularizer against collapse, on the context encoder's features."""
     regularizer_over: Literal["pooled", "patches"] = "pooled"
-    """What it acts on: the mean context feature of each image, or all context patches, each less
-    the mean at its place over the batch of all ranks."""
+    """What the regularizer acts on: the mean context feature of each image, or all context patches,
+    centred by the mean at their position over the batch of all ranks."""
     regularizer_weight: float = Field(0.001, ge=0)
-    """Factor on the whole term against collapse."""
+    """Weight of the regularizer."""
     vicreg: VicregConfig = VicregConfig()
     sigreg: SigregConfig = SigregConfig()
     name: str
-    """The method, by its name in `METHODS`."""
+    """Name of the method in `METHODS`."""
 
     @abstractmethod
     def build(self, config: Config) -> Any:
-        """The `methods.base.Method` of a run. It loads torch, so it is imported in here."""
+        """The `methods.base.Method` of a run; imports torch, hence only when called."""
 
     @property
     def cut(self) -> CutConfig | None:
-        """How the method cuts what the encoder sees into ranked regions; None if it does not."""
+        """How the method cuts images into ranked regions; None if it does not."""
         return None
 
     @classmethod
     def beside(cls, other: MethodConfig) -> Self:
-        """This method in a recipe that was written for another: what all methods have is kept."""
+        """This method in another's recipe; settings that all methods share are kept."""
         if isinstance(other, cls):
             return other
         return cls.model_validate(other.model_dump(include={*MethodConfig.model_fields} - {"name"}))
 
     @classmethod
     def kinds(cls) -> list[type[MethodConfig]]:
-        """The classes that a setting of this type may be of: every method, where none is meant."""
+        """The classes that a setting of this type may have; for `MethodConfig`, all methods."""
         return [method_config(name) for name in METHODS] if cls is MethodConfig else [cls]
 
     def check_within(self, config: Config) -> None:
-        """Raise `ValueError` where the method contradicts other sections."""
+        """Raise `ValueError` if the method contradicts other sections."""
 
     @model_validator(mode="after")
     def _check_regularizer(self) -> Self:
@@ -334,22 +343,22 @@ class MethodConfig(Section):
             for key in ("similarity", "projector_width"):
                 if getattr(self.vicreg, key):
                     raise ValueError(
-                        f"regularizer_over=patches knows variance and covariance only: set "
+                        f"regularizer_over=patches supports only variance and covariance: set "
                         f"method.vicreg.{key}=0, or regularizer_over=pooled"
                     )
         return self
 
 
 def method_config(name: str) -> type[MethodConfig]:
-    """The config class of a method that `METHODS` names."""
+    """The config class of a method in `METHODS`."""
     module, _, kind = METHODS[name].partition(":")
     found: type[MethodConfig] = getattr(import_module(f"dseqjepa.{module}"), kind)
     return found
 
 
 def _by_name(value: Any) -> MethodConfig:
-    """The config of the method that `value` names: pydantic's tagged union, of which only the
-    member that is asked for is imported."""
+    """The config of the method that `value` names: pydantic's tagged union, importing only the
+    member needed."""
     if isinstance(value, MethodConfig):
         return value
     members: dict[str, CoreSchema] = dict.fromkeys(METHODS, core_schema.any_schema())
@@ -362,69 +371,71 @@ def _by_name(value: Any) -> MethodConfig:
 
 
 class SaliencyConfig(Section):
-    """Where an image is discriminative."""
+    """How saliency is computed: where an image is discriminative."""
 
     kind: Literal["cls_similarity", "cls_attention", "grad_cam", "rarity"] = "cls_similarity"
-    """`rarity`: distance of a patch's content to its nearest neighbours in the image; no [CLS]."""
+    """`rarity`: distance of a patch's content to its nearest neighbours in the image; needs no
+    [CLS]."""
     query: Literal["state", "parameter"] = "state"
     """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
     block: int = Field(-1, ge=-1, le=1000)
-    """0-based block that is read; -1: at 10/12 of the depth, and the patch embedding for rarity."""
+    """0-based block to read; -1: the block at 10/12 of the depth, or the patch embedding for
+    rarity."""
 
 
 class RegionsConfig(Section):
-    """How an image is cut into regions."""
+    """How images are cut into regions."""
 
     source: Literal["ranked", "random"] = "ranked"
-    """`random`: I-JEPA's blocks are the regions, the context block first (Table 4)."""
+    """`random`: use I-JEPA's blocks as regions, the context block first (Table 4)."""
     kind: Literal["components", "clusters", "bands"] = "components"
     """`components` of the saliency above Otsu's threshold (the paper), `clusters` of content
     features, or `bands` of equal saliency."""
     features: Literal["target"] | Annotated[int, Field(ge=0, le=1000)] = "target"
-    """What clusters are of: target features, normalised as they are predicted (`target`), or the
-    output of this 0-based block, not normalised."""
+    """Features to cluster: `target` features, normalized as in the loss, or the unnormalized output
+    of this 0-based block."""
     count: int = Field(5, ge=2, le=1000)
-    """The most regions of an image, the left-over included."""
+    """Maximum number of regions per image, including the left-over region."""
     min_area: Fraction = 0.15
-    """The smallest share of the grid that a region may hold, the left-over apart."""
+    """Minimum share of the grid that a region must cover, except the left-over region."""
 
     @property
     def content(self) -> Literal["target"] | int | None:
-        """What is read beside the saliency; None where regions need no more."""
+        """The features that regions need besides saliency; None if they need none."""
         return self.features if self.source == "ranked" and self.kind == "clusters" else None
 
 
 class CutConfig(Section):
-    """Where to look and how to cut: what ranked regions are made by."""
+    """Saliency and regions: how ranked regions are made."""
 
     saliency: SaliencyConfig = SaliencyConfig(kind="rarity")
     regions: RegionsConfig = RegionsConfig(kind="clusters", min_area=0.02)
 
 
 class OptimConfig(Section):
-    """How long, and by which rates."""
+    """Training length, learning rate and weight decay."""
 
     epochs: int | Literal["auto"] = Field(600)
-    """Passes over the data; `auto`: as many as show three million images, from 30 to 600."""
+    """Passes over the data; `auto`: enough to show three million images, from 30 to 600."""
     minutes: Literal["none"] | Annotated[float, Field(gt=0, le=10**6)] = "none"
-    """The time that a run may take: it measures its own steps and sets `epochs` by them. Where
-    `epochs` is a number they have been set."""
+    """Time budget: the run times its own steps and sets `epochs` to fit. Ignored if `epochs` is a
+    number, as it is once set."""
     lr: float = Field(1e-3, gt=0)
-    """Learning rate of AdamW after warm-up; it does not follow `data.batch_size`."""
+    """Learning rate of AdamW after warm-up; not scaled with `data.batch_size`."""
     start_lr: float = Field(1e-4, ge=0)
     """Learning rate at the first step of warm-up."""
     final_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the last step; a cosine leads there."""
+    """Learning rate at the last step, reached by a cosine."""
     warmup_epochs: float | Literal["auto"] = 15.0
-    """`auto`: a tenth of the epochs."""
+    """Epochs of linear warm-up; `auto`: a tenth of `epochs`."""
     weight_decay: float = Field(0.04, ge=0)
-    """Weight decay at the first step, of matrices alone."""
+    """Weight decay at the first step; applied to weight matrices only."""
     final_weight_decay: float = Field(0.4, ge=0)
-    """Weight decay at the last step; a cosine leads there."""
+    """Weight decay at the last step, reached by a cosine."""
     accumulate: int = Field(1, ge=1, le=10**6)
-    """Micro-batches that make one optimizer step."""
+    """Micro-batches per optimizer step."""
     clip_norm: float = Field(0.0, ge=0)
-    """Gradients of a larger norm are scaled down to it; 0: never."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0: no clipping."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -451,91 +462,94 @@ AUTO_EPOCHS = (30, 600)
 
 
 class EmaConfig(Section):
-    """The moving average of the context encoder that the target encoder is."""
+    """The target encoder, an exponential moving average of the context encoder."""
 
     start: Fraction = 0.996
     """Momentum of the target encoder at the first step."""
     end: Fraction = 1.0
-    """Momentum at the last step; a line leads there."""
+    """Momentum at the last step, reached linearly."""
 
 
 class GuardConfig(Section):
-    """Steps that are not taken: loss or gradient not finite, or far above the steps before."""
+    """Steps to skip: loss or gradient norm non-finite, or far above that of recent steps."""
 
     patience: int = Field(10, ge=1, le=10**6)
-    """So many steps in a row that are not finite stop the run."""
+    """Number of consecutive non-finite steps that stops the run."""
     sigma: float = Field(6.0, ge=0)
-    """A loss or gradient norm above mean + sigma standard deviations is left out; 0: never."""
+    """Skip steps whose loss or gradient norm exceeds mean + sigma standard deviations; 0: never."""
     window: int = Field(128, ge=2, le=10**6)
-    """Of so many steps before."""
+    """Number of preceding steps over which mean and standard deviation are taken."""
 
 
 class CheckpointConfig(Section):
-    """When a run is saved, and how often it is kept."""
+    """When checkpoints are written, and how many are kept."""
 
     every_steps: int = Field(0, ge=0, le=10**9)
-    """0: only at epochs."""
+    """Steps between checkpoints; 0: only at epochs."""
     every_epochs: int = Field(1, ge=1, le=10**9)
     """Epochs between checkpoints."""
     keep: int = Field(2, ge=1, le=10**6)
-    """How many of the newest are kept; that of step 0 always is."""
+    """How many of the newest checkpoints are kept; that of step 0 always is."""
 
 
 class RuntimeConfig(Section):
-    """What a run runs on."""
+    """Devices, precision, seed and processes."""
 
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of everything random: initialisation, order of samples, crops, masks."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the forward and backward pass; weights stay in float32."""
+    """Seed of everything random: initialization, order of samples, crops, masks."""
+    precision: Literal["auto", "fp32", "bf16"] = "bf16"
+    """Precision of the forward and backward pass; weights stay in float32. `auto`: bf16 if the
+    device supports it in hardware, else fp32; the run's config.yaml records the choice."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The kind of device; `auto` takes a GPU where there is one."""
+    """Type of device; `auto`: a GPU if there is one."""
     attention: Literal["auto", "matmul", "sdpa", "varlen"] = "auto"
-    """What computes attention (`model/attention.py`); `auto` takes the quickest."""
+    """Attention backend (`model/attention.py`); `auto` picks the fastest."""
     deterministic: bool = False
-    """Whether a GPU adds in one order, so that a run can be repeated and resumed bit by bit there,
-    as it is on a CPU in any case; slower."""
+    """Whether a GPU sums in a fixed order, so that runs can be repeated and resumed bit for bit, as
+    on a CPU; slower."""
     devices: int = Field(1, ge=1, le=1024)
-    """Processes on this machine, one a device; under `torchrun` or `srun` they say how many."""
+    """Processes on this machine, one per device; ignored under `torchrun` and `srun`, which set
+    it."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """`fsdp`: parameters, EMA and optimizer are spread over the ranks, for what does not fit."""
+    """`fsdp`: shard parameters, EMA and optimizer state over the ranks, for models that do not fit
+    on one device."""
     timeout_s: float = Field(600.0, gt=0, le=1e6)
-    """How long ranks wait for one another, in seconds, before the run is given up."""
+    """Seconds that ranks wait for one another before the run is aborted."""
 
 
 class ProbeConfig(Section):
-    """What is measured during training, on no validation image: kNN on labelled training images,
-    leave-one-out; and, where masks or boxes are known, whether objects are found."""
+    """Evaluation during training, without any validation image: leave-one-out kNN on labelled
+    training images, and object discovery if there are masks or boxes."""
 
     every_epochs: int = Field(0, ge=0, le=10**9)
-    """0: never."""
+    """Epochs between probes; 0: never."""
     images: int = Field(2000, ge=2, le=10**7)
-    """Of kNN."""
+    """Number of training images for kNN."""
 
 
 class LogConfig(Section):
-    """How often a run says how it does, and to whom."""
+    """How often metrics are logged, and where."""
 
     every_steps: int = Field(50, ge=1, le=10**9)
     """Steps between lines of metrics.jsonl and of the log."""
     to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Who is told beside metrics.jsonl. All of it stays in the run's folder unless `online` or
-    `tracking` says otherwise."""
+    """Loggers in addition to metrics.jsonl. Their data stay in the run's folder unless `online` or
+    `tracking` is set."""
     pictures_every_epochs: int = Field(10, ge=0, le=10**9)
-    """Epochs between the pictures of some images' regions that `to` is told; 0: none."""
+    """Epochs between the pictures of regions sent to the loggers; 0: no pictures."""
     project: str = Field("dseqjepa", min_length=1)
-    """What W&B calls the project, and MLflow the experiment."""
+    """Name of the W&B project and of the MLflow experiment."""
     online: bool = False
-    """Whether W&B sends what it is told at once; otherwise `wandb sync` does, when you say so."""
+    """Whether W&B uploads during training; if false, run `wandb sync` yourself."""
     tracking: str = Field("auto", min_length=1)
-    """Where MLflow keeps its runs, as a URI; `auto`: files in the run's folder."""
+    """MLflow's tracking URI; `auto`: files in the run's folder."""
 
 
 class MiniatureConfig(Section):
     """Scenes written in the format of a benchmark (`dseqjepa scenes export`)."""
 
     size: int | None = Field(None, le=16384)
-    """Pixels of a side; 64, where the format has no size of its own."""
+    """Side in pixels; 64 unless the format has a fixed size."""
     count: int = Field(200, ge=10, le=10**7)
     """Training scenes."""
     val_count: int = Field(50, ge=10, le=10**7)
@@ -545,7 +559,7 @@ class MiniatureConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     data: DataConfig = DataConfig()
     model: ModelConfig
@@ -574,7 +588,7 @@ class Config(Section):
                 f"model.patch_size ({self.model.patch_size})"
             )
         if self.grid[0] * self.grid[1] < 2:
-            raise ValueError("data.image_size holds a single patch: nothing could be predicted")
+            raise ValueError("data.image_size is a single patch: there is nothing to predict")
         if self.data.batch_size % (self.optim.accumulate * self.runtime.devices):
             raise ValueError(
                 f"data.batch_size ({self.data.batch_size}) must be a multiple of optim.accumulate "
@@ -604,7 +618,8 @@ class Config(Section):
 
 
 def validate(values: Mapping[str, Any]) -> Config:
-    """A `Config` of plain values; `InputError` names the key at fault and the nearest right one."""
+    """A `Config` from plain values; `InputError` names the key at fault and the nearest valid
+    one."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -612,7 +627,7 @@ def validate(values: Mapping[str, Any]) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old value, new value), for every value in which two configs differ."""
+    """Dotted key -> (old value, new value), for every value that differs between two configs."""
     before, after = flattened(old.model_dump()), flattened(new.model_dump())
     keys = [*before, *(key for key in after if key not in before)]
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}

@@ -1,4 +1,4 @@
-"""What is shown to people, where there may be nobody: a terminal that is gone ends no work."""
+"""Console output that survives a closed terminal."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class LastingConsole(Console):
 
 
 def give_up(console: Console) -> None:
-    """Let a console be silent, and its file lead nowhere: what is left in its buffer, or printed
-    there by others, would end the process later."""
+    """Silence a console and redirect its file to nowhere: output left in its buffer, or printed
+    later by other code, would otherwise end the process."""
     console.quiet = True
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""The demo: train on the embedded scenes, then say and show what was learnt."""
+"""The demo: train on the rendered scenes, then report what was learnt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = ("run", "regions.png", "report.html")
 def run_demo(config: Config, out: Path) -> None:
     """Pre-train by `config` in `out/run`, evaluate, write `out/regions.png` and `out/report.html`.
 
-    `out` may hold an earlier demo, which is replaced; `InputError` if it holds anything else.
+    An earlier demo in `out` is replaced; `InputError` if it contains anything else.
     """
     _check(out)
     console = Console(markup=False)

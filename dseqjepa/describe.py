@@ -1,7 +1,6 @@
-"""What every setting means, as its config class declares it.
+"""Descriptions of every setting, from the docstrings of its config class.
 
-Defaults are those of the classes; a preset has values of its own (`dseqjepa presets NAME
---print-config`).
+Defaults are those of the classes; presets override them (`dseqjepa presets NAME --print-config`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def describe_settings(section: str | None = None) -> Iterator[str]:
-    """Lines about the settings of a section, and of the sections in it; of all if None.
+    """Lines describing the settings of a section and its subsections; of all sections if None.
 
     Raises:
         InputError: there is no such section; the nearest one is named.
@@ -55,7 +54,7 @@ def _lines(known: dict[str, list[type[BaseModel]]], section: str | None) -> Iter
 
 
 def _walk(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:
-    """Every section below a model: its dotted name, and the classes that it may be of."""
+    """Every section below a model: its dotted name, and the classes that it may have."""
     for key in model.model_fields:
         if inner := sections_of(model, key):
             yield f"{prefix}{key}", inner

@@ -14,15 +14,15 @@ from dseqjepa.errors import AgreedError, InputError, RunError, printable
 
 
 def run(app: Callable[..., Any], arguments: list[str]) -> None:
-    """Run a command; an error that the user can mend is one line and an exit code."""
-    # One line is what is said, not the trace of a library whose connection was refused.
+    """Run a command; errors that the user can fix become one line and an exit code."""
+    # Print one line, not the traceback of a library whose connection was refused.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a locale may lack a letter of a file's name
+        if hasattr(stream, "reconfigure"):  # the locale may not support a character of a file name
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, standalone_mode=False)
-    except BrokenPipeError:  # such as `| head`: what is left is not wanted
+    except BrokenPipeError:  # such as `| head`: the rest is not wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except InputError as error:
@@ -36,7 +36,7 @@ def run(app: Callable[..., Any], arguments: list[str]) -> None:
 
 
 def fail(message: object, code: int) -> NoReturn:
-    """Say it in one line. What all ranks know the first one says."""
+    """Print an error in one line. Errors that all ranks know are printed by rank 0."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0" or not isinstance(message, AgreedError):
         where = f" rank {rank}:" if rank != "0" else ""
@@ -44,7 +44,7 @@ def fail(message: object, code: int) -> NoReturn:
             line = printable(" ".join(str(message).splitlines()))
             print(f"dseqjepa:{where}", line, file=sys.stderr)
     if "WORLD_SIZE" in os.environ or "SLURM_PROCID" in os.environ:
-        # A library that waits for a rank that is gone must not keep this one from ending.
+        # A library waiting for a rank that is gone must not keep this process alive.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -53,7 +53,7 @@ def fail(message: object, code: int) -> NoReturn:
 
 
 def _hint(error: typer.TyperException) -> str:
-    """A setting that was typed as an option."""
+    """A hint for a setting typed as an option."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     takes = [parameter.name for parameter in context.command.params] if context else []
     if option is None or "settings" not in takes:

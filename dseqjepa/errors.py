@@ -1,4 +1,4 @@
-"""The errors that a user can mend. The command line turns them into one line and an exit code."""
+"""Errors that a user can fix. The command line turns them into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class InputError(ValueError):
 
 
 class AgreedError(InputError):
-    """Bad input of which all ranks know: that the first one says it is enough."""
+    """Bad input that all ranks know about, so only rank 0 reports it."""
 
 
 class RunError(RuntimeError):
-    """A run that had started and cannot go on: exit code 1."""
+    """A run that had started and cannot continue: exit code 1."""
 
 
 FEW, NEAREST = 40, 5
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest known one, else all, or of many the
-    nearest ones."""
+    """The end of a message about an unknown word: the nearest known one; otherwise all of them, or
+    the nearest few of many."""
     known = sorted(words)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if near:
@@ -38,8 +38,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def printable(text: object) -> str:
-    """What others wrote, as text that any output can take: on one line, its control characters and
-    bytes that are no UTF-8 shown as Python writes them."""
+    """Third-party text made safe for any output: on one line, with control characters and non-UTF-8
+    bytes escaped as in Python."""
     return "".join(map(_shown, str(text)))
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and that outlast a power cut; their hashes."""
+"""Atomic, durable file writes, and hashes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".tmp-"
-"""What the name of a file or a folder begins with while it is being written."""
+"""Prefix of a file or folder that is being written."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Make a file hold this text, as UTF-8. Where that fails the file is left as it was."""
+    """Write a text file as UTF-8, atomically: on failure the old file is left as it was."""
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
         with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -31,16 +31,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written; a folder's sync makes the names in it durable."""
+    """Flush a file or folder to disk; syncing a folder makes the names in it durable."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder above that may be passed through, but not listed
+    except PermissionError:  # a parent folder that can be traversed but not listed
         if path.is_dir():
             return
         raise
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network disks know no sync of a folder
+    except OSError as error:  # some network file systems cannot sync a folder
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -48,18 +48,18 @@ def sync(path: Path) -> None:
 
 
 def folder_above(path: Path) -> Path:
-    """The nearest one that is there: in it the first of those that are missing is to be made."""
+    """The nearest parent folder that exists."""
     return next(above for above in path.absolute().parents if os.path.lexists(above))
 
 
 def can_make(path: Path) -> bool:
-    """Whether a file or a folder can be made, with the folders above it."""
+    """Whether a file or folder can be created, including its parents."""
     above = folder_above(path)
     return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to), or a folder with all that is in it."""
+    """Remove a file, a link (not its target), or a folder with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,10 +1,10 @@
 """Counter-based randomness: uniform numbers as a pure function of (key, stream, counter).
 
-Nothing here has state. The same key gives the same numbers on every device, in every process and
-whatever was drawn before, so a resumed run, another number of workers or another split of a batch
-draws the same masks and crops for the same sample without any generator state to save.
+Nothing here has state. The same key gives the same numbers on every device and in every process,
+whatever was drawn before. A resumed run, another number of workers or another split of a batch
+therefore draws the same masks and crops for the same sample, without saving any generator state.
 
-The mixing function is SplitMix64's finaliser (Steele, Lea and Flood, 2014), on 64-bit integers with
+The mixing function is SplitMix64's finalizer (Steele, Lea and Flood, 2014), on 64-bit integers with
 wrap-around.
 
 Suffixes: B images, N images of a data set, C counters.
@@ -25,8 +25,8 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 ROUNDS = 6
-"""Of the Feistel network: with four and a good round function it is a random permutation to whoever
-does not know the key (Luby and Rackoff, 1988)."""
+"""Rounds of the Feistel network. Four with a good round function give a pseudo-random permutation
+(Luby and Rackoff, 1988)."""
 
 
 class Stream(IntEnum):
@@ -50,10 +50,12 @@ class Stream(IntEnum):
     PHOTOMETRIC_TARGET = 18
     SHARDS = 19
     PERMUTE = 20
+    WINDOW = 21
+    FIGURE = 22
 
 
 def _mix(bits: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
-    """SplitMix64's finaliser; `>>` on int64 is arithmetic, hence the masks."""
+    """SplitMix64's finalizer; `>>` on int64 is arithmetic, hence the masks."""
     bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * MIX_1
     bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * MIX_2
     return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
@@ -64,8 +66,8 @@ def hash_int64(*parts: int | Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:
         value = torch.as_tensor(part, dtype=torch.int64)
-        # The first operand may be a number on the CPU beside a tensor on a device: it is passed
-        # along with the operation, where moving it there would have the host wait.
+        # The first operand may be a CPU scalar combined with a tensor on a device: it is passed
+        # along with the operation, whereas moving it there would make the host wait.
         state = _mix(state + value + GOLDEN_GAMMA)
     return state
 
@@ -76,7 +78,7 @@ def sample_keys(seed: int, epoch: int, index_B: Int64[Tensor, " B"]) -> Int64[Te
 
 
 def moment_key(seed: int, progress: float, device: torch.device) -> Int64[Tensor, ""]:
-    """A key of a point of training: all ranks and micro-batches of a step share it."""
+    """The key of a point in training, shared by all ranks and micro-batches of a step."""
     (moment,) = struct.unpack("<q", struct.pack("<d", progress))
     return hash_int64(seed, moment).to(device)
 
@@ -89,18 +91,18 @@ def uniforms(keys_B: Int64[Tensor, " B"], stream: Stream, count: int) -> Float[T
 
 
 def shuffled(keys_N: Int64[Tensor, " N"], stream: Stream) -> Int64[Tensor, " N"]:
-    """The places 0 to N - 1 in random order: each place by the number that its key draws."""
+    """The indices 0 to N - 1 in random order: each sorted by the number that its key draws."""
     return uniforms(keys_N, stream, 1)[:, 0].argsort(stable=True)
 
 
 def permuted(
     place_P: Int64[Tensor, " P"], count: int, key: Int64[Tensor, "1"]
 ) -> Int64[Tensor, " P"]:
-    """What a random permutation of 0 to `count` - 1 has at these places, each computed by itself.
+    """The values of a random permutation of 0 to `count` - 1 at these places, computed one by one.
 
-    A Feistel network of `ROUNDS` rounds permutes the numbers of as many bits as `count` needs, made
-    even; what falls outside is permuted again until it falls inside (Black and Rogaway, 2002,
-    "Ciphers with arbitrary finite domains").
+    A Feistel network of `ROUNDS` rounds permutes the numbers with as many bits as `count` needs,
+    rounded up to even; results outside the range are permuted again until they fall inside (Black
+    and Rogaway, 2002, "Ciphers with arbitrary finite domains").
     """
     half = max((max(count - 1, 1).bit_length() + 1) // 2, 1)
     mask = (1 << half) - 1

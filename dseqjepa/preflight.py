@@ -28,7 +28,7 @@ from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, load_encoders
 from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
 from dseqjepa.train.rehearsal import Pace, Rehearsal, rehearse
-from dseqjepa.train.runtime import connect
+from dseqjepa.train.runtime import connect, on_this_machine
 from dseqjepa.viz.regions import regions_picture
 
 PICTURES = 12
@@ -59,6 +59,7 @@ def preflight(
     """
     for file in filter(None, (out, report)):
         _check_file(file)
+    config = on_this_machine(config)
     connect(config.with_(runtime={"devices": 1}))  # is there such a device?
     source = open_training_source(config)
     is_timed, config = config.optim.is_timed, fitting(config, source)

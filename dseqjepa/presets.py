@@ -1,8 +1,8 @@
 """Presets: functions that return configs, `METHOD_BACKBONE` by name.
 
-A backbone function (`vitb16_in1k`) returns the recipe with DSeq-JEPA as its method; the name of
-another changes the method and nothing else, so that two presets of one backbone differ in what is
-compared. A name without a method means DSeq-JEPA.
+A backbone function (`vitb16_in1k`) returns the recipe with DSeq-JEPA as its method. Another method
+name changes the method and nothing else, so that two presets of one backbone are comparable. A name
+without a method means DSeq-JEPA.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def vith16_448_in1k() -> Config:
 
 
 def vitt8_64() -> Config:
-    """A small ViT at 64 px for a folder of one's own, 5,000 to 100,000 pictures, on a CPU.
+    """A small ViT at 64 px for your own folder of 5,000 to 100,000 pictures, on a CPU.
 
     `dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine`.
     The schedule shows three million images whatever the folder's size (30 to 600 epochs).
@@ -130,11 +130,11 @@ def vitt8_64() -> Config:
 
 
 SMALL_VICREG = VicregConfig(similarity=0.0, variance=1.0, covariance=0.04, projector_width=0)
-"""Without a projector, on context features themselves: what small runs need against collapse."""
+"""No projector, acting on context features themselves: what small runs need against collapse."""
 
 
 def vits16_small() -> Config:
-    """ViT-S/16 at 160 px for a folder of one's own, 5,000 to 100,000 pictures, on one GPU.
+    """ViT-S/16 at 160 px for your own folder of 5,000 to 100,000 pictures, on one GPU.
 
     `dseqjepa pretrain vits16_small data=my_pictures out=runs/mine`.
     The schedule shows three million images whatever the folder's size (30 to 600 epochs).
@@ -148,9 +148,9 @@ def vits16_small() -> Config:
 
 
 def vitt_demo() -> Config:
-    """A shallow ViT-Ti/8 on the embedded scenes at 64 px: what `dseqjepa demo` trains.
+    """A shallow ViT-Ti/8 on the rendered scenes at 64 px: what `dseqjepa demo` trains.
 
-    `dseqjepa pretrain vitt_demo data=scenes out=runs/demo` trains it alone, in minutes on a CPU.
+    `dseqjepa pretrain vitt_demo data=scenes out=runs/demo` only trains it, in minutes on a CPU.
     kNN 14.8 % on the class (untrained 11.8), 23.0 % on the count (untrained 18.2): docs/LOG.md.
     """
     return vitt8_64().with_(
@@ -159,17 +159,19 @@ def vitt_demo() -> Config:
         predictor={"width": 64, "depth": 2, "heads": 2},
         optim={"epochs": 4, "warmup_epochs": 0.4},
         checkpoint={"every_steps": 78, "keep": 10},
+        runtime={"precision": "auto"},
         probe={"every_epochs": 0},
     )
 
 
 def dseq_vitb16_release() -> Config:
-    """ViT-B/16, ImageNet-1k at 224 px: the recipe of the authors' release, without its faults.
+    """ViT-B/16, ImageNet-1k at 224 px: the recipe of the authors' release, without its bugs.
 
     `dseqjepa pretrain dseq_vitb16_release data=imagenet:/data/imagenet out=runs/release`.
-    Readings: contexts late by one region, queries without a mask token, the raw [CLS] parameter as
-    query, one curriculum draw for a batch. Numbers: a predictor of width 192, learning rates 2e-4,
-    8e-4 and 1e-4 (docs/differences.md, rows 1, 4, 8 and 15). A cluster job; not run here.
+    Interpretations: contexts lag by one region, queries without a mask token, the raw [CLS]
+    parameter as query, one curriculum draw per batch. Values: a predictor of width 192, learning
+    rates 2e-4, 8e-4 and 1e-4 (docs/differences.md, rows 1, 4, 8 and 15). A cluster job; not run
+    here.
     """
     return vitb16_in1k().with_(
         predictor={"width": 192, "mask_token": False},
@@ -196,7 +198,7 @@ BACKBONES: tuple[Callable[[], Config], ...] = (
 
 
 def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """A preset's name or a YAML file, changed by `section.key=value` overrides.
+    """The config of a preset or a YAML file, with `section.key=value` overrides applied.
 
     Raises `InputError` (one line) for an unknown preset, an unreadable file, an unknown key, a
     wrong type or a contradiction.
@@ -214,8 +216,7 @@ def load_config(preset_or_path: str | Path, overrides: Iterable[str] = ()) -> Co
 
 
 def _check_minutes(values: dict[str, Any], typed: set[str]) -> None:
-    """Let `optim.minutes` set the epochs, whatever a preset has; `InputError` where both are
-    typed."""
+    """Let `optim.minutes` set the epochs, overriding the preset; `InputError` if both are given."""
     if "optim.minutes" not in typed or values["optim"]["minutes"] == "none":
         return
     lengths = ("optim.epochs", "optim.warmup_epochs")
@@ -226,7 +227,7 @@ def _check_minutes(values: dict[str, Any], typed: set[str]) -> None:
 
 
 def preset_names() -> dict[str, str]:
-    """Every preset's name -> the first line of what it is."""
+    """Preset name -> the first line of its description."""
     names = {
         f"{method}_{backbone.__name__}": _first_line(backbone)
         for backbone in BACKBONES
@@ -236,14 +237,14 @@ def preset_names() -> dict[str, str]:
 
 
 def preset(name: str) -> Config:
-    """The config of a preset; `InputError` names the nearest one where there is none."""
+    """The config of a preset; `InputError` names the nearest one if it does not exist."""
     method, backbone = _parts(name)
     config = backbone()
     return config.with_(method=method_config(method).beside(config.method))
 
 
 def describe(name: str) -> str:
-    """What a preset is: its backbone's docstring, and the method."""
+    """The description of a preset: its backbone's docstring, and the method."""
     method, backbone = _parts(name)
     return f"method: {method}\n{inspect.getdoc(backbone)}"
 
@@ -260,7 +261,7 @@ def _parts(name: str) -> tuple[str, Callable[[], Config]]:
 
 
 def _hint(name: str) -> str:
-    """What somebody may have meant who gave this for a preset."""
+    """What the user may have meant by this preset name."""
     encoders = [b.__name__ for b in BACKBONES if b().model.name == name]
     if encoders:
         return f": it is an encoder, which the presets {', '.join(encoders)} have"

@@ -1,4 +1,4 @@
-"""Where something was made: the code, the versions, the machine, the command."""
+"""Provenance of a run or result: code, versions, machine and command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent
 
 
 def environment() -> dict[str, Any]:
-    """The commit of the code, if it is in git, and versions."""
+    """The commit of the code, if it is in git, and package versions."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
 @cache
 def code_digest() -> str:
-    """A hash of the package's own code and of torch's version, which decide what is computed."""
+    """A hash of the package's code and torch's version, which determine what is computed."""
     found = hashlib.sha256(f"torch {version('torch')}".encode())
     for path in sorted(PACKAGE.rglob("*.py")):
         found.update(f"{path.relative_to(PACKAGE)} ".encode() + path.read_bytes())
@@ -38,7 +38,7 @@ def code_digest() -> str:
 
 
 def record(file: Path, **said: Any) -> None:
-    """Add to a file what was started here and now: a line of JSON, with what else is `said`."""
+    """Append a JSON line to a file: what was started, where and when, and the fields `said`."""
     line = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -54,7 +54,7 @@ def record(file: Path, **said: Any) -> None:
 
 
 def _commit() -> str | None:
-    """The commit, with `-dirty` where files differ from it; None for code outside of git."""
+    """The commit, with `-dirty` if files differ from it; None outside git."""
     try:
         tracked = _git("ls-files", "--error-unmatch", "__init__.py")
         return tracked and _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -1,9 +1,9 @@
-"""What the processes that train together ("ranks") say to each other.
+"""Communication between the processes that train together ("ranks").
 
-Two channels. Tensors of the model go over the device's own (NCCL, or gloo on a CPU): `gather_rows`
-and `Ranks.total`. Decisions of the hosts, such as whether to stop, go over gloo: they cost the
-device nothing, and a peer that dies closes its connection, so that the others notice at once.
-Where there is one process nothing here does anything.
+There are two channels. Model tensors use the device's own (NCCL, or gloo on a CPU): `gather_rows`
+and `Ranks.total`. Decisions of the hosts, such as whether to stop, use gloo: they cost the
+device nothing, and a peer that dies closes its connection, so the others notice immediately.
+With a single process, nothing here has any effect.
 
 Suffixes: B rows of this rank, D width, R rows of all ranks.
 """
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 PULSE_S = 0.5
 LOST_S = 2.5
-"""A rank whose pulse stands still for so long is dead or frozen. Added to `runtime.timeout_s`."""
+"""A rank without a heartbeat for this long is dead or frozen. Added to `runtime.timeout_s`."""
 STORE_LOST = "rank 0, which keeps the ranks together, died or is frozen"
 
 
@@ -45,8 +45,8 @@ def world_size() -> int:
 def gather_rows(*parts_BD: Float[Tensor, "B _"]) -> tuple[Float[Tensor, "R _"], ...]:
     """The rows of all ranks in the order of the ranks, as if they were one batch.
 
-    The tensors given have the same rows; ranks may differ in how many they have. Gradients flow
-    back to where the rows came from, summed over what each rank made of them.
+    The given tensors have the same rows; ranks may have different numbers of them. Gradients flow
+    back to the rank that a row came from, summed over all ranks that used it.
     """
     if world_size() == 1:
         return parts_BD
@@ -55,13 +55,12 @@ def gather_rows(*parts_BD: Float[Tensor, "B _"]) -> tuple[Float[Tensor, "R _"], 
 
 
 def sum_over_ranks(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The sum over all ranks; gradients flow back to every rank's part, summed over what each rank
-    made of the sum."""
+    """The sum over all ranks; gradients flow back to every rank's part, summed over the ranks."""
     return value if world_size() == 1 else _SumOverRanks.apply(value)
 
 
 def mean_row(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
-    """The mean of the rows of all ranks, as one row; no gradient. Without a row: none, or zeros."""
+    """The mean of the rows of all ranks, as one row; no gradient. Without rows: none, or zeros."""
     if world_size() == 1:
         return rows_BD.mean(dim=0, keepdim=True) if len(rows_BD) else rows_BD
     sums = torch.cat([rows_BD.sum(dim=0).double(), rows_BD.new_tensor([len(rows_BD)]).double()])
@@ -107,7 +106,7 @@ class Ranks:
     """The ranks of a run, seen from one of them.
 
     Args:
-        timeout_s: how long to wait for another rank, in seconds, before the run is given up.
+        timeout_s: how long to wait for another rank, in seconds, before the run is aborted.
         alone: all of them are on this machine.
     """
 
@@ -120,19 +119,19 @@ class Ranks:
             self._channel: Any = dist.new_group(backend="gloo", timeout=timeout)
             self._pulse = _Pulse(self.rank, self._channel, alone)
             self._pulse.start()
-            # However this process ends: a thread inside the store would take it down with an abort.
+            # However this process ends: a thread inside the store would abort it.
             atexit.register(self._pulse.end)
 
     @classmethod
     def by_itself(cls) -> Ranks:
-        """This process alone, though there may be others: for what all of them do alike."""
+        """This process only, though there may be others: for work that all of them do alike."""
         own = cls.__new__(cls)
         own.world, own.rank = 1, 0
         return own
 
     @property
     def first(self) -> bool:
-        """True on rank 0, the one that writes and speaks."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
@@ -145,13 +144,13 @@ class Ranks:
         return tuple(bool(flag) for flag in raised)
 
     def share(self, value: T) -> list[T]:
-        """The values of all ranks, in their order: plain JSON, which has lists for tuples."""
+        """The values of all ranks, in order: plain JSON, so tuples become lists."""
         if self.world == 1:
             return [value]
         return [json.loads(content) for content in self._share_bytes(json.dumps(value).encode())]
 
     def share_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The tensors of all ranks, in their order, on the CPU."""
+        """The tensors of all ranks, in order, on the CPU."""
         if self.world == 1:
             return [dict(tensors)]
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -170,26 +169,26 @@ class Ranks:
         return [part[: int(length)].numpy().tobytes() for part, length in both]
 
     def check_alike(self, **words: Any) -> None:
-        """What each rank says, plain JSON by name, has to be the same for all; `InputError`."""
+        """Check that these values, plain JSON by name, agree on all ranks; `InputError` if not."""
         compare(self.share(words))
 
     def came_on(self) -> None:
-        """This rank has got as far as the next batch: a rank that does not is the one named."""
+        """Record that this rank has reached the next batch; errors name ranks that have not."""
         if self.world > 1:
             self._pulse.entered += 1
 
     def wait(self) -> None:
-        """Go on when all ranks have come so far."""
+        """Wait until all ranks have arrived."""
         self.agree(False)
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over ranks, in place, on the device: the host does not wait for it."""
+        """The sum over ranks, in place, on the device; the host does not wait."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def together(self, do: Callable[[], T]) -> T:
-        """Do the same on every rank. An `InputError` on one of them is raised by all."""
+        """Run this on every rank; an `InputError` on one of them is raised by all."""
         problem, value = None, None
         try:
             value = do()
@@ -204,9 +203,8 @@ class Ranks:
 
     @contextmanager
     def failing_together(self, agreed: type[Exception]) -> Iterator[None]:
-        """What goes wrong inside on this rank is told to the others; where it went wrong on another
-        rank, or another rank is gone, the error here says which: a `RunError`. `agreed` is what all
-        ranks raise together."""
+        """Report an error inside on this rank to the others. If another rank failed or is gone,
+        raise a `RunError` that names it. `agreed` are exceptions that all ranks raise together."""
         try:
             yield
         except (agreed, InputError):
@@ -221,19 +219,19 @@ class Ranks:
                 self._pulse.tell(f"rank {self.rank} failed: {said}")
                 self._part()
                 raise
-            raise RunError(f"{reason}; resume=true goes on from the last checkpoint") from error
+            raise RunError(f"{reason}; resume=true continues from the last checkpoint") from error
 
     def _part(self) -> None:
-        """Let go of the others, which by that see at once that something is wrong. The first rank
-        keeps the store, and stays until they have read why."""
-        on_device = dist.get_backend() != "gloo"  # there what is under way would be waited for
+        """Close the connections, which tells the others immediately that something is wrong. Rank 0
+        keeps the store, and stays until they have read the reason."""
+        on_device = dist.get_backend() != "gloo"  # it would wait for pending operations
         dist.destroy_process_group(self._channel if on_device else None)
         del self._channel  # its connections close when nothing refers to it
         if self.first:
             self._pulse.stay_until_read(self.world)
 
     def close(self) -> None:
-        """Part in peace, when all ranks are done."""
+        """Disconnect when all ranks are done."""
         if self.world > 1:
             self._pulse.end()
             dist.destroy_process_group()
@@ -241,20 +239,21 @@ class Ranks:
 
 
 class _Pulse(threading.Thread):
-    """Tells the others, by a store that they share, that this rank lives and how far it is."""
+    """Heartbeat: tells the others, through a shared store, that this rank is alive and how far it
+    has come."""
 
     def __init__(self, rank: int, channel: Any, alone: bool) -> None:
         super().__init__(name="pulse", daemon=True)
         self.rank = rank
         self.entered = 0
-        """How many exchanges of the hosts this rank has begun."""
+        """How many exchanges between hosts this rank has begun."""
         self.stopped = threading.Event()
         host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=LOST_S)
-        # Its own, which stays when the groups of torch are gone. On a port that is free.
+        # Our own store, which outlives torch's process groups, on a free port.
         self._server = serve(host, 0, alone, LOST_S) if rank == 0 else None
         port = torch.tensor([self._server.port if self._server else 0])
         dist.broadcast(port, 0, group=channel)
-        # Two connections: an answer that is waited for must not hold up the pulse.
+        # Two connections: waiting for an answer must not delay the heartbeat.
         self._own, self._others = (
             dist.TCPStore(host, int(port), timeout=timeout) for _ in range(2)
         )
@@ -265,7 +264,7 @@ class _Pulse(threading.Thread):
         while not self.stopped.wait(PULSE_S):
             try:
                 self._beat()
-            except dist.DistError:  # who held the store has gone; the next exchange fails as well
+            except dist.DistError:  # the store is gone; the next exchange fails too
                 return
 
     def end(self) -> None:
@@ -277,25 +276,24 @@ class _Pulse(threading.Thread):
         self._own.set(f"pulse/{self.rank}", f"{self._beats} {self.entered}")
 
     def tell(self, reason: str) -> None:
-        """Let the others know why; the first reason counts."""
+        """Publish the reason for the others; the first reason counts."""
         try:
             self._others.compare_set("reason", "", reason)
         except dist.DistError:
             return
 
     def stay_until_read(self, world: int) -> None:
-        """Until every other rank knows the reason; a rank that is dead or busy is not waited for
-        longer than it takes to be sure of that."""
+        """Wait until every other rank knows the reason; for a dead or busy rank, only as long as it
+        takes to be sure of that."""
         others = [f"read/{rank}" for rank in range(world) if rank != self.rank]
         end = time.monotonic() + 2 * LOST_S
         while time.monotonic() < end and not self._others.check(others):
             time.sleep(PULSE_S / 10)
 
     def what_happened(self, world: int) -> str | None:
-        """After an exchange went wrong: which rank is the cause, as far as can be seen. None: this
-        one."""
+        """After a failed exchange: which rank caused it, as far as can be seen. None: this one."""
         answers: list[str | None] = []
-        # Asked in a thread, because the store does not answer where rank 0 is frozen.
+        # Asked in a thread, because the store does not answer if rank 0 is frozen.
         asking = threading.Thread(target=lambda: answers.append(self._ask(world)), daemon=True)
         asking.start()
         asking.join(LOST_S + 1.5)

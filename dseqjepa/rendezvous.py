@@ -1,8 +1,8 @@
-"""How the processes that train together find each other, and see that they were started alike.
+"""How ranks find each other, and check that all were started with the same settings.
 
-Rank 0 keeps a store at MASTER_ADDR:MASTER_PORT, or `torchrun` does. Everything that a rank says
-there is JSON. A rank that was started otherwise than the first, or cannot start at all, is named by
-all of them, before anything is computed or written.
+Rank 0, or `torchrun`, keeps a store at MASTER_ADDR:MASTER_PORT. All messages in it are JSON. A rank
+that was started differently from the first, or cannot start, is named by all of them before
+anything is computed or written.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import torch.distributed as dist
 from dseqjepa.errors import AgreedError, InputError
 
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"
-"""`torchrun` sets it where it keeps the store itself."""
+"""Set by `torchrun` if it keeps the store itself."""
 GRACE_S = 5.0
-"""How long an answer may take beyond the time-out before nothing is waited for any more."""
+"""How long an answer may take beyond the timeout before we stop waiting."""
 NONE = "nothing"
 
 
 def meet(
     rank: int, world: int, on_node: int, timeout_s: float, alike: Mapping[str, Any], problem: str
 ) -> dist.Store:
-    """The store that the ranks share, when all have come and were started alike.
+    """The store that the ranks share, once all have arrived with the same settings.
 
     Args:
         on_node: how many of the ranks are on this machine.
         timeout_s: how long to wait for the other ranks.
-        alike: what has to be the same on all ranks; plain JSON.
-        problem: what is wrong on this rank, if anything.
+        alike: values that must be the same on all ranks; plain JSON.
+        problem: an error on this rank, if any.
 
     Raises:
-        InputError: a rank did not come in time, has a problem, or differs in what `alike` says.
+        InputError: a rank did not arrive in time, has a problem, or differs in `alike`.
     """
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not port.isdecimal() or int(port) > 65535:
@@ -75,7 +75,7 @@ def meet(
 
 
 def compare(said: Sequence[Mapping[str, Any]]) -> None:
-    """What the ranks say, each its own, has to be the same; `AgreedError` names what is not."""
+    """Check that the values of all ranks are equal; `AgreedError` names those that are not."""
     unlike: dict[str, str] = {}
     for rank, words in enumerate(said):
         for key in [*said[0], *(key for key in words if key not in said[0])]:
@@ -87,10 +87,11 @@ def compare(said: Sequence[Mapping[str, Any]]) -> None:
 
 
 def listening(host: str, port: int, alone: bool) -> socket.socket:
-    """A socket that listens at this address of this machine and no other.
+    """A socket that listens only at this address of this machine.
 
-    `alone` says that all ranks are on this machine. Where they are not and the name means this
-    machine to itself, as in Debian's /etc/hosts, it listens to all, or nobody could come.
+    `alone` says that all ranks are on this machine. If they are not, and the name resolves to a
+    loopback address, as in Debian's /etc/hosts, it listens on all addresses, or nobody could
+    connect.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     name = str(address[0])
@@ -108,7 +109,7 @@ def listening(host: str, port: int, alone: bool) -> socket.socket:
 
 
 def serve(host: str, port: int, alone: bool, timeout_s: float) -> dist.TCPStore:
-    """A store for the other ranks; port 0 takes one that is free."""
+    """A store for the other ranks; port 0 selects a free one."""
     socket_ = listening(host, port, alone)
     return dist.TCPStore(
         host,
@@ -136,22 +137,22 @@ def _open_store(rank: int, host: str, port: int, alone: bool, timeout_s: float) 
             f"rank {rank} finds nobody at {host}:{port} within {timeout_s:g} s: is rank 0 running, "
             "and are MASTER_ADDR and MASTER_PORT the same for all ranks?"
         ) from None
-    if is_served:  # each restart of torchrun's begins anew
+    if is_served:  # each restart by torchrun begins afresh
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"restart {restarts}", store)
     return store
 
 
 def _stay_until_read(store: dist.Store, world: int) -> None:
-    """Rank 0 keeps the store: were it gone at once, the others would not see why."""
+    """Rank 0 keeps the store: if it left at once, the others could not read the reason."""
     end = time.monotonic() + GRACE_S
     while time.monotonic() < end and not store.check([f"read/{rank}" for rank in range(world)]):
         time.sleep(GRACE_S / 100)
 
 
 def _in_time(do: Callable[[], dist.Store], timeout_s: float, late: str) -> dist.Store:
-    """What comes of it; `InputError` where it does not come: a stranger on the port never answers,
-    and torch waits for that without end."""
+    """The result of a call; `InputError` on timeout: another program on the port never answers, and
+    torch would wait for it forever."""
     found: list[dist.Store | Exception] = []
 
     def run() -> None:

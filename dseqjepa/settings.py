@@ -1,7 +1,6 @@
-"""From what a person wrote to plain values, and from a model's complaints back to a person.
+"""Parse settings from YAML and `section.key=value`, and explain validation errors in one line.
 
-`config.py` says what is right; here is the text around it: YAML files, `section.key=value`
-overrides, and one line for all that is wrong.
+`config.py` defines which settings are valid; this module handles the text around them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from dseqjepa.errors import InputError, did_you_mean
 
 MOST_TEXT = 2**20
-"""Characters of a config file."""
+"""Maximum number of characters in a config file."""
 WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -28,11 +27,11 @@ WORDS = {
     "too": "two numbers in brackets",
     "model": "a section, whose keys are set one by one",
 }
-"""What pydantic's types of error expected, by their first word."""
+"""pydantic's error types by their first word -> what was expected."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file; nothing in it is run. `InputError` if it is anything else."""
+    """The sections of a YAML file, read as plain data; `InputError` for anything else."""
     try:
         with path.expanduser().open(encoding="utf-8") as file:
             text = file.read(MOST_TEXT + 1)
@@ -50,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them can stand for more values than memory holds."""
+    """YAML without aliases: a few lines of them can expand to more values than fit in memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -60,22 +59,22 @@ class _Loader(yaml.SafeLoader):
 
 
 def _plain(text: str) -> Any:
-    """The values of a YAML text; `yaml.YAMLError` if it is anything else."""
+    """The values of a YAML text; `yaml.YAMLError` if it is invalid."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
     except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
+        raise yaml.YAMLError("nesting is too deep") from None
     finally:
         loader.dispose()
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Change nested values by one `section.key=value`, whose value is YAML."""
+    """Apply one `section.key=value`, whose value is YAML, to nested values."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"expected section.key=value, found {override!r}")
-    # A path is what it says: a folder may be called 2023, or no.
+    # A path is taken literally: a folder may be called 2023, or no.
     value = text if key == "data.source" else _value(key, text)
     *sections, leaf = key.split(".")
     place = values
@@ -87,7 +86,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if key == "method.name" and place.get("name") != value:
         place.clear()  # another method has other keys: start from its defaults
     if key == "model.name" and place.get("name") != value:
-        for size in ("width", "depth", "heads"):  # these belong to the name before
+        for size in ("width", "depth", "heads"):  # these belong to the previous name
             place.pop(size, None)
     place[leaf] = value
 
@@ -106,7 +105,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """All that is wrong, in one line: each key, what it must be, and what was found."""
+    """Every error in one line: each key, what it must be, and what was found."""
     says: dict[str, str] = {}
     wanted: dict[str, str] = {}
     for item in error.errors():
@@ -127,7 +126,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             says[key] = f"{key}.name must be {' or '.join(tags)}, found {found.get('name')!r}"
         else:
             word = WORDS.get(kind.partition("_")[0], message.removeprefix("Input should be "))
-            # A key of two types has an error for each of them: a whole number or 'auto'.
+            # A key of two types has one error per type: a whole number or 'auto'.
             wanted[key] = f"{wanted[key]} or {word}" if key in wanted else word
             says[key] = f"{key} must be {wanted[key]}, found {found!r}"
     return "; ".join(says.values())
@@ -149,7 +148,7 @@ def _walk(location: Iterable[int | str], root: type[BaseModel]) -> tuple[str, ty
 
 
 def _leaves(section: type[BaseModel], prefix: str = "") -> set[str]:
-    """The dotted keys of all plain values below a section, of every member of its unions."""
+    """The dotted keys of all plain values below a section, over all members of its unions."""
     found = set()
     for key in section.model_fields:
         inner = sections_of(section, key)
@@ -161,7 +160,7 @@ def _leaves(section: type[BaseModel], prefix: str = "") -> set[str]:
 
 
 def sections_of(section: type[BaseModel], key: str) -> list[type[BaseModel]]:
-    """The models that a key of a section may hold: none for a plain value, some for a union."""
+    """The models that a key of a section may hold: none for a plain value, several for a union."""
     if key not in section.model_fields:
         return []
     annotation = section.model_fields[key].annotation

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 import dseqjepa
+from tests.architecture import BLOCK, FILES, PAGE, drawing, imported, part
 
-PACKAGE = Path(dseqjepa.__file__).parent
-FILES = {
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
 MOST_LINES = 105
 """Of the longest function, without its docstring; files may be as long as their subject is."""
 
@@ -85,35 +79,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 AT_IMPORT = {"cli": {"arguments", "ending", "errors", "kernels"}, "__init__": set()}
 """What these load at once; the rest waits until it is needed, so that --help stays quick."""
-
-
-def part(module: str) -> str:
-    """`dseqjepa.data.images` belongs to `data`, `dseqjepa.cli` is `cli`."""
-    return module.split(".")[1]
-
-
-def statements(tree: ast.AST, everywhere: bool) -> Iterator[ast.AST]:
-    """All nodes; or those that run when the module is loaded."""
-    for node in ast.iter_child_nodes(tree):
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        is_typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        if everywhere or not (is_function or is_typing):
-            yield node
-            yield from statements(node, everywhere)
-
-
-def imported(source: str, everywhere: bool = True) -> set[str]:
-    """The package's own modules that a source imports, `plans.regions` for short."""
-    found = set()
-    for node in statements(ast.parse(source), everywhere):
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are written in full"
-            names = {f"{node.module}.{name.name}" for name in node.names}
-            found |= {name if name in FILES else str(node.module) for name in names}
-    own = {name for name in found if name.split(".")[0] == "dseqjepa"}
-    return {name.partition(".")[2] or "__init__" for name in own}
 
 
 def forbidden(module: str, source: str, everywhere: bool = True) -> set[str]:
@@ -196,6 +161,11 @@ def test_no_rule_leads_round() -> None:
     order = list(MAY_IMPORT)
     for index, allowed in enumerate(MAY_IMPORT.values()):
         assert not {name for name in allowed if order.index(part(f".{name}")) > index}
+
+
+def test_the_drawing_shows_the_imports() -> None:
+    """`python -m tests.architecture` draws it again."""
+    assert BLOCK.findall(PAGE.read_text(encoding="utf-8")) == [drawing()]
 
 
 def test_public_names_come_from_where_they_live() -> None:

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
-from dseqjepa.cli import TASK_HELP, main
+from dseqjepa.arguments import as_options
+from dseqjepa.cli import TASK_HELP, app, main
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS, KnnConfig
 from dseqjepa.train.loop import Stopped, Trainer
@@ -142,7 +145,7 @@ SETTINGS = {
     "method.saliency.kind\nx=1": "unknown key 'method.saliency.kind\\nx'",
     "optim.accumulate=3": "must be a multiple of optim.accumulate",
     "data.image_size=36": "must be a multiple of model.patch_size (8)",
-    "data.image_size=8": "holds a single patch",
+    "data.image_size=8": "is a single patch",
     "data.batch_size=64": "pictures has 12 images, fewer than data.batch_size=64: lower it to 12",
     "data.workers": "expected key=value, found 'data.workers'",
     "pictures": "expected key=value, found 'pictures'; did you mean data=pictures?",
@@ -155,7 +158,7 @@ SETTINGS = {
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
-    "model.width=16384 model.depth=900": "are there: lower model.width, model.depth or model.mlp",
+    "model.width=16384 model.depth=900": "available: lower model.width, model.depth or model.mlp",
     "predictor.width=16384 predictor.depth=900": "lower predictor.width or predictor.depth",
     "method.regularizer=vicreg method.regularizer_over=pooled method.vicreg.projector_width=1e6": (
         "lower method.vicreg.projector_width"
@@ -164,8 +167,8 @@ SETTINGS = {
     "=2": "expected section.key=value, found '=2'",
     "data.workers=[": "cannot read the value '['",
     "data.workers=!!python/object/apply:os.system ['touch executed']": "cannot read the value",
-    "runtime.accelerator=cuda": "torch finds no such device here; use auto or cpu",
-    "runtime.accelerator=mps": "torch finds no such device here; use auto or cpu",
+    "runtime.accelerator=cuda": "torch finds no such device; use auto or cpu",
+    "runtime.accelerator=mps": "torch finds no such device; use auto or cpu",
     "resume=maybe": "resume must be true or false or auto, or a step, found 'maybe'",
     "resume=[": "resume must be true or false or auto, or a step, found '['",
     "resume=auto overwrite=true": "leave out overwrite",
@@ -177,8 +180,8 @@ SETTINGS = {
     "init_from=nothing": "nothing does not exist: expected a run's folder",
     "init_from=pictures": "pictures holds no checkpoint",
     "init_from=damaged": "target.safetensors is damaged",
-    "init_from=run model.width=16": "run/config.yaml as the preset has its settings",
-    "init_from=run data.image_size=48": "another encoder: data.image_size (32, 32) there, (48, 48)",
+    "init_from=run model.width=16": "run/config.yaml as the preset, which has its settings",
+    "init_from=run data.image_size=48": "different encoder: data.image_size (32, 32) there, (48, ",
 }
 
 
@@ -192,10 +195,10 @@ def test_a_wrong_setting_is_refused(refuse: Refuse, settings: str) -> None:
 DATA = {
     "picture": "no such folder: picture; did you mean 'pictures'?",
     "file": "expected a folder, found a file: file",
-    "empty": "no images found below empty: saw 0 files",
-    "texts": "no images found below texts: saw 1 files",
+    "empty": "no images found in empty: saw 0 files",
+    "texts": "no images found in texts: saw 1 files",
     "broken": "broken: none of 12 images tried can be decoded (broken/0.png: not a known image",
-    "": "data= is empty: expected a folder, scenes, or name:path",
+    "": "data= is empty: expected a folder, scenes, scenes:fine or name:path",
     "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",
     "fashion-mnist:pictures": "expected train-images-idx3-ubyte",
     "fashion-mnist:gone": "no such folder: gone",
@@ -309,10 +312,11 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "report": "Missing argument 'RUN...'",
         "report run": "Missing option '--out'",
         "report nothing --out a.html": "no such run: nothing",
-        "report run --out empty": "--out empty is a folder: name a file, such as empty/report.html",
+        "report run --out empty": "--out empty is a folder: give a file, such as empty/report.html",
         "report run --out file/a.html": "file is a file",
         "report run --out a.html --images 0": "images must be at least 1, found 0",
         "demo --out file": "--out file is a file: give a folder",
+        "demo out=file": "--out file is a file: give a folder",
         "demo --out full": "--out full holds 'mine.txt', which is not of a demo",
         "demo data.size=0": "data.size must be greater than or equal to 1, found 0",
     }.items(),
@@ -423,7 +427,8 @@ def test_the_help_names_every_task() -> None:
 def test_questions_are_answered_without_torch(here: Path) -> None:
     script = """
 import sys
-from dseqjepa.cli import TASK_HELP, main
+from dseqjepa.arguments import as_options
+from dseqjepa.cli import TASK_HELP, app, main
 for typed in ([], ["--help"], ["pretrain", "--help"], ["presets"], ["presets", "vitb16_in1k"],
               ["pretrain", "vitt8_64", "--print-config"], ["demo", "--print-config"],
               ["evaluate", "knn", "run", "--print-config"],
@@ -453,3 +458,19 @@ def test_the_process_has_the_exit_code_and_shows_no_traceback(here: Path) -> Non
         assert len(done.stderr.splitlines()) == (code != 0)
         assert "Traceback" not in done.stderr
     assert not (here / "new").exists()
+
+
+def test_every_option_is_understood_without_its_dashes() -> None:
+    program: Any = typer.main.get_command(app)
+    seen = 0
+    groups: list[tuple[list[str], Any]] = [([], program)]
+    while groups:
+        names, command = groups.pop()
+        groups += [([*names, name], c) for name, c in getattr(command, "commands", {}).items()]
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.is_flag:
+                option, seen = parameter.opts[0], seen + 1
+                words = [*names, "first", f"{option[2:].replace('-', '_')}=a=b", "section.out=1"]
+                expected = [*names, "first", option, "a=b", "section.out=1"]
+                assert as_options(program, words) == expected
+    assert seen > 10

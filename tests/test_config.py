@@ -49,6 +49,7 @@ CHOICES = {
     "method.saliency.kind": ("cls_similarity", "cls_attention", "grad_cam", "rarity"),
     "method.regions.kind": ("components", "clusters", "bands"),
     "method.blocks.kind": ("blocks", "scattered"),
+    "method.blocks.truncate": ("none", "batch"),
     "predictor.attention": ("joint", "cross"),
     "target.centring": ("none", "place"),
     "data.photometric_views": ("shared", "apart"),
@@ -275,7 +276,8 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "data.image_size=[1, 2, 3]": "data.image_size must be two numbers in brackets, "
         "found [1, 2, 3]",
         "data.image_size=[64]": "data.image_size must be two numbers in brackets, found [64]",
-        "runtime.precision=fp16": "runtime.precision must be 'fp32' or 'bf16', found 'fp16'",
+        "runtime.precision=fp16": "runtime.precision must be 'auto', 'fp32' or 'bf16', "
+        "found 'fp16'",
         "data.size.x=1": "data.size.x: 'size' is a value, not a section",
         "data.workers=[": "data.workers: cannot read the value '[' as YAML",
         "data.workers": "expected section.key=value, found 'data.workers'",
@@ -283,7 +285,7 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "optim.epochs=10": "optim: warmup_epochs (15.0) must not exceed epochs (10)",
         "data.image_size=200": "data.image_size (200, 200) must be a multiple of "
         "model.patch_size (16)",
-        "data.image_size=16": "data.image_size holds a single patch: nothing could be predicted",
+        "data.image_size=16": "data.image_size is a single patch: there is nothing to predict",
         "optim.accumulate=3": "data.batch_size (2048) must be a multiple of optim.accumulate x "
         "runtime.devices (3 x 1)",
         "model.heads=5": "model.width (768) must be a multiple of the heads (5)",

@@ -33,12 +33,12 @@ def test_every_setting_and_section_says_what_it_means(model: type[Section]) -> N
 
 def test_a_section_shows_type_range_default_and_meaning() -> None:
     text = "\n".join(describe_settings("method.regions"))
-    assert text.startswith("method.regions: How an image is cut into regions.")
+    assert text.startswith("method.regions: How images are cut into regions.")
     assert "  kind  components | clusters | bands, default components\n" in text
-    assert "  min_area  number >= 0.0 and <= 1.0, default 0.15\n      The smallest share" in text
+    assert "  min_area  number >= 0.0 and <= 1.0, default 0.15\n      Minimum share" in text
     assert "seed" not in text
     knn = "\n".join(describe_settings("knn"))
-    assert "  k  whole number >= 1 and <= 1000000000, default 20\n      Neighbours" in knn
+    assert "  k  whole number >= 1 and <= 1000000000, default 20\n      Number of neigh" in knn
     assert "  ks  [whole number >= 1 and <= 1000000000, ...], default [5, 10," in knn
 
 

@@ -29,7 +29,7 @@ def test_from_one_command_to_an_evaluated_encoder(
         "data.size=64", "probe.every_epochs=1", "log.every_steps=2", *SMALL,
     )  # fmt: skip
     out = capsys.readouterr().out
-    assert out.startswith("start: random initialisation\n")
+    assert out.startswith("start: random initialization\n")
     assert "effective learning rate" in out
     assert "kNN probe" in out
 

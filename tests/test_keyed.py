@@ -15,7 +15,7 @@ MASK = 2**64 - 1
 
 
 def splitmix(*parts: int) -> int:
-    """SplitMix64's finaliser over the parts, with Python's integers: no sign, no overflow."""
+    """SplitMix64's finalizer over the parts, with Python's integers: no sign, no overflow."""
     state = 0
     for part in parts:
         bits = (state + part + 0x9E3779B97F4A7C15) & MASK

@@ -128,7 +128,7 @@ def test_it_looks_through_the_weights_that_a_run_would_start_from(
     text, _ = run(config, init_from=tmp_path / "run")
     assert "untrained" not in text
     other = tiny_config("dseq_vitt8_64", *settings(folder, "model.depth=1"))
-    with pytest.raises(InputError, match=r"is another encoder: model\.depth 2 there, 1 here"):
+    with pytest.raises(InputError, match=r"is a different encoder: model\.depth 2 there, 1 here"):
         preflight(other, init_from=tmp_path / "run")
 
 
@@ -235,7 +235,7 @@ def test_deep_images_pages_and_what_is_left_out_are_worth_a_warning(tmp_path: Pa
     assert str(folder) in text
     warnings = "\n".join(map(str, found["warnings"]))  # type: ignore[call-overload]
     assert "1 of 11 files in" in warnings
-    assert "not images of a format that is read: 1 .heic" in warnings
+    assert "not images in a supported format: 1 .heic" in warnings
     assert "9 of 10 images tried have 16 bits" in warnings
     assert "of grey ones 0 becomes black and 4095 white" in warnings
     assert "1 of 10 files tried hold several images" in warnings

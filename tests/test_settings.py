@@ -19,8 +19,8 @@ NESTED = "[" * 50_000
     ("text", "said"),
     [
         (BOMB, "write the value in place of \\*a0"),
-        ("data: " + NESTED, "nested too deeply"),
-        ("a: " * 1 + "{b: " * 50_000, "nested too deeply"),
+        ("data: " + NESTED, "nesting is too deep"),
+        ("a: " * 1 + "{b: " * 50_000, "nesting is too deep"),
         ("x" * 2**20 + "x", "has more than 1048576 characters"),
     ],
 )

@@ -31,7 +31,7 @@ PAPER = (
     "method.regions.min_area=0.05",
     "method.regularizer_over=pooled",
 )
-"""What turns the small presets' regions and regulariser into the paper's and C-JEPA's."""
+"""What turns the small presets' regions and regularizer into the paper's and C-JEPA's."""
 
 
 def tiny_config(preset: str = "dseq_vitt8_64", *overrides: str) -> Config:
@@ -40,7 +40,7 @@ def tiny_config(preset: str = "dseq_vitt8_64", *overrides: str) -> Config:
 
 
 def float_images(count: int, size: tuple[int, int] = (32, 32), seed: int = 0) -> Tensor:
-    """Smooth random images, float and taken as normalised."""
+    """Smooth random images, float and taken as normalized."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
     return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")

@@ -1,1 +1,1 @@
-"""Images in: any folder, the embedded scenes, the benchmarks' own formats; crops and batches."""
+"""Image sources (folders, rendered scenes, benchmark formats), crops and batches."""

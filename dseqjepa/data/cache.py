@@ -1,8 +1,8 @@
-"""Decoded images of a small data set, kept in memory that the loader's processes share.
+"""A cache of the decoded images of a small data set, in memory shared by the loader's processes.
 
-The first epoch decodes and keeps, the later ones find. What is found is what was decoded, byte for
-byte, so nothing else changes. Nothing is locked: every process fills a part of its own, and a
-process that dies leaves the others as they were.
+The first epoch decodes and stores, later epochs read. Cached images are byte-identical to decoded
+ones, so nothing else changes. There are no locks: each process fills its own part, and a
+process that dies does not affect the others.
 
 Suffixes: N images, L processes, F facts of an image.
 """
@@ -24,22 +24,21 @@ from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Decoded, Reducible, Reduction, Source, decoded
 
 SHARE = 0.25
-"""Of the memory that is available, as much may be filled with decoded images."""
+"""Share of the available memory that may be filled with decoded images."""
 SLACK = 1.1
-"""Over the estimate of their size, which `PROBES` images give."""
+"""Factor on the estimated size, which is extrapolated from `PROBES` images."""
 PROBES = 64
 
 
 class Cached:
-    """A source that remembers its decoded images, as far as there is room.
+    """A source that caches its decoded images as far as there is room.
 
-    `image` decodes afresh. A copy that is pickled, for a process that is not forked, remembers
-    nothing.
+    `image` always decodes. A pickled copy, for a process that is not forked, starts empty.
 
     Args:
         source: the images.
         room: bytes to fill.
-        processes: how many will read, each of them numbered by torch's DataLoader.
+        processes: number of readers, numbered by torch's DataLoader.
     """
 
     def __init__(self, source: Source, *, room: int, processes: int) -> None:
@@ -65,8 +64,8 @@ class Cached:
         return self.source.fingerprint()
 
     def reduced(self, index: int, reduction: Reduction) -> Decoded:
-        """What the source gives for the first `reduction` asked for; it must stay the same. The
-        pixels are not to be written to."""
+        """The image at the first `reduction` requested, which must stay the same. The pixels must
+        not be modified."""
         if self._pixels is None:
             return decoded(self.source, index, reduction)
         end, height, width, *facts = self._facts_NF[index].tolist()
@@ -90,7 +89,7 @@ class Cached:
         height, width = image_CHW.shape[-2:]
         self._pixels[start:end] = image_CHW.permute(1, 2, 0).numpy().reshape(-1)
         self._facts_NF[index, 1:] = height, width, *facts
-        self._facts_NF[index, 0] = end  # last: whoever reads this finds the rest
+        self._facts_NF[index, 0] = end  # written last: once this is set, the rest is complete
 
     def __getstate__(self) -> dict[str, Any]:
         none = {"_pixels": None, "_facts_NF": None, "_end_L": None}
@@ -98,10 +97,10 @@ class Cached:
 
 
 def room_for(source: Source, reduction: Reduction, *, ranks: int) -> int:
-    """Bytes to set apart for the decoded images of a source: enough for all of them, or 0.
+    """Bytes to reserve for the decoded images of a source: enough for all of them, or 0.
 
-    0 where they would take more than `SHARE` of the memory available to each of `ranks` processes,
-    and where the source has them in memory anyway.
+    0 if they would take more than `SHARE` of the memory available to each of `ranks` processes,
+    or if the source already has them in memory.
     """
     if not isinstance(source, Reducible):
         return 0
@@ -116,8 +115,8 @@ def room_for(source: Source, reduction: Reduction, *, ranks: int) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still use: what is free, or less where its control group allows
-    less in all. 0 on systems that do not say."""
+    """Bytes that this process may still use: free memory, or less if its control group is limited.
+    0 if unknown."""
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return 0

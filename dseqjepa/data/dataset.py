@@ -1,4 +1,4 @@
-"""Images that somebody else holds: one image of any kind, and any torch Dataset of them.
+"""Images from Python: single images of any type, and torch Datasets.
 
 Suffixes: H and W pixels.
 """
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from dseqjepa.errors import InputError
 
 AnyImage = Image.Image | np.ndarray | Tensor
-"""A picture of Pillow, an array [H, W, 3] or [H, W] of bytes, or a tensor [3, H, W] of bytes."""
+"""A Pillow image, an array [H, W, 3] or [H, W] of bytes, or a tensor [3, H, W] of bytes."""
 
 
 def as_bytes(image: Any) -> UInt8[Tensor, "3 H W"]:
@@ -35,17 +35,17 @@ def as_bytes(image: Any) -> UInt8[Tensor, "3 H W"]:
     if not is_image or image.dtype != torch.uint8 or not image.numel():
         shape, kind = tuple(getattr(found, "shape", ())), getattr(found, "dtype", type(found))
         raise ValueError(
-            "expected a picture of Pillow, bytes [H, W, 3] in NumPy or bytes [3, H, W] in torch, "
+            "expected a Pillow image, bytes [H, W, 3] in NumPy or bytes [3, H, W] in torch, "
             f"found {kind} {shape}"
         )
     return image
 
 
 class DatasetSource:
-    """A torch Dataset, with a length, as a `Source`: its items are images, or begin with one.
+    """A torch Dataset with a length as a `Source`: items are images, or tuples starting with one.
 
-    They are to be whole and 8-bit: crops and normalisation belong to the training. What else an
-    item holds is not read. `InputError` where the data set has no length, or no image.
+    Images must be uncropped and 8-bit: the training does cropping and normalization. The rest of an
+    item is ignored. `InputError` if the data set has no length, or no images.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
@@ -66,6 +66,6 @@ class DatasetSource:
         return f"item {index}"
 
     def fingerprint(self) -> str:
-        """Of the kind and length of the data set: more is not known without reading it."""
+        """Type and length of the data set: more is not known without reading it."""
         kind = f"{type(self.dataset).__module__}.{type(self.dataset).__qualname__}"
         return hashlib.sha256(f"{kind} {len(self)}".encode()).hexdigest()

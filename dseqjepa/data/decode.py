@@ -1,8 +1,8 @@
 """From an image file to 8-bit RGB.
 
-Pillow reads every format and is the judge of what is broken. The pixels of an ordinary JPEG come
-from simplejpeg: the same libjpeg-turbo, the same bytes, but straight into an array. It also decodes
-a JPEG 2, 4 or 8 times smaller, in the frequency domain, where a crop needs no more.
+Pillow reads every format and decides what is broken. Ordinary JPEGs are decoded by simplejpeg:
+the same libjpeg-turbo and the same bytes, but directly into an array. It can also decode
+a JPEG 2, 4 or 8 times smaller, in the frequency domain, if a crop needs no more.
 
 Suffixes: C colours, H and W pixels.
 """
@@ -33,20 +33,20 @@ from dseqjepa.data.source import BadImage, Decoded, Reduction
 WANTED = (
     "JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA",
 )  # fmt: skip
-"""Pillow's names of the formats of pictures. It reads others, some of them by running a program."""
+"""Pillow's names of the accepted formats. It reads others, some of them by running a program."""
 Image.init()
 FORMATS = tuple(name for name in WANTED if name in Image.OPEN)
-"""Those of them that this Pillow reads."""
+"""The accepted formats that the installed Pillow can read."""
 ENDINGS = tuple(
     sorted(e for e, f in Image.registered_extensions().items() if f in (*FORMATS, "MPO"))
 )
 SCANS = 64
-"""A progressive JPEG has about ten scans of all its pixels, and each takes the time of an image."""
+"""Maximum number of scans. A progressive JPEG has about ten, each as slow as decoding an image."""
 SAMPLE = 64
-"""Images of a data set whose pixels tell how many bits of 16 it uses."""
+"""Number of images sampled to determine the bit depth of a 16-bit data set."""
 
-# What undoes each EXIF orientation. Pillow's exif_transpose would also write the EXIF block anew,
-# and fails on whole pictures whose other entries are malformed.
+# The transform that undoes each EXIF orientation. Pillow's exif_transpose also rewrites the EXIF
+# block, and fails on intact images whose other entries are malformed.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,21 +57,21 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 AS_STORED = {**UPRIGHT, 6: UPRIGHT[8], 8: UPRIGHT[6]}
-"""What does each of them again."""
+"""The inverse transforms."""
 Pixels = UInt8[np.ndarray, "H W 3"]
 LYING = frozenset(range(5, 9))
 """The orientations that exchange height and width."""
 
 Content = Path | bytes
-"""An image file, or what is in one."""
+"""An image file, or its content."""
 File = io.BytesIO | io.BufferedReader
 Size = tuple[int, int]
 """Height and width."""
 Frame = Literal["upright", "stored"] | Callable[[], Size]
-"""Whether the EXIF orientation is applied. A size, which is asked for where there is one, is that
-of annotations: they are of the pixels as stored, unless only the upright image has their size."""
+"""Whether the EXIF orientation is applied. A (height, width) is that of annotations: these refer to
+the pixels as stored, unless only the upright image has their size."""
 Levels = tuple[int, int] | Literal["file"]
-"""The 16-bit values that become 0 and 255; `file`: the smallest and the largest of each file."""
+"""The 16-bit values that map to 0 and 255; `file`: the extremes of each file."""
 FULL: Levels = (0, 2**16 - 1)
 
 
@@ -80,13 +80,13 @@ def decode(
 ) -> UInt8[Tensor, "3 H W"]:
     """Read one image, a file or its bytes, as 8-bit RGB.
 
-    Transparency is laid on white, 16-bit grey is brought to 8 bits by `levels`, of an animation the
-    first frame counts, and of a file with several pages the first page.
+    Transparency is composited on white, 16-bit grey is mapped to 8 bits by `levels`, and the first
+    frame of an animation or page of a file is used.
 
     Raises:
-        BadImage: with the reason, where the file is no whole image, is larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`, takes more than `SCANS` scans, or has 32-bit pixels, which
-            have no agreed white.
+        BadImage: with the reason, if the file is not an intact image, is larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`, has more than `SCANS` scans, or has 32-bit pixels, whose
+            white point is undefined.
     """
     return decode_reduced(content, lambda height, width: 1, frame, levels).image_CHW
 
@@ -97,7 +97,7 @@ def decode_reduced(
     frame: Frame = "upright",
     levels: Callable[[], Levels] = lambda: FULL,
 ) -> Decoded:
-    """`decode`, but a JPEG may come out as many times smaller as `reduction` allows."""
+    """`decode`, but a JPEG may be decoded up to `reduction` times smaller."""
     with _opened(content) as (file, picture):
         orientation, stored, upright = _frames(picture)
         is_upright = orientation not in UPRIGHT or _wants_upright(frame, stored, upright)
@@ -112,22 +112,22 @@ def decode_reduced(
         if pixels_HWC is None:
             rgb, turn_by = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
             pixels_HWC = np.array(rgb if turn_by is None else rgb.transpose(turn_by))
-    # Channels stay last in memory, as they were decoded: resizing is twice as quick that way.
+    # Channels stay last in memory, as decoded, which makes resizing twice as fast.
     return Decoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), height, width, by)
 
 
 class Header(NamedTuple):
-    """What a file's header says that its 8-bit pixels do not."""
+    """Header fields that the 8-bit pixels do not show."""
 
     is_deep: bool
-    """Whether it has 16 bits a colour."""
+    """Whether it has 16 bits per channel."""
     is_grey: bool
     frames: int
     """Pages, or frames of an animation."""
 
 
 def facts(content: Content) -> Header:
-    """Look at a file's header; `BadImage` where it is no image."""
+    """Read a file's header; `BadImage` if it is not an image."""
     with _opened(content) as (_, picture):
         raw = [str(tile[3]) for tile in picture.tile]
         is_grey = _is_deep(picture)
@@ -136,7 +136,7 @@ def facts(content: Content) -> Header:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file begins as an image does, whatever its name."""
+    """Whether a file starts like an image, whatever its name."""
     try:
         with _opened(path):
             return True
@@ -145,39 +145,39 @@ def is_picture(path: Path) -> bool:
 
 
 def frames(path: Path) -> tuple[Size, Size]:
-    """The sizes of an image as stored and upright; `BadImage` where it is none."""
+    """The sizes of an image as stored and upright; `BadImage` if it is not an image."""
     with _opened(path) as (_, picture):
         return _frames(picture)[1:]
 
 
 def highest(content: Content) -> int:
-    """The largest value of a 16-bit grey image; 0 for any other file, or one that is no image."""
+    """The largest value of a 16-bit grey image; 0 for any other file."""
     try:
         with _opened(content) as (_, picture):
             return int(np.asarray(picture).max()) if _is_deep(picture) else 0
-    except BadImage:  # whoever reads the image says what is wrong with it
+    except BadImage:  # reported when the image is read
         return 0
 
 
 @contextmanager
 def _opened(content: Content) -> Iterator[tuple[File, ImageFile]]:
-    """A file and its image, not larger than Pillow's limit; `BadImage` for whatever goes wrong."""
+    """Open an image no larger than Pillow's limit; `BadImage` for any problem."""
     try:
         with _file(content) as file, Image.open(file, formats=FORMATS) as picture:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and picture.width * picture.height > limit:
                 raise ValueError(
-                    f"{picture.width} x {picture.height} pixels, the limit is {limit} in all"
+                    f"{picture.width} x {picture.height} pixels, the limit is {limit} in total"
                 )
             yield file, picture
-    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
+    except Exception as error:  # on broken bytes Pillow raises whatever its parsers encounter
         raise BadImage(_reason(content, error)) from error
 
 
 def _file(content: Content) -> File:
     if isinstance(content, bytes):
         return io.BytesIO(content)
-    # Anything else that has a path might never end, or never begin.
+    # Reading anything else, such as a pipe, might never end.
     if not stat.S_ISREG(os.stat(content).st_mode):
         raise ValueError("not a regular file")
     return open(content, "rb")
@@ -187,7 +187,7 @@ def _frames(picture: Image.Image) -> tuple[int, Size, Size]:
     """The EXIF orientation, and height and width as stored and upright."""
     orientation = picture.getexif().get(ExifTag.Orientation, 1)
     width, height = picture.size
-    # Pillow gives a TIFF its upright size from the beginning.
+    # For a TIFF, Pillow reports the upright size from the start.
     turned = (width, height) if orientation in LYING else (height, width)
     if isinstance(picture, TiffImageFile):
         return orientation, turned, (height, width)
@@ -202,16 +202,16 @@ def _wants_upright(frame: Frame, stored: Size, upright: Size) -> bool:
 
 
 def _few_scans(content: bytes) -> bytes:
-    scans = content.count(b"\xff\xda")  # inside of a scan, 0 follows 255
+    scans = content.count(b"\xff\xda")  # within a scan, 255 is followed by 0
     if scans > SCANS:
-        raise ValueError(f"{scans} scans, the limit is {SCANS}: save it anew")
+        raise ValueError(f"{scans} scans, the limit is {SCANS}: save the image again")
     return content
 
 
 def _jpeg(
     content: bytes, picture: Image.Image, by: int, orientation: int
 ) -> tuple[int, Pixels | None]:
-    """By how much an ordinary JPEG came out smaller, and its pixels; None where it is broken."""
+    """The reduction of an ordinary JPEG, and its pixels; None if it is broken."""
     width, height = picture.size
     if orientation in UPRIGHT and (width % by or height % by):
         by = 1  # the pixels that stand for less than `by` are the last ones: they must stay last
@@ -226,15 +226,15 @@ def _jpeg(
 
 
 def _turn(picture: Image.Image, orientation: int, is_upright: bool) -> Image.Transpose | None:
-    """What brings the pixels, once loaded, into the frame that is wanted. Of a TIFF Pillow has
-    undone the orientation by then, and of nothing else."""
+    """The transform from loaded pixels to the requested orientation. By then Pillow has undone the
+    orientation of a TIFF, but of no other format."""
     if isinstance(picture, TiffImageFile):
         return None if is_upright else AS_STORED[orientation]
     return UPRIGHT.get(orientation) if is_upright else None
 
 
 def _is_deep(picture: Image.Image) -> bool:
-    """Whether this is 16-bit grey. Pillow brings that of a PGM to 16 bits in a 32-bit mode."""
+    """Whether this is 16-bit grey. Pillow scales that of a PGM to 16 bits in a 32-bit mode."""
     return picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
 
 
@@ -245,7 +245,9 @@ def _to_rgb(picture: Image.Image, levels: Callable[[], Levels]) -> Image.Image:
         grey_HW = np.clip((value_HW - low) * 256 // (high - low + 1), 0, 255)
         return Image.fromarray(grey_HW.astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no agreed white: save it with 8 or 16 bits")
+        raise ValueError(
+            "the white point of 32-bit pixels is undefined: save the image with 8 or 16 bits"
+        )
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -1,4 +1,4 @@
-"""Image files as a data set: any folder, or a list of paths; and parts of a data set.
+"""Image files as a data set: a folder or a list of paths, and subsets of a data set.
 
 Suffixes: N images, B chosen images, H and W pixels.
 """
@@ -39,28 +39,28 @@ from dseqjepa.errors import InputError, did_you_mean, printable
 from dseqjepa.keyed import Stream, hash_int64, shuffled
 
 MOST_KINDS = 6
-"""Endings of files left out that are named."""
+"""Number of extensions of left-out files that are listed."""
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 PixelRange = Levels | Literal["auto"]
-"""Which 16-bit values become black and white. `auto`: 0 and the largest number of so many bits as
-the values of a sample of the data set need."""
+"""Which 16-bit values map to black and white. `auto`: 0 and the largest number of the bit depth
+used by a sample of the data set."""
 
 
 class ImageFiles:
     """The image files at `paths`, which are relative to `root` and written with "/".
 
-    `labels` and `classes` are those of a `Source`; none if not given. `notes` say what was left
-    out of a data set, and why. `pixel_range` is to be set before the first image is read; where
-    there is a `reference`, that one settles its `auto` for both.
+    `labels` and `classes` are those of a `Source`; empty if not given. `notes` say what was left
+    out of a data set, and why. `pixel_range` must be set before the first image is read; if
+    there is a `reference`, it determines `auto` for both.
     """
 
     pixel_range: PixelRange = "auto"
     reference: ImageFiles | None = None
     lies: Frame = "upright"
-    """How the images lie: as their annotations do, where those count pixels."""
+    """The orientation of the images: that of their annotations, if those refer to pixels."""
     notes: tuple[str, ...] = ()
     has_splits = True
-    """Whether "train" and "val" are parts of its own; else they are cut from all of it."""
+    """Whether the data has its own "train" and "val" splits; otherwise they are held out of it."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class ImageFiles:
         classes: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.root = root
-        # One array of bytes and not a million strings: worker processes go on sharing its memory,
-        # where counting references would copy it into each of them.
+        # One array of bytes rather than a million strings: workers keep sharing its memory,
+        # whereas reference counting would copy it into each of them.
         self._paths_N = np.array([os.fsencode(path) for path in paths])
         self.labels: Mapping[str, np.ndarray] = labels or {}
         self.classes: Mapping[str, tuple[str, ...]] = classes or {}
@@ -87,12 +87,12 @@ class ImageFiles:
         return decode_reduced(content, reduction, frame, lambda: self.levels)
 
     def frame(self, index: int) -> Frame:
-        """How an image lies."""
+        """The orientation of an image."""
         return self.lies
 
     @cached_property
     def levels(self) -> Levels:
-        """The 16-bit values that become black and white."""
+        """The 16-bit values that map to black and white."""
         if self.pixel_range != "auto":
             return self.pixel_range
         if self.reference is not None:
@@ -104,11 +104,11 @@ class ImageFiles:
         return map(self.content, evenly(len(self)))
 
     def facts(self, index: int) -> Header:
-        """What the header of an image's file says."""
+        """The header of an image file."""
         return facts(self.content(index))
 
     def content(self, index: int) -> Content:
-        """Where an image is, or what it is made of."""
+        """The file of an image, or its content."""
         return self.path(index)
 
     def name(self, index: int) -> str:
@@ -131,29 +131,28 @@ class ImageFiles:
             return patiently(self.path(index).stat).st_size
         except OSError as error:
             raise InputError(
-                f"cannot read {self.name(index)}, which was there before: {error.strerror}"
+                f"cannot read {self.name(index)}, which existed before: {error.strerror}"
             ) from error
 
 
 class ImageFolder(ImageFiles):
-    """Every image below a folder, in the order of their paths.
+    """Every image below a folder, in path order.
 
-    An image is what has one of `ENDINGS`, or no ending and the first bytes of an image. The first
-    level may hold the splits: a folder `train` and one of `val`, `valid`, `validation`, `test` (the
-    first that is there, any case). Then `split` chooses between them; "all" takes the whole folder.
+    An image has one of `ENDINGS` as extension, or none and the first bytes of an image. The first
+    level may contain the splits: `train` and one of `val`, `valid`, `validation`, `test` (the
+    first that exists, in any case). `split` then selects one of them; "all" takes the whole folder.
     Without such folders (`has_splits` is False) every split is the whole folder.
 
-    `labels["class"]` is the first folder level below the split, where every image lies in such a
-    folder and there are two or more. A "val" split is labelled with the classes of "train", so
-    that a number means the same class in both, and not at all where it holds other folders. With
-    `labelled` the images that have no class are left out, if there are others, and the rest is
-    labelled.
+    `labels["class"]` is the first folder level below the split, if every image is in such a
+    folder and there are at least two. A "val" split uses the class numbers of "train", and has no
+    labels if it contains other folders. With `labelled`, images without a class are left out (if
+    there are others), and the rest is labelled.
 
-    Hidden files and folders are left out; links are followed, every folder is read once. `notes`
-    count the other files, the links that lead nowhere, the images without a class.
+    Hidden files and folders are ignored; links are followed, and every folder is read once. `notes`
+    count the other files, broken links, and images without a class.
 
     Raises:
-        InputError: the folder does not exist or cannot be read, or holds no image.
+        InputError: the folder does not exist, cannot be read, or contains no image.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class ImageFolder(ImageFiles):
                 path for path, name in zip(paths, folders, strict=True) if name not in names
             )
             said = (
-                f"{len(paths) - len(kept)} of {len(paths)} images in {printable(folder)} lie in no "
+                f"{len(paths) - len(kept)} of {len(paths)} images in {printable(folder)} are in no "
                 + ("class folder" if is_own else f"folder that {printable(self._trained)} has")
                 + f", such as {printable(stray)}"
             )
@@ -192,7 +191,7 @@ class ImageFolder(ImageFiles):
                 self._sizes_N = None if self._sizes_N is None else self._sizes_N[kept]
                 is_classed = True
             else:
-                notes.append(f"{said}: so no image has a label")
+                notes.append(f"{said}, so no image has a label")
         super().__init__(folder, paths)
         self.notes = tuple(notes)
         if is_classed:
@@ -258,13 +257,13 @@ class Subset:
 
 @runtime_checkable
 class Noted(Protocol):
-    """What a source may offer beside: sentences on what it left out."""
+    """An optional part of a source: sentences about what it left out."""
 
     notes: tuple[str, ...]
 
 
 def notes_of(*sources: Source) -> tuple[str, ...]:
-    """What sources left out, and why, each sentence once."""
+    """What the sources left out, and why, without repetitions."""
     said = [note for source in sources if isinstance(source, Noted) for note in source.notes]
     return tuple(dict.fromkeys(said))
 
@@ -272,15 +271,15 @@ def notes_of(*sources: Source) -> tuple[str, ...]:
 def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset, Subset]:
     """Split a source into (train, val), each in the source's order.
 
-    `val` holds the `fraction` of the images (rounded, at least one) whose hash with `seed` is
-    smallest.
+    `val` contains the `fraction` of the images (rounded, at least one) with the smallest hash with
+    `seed`.
 
     Raises:
         InputError: the source has fewer than two images.
     """
     count = len(source)
     if count < 2:
-        raise InputError(f"a hold-out needs 2 images or more, found {count}")
+        raise InputError(f"a hold-out needs at least 2 images, found {count}")
     held_out = min(max(round(fraction * count), 1), count - 1)
     keys_N = hash_int64(seed, torch.arange(count))
     order_N = shuffled(keys_N, Stream.SPLIT).numpy()
@@ -291,7 +290,7 @@ def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset
 
 
 def existing_folder(path: Path) -> Path:
-    """`path` itself, or an InputError that names the sibling that was probably meant."""
+    """`path` itself, or an InputError that names the sibling probably meant."""
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
@@ -312,7 +311,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def class_folders(root: Path) -> list[str]:
-    """The folders right below `root` that hold an image at any depth."""
+    """The direct subfolders of `root` that contain an image at any depth."""
     return [
         entry.name
         for entry in _visible(root)
@@ -325,8 +324,8 @@ def _holds_image(folder: Path) -> bool:
 
 
 def images_below(folder: Path, folders: list[str] | None = None) -> tuple[list[str], list[str]]:
-    """The paths of all images, in order, and what else is there; `InputError` if no image is. The
-    folders that are looked into are added to `folders`."""
+    """The paths of all images, in order, and notes about other files; `InputError` without any
+    image. The folders that are searched are added to `folders`."""
     dead: list[str] = []
     files = list(visible_files(folder, dead, folders))
     paths = sorted(path for path in files if is_image(path, folder))
@@ -334,32 +333,32 @@ def images_below(folder: Path, folders: list[str] | None = None) -> tuple[list[s
     others = ", ".join(f"{count} {kind}" for kind, count in left.most_common(MOST_KINDS))
     if not paths:
         raise InputError(
-            f"no images found below {printable(folder)}: saw {len(files)} files"
+            f"no images found in {printable(folder)}: saw {len(files)} files"
             f"{f' ({others})' if others else ''}, expected names that end in {' '.join(ENDINGS)}"
         )
     notes = []
     if left:
         more = ", ..." if len(left) > MOST_KINDS else ""
         notes.append(
-            f"{left.total()} of {len(files)} files in {printable(folder)} are left out, which "
-            f"are not images of a format that is read: {others}{more}"
+            f"{left.total()} of {len(files)} files in {printable(folder)} are left out, because "
+            f"they are not images in a supported format: {others}{more}"
         )
     if dead:
         notes.append(
-            f"{len(dead)} links in {printable(folder)} lead nowhere, such as {printable(dead[0])}"
+            f"{len(dead)} links in {printable(folder)} are broken, such as {printable(dead[0])}"
         )
     return paths, notes
 
 
 def _kind(path: str) -> str:
-    return printable(Path(path).suffix.lower()) or "without an ending"
+    return printable(Path(path).suffix.lower()) or "without an extension"
 
 
 def visible_files(
     root: Path, dead: list[str] | None = None, folders: list[str] | None = None
 ) -> Iterator[str]:
-    """The paths below `root`, relative to it and with "/", of all visible files; those of links
-    that lead nowhere are added to `dead`, those of the folders looked into to `folders`."""
+    """The paths of all visible files below `root`, relative to it and with "/"; broken links are
+    added to `dead`, and the folders that are searched to `folders`."""
     read: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -384,7 +383,7 @@ def visible_files(
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, without hidden entries."""
+    """The content of a folder, by name, without hidden entries."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -394,19 +393,19 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_image(path: str, root: Path | None = None) -> bool:
-    """By its ending; a file below `root` without one by its first bytes."""
+    """Whether a file is an image, by its extension, or by its first bytes if it has none."""
     if path.lower().endswith(ENDINGS):
         return True
     return root is not None and not Path(path).suffix and is_picture(root / path)
 
 
 def evenly(count: int) -> list[int]:
-    """At most `SAMPLE` of the places, evenly spaced."""
+    """At most `SAMPLE` indices, evenly spaced."""
     few = min(SAMPLE, count)
     return [place * count // few for place in range(few)]
 
 
 def _folder(path: str, level: int) -> str:
-    """The name of the folder at this level of a relative path, "" where there is none."""
+    """The folder name at this level of a relative path, "" if there is none."""
     folders = path.split("/")[:-1]
     return folders[level] if level < len(folders) else ""

@@ -1,4 +1,4 @@
-"""What `data=` can name: the embedded scenes, the benchmarks' own formats, any folder."""
+"""Opens what `data=` names: rendered scenes, benchmark formats, or any folder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from dseqjepa.data.formats.parquet import Parquet
 from dseqjepa.data.formats.pets import Pets
 from dseqjepa.data.formats.stl10 import STL10
 from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
-from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.scenes import FINE, SPECS, Scenes
 from dseqjepa.data.shards.remote import is_url
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
 
 WORTH_PROCESSES = 2000
-"""Scenes from which on starting processes costs less than it saves."""
+"""Number of scenes above which starting processes pays off."""
 
 
 class Opener(Protocol):
-    """A format. `origin` says where to get what its errors ask for."""
+    """A format. `origin` says where to get the data, for error messages."""
 
     origin: str
 
-    def __call__(self, path: Path, split: Split) -> Source: ...
+    def __call__(self, path: Path, split: Split, /) -> Source: ...
 
 
 OPENERS: dict[str, Opener] = {
@@ -70,18 +70,19 @@ def open_source(
     """Open what `data=` names.
 
     Args:
-        spec: `scenes`, `name:path` for a format in `OPENERS`, or a folder of images. A folder
-            called `scenes` is `./scenes`; one with a colon in its name is found if it exists.
-        split: which part. "pretrain" and "train" of a folder without splits of its own are all of
-            it, and "val" its hold-out. Only `open_splits` gives parts that are disjoint.
-        size: number of training images of `scenes`; its validation images are a fifth of that, at
+        spec: `scenes` or `scenes:fine`, `name:path` for a format in `OPENERS`, or a folder of
+            images. Write `./scenes` for a folder called `scenes`; a folder with a colon in its name
+            works if it exists.
+        split: for a folder without its own splits, "pretrain" and "train" are the whole folder and
+            "val" a hold-out. Only `open_splits` returns disjoint parts.
+        size: number of training images of `scenes`; there are a fifth as many validation images, at
             least 500 and at most 2,000.
         image_size: height and width of the images of `scenes`, which are square.
         seed: of `scenes` and of the hold-out.
-        pixel_range: which values of 16-bit images become black and white.
+        pixel_range: which values of 16-bit images map to black and white.
 
     Raises:
-        InputError: there is no such format or folder, or it does not hold what it should.
+        InputError: no such format or folder, or unexpected content.
     """
     source = _opened(spec, split, size, image_size, seed)
     if isinstance(source, ImageFiles):
@@ -92,22 +93,23 @@ def open_source(
 
 
 def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], seed: int) -> Source:
-    if spec == "scenes":
+    part: Literal["train", "val"] = "val" if split == "val" else "train"
+    if spec in SPECS:
         height, width = image_size
         if height != width:
             raise InputError(
-                f"scenes are square, expected equal sides in data.image_size, "
+                f"scenes are square: expected equal sides in data.image_size, "
                 f"found {height} x {width}"
             )
         count = min(2000, max(500, size // 5)) if split == "val" else size
-        return Scenes(count, size=height, seed=seed, split="val" if split == "val" else "train")
+        return Scenes(count, size=height, seed=seed, split=part, fine=spec == FINE)
     name, colon, path = spec.partition(":")
     if colon and "/" not in name and not Path(spec).is_dir():
         if path.startswith("//") and name not in OPENERS:
             raise InputError(f"data={spec}: expected images in shards there: data=shards:{spec}")
         if name not in OPENERS:
             raise InputError(
-                f"data={spec}: expected a folder, scenes, or name:path, "
+                f"data={spec}: expected a folder, scenes, scenes:fine or name:path, "
                 f"found the unknown format {name!r}{did_you_mean(name, OPENERS)}"
             )
         try:
@@ -117,8 +119,7 @@ def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], see
         except InputError as error:
             raise InputError(f"{error}; {OPENERS[name].origin}") from error
     if not spec:
-        raise InputError("data= is empty: expected a folder, scenes, or name:path")
-    part: Literal["train", "val"] = "val" if split == "val" else "train"
+        raise InputError("data= is empty: expected a folder, scenes, scenes:fine or name:path")
     return ImageFolder(Path(spec).expanduser(), part, labelled=split != "pretrain")
 
 
@@ -137,7 +138,7 @@ def open_splits(
     seed: int,
     pixel_range: PixelRange = "auto",
 ) -> tuple[Source, Source]:
-    """Open disjoint (train, val) parts: the data's own splits, else a seeded hold-out of 20%.
+    """Open disjoint (train, val) parts: the data's own splits, or a seeded hold-out of 20 %.
 
     Arguments and errors are those of `open_source`.
     """
@@ -152,16 +153,16 @@ def open_splits(
     for task in train.classes.keys() & val.classes.keys():
         if train.classes[task] != val.classes[task]:
             raise InputError(
-                f"data={spec}: its two parts name different classes ({task}): "
-                f"{len(train.classes[task])} to train with, {len(val.classes[task])} to test"
+                f"data={spec}: the two splits have different classes ({task}): "
+                f"{len(train.classes[task])} for training, {len(val.classes[task])} for testing"
             )
     return train, val
 
 
 def located(spec: str) -> str:
-    """The same data for any working directory: with an absolute path, links undone."""
+    """The same data from any working directory: with an absolute path and links resolved."""
     name, colon, path = spec.partition(":")
-    if spec == "scenes":
+    if spec in SPECS:
         return spec
     if colon and is_url(path):
         return spec
@@ -171,7 +172,7 @@ def located(spec: str) -> str:
 
 
 def prepare(source: Source) -> None:
-    """Render what is to be rendered, on all cores; other sources are ready as they are."""
+    """Render scenes ahead, on all cores; other sources need no preparation."""
     if isinstance(source, Scenes):
         few = len(source) < WORTH_PROCESSES
         source.prepare(1 if few else os.cpu_count() or 1)

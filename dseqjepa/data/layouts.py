@@ -14,7 +14,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,8 +46,16 @@ DEPTH_SHARE = 1.15  # the nearest other object, likewise
 HIDDEN = 0.1  # a nearer disc ends this share of a radius before the middle of a farther one
 FRAMED = 0.85  # this share of a disc's radius lies inside the picture
 
+TORSOS = SHAPE_NAMES[:5]
+"""The shapes of a figure's torso: the shape of its head settles which, each has two heads."""
+TORSO_OF = np.arange(len(SHAPE_NAMES)) % len(TORSOS)
+"""Shape of a head -> torso, both as indices."""
+TORSO_RADIUS, HEAD_RADIUS = 0.54, 0.44  # as shares of the figure's
+FIGURE_SCALE = 1.4  # of a figure's radius, which it fills less of than a single body
+
 FACTS = 7  # uniform numbers for the facts
 TRIES = 80  # places tried for the other objects before the camera is drawn anew
+PARTS = 5  # uniform numbers for a torso
 NUMBERS = 30 + 4 * TRIES + 6 * MAX_COUNT  # uniform numbers for all else
 
 
@@ -149,11 +157,11 @@ def _body(
     return Body(shape, colour, material, centre_3, radius, turn, tint_3, accent_3)
 
 
-def _place(facts: Facts, dice: _Dice) -> Layout | None:
+def _place(facts: Facts, dice: _Dice, scale: float = 1.0) -> Layout | None:
     """Set up the camera, the bodies and the light; None where not all bodies find room."""
     shape = SHAPE_NAMES[facts.shape_B[0]]
     names = shape, COLOURS[facts.colour_B[0]], MATERIALS[facts.material_B[0]]
-    focal, radius = float(facts.focal_B[0]), float(facts.radius_B[0])
+    focal, radius = float(facts.focal_B[0]), scale * float(facts.radius_B[0])
     distance, foot = float(facts.distance_B[0]), SHAPES[shape].foot * radius
     across, down = dice.between(-0.36, 0.36), dice.between(-0.02, 0.34)
     # How far below the horizon the main object appears decides how high the camera stands.
@@ -202,13 +210,44 @@ def _place(facts: Facts, dice: _Dice) -> Layout | None:
     )
 
 
-def draw_layout(seed: int, index: int) -> Layout:
-    """Draw one scene. The facts stay; all else is drawn anew until every object finds room."""
+def with_torsos(layout: Layout, dice: _Dice) -> Layout:
+    """Every object as a figure: its body, made smaller, as the head of a torso on the ground.
+
+    Colour and material of torsos are drawn apart from the heads', so that nothing but its shape
+    tells a torso from another.
+    """
+    parts = []
+    for body in layout.bodies:
+        x, y, _ = (float(at) for at in body.centre_3)
+        torso = TORSOS[TORSO_OF[SHAPE_NAMES.index(body.shape)]]
+        radius = TORSO_RADIUS * body.radius
+        foot = SHAPES[torso].foot * radius
+        head_radius = HEAD_RADIUS * body.radius
+        height = 2 * foot + SHAPES[body.shape].foot * head_radius
+        head_3 = np.array((x, y, height), np.float32)
+        names = torso, dice.pick(COLOURS), dice.pick(MATERIALS)
+        parts += [
+            replace(body, centre_3=head_3, radius=head_radius),
+            _body(dice, names, (x, y, foot), radius),
+        ]
+    return replace(layout, bodies=tuple(parts), parts=2)
+
+
+def draw_layout(seed: int, index: int, *, figures: bool = False) -> Layout:
+    """Draw one scene. The facts stay; all else is drawn anew until every object finds room.
+
+    With `figures` every object is a head on a torso, at the same place.
+    """
     key_B = scene_keys(seed, torch.tensor([index]))
     count = FACTS
     while True:
         count += NUMBERS
         numbers_BC = uniforms(key_B, Stream.SCENE, count)
-        layout = _place(read_facts(numbers_BC), _Dice(numbers_BC[0, -NUMBERS:].tolist()))
+        dice = _Dice(numbers_BC[0, -NUMBERS:].tolist())
+        layout = _place(read_facts(numbers_BC), dice, FIGURE_SCALE if figures else 1.0)
         if layout is not None:
-            return layout
+            break
+    if figures:
+        numbers_BC = uniforms(key_B, Stream.FIGURE, PARTS * MAX_COUNT)
+        layout = with_torsos(layout, _Dice(numbers_BC[0].tolist()))
+    return layout

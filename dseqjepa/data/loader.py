@@ -1,8 +1,8 @@
-"""Batches of a source, resumable at any step and the same whatever reads them.
+"""Batches of a source, resumable at any step, for any number of workers and ranks.
 
-The order of an epoch is a function of (seed, epoch), a sample's key one of (seed, epoch, index).
-So nothing has to be saved to go on in the middle of an epoch, and neither the number of worker
-processes nor that of ranks changes which samples a step sees.
+The order of an epoch is a function of (seed, epoch), and a sample's key of (seed, epoch, index).
+Nothing has to be saved to resume in the middle of an epoch, and neither the number of workers
+nor that of ranks changes which samples a step sees.
 
 Suffixes: N images of the source, A asked for, B of a batch on this rank, C colours, H and W pixels.
 """
@@ -36,10 +36,10 @@ Request = tuple[int, Int64[np.ndarray, " B"]]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The images of one step on one rank; there is always at least one.
+    """The images of one step on one rank, always at least one.
 
-    `index_B` are their places in the source and `keys_B` their keys in this epoch. `labels` has
-    an entry for every task that the source has labels for. `bad` holds (name, reason) of the images
+    `index_B` are their indices in the source and `keys_B` their keys in this epoch. `labels` has
+    an entry for every task for which the source has labels. `bad` contains (name, reason) of images
     that could not be decoded, which are left out everywhere else.
     """
 
@@ -49,10 +49,10 @@ class Batch:
     labels: dict[str, Int64[Tensor, " B"]]
     bad: tuple[tuple[str, str], ...]
     retried: tuple[tuple[str, str], ...] = ()
-    """(name, error) of the images that came only when they were read again."""
+    """(name, error) of the images that had to be read more than once."""
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from where a copy to a CUDA device can overlap work."""
+        """The same in page-locked memory, so that copies to a CUDA device overlap with work."""
         return replace(
             self,
             images_BCHW=self.images_BCHW.pin_memory(),
@@ -62,24 +62,23 @@ class Batch:
 
 
 class Loader:
-    """Reads a source in batches: every epoch in its own order, without the images left over at its
-    end that do not fill a step.
+    """Reads a source in batches: every epoch in its own order, dropping images at its end that do
+    not fill a step.
 
     Args:
         source: the images.
-        transform: makes them one size; its randomness comes from the samples' keys.
-        batch_size: samples of this rank in a step; a step of all ranks sees `world` times as many.
+        transform: brings them to one size; its randomness comes from the samples' keys.
+        batch_size: samples per step on this rank; all ranks together see `world` times as many.
         seed: of the order and of the keys.
-        workers: processes that read ahead; 0 reads in this one, which is quickest for a source in
+        workers: processes that read ahead; 0 reads in this one, which is fastest for a source in
             memory. The processes live as long as the loader, so iterate one epoch at a time.
         rank: this process among `world`.
         world: number of processes that train together.
         cache: whether to keep decoded images in memory, if all of them fit (`cache.room_for`).
-        window: shuffle within so many shards of a source in shards (`order.window_shuffle`);
-            0: any image may come at any place.
+        window: number of shards to shuffle together (`order.window_shuffle`); 0: a full shuffle.
 
     Raises:
-        InputError: there are too few images for a single step, or a window and no shards.
+        InputError: too few images for a single step, or a window but no shards.
     """
 
     def __init__(
@@ -123,17 +122,17 @@ class Loader:
                 persistent_workers=True,
                 pin_memory=self._pin,
                 worker_init_fn=start_worker,
-                # Its own, because each iteration draws a number: the global one must not notice.
+                # Its own: each iteration draws from it, and the global one must not change.
                 generator=torch.Generator(),
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of batches that this rank sees in an epoch."""
+        """The number of batches per epoch on this rank."""
         return len(self._reader.source) // (self.batch_size * self.world)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from `start_step` on; what lies before it is not read.
+        """The batches of an epoch from `start_step` on; earlier ones are not read.
 
         Raises:
             RunError: no image of a batch could be decoded.
@@ -156,21 +155,21 @@ class Loader:
             yield batch
 
     def names(self, epoch: int, step: int) -> list[str]:
-        """The images that all ranks see in a step, by name, as the source has them."""
+        """The images that all ranks see in a step, by the source's names."""
         size = self.batch_size * self.world
         index_B = self._order(epoch, step * size, (step + 1) * size)
         return [self._reader.source.name(index) for index in index_B.tolist()]
 
     def reading(self) -> str:
-        """What is being read at this moment, in words."""
+        """What is being read at the moment, in words."""
         return self._reader.now()
 
     def died(self) -> str:
-        """Which worker processes have died, and how; after an error, of which this is the cause."""
+        """Which workers have died, and how; called after an error to find its cause."""
         iterator: Any = self._processes._iterator if self._processes is not None else None
         if iterator is None:
             return ""
-        time.sleep(0.2)  # its connections close a moment before a process is gone
+        time.sleep(0.2)  # connections close a moment before a process is gone
         codes = {worker.pid: worker.exitcode for worker in iterator._workers}
         return ", ".join(
             f"process {pid} {f'by signal {-code}' if code < 0 else f'with exit code {code}'}"
@@ -179,14 +178,14 @@ class Loader:
         )
 
     def close(self) -> None:
-        """End the worker processes, which torch does otherwise only when nothing refers to them any
-        more: an exception on its way out does."""
+        """Stop the workers. torch would do so only when nothing refers to them, but a propagating
+        exception does."""
         iterator: Any = self._processes._iterator if self._processes is not None else None
         if iterator is not None:
             iterator._shutdown_workers()
 
     def _cut(self, epoch: int, start_step: int) -> Iterator[Request]:
-        """Every step takes the next `world` batches of the order; each rank has one of them."""
+        """Every step takes the next `world` batches of the order, one per rank."""
         for step in range(start_step, self.steps_per_epoch):
             first = (step * self.world + self.rank) * self.batch_size
             yield epoch, self._order(epoch, first, first + self.batch_size)
@@ -198,15 +197,15 @@ def check_window(window: int, source: Source) -> None:
         source.check_window(window)
     elif window:
         raise InputError(
-            "data.window shuffles within shards, and this data has none: leave it out, or make "
+            "data.window shuffles within shards, and this data has none: leave it out, or create "
             "shards (dseqjepa shards pack)"
         )
 
 
 def start_worker(_number: int) -> None:
-    """A worker is forked from a process that may answer signals in its own way; with that answer it
-    would outlive the SIGTERM by which its parent ends it, and the parent would wait. Ctrl-C reaches
-    both: the parent answers it."""
+    """Reset signal handlers in a worker: with those inherited from its parent, it would survive the
+    SIGTERM by which the parent stops it, and the parent would wait. Ctrl-C reaches both; the parent
+    handles it."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -214,21 +213,21 @@ def start_worker(_number: int) -> None:
 
 
 class _Reader(Dataset[Batch]):
-    """What a worker process holds: it turns a request into a batch."""
+    """The state of a worker: it turns a request into a batch."""
 
     def __init__(self, source: Source, transform: Transform, seed: int, workers: int) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
-        # What each process reads and how often it has failed, for the process that waits for it.
+        # What each worker is reading and how often it has failed, for the process that waits.
         self._now_W2 = torch.tensor([[-1, 0]]).repeat(max(workers, 1), 1).share_memory_()
 
     def now(self) -> str:
-        """Which images are being read at this moment, and what stands in the way."""
+        """Which images are being read at the moment, and how often that has failed."""
         said = []
         for index, failed in self._now_W2.tolist():
             if index >= 0:
-                again = f" (failed {failed} times, will be read again)" if failed else ""
+                again = f" (failed {failed} times, will be retried)" if failed else ""
                 said.append(self.source.name(index) + again)
         return f"reading {', '.join(said)}" if said else "no image is being read"
 
@@ -258,15 +257,15 @@ class _Reader(Dataset[Batch]):
 
 
 class Reading(NamedTuple):
-    """What became of the images that were asked for."""
+    """The outcome for the requested images."""
 
     images_BCHW: UInt8[Tensor, "B 3 H W"]
     kept_B: Int64[Tensor, " B"]
-    """The places, among those asked for, of the images that could be decoded."""
+    """The positions, in the request, of the images that could be decoded."""
     bad: tuple[tuple[str, str], ...]
     """(name, reason) of the others."""
     retried: tuple[tuple[str, str], ...]
-    """(name, last error) of those that could be read only after a while."""
+    """(name, last error) of those that needed several tries."""
 
 
 def read(
@@ -276,9 +275,9 @@ def read(
     keys_A: Int64[Tensor, " A"],
     note: Callable[[int, int], None] = lambda index, failed: None,
 ) -> Reading:
-    """Read and transform images, patiently and one whole image in memory at a time.
+    """Read and transform images, with retries and one full image in memory at a time.
 
-    `note` is told which image is being read (-1: none) and how often that has failed.
+    `note` receives the index of the image being read (-1: none) and how often that has failed.
     """
     images_ACHW = torch.empty((len(index_A), 3, *transform.image_size), dtype=torch.uint8)
     kept: list[int] = []
@@ -308,7 +307,7 @@ def read(
 
 
 class _Requests:
-    """The sampler of the worker processes: it hands out what is pending."""
+    """The sampler of the workers: it hands out pending requests."""
 
     pending: Iterable[Request] = ()
 

@@ -1,6 +1,6 @@
-"""In which order the images of an epoch come: a function of (seed, epoch, place), without state.
+"""The order of the images of an epoch: a function of (seed, epoch, place), without state.
 
-Any stretch of an epoch can be asked for by itself, by any process, so that a run resumes at any
+Any part of an epoch can be computed separately, by any process, so that a run resumes at any
 step with any number of ranks or workers.
 
 Suffixes: N images of the source, P places in an epoch, S shards, M images of a window.
@@ -18,17 +18,17 @@ from jaxtyping import Int64
 from dseqjepa.keyed import Stream, permuted, sample_keys, shuffled
 
 AT_ONCE = 2**20
-"""Up to so many images an epoch's order is one array; above, every place is computed by itself."""
+"""Up to this many images an epoch's order is one array; above, each position is computed alone."""
 
 Places = Int64[np.ndarray, " P"]
 
 
 Order = Callable[[int, int, int], Places]
-"""`order(epoch, first, stop)` are the images at these places of an epoch, as far as it goes."""
+"""`order(epoch, first, stop)` returns the images at these positions, up to the epoch's end."""
 
 
 def full_shuffle(count: int, seed: int) -> Order:
-    """Any image at any place."""
+    """A full shuffle."""
 
     @lru_cache(maxsize=1)
     def whole(epoch: int) -> Places:
@@ -44,17 +44,17 @@ def full_shuffle(count: int, seed: int) -> Order:
 
 
 def window_shuffle(counts: Sequence[int], window: int, seed: int) -> Order:
-    """Shards in random order, and within `window` of them at a time any image at any place.
+    """Shards in random order, with a full shuffle within `window` of them at a time.
 
     Args:
-        counts: images of each shard; those of the first come first in the source.
+        counts: number of images of each shard, in the order of the source.
     """
     count_S = np.asarray(counts, dtype=np.int64)
     start_S = count_S.cumsum() - count_S
 
     @lru_cache(maxsize=1)
     def shards(epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in order, and where each window begins; at last the end."""
+        """The shards of an epoch in order, and where each window begins, plus the end."""
         key_S = sample_keys(seed, epoch, torch.arange(len(count_S)))
         order_S = shuffled(key_S, Stream.SHARDS).numpy()
         ends = count_S[order_S].cumsum()[window - 1 :: window]

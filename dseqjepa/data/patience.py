@@ -1,7 +1,7 @@
-"""Reading over a disk that is slow, or that fails now and then.
+"""Reading from disks that are slow or fail transiently.
 
-Some errors of the operating system pass: a network file system that is busy, a device that answers
-at the second time. Such a read is tried again, with growing waits. Any other error is final.
+Some errors of the operating system are transient, such as those of a busy network file system.
+Such reads are retried with growing waits. Any other error is final.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ PASSING = frozenset(
         errno.ENFILE,
     }
 )  # fmt: skip
-"""Errors after which a second try makes sense."""
+"""Errors worth retrying."""
 WAITS = (0.1, 0.5, 2.0, 8.0)
-"""Seconds before the second try, the third, and so on."""
+"""Seconds to wait before the second try, the third, and so on."""
 
 Tell = Callable[[int, OSError], None]
-"""Is told of a try that failed and will be followed by another: its number and its error."""
+"""Called after a failed try that will be retried, with its number and its error."""
 
 
 def patiently(read: Callable[[], T], tell: Tell = lambda tries, error: None) -> T:
-    """What `read` returns, at the first try that does not meet an error that passes.
+    """The result of `read`, retried on transient errors.
 
-    `read` may raise `OSError`, or any error that has one as its cause. The last one is raised.
+    `read` may raise `OSError`, or any error caused by one. The last one is raised.
     """
     for tries, wait in enumerate(WAITS, start=1):
         try:
@@ -49,7 +49,7 @@ def patiently(read: Callable[[], T], tell: Tell = lambda tries, error: None) -> 
 
 
 def passing(error: OSError | BadImage) -> OSError | None:
-    """The error of the operating system that may pass, if it is one."""
+    """The transient error of the operating system behind an exception, if any."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return cause if isinstance(cause, OSError) and cause.errno in PASSING else None
 
@@ -60,9 +60,9 @@ def read_image(
     reduction: Reduction = lambda height, width: 1,
     tell: Tell = lambda tries, error: None,
 ) -> Decoded:
-    """An image of a source, read patiently, as small as `reduction` allows.
+    """An image of a source, read with retries, reduced by up to `reduction`.
 
-    Raises `BadImage` where it cannot be decoded, or read at all.
+    Raises `BadImage` if it cannot be decoded or read.
     """
     try:
         return patiently(lambda: decoded(source, index, reduction), tell)

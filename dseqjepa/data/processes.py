@@ -1,4 +1,4 @@
-"""What the processes that a run starts owe to it."""
+"""Ends child processes together with their parent."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import threading
 
 
 def end_with_parent() -> None:
-    """Have this process end when the one that started it is gone, even by SIGKILL.
+    """End this process when its parent is gone, even by SIGKILL.
 
-    Left to themselves, workers of `concurrent.futures` wait for ever, and those of torch look
-    whether their parent is still the same process: where they are forked by a server, it is.
+    Otherwise, workers of `concurrent.futures` would wait forever, and those of torch only check
+    that their parent process is unchanged, which is always true if a fork server started them.
     """
     threading.Thread(target=_wait_and_end, daemon=True).start()
 

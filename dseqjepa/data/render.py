@@ -98,6 +98,8 @@ class Layout:
     ground_colours_23: Float32[np.ndarray, "2 3"]
     ground_grain: float  # waves or tiles per scene unit
     ground_turn: float
+    parts: int = 1
+    """Bodies of each object; they follow one another."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every data set looks like to the rest: images by index, and what is known about them.
+"""The interface of all data sets: images by index, and their annotations.
 
 Suffixes: K objects of one image, C colours, H and W pixels.
 """
@@ -15,16 +15,16 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
 Split = Literal["pretrain", "train", "val"]
-"""The images to pre-train on, to train an evaluation on, and to test it on. The first are those of
-"train", but for a data set that has images for it without labels."""
+"""The images for pre-training, and for training and testing evaluations. "pretrain" equals "train",
+except for data sets with unlabelled images."""
 
 
 @runtime_checkable
 class Source(Protocol):
     """A fixed list of images.
 
-    `labels` maps a task ("class", "count", ...) to one int64 label an image, `classes` the same
-    task to the names of its labels. Both are empty where the data has no labels.
+    `labels` maps a task ("class", "count", ...) to one int64 label per image, `classes` the same
+    task to the names of its labels. Both are empty if the data has no labels.
     """
 
     labels: Mapping[str, np.ndarray]
@@ -33,15 +33,15 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Tensor:
-        """The image as uint8 [3, H, W]; raises `BadImage` where it cannot be decoded."""
+        """The image as uint8 [3, H, W]; raises `BadImage` if it cannot be decoded."""
         ...
 
     def name(self, index: int) -> str:
-        """How a person finds this image again: a path, or a number."""
+        """A readable name of this image: a path, or a number."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes with the list of images; cheap, so it does not read the pixels."""
+        """A cheap hash that changes with the list of images; it does not read pixels."""
         ...
 
 
@@ -50,8 +50,8 @@ class Instances:
     """The objects of one image, in the order of the annotations.
 
     `boxes_K4` is (x0, y0, x1, y1) in pixels, its end exclusive. `label_K` is 1-based and without
-    gaps: label i is `Detections.categories[i - 1]`. `crowd_K` marks regions that hold many objects
-    and are neither to be learnt nor to be found. `area_K` is the annotations' own, in pixels.
+    gaps: label i is `Detections.categories[i - 1]`. `crowd_K` marks regions with many objects,
+    which are neither trained on nor scored. `area_K` is that of the annotations, in pixels.
     `image_id` is the annotations' number of the image.
     """
 
@@ -65,10 +65,10 @@ class Instances:
 
 @runtime_checkable
 class Detections(Source, Protocol):
-    """Images whose objects are known, each with its class, box and mask.
+    """Images with annotated objects: class, box and mask.
 
     `categories` are the names, index 0 being label 1; `category_ids` the annotations' own numbers
-    in the same order; `annotations` the file in COCO's format that says all this.
+    in the same order; `annotations` the annotation file in COCO's format.
     """
 
     categories: tuple[str, ...]
@@ -76,41 +76,41 @@ class Detections(Source, Protocol):
     annotations: Path
 
     def instances(self, index: int) -> Instances:
-        """The objects of an image, in its own pixels; none is K = 0."""
+        """The objects of an image, in its own pixels; K = 0 if there are none."""
         ...
 
     def labels_of(self, index: int) -> Int64[Tensor, " K"]:
-        """The `label_K` of an image's objects alone, which takes no time."""
+        """Only the `label_K` of an image's objects, which is fast."""
         ...
 
 
 @runtime_checkable
 class Segmentations(Source, Protocol):
-    """Images of which every pixel's class is known; `categories` at index 0 is label 1."""
+    """Images with a class for every pixel; `categories` at index 0 is label 1."""
 
     categories: tuple[str, ...]
 
     def label_map(self, index: int) -> Int64[Tensor, "H W"]:
-        """The class of every pixel, 1 to C; 0 is to be ignored. Raises `BadImage` as `image`."""
+        """The class of every pixel, 1 to C; 0 is ignored. Raises `BadImage` like `image`."""
         ...
 
 
 @runtime_checkable
 class Depths(Source, Protocol):
-    """Images of which every pixel's distance from the camera is known."""
+    """Images with the depth of every pixel."""
 
     def depth_map(self, index: int) -> Float32[Tensor, "H W"]:
-        """Along the optical axis, in the source's own unit; inf where it is not to be judged.
-        Raises `BadImage` as `image`."""
+        """Depth along the optical axis, in the source's own unit; inf where it is not scored.
+        Raises `BadImage` like `image`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """Where the objects of an image are, and nothing about what they are.
+    """The location of an image's objects, without their classes.
 
-    `known_HW` is false where the annotations do not tell object from background: at the rim of an
-    outline, in a crowd, where a pixel has no label.
+    `known_HW` is false where the annotations do not separate object and background: at the rim of
+    an outline, in a crowd, at unlabelled pixels.
     """
 
     masks_KHW: Bool[Tensor, "K H W"]
@@ -119,18 +119,18 @@ class Objects:
 
 @runtime_checkable
 class Located(Source, Protocol):
-    """Images of which it is known where the objects are, by their masks or by their boxes."""
+    """Images with object masks or boxes."""
 
     located_by: Literal["masks", "boxes"]
 
     def objects(self, index: int) -> Objects:
-        """The objects of an image, in its own pixels; boxes are filled. `BadImage` as `image`."""
+        """The objects of an image, in its own pixels; boxes are filled. `BadImage` like `image`."""
         ...
 
 
 @runtime_checkable
 class Sharded(Source, Protocol):
-    """Images that lie in files of many, one after the other; `counts` says how many in each."""
+    """Images stored consecutively in shards; `counts` gives the number in each."""
 
     counts: Sequence[int]
 
@@ -141,11 +141,11 @@ class Sharded(Source, Protocol):
 
 
 class BadImage(Exception):
-    """One image that cannot be decoded. The message holds the reason, not the name."""
+    """An image that cannot be decoded. The message contains the reason, not the name."""
 
 
 Reduction = Callable[[int, int], int]
-"""Height and width of an image -> 1, 2, 4 or 8: how much smaller it may be decoded."""
+"""Height and width of an image -> 1, 2, 4 or 8, the factor by which it may be decoded smaller."""
 
 
 class Decoded(NamedTuple):
@@ -159,15 +159,15 @@ class Decoded(NamedTuple):
 
 @runtime_checkable
 class Reducible(Protocol):
-    """What a source may offer beside: to decode an image smaller, where that costs less."""
+    """An optional ability of a source: decoding an image smaller, if that is cheaper."""
 
     def reduced(self, index: int, reduction: Reduction) -> Decoded:
-        """The image, not smaller than `reduction` allows; raises `BadImage` as `image` does."""
+        """The image, no smaller than `reduction` allows; raises `BadImage` like `image`."""
         ...
 
 
 def decoded(source: Source, index: int, reduction: Reduction) -> Decoded:
-    """An image of any source, reduced where the source can do that."""
+    """An image of any source, reduced if the source supports it."""
     if isinstance(source, Reducible):
         return source.reduced(index, reduction)
     image_CHW = source.image(index)

@@ -1,13 +1,13 @@
 """From decoded images of any size to one batch of a fixed size, still 8-bit.
 
-Normalisation belongs to the model's side: batches of bytes are a quarter of the memory and of the
-way to the device. Both transforms interpolate bilinearly with antialiasing: that is what the
-recipes in the literature do (it is RandomResizedCrop's default, which I-JEPA keeps), it costs the
+Normalization is done by the model: batches of bytes need a quarter of the memory and transfer.
+Both transforms interpolate bilinearly with antialiasing, as in the literature's recipes
+(it is RandomResizedCrop's default, which I-JEPA keeps). It costs the
 same as bicubic, and it cannot overshoot, so no byte is clipped.
 
-A training crop may be cut from an image that was decoded smaller. How much smaller depends on the
-size of the image alone, and never so much that the smallest possible crop would have less than
-`MARGIN` times the pixels wanted: interpolation still has its antialiasing to do.
+A training crop may be cut from an image decoded at reduced size. The reduction depends only on the
+size of the image, and leaves the smallest possible crop at least `MARGIN` times the pixels needed,
+so that interpolation can still antialias.
 
 Suffixes: B images, C colours or random numbers, H and W pixels.
 """
@@ -32,40 +32,40 @@ from dseqjepa.keyed import Stream, uniforms
 
 TRIES = 10
 LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
-# The random numbers of a sample: two a try, then top, left and flip.
+# The random numbers of a sample: two per try, then top, left and flip.
 DRAWS = 2 * TRIES + 3
 RESIZE_RATIO = (256, 224)
 MARGIN = 1.5
 REDUCTIONS = (8, 4, 2)
-"""What libjpeg offers, beside the whole image."""
+"""The reductions that libjpeg offers."""
 
 Cut = Callable[[Decoded], UInt8[Tensor, "3 H W"]]
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """A pure function of an image and its key; of an image that was read with `reduction`."""
+    """A pure function of an image, read with `reduction`, and its key."""
 
     image_size: tuple[int, int]
 
     def __call__(self, image: UInt8[Tensor, "3 h w"], key: int) -> UInt8[Tensor, "3 H W"]: ...
 
     def reduction(self, height: int, width: int) -> int:
-        """How many times smaller an image of this size may be decoded: 1, 2, 4 or 8."""
+        """The factor by which an image of this size may be decoded smaller: 1, 2, 4 or 8."""
         ...
 
     def cuts(self, keys_B: Int64[Tensor, " B"]) -> Sequence[Cut]:
-        """What is to be done with the image of each key."""
+        """The function to apply to the image of each key."""
         ...
 
 
 class TrainTransform:
-    """RandomResizedCrop, then a horizontal flip of every other image where `flip` is set.
+    """RandomResizedCrop, then a horizontal flip with probability one half if `flip` is set.
 
     Args:
         image_size: height and width of the result, in pixels.
-        crop_scale: smallest and largest part of the image's area that a crop may take.
-        flip: whether to mirror half of the samples.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        flip: whether to flip half of the samples.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class TrainTransform:
     def reduction(self, height: int, width: int) -> int:
         low, _ = LOG_ASPECT
         smallest = math.sqrt(self.crop_scale[0] * height * width * math.exp(low))
-        # Where no crop fits, the fallback takes the whole shorter side.
+        # If no crop fits, the fallback takes the whole shorter side.
         side = min(smallest, height, width) / (MARGIN * max(self.image_size))
         return next((by for by in REDUCTIONS if side >= by), 1)
 
     def cuts(self, keys_B: Int64[Tensor, " B"]) -> list[Cut]:
-        # Drawn for the whole batch: one image's numbers cost as much as those of a hundred.
+        # Drawn for the whole batch: numbers for one image cost as much as for a hundred.
         draws_BC = uniforms(keys_B, Stream.AUGMENT, DRAWS).tolist()
         return [partial(self._cut, draws) for draws in draws_BC]
 
@@ -101,9 +101,9 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize so that the image just covers 256/224 of the wanted size, then take the centre.
+    """Resize so that the image just covers 256/224 of the target size, then crop the centre.
 
-    An image that already has the wanted size is left as it is.
+    An image that already has the target size is left unchanged.
 
     Args:
         image_size: height and width of the result, in pixels.
@@ -116,7 +116,7 @@ class EvalTransform:
         return self._cut(image, InterpolationMode.BILINEAR)
 
     def of_map(self, map_hw: Shaped[Tensor, "h w"]) -> Shaped[Tensor, "H W"]:
-        """The same of a map of the image's pixels, whose values are not mixed."""
+        """The same for a map of the image's pixels, without mixing values."""
         return self._cut(map_hw[None], InterpolationMode.NEAREST_EXACT)[0]
 
     def _cut(self, image: Tensor, mode: InterpolationMode) -> Tensor:
@@ -155,13 +155,13 @@ class Box(NamedTuple):
 
 
 def resized_crop(decoded: Decoded, box: Box, size: tuple[int, int]) -> UInt8[Tensor, "3 H W"]:
-    """Cut a box of the whole image out and bring it to a size, bilinearly with antialiasing."""
+    """Crop a box, given in the full image's pixels, and resize it bilinearly with antialiasing."""
     if decoded.reduction == 1:
         return F.resized_crop(
             decoded.image_CHW, *box, list(size), InterpolationMode.BILINEAR, antialias=True
         )
-    # The box lies between the pixels of the reduced image; Pillow's resize, of which torch's is a
-    # copy, can begin and end there.
+    # The box has fractional coordinates in the reduced image, which Pillow's resize (copied by
+    # torch) supports.
     image = Image.fromarray(decoded.image_CHW.permute(1, 2, 0).numpy())
     corners = (box.left, box.top, box.left + box.width, box.top + box.height)
     left, top, right, bottom = (corner / decoded.reduction for corner in corners)
@@ -170,11 +170,11 @@ def resized_crop(decoded: Decoded, box: Box, size: tuple[int, int]) -> UInt8[Ten
 
 
 def crop_box(draws: Sequence[float], height: int, width: int, scale: tuple[float, float]) -> Box:
-    """Where RandomResizedCrop cuts, as a function of `DRAWS` uniform numbers.
+    """The box of RandomResizedCrop, as a function of `DRAWS` uniform numbers.
 
-    The area is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3 and the place uniform
-    (Szegedy et al., 2015, section 6). After `TRIES` crops that do not fit, the largest centred one
-    with an allowed aspect ratio is taken.
+    The area is uniform in `scale`, the aspect ratio log-uniform in 3/4 to 4/3 and the position
+    uniform (Szegedy et al., 2015, section 6). After `TRIES` crops that do not fit, the largest
+    centred one with an allowed aspect ratio is used.
     """
     low, high = LOG_ASPECT
     for attempt in range(TRIES):

@@ -9,6 +9,7 @@ from typing import Any
 from dseqjepa.data.decode import ENDINGS
 from dseqjepa.data.images import ImageFiles, ImageFolder, existing_folder, images_below
 from dseqjepa.data.labelled import open_source
+from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
 
@@ -55,7 +56,7 @@ def _listed(path: Path) -> list[str]:
 
 def data_images(spec: str, split: Split, **how: Any) -> Source:
     """What `data=` names; of a folder all of it."""
-    if spec != "scenes" and Path(spec).expanduser().is_dir():
+    if spec not in SPECS and Path(spec).expanduser().is_dir():
         return ImageFolder(Path(spec).expanduser())
     return open_source(spec, split=split, **how)
 

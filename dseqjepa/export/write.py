@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dseqjepa.config import Section, Size
 from dseqjepa.data.labelled import open_source
+from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.export.card import model_card, origin_of, results_of
@@ -114,7 +115,7 @@ def _images(
             return open_training_source(config.with_(data={"source": data})), "the training data"
     side = min(max(*image_size, 32), 512)
     how: dict[str, Any] = {"size": SCENES, "image_size": (side, side), "seed": 0}
-    name = "rendered scenes" if data in (None, "scenes") else "pictures of its owner's"
+    name = "rendered scenes" if data in (None, *SPECS) else "pictures of its owner's"
     return open_source(data or "scenes", split="pretrain", **how), name
 
 

@@ -1,4 +1,4 @@
-"""The methods: a config class declares each, and `base.py` has what they share."""
+"""The methods: each is declared by a config class; `base.py` contains the shared part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def build_method(config: Config) -> Method:
-    """The method of a config, initialised from `runtime.seed` alone."""
+    """The method of a config, initialized from `runtime.seed` only."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

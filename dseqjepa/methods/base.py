@@ -1,6 +1,6 @@
-"""What all methods share: look, plan, encode the contexts, predict, compare.
+"""The shared part of all methods: look, plan, encode the contexts, predict, compare.
 
-A method says which plan it draws; nothing here knows which one it is.
+A method defines which plan to draw; nothing here depends on which method it is.
 
 Suffixes: B images, N patches, D width, S steps, T context tokens, V predicted tokens, I images that
 have a context.
@@ -30,6 +30,7 @@ from dseqjepa.model.look import Look, look, target_features
 from dseqjepa.model.packing import Contexts, pack_contexts
 from dseqjepa.model.photometric import photometric
 from dseqjepa.model.vit import AnyPredictor, Images, Predictor, build_encoder, patchify
+from dseqjepa.model.windows import draw_windows, sample_windows
 from dseqjepa.plans.blocks import Blocks, sample_blocks, scatter_patches
 from dseqjepa.plans.plan import Plan, from_candidates, true_places
 from dseqjepa.plans.regions import Regions
@@ -37,21 +38,22 @@ from dseqjepa.ranks import mean_row, sum_over_ranks
 
 
 class Step(NamedTuple):
-    """The loss of a batch, with what is worth logging.
+    """The loss of a batch, and metrics for the log.
 
-    A named tuple, because wrappers of modules look for tensors in tuples and rebuild them.
+    A named tuple, because module wrappers look for tensors in tuples and rebuild them.
     """
 
     loss: Float[Tensor, ""]
     weight: Float[Tensor, ""]
-    """How many predicted patches (or regions) the loss is a mean of: micro-batches are joined in
-    this proportion. No gradient."""
+    """Number of predicted patches (or regions) that the loss is a mean of, by which micro-batches
+    are weighted. No gradient."""
     metrics: dict[str, Tensor]
-    """Scalars, except `loss_by_step` and `count_by_step`: one value a step number, from step 1."""
+    """Scalars, except `loss_by_step` and `count_by_step`, which have one value per step number from
+    1."""
     pooled_BD: Float[Tensor, "B D"]
-    """Mean target feature of each image; no gradient. What the health monitor looks at."""
+    """Mean target feature of each image, for the health monitor; no gradient."""
     place_ND: Float[Tensor, "N D"]
-    """Sum over the images of the target features at each place; no gradient."""
+    """Sum over the images of the target features at each position; no gradient."""
     square: Float[Tensor, ""]
     """Sum of the squares of all target features; no gradient."""
 
@@ -68,21 +70,21 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Draw:
-    """A plan and what is worth logging about how it came about."""
+    """A plan, with metrics about how it was drawn."""
 
     plan: Plan
     metrics: dict[str, Tensor]
     regions: Regions | None = None
-    """The regions that steps were made of, by their order; None for a method without."""
+    """The ordered regions that steps were made of; None for a method without regions."""
 
 
 class Method(nn.Module):
-    """A context encoder, its EMA target, a predictor, and a way to plan: I-JEPA's random blocks,
-    unless a subclass draws otherwise."""
+    """A context encoder, its EMA target, a predictor, and a way to draw plans: I-JEPA's random
+    blocks, unless a subclass overrides it."""
 
     context_mode = "prefix"
     steps_per_image: int
-    """The most steps a plan has for one image."""
+    """Maximum number of steps per image in a plan."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -101,6 +103,7 @@ class Method(nn.Module):
         )
         self.photometric = config.data.photometric
         self.apart = config.data.photometric_views == "apart"
+        self.context_window = config.data.context_window
         self.cut = config.method.cut
         self.target_blocks = config.target.blocks
         self.centres_targets = config.target.centring == "place"
@@ -121,17 +124,17 @@ class Method(nn.Module):
     def draw(
         self, sight: Look, grid: tuple[int, int], progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Draw:
-        """The plan of a batch: a pure function of what was seen, progress and the keys."""
+        """The plan of a batch: a pure function of the look, progress and the keys."""
         blocks = self.random_blocks(keys_B, grid)
         context_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
         return Draw(from_candidates(context_BMN, blocks.target_BMN), {})
 
     def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
-        """The draw that a curriculum leads to, wherever this one may end."""
+        """The draw at the end of a full curriculum, even if this run's curriculum ends earlier."""
         return self.draw(sight, grid, 1.0, keys_B)
 
     def random_blocks(self, keys_B: Int64[Tensor, " B"], grid: tuple[int, int]) -> Blocks:
-        """Targets and context drawn at random (`blocks.kind`): `random_targets` per image."""
+        """Random targets and context (`blocks.kind`): `random_targets` targets per image."""
         if self.blocks.kind == "scattered":
             return scatter_patches(keys_B, grid, self.blocks.mask_ratio)
         return sample_blocks(
@@ -141,14 +144,15 @@ class Method(nn.Module):
             target_area=self.blocks.target_area,
             target_aspect=self.blocks.target_aspect,
             context_area=self.blocks.context_area,
+            truncate=self.blocks.truncate == "batch",
         )
 
     def look(self, images_BCHW: Images) -> Look:
-        """What the target encoder sees; methods that need saliency override this."""
+        """The target encoder's look at the images; methods that need saliency override this."""
         return look(self.target, images_BCHW, target_blocks=self.target_blocks)
 
     def plan(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Plan:
-        """The plan of a batch. `progress` in [0, 1] is how far training has come."""
+        """The plan of a batch. `progress` in [0, 1] is the fraction of training completed."""
         grid = self.target.grid_of(images_BCHW)
         return self.draw(self.look(images_BCHW), grid, progress, keys_B).plan
 
@@ -171,22 +175,29 @@ class Method(nn.Module):
         values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
         return Predictions(values_UD[: len(row_V)], row_V, patch_V), contexts, context_TD
 
-    def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Images]:
-        """What the context encoder and what the target encoder sees of a batch."""
-        if not self.photometric:
-            return images_BCHW, images_BCHW
-        stream = Stream.PHOTOMETRIC_CONTEXT
-        images_BCHW = self.encoder.normalized(images_BCHW)
-        context_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
-        if not self.apart:
-            return context_BCHW, context_BCHW
-        stream = Stream.PHOTOMETRIC_TARGET
-        return context_BCHW, photometric(images_BCHW, keys_B, self.photometric, stream)
+    def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Look]:
+        """The context encoder's input for a batch, and the target encoder's look at the same
+        content."""
+        seen_BCHW = images_BCHW
+        if self.photometric:
+            images_BCHW = self.encoder.normalized(images_BCHW)
+            stream = Stream.PHOTOMETRIC_TARGET if self.apart else Stream.PHOTOMETRIC_CONTEXT
+            seen_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
+            if self.apart:
+                stream = Stream.PHOTOMETRIC_CONTEXT
+                images_BCHW = photometric(images_BCHW, keys_B, self.photometric, stream)
+            else:
+                images_BCHW = seen_BCHW
+        sight = self.look(seen_BCHW)
+        if self.context_window < 1:
+            window_B23 = draw_windows(keys_B, self.context_window)
+            sight = sight.at_windows(window_B23, self.target.grid_of(seen_BCHW))
+            images_BCHW = sample_windows(self.encoder.normalized(images_BCHW), window_B23)
+        return images_BCHW, sight
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
-        """The loss of one batch of uint8 or ImageNet-normalised float images."""
-        images_BCHW, seen_BCHW = self._views(images_BCHW, keys_B)
-        sight = self.look(seen_BCHW)
+        """The loss of one batch of uint8 or ImageNet-normalized float images."""
+        images_BCHW, sight = self._views(images_BCHW, keys_B)
         grid = self.target.grid_of(images_BCHW)
         drawn = self.draw(sight, grid, progress, keys_B)
         plan = drawn.plan
@@ -215,14 +226,14 @@ class Method(nn.Module):
             loss = loss + self.regularizer_weight * term
             metrics["regularizer"] = term.detach()
         if sight.saliency_BN is not None:
-            # A map that is not finite makes a loss that is not, by which the step is not taken.
+            # A non-finite map makes a non-finite loss, so that the step is skipped.
             loss = loss + (0 * sight.saliency_BN.detach()).sum()
         place_ND, square = feature_BND.sum(dim=0), feature_BND.square().sum()
         return Step(loss, weight, metrics, pooled_BD, place_ND, square)
 
     def _targets(self, patches_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Target features less the mean at their place over the batch of all ranks, normalised
-        after that: what is left to guess depends on the image."""
+        """Target features minus the mean at their position over the batch of all ranks, then
+        normalized: what remains to be predicted depends on the image."""
         patches_BND = patches_BND.float()
         images = patches_BND.new_full((1, patches_BND.shape[2]), len(patches_BND))
         total_LD = sum_over_ranks(torch.cat([patches_BND.sum(dim=0), images]))
@@ -236,7 +247,7 @@ class Method(nn.Module):
         pooled_BD: Float[Tensor, "B D"],
         progress: float,
     ) -> Float[Tensor, ""]:
-        """The term against collapse, on context patches or on the mean of each image's."""
+        """The regularizer, on context patches or on their mean per image."""
         if self.over_patches:
             patches = plan.context_SN.shape[1]
             rows_TD, freedom = centre_by_place(context_TD, contexts.patch_T, patches)
@@ -262,7 +273,7 @@ class Method(nn.Module):
         target_VD: Tensor,
         contexts: Contexts,
     ) -> dict[str, Tensor]:
-        """What a plan cost and gave: loss by step, tokens, and the loss of the mean prediction."""
+        """Metrics of a plan: loss by step, tokens, and the loss of predicting the mean."""
         steps = self.steps_per_image
         by_step = mean_by_row(loss_S, plan.step_S - 1, steps)
         mean_1D = mean_row(target_VD)
@@ -290,7 +301,7 @@ class Method(nn.Module):
 def _pooled_contexts(
     plan: Plan, contexts: Contexts, context_TD: Float[Tensor, "T D"], images: int
 ) -> tuple[Float[Tensor, "I D"], Int64[Tensor, " I"]]:
-    """The mean patch feature of each image's contexts, of the images that have one."""
+    """The mean patch feature of each image's contexts, for the images that have one."""
     is_patch_T1 = (contexts.patch_T >= 0)[:, None].float()
     tokens_TD = context_TD.float() * is_patch_T1
     total_BD = tokens_TD.new_zeros(images, tokens_TD.shape[1])

@@ -1,4 +1,4 @@
-"""DSeq-JEPA (arXiv 2511.17354) and its settings; how it draws is in `ordered.py`."""
+"""DSeq-JEPA (arXiv 2511.17354) and its settings; plans are drawn in `ordered.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class CurriculumConfig(Section):
     """lambda, the share of ranked regions, goes from `start` to `end` over training."""
 
     unit: Literal["image", "region", "batch"] = "image"
-    """What takes ranked regions with probability lambda: an image, each of its regions, a batch."""
+    """What uses ranked regions with probability lambda: each image, each region, or the whole
+    batch."""
     start: Fraction = 0.0
     """lambda at the first step."""
     end: Fraction = 1.0
@@ -32,19 +33,19 @@ class CurriculumConfig(Section):
 
 
 class DSeqConfig(MethodConfig):
-    """DSeq-JEPA (arXiv 2511.17354): ranked regions, predicted one after the other."""
+    """DSeq-JEPA (arXiv 2511.17354): ranked regions, predicted in order."""
 
     title = "DSeq-JEPA"
     name: Literal["dseq"] = "dseq"
     context: Literal["prefix", "causal", "independent"] = "prefix"
-    """How regions 1..k are encoded: together (`prefix`), once with region-causal attention, or
-    each by itself."""
+    """How regions 1..k are encoded: together for each k (`prefix`), once with region-causal
+    attention (`causal`), or each region separately (`independent`)."""
     prediction: Literal["sequential", "flat"] = "sequential"
     """`sequential`: region k+1 from regions 1..k (eq. 5); `flat`: every region from the first."""
     order: Literal["saliency", "inverse", "random", "spatial"] = "saliency"
-    """In which order regions are predicted (Table 5)."""
+    """The order in which regions are predicted (Table 5)."""
     max_steps: int = Field(0, ge=0, le=10**6)
-    """The most prediction steps per image; 0: all. 2 keeps the three top regions."""
+    """Maximum number of prediction steps per image; 0: all. 2 keeps the top three regions."""
     context_lag: int = Field(0, ge=0, le=10**6)
     """Region k+1 is predicted from regions 1..k-lag (at least 1). The release lags by one."""
     saliency: SaliencyConfig = SaliencyConfig()
@@ -63,13 +64,13 @@ class DSeqConfig(MethodConfig):
     def check_within(self, config: Config) -> None:
         if self.context == "causal" and config.runtime.attention == "varlen":
             raise ValueError(
-                "runtime.attention=varlen knows no region-causal contexts "
+                "runtime.attention=varlen does not support region-causal contexts "
                 "(method.context=causal): use auto or sdpa"
             )
         if self.saliency.kind.startswith("cls_") and not config.model.class_token:
             raise ValueError(
-                f"method.saliency.kind={self.saliency.kind} reads [CLS] and "
-                "model.class_token=false removes it: use rarity or grad_cam, or keep the token"
+                f"method.saliency.kind={self.saliency.kind} needs [CLS], which "
+                "model.class_token=false removes: use rarity or grad_cam, or keep the token"
             )
         if self.saliency.block >= config.model.depth:
             raise ValueError(
@@ -86,8 +87,8 @@ class DSeqConfig(MethodConfig):
         patches = config.grid[0] * config.grid[1]
         if self.regions.source == "ranked" and clusters > patches:
             raise ValueError(
-                f"method.regions.count ({clusters}) clusters need as many patches, and "
-                f"data.image_size has {patches}: lower it, or take larger images"
+                f"method.regions.count ({clusters}) clusters need at least as many patches, and "
+                f"data.image_size has {patches}: lower the count, or use larger images"
             )
 
     @model_validator(mode="after")

@@ -1,5 +1,5 @@
 """I-JEPA (arXiv 2301.08243), random blocks each predicted from one context, and C-JEPA, the same
-with a regulariser."""
+with a regularizer."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class CJepaConfig(_BlocksConfig):
     title = "C-JEPA"
     name: Literal["cjepa"] = "cjepa"
     regularizer: Literal["none", "vicreg", "sigreg"] = "vicreg"
-    """The term against collapse, which C-JEPA is about."""
+    """The regularizer against collapse that defines C-JEPA."""
 
     @classmethod
     def beside(cls, other: MethodConfig) -> Self:
-        """Blocks and loss are kept; the regulariser is C-JEPA's own."""
+        """Keep blocks and loss; use C-JEPA's own regularizer."""
         return cls(blocks=other.blocks, loss_weighting=other.loss_weighting)

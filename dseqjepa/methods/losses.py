@@ -19,7 +19,7 @@ from dseqjepa.ranks import gather_rows, sum_over_ranks
 def smooth_l1_by_token(
     prediction_VD: Float[Tensor, "V D"], target_VD: Float[Tensor, "V D"]
 ) -> Float[Tensor, " V"]:
-    """Smooth-L1 with beta 1, mean over the features of each predicted patch (eq. 7)."""
+    """Smooth-L1 with beta 1, averaged over the features of each predicted patch (eq. 7)."""
     return F.smooth_l1_loss(prediction_VD.float(), target_VD.float(), reduction="none").mean(dim=1)
 
 
@@ -53,7 +53,7 @@ def _off_diagonal(covariance_DD: Float[Tensor, "D D"]) -> Float[Tensor, ""]:
 
 
 def _inner(rows_TD: Float[Tensor, "T D"]) -> Float[Tensor, "D D"]:
-    """Float32 whatever the precision around: large sums whose differences matter."""
+    """In float32 even under autocast: large sums whose differences matter."""
     with torch.autocast(rows_TD.device.type, enabled=False):
         return rows_TD.T.float() @ rows_TD.float()
 
@@ -71,7 +71,7 @@ class Vicreg(nn.Module):
         self.projector: nn.Module = nn.Identity()
         hidden = config.projector_width
         if hidden:
-            # Nothing reads running statistics, and a step that is not taken must leave no trace.
+            # Nothing reads running statistics, and a skipped step must leave no trace.
             self.projector = nn.Sequential(
                 nn.Linear(width, hidden),
                 nn.BatchNorm1d(hidden, track_running_stats=False),
@@ -87,8 +87,8 @@ class Vicreg(nn.Module):
     ) -> Float[Tensor, ""]:
         """The weighted sum of the terms; 0 for fewer than two images, which have no variance.
 
-        They are statistics of a batch, so the images of all ranks come together first. With them
-        before the projector its norms see the whole batch as well, on any device.
+        The terms are batch statistics, so the images of all ranks are gathered first. Gathering
+        before the projector lets its norms see the whole batch as well, on any device.
         """
         context_BD, target_BD = gather_rows(context_BD, target_BD)
         if len(context_BD) < 2:
@@ -109,8 +109,8 @@ class Vicreg(nn.Module):
     def of_patches(
         self, centred_TD: Float[Tensor, "T D"], freedom: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
-        """Variance and covariance of context patches that are centred already (`centre_by_place`),
-        over all ranks."""
+        """Variance and covariance of context patches already centred by `centre_by_place`, over all
+        ranks."""
         covariance_DD = sum_over_ranks(_inner(centred_TD)) / freedom
         return self.config.variance * _hinge(
             covariance_DD.diagonal()
@@ -120,13 +120,13 @@ class Vicreg(nn.Module):
 def centre_by_place(
     token_TD: Float[Tensor, "T D"], patch_T: Int64[Tensor, " T"], patches: int
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, ""]]:
-    """Tokens less the mean of all tokens at their place, over the batch of all ranks.
+    """Tokens minus the mean of all tokens at their position, over the batch of all ranks.
 
-    What a feature says of its place, and of no image, is gone. A negative `patch_T` marks a token
-    that is no patch: it becomes 0 and does not count.
+    This removes what features say about the position regardless of the image. A negative `patch_T`
+    marks a token that is not a patch: it becomes 0 and does not count.
 
     Returns:
-        The centred tokens, and the degrees of freedom that are left: tokens less places over all
+        The centred tokens, and the remaining degrees of freedom: tokens minus positions over all
         ranks, at least 1.
     """
     is_patch_T1 = (patch_T >= 0)[:, None].float()
@@ -146,7 +146,7 @@ class Sigreg(nn.Module):
 
     The Epps-Pulley statistic of each direction: the squared distance between the empirical
     characteristic function and exp(-t^2 / 2), integrated over t with that same function as weight.
-    It is not multiplied by the number of samples, so that its weight does not depend on the batch.
+    It is not multiplied by the number of samples, so its weight does not depend on the batch size.
     """
 
     def __init__(self, config: SigregConfig) -> None:
@@ -170,8 +170,8 @@ class Sigreg(nn.Module):
         counts_T: Float[Tensor, " T"],
         key: Int64[Tensor, ""],
     ) -> Float[Tensor, ""]:
-        """The mean statistic over directions drawn by `key`, of the rows of all ranks that count
-        (1, not 0)."""
+        """The mean statistic over directions drawn by `key`, of all rows of all ranks whose count
+        is 1 rather than 0."""
         along_TK = self._along(rows_TD, key)
         parts = [counts_T.sum().expand(self.slices)]
         for knot in self.knot_Q:
@@ -185,7 +185,7 @@ class Sigreg(nn.Module):
     def _along(self, rows_TD: Float[Tensor, "T D"], key: Int64[Tensor, ""]) -> Tensor:
         width = rows_TD.shape[1]
         uniform_DK = uniforms(key[None], Stream.SLICES, width * self.slices).view(width, -1)
-        # The inverse of the normal distribution; a uniform number is never 1, and 0 is moved.
+        # Inverse normal CDF; a uniform number is never 1, and 0 is shifted.
         direction_DK = torch.erfinv(2 * uniform_DK.clamp(min=2**-53) - 1)
         direction_DK = F.normalize(direction_DK, dim=0).float()
         with torch.autocast(rows_TD.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The plan of DSeq-JEPA (arXiv 2511.17354): discriminative regions, one after the other.
+"""The plan of DSeq-JEPA (arXiv 2511.17354): discriminative regions in order.
 
 Suffixes: B images, N patches, K regions, M the most steps per image.
 """
@@ -45,12 +45,12 @@ class DSeqJepa(Method):
     ) -> Draw:
         """Ranked regions for a growing share of the images, I-JEPA's blocks for the others.
 
-        An image in which no region survives takes the blocks, and is counted.
+        An image without any region uses blocks and is counted.
         """
         return self._draw(sight, grid, self._lambda(progress), progress, keys_B)
 
     def draw_at_end(self, sight: Look, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]) -> Draw:
-        """Every image by its ranked regions: lambda is 1."""
+        """Ranked regions for every image: lambda is 1."""
         return self._draw(sight, grid, 1.0, 1.0, keys_B)
 
     def _draw(
@@ -66,7 +66,7 @@ class DSeqJepa(Method):
             rank_BN, count_B = self._blocks_as_regions(blocks)
             found = {}
         else:
-            # The loss says where a map is not finite; the plan of its batch does not count.
+            # A non-finite map shows in the loss; the plan of its batch does not matter.
             regions = cut(sight, grid, self.config.regions)
             found = {"region_area": _mean_area(regions)}
             regions = order_regions(regions, self.config.order, grid, keys_B)
@@ -85,7 +85,7 @@ class DSeqJepa(Method):
             lag=self.config.context_lag,
         )
         if self.config.regions.source == "random" and self.config.prediction == "flat":
-            target_BMN = blocks.target_BMN[:, : self.ranked_steps]  # as I-JEPA has them: overlaps
+            target_BMN = blocks.target_BMN[:, : self.ranked_steps]  # overlapping, as in I-JEPA
         random_BMN = blocks.context_BN[:, None].expand_as(blocks.target_BMN)
         pick_B11 = ranked_B[:, None, None]
         plan = from_candidates(
@@ -108,7 +108,7 @@ class DSeqJepa(Method):
     def _wants_ranked(
         self, share: float, progress: float, keys_B: Int64[Tensor, " B"]
     ) -> Bool[Tensor, " B"]:
-        """The curriculum's draw: one per image, or one for all at this point of training."""
+        """The curriculum's draw: one per image, or one for all images of the step."""
         if self.config.curriculum.unit == "batch":
             keys_B = moment_key(self.seed, progress, keys_B.device).expand_as(keys_B)
         return uniforms(keys_B, Stream.PATH, 1)[:, 0] < share
@@ -146,13 +146,13 @@ class DSeqJepa(Method):
         return rank_BN, count_B * blocks.context_BN.any(dim=1)
 
     def _fill(self, mask_BMN: Bool[Tensor, "B M N"]) -> Bool[Tensor, "B steps N"]:
-        """Empty steps up to the most that an image may have."""
+        """Pad with empty steps to the maximum per image."""
         B, M, N = mask_BMN.shape
         return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
 
 
 def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
-    """The mean share of the grid that a region of an image holds, the left-over apart, and 0 for an
-    image without; mean over the images, so that ranks can be averaged."""
+    """The mean share of the grid per region, without the left-over region, and 0 for images without
+    regions; averaged over images, so that ranks can be averaged."""
     cut_BN = regions.rank_BN < regions.count_B[:, None] - 1
     return (cut_BN.double().mean(dim=1) / (regions.count_B - 1).clamp(min=1)).mean()

@@ -1,1 +1,1 @@
-"""Tokens in, features out: the encoder and the predictor, which see no decision."""
+"""Tokens in, features out: the encoder and the predictor, which make no decisions."""

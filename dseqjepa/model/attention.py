@@ -1,9 +1,9 @@
 """Variable-length attention: packed tokens in, packed tokens out, sequences never mix.
 
-One interface, `attend(qkv_TXHC, sequences)`, and a backend for each situation:
+One interface, `attend(qkv_TXHC, sequences)`, with several backends:
 
-- `matmul`: explicit matmuls over buckets of similar length, with a backward of its own. On a CPU it
-  beats torch's fused kernel at the lengths of a ViT, in bfloat16 by several times.
+- `matmul`: explicit matmuls over buckets of similar length, with a hand-written backward. On a CPU
+  it beats torch's fused kernel at ViT lengths, in bfloat16 several times over.
 - `sdpa`: torch's `scaled_dot_product_attention`, on buckets or, without padding, on sequences of
   one length.
 - `varlen`: torch's variable-length flash attention (CUDA, half precision); no padding.
@@ -29,10 +29,10 @@ from dseqjepa.model.sequences import Bucket, PaddedLayout, Sequences
 
 MATMUL_UP_TO = {torch.bfloat16: 1024, torch.float32: 256, torch.float64: 256}
 """The longest sequence for which `matmul` beats `sdpa` on a CPU, forward and backward together. In
-bfloat16 it is 2 to 7 times as quick at every length; the limit is for its memory, which is
-quadratic. In full precision it wins where there is padding and loses where there is none."""
+bfloat16 it is 2 to 7 times as fast at every length; the limit is due to its memory, which is
+quadratic. In full precision it wins with padding and loses without."""
 SCORES_AT_ONCE = 1 << 21
-"""Attention scores of a bucket that are computed before they are used: what stays in the cache."""
+"""Attention scores of a bucket that are computed at a time, so that they stay in cache."""
 
 softmax_backward = torch.ops.aten._softmax_backward_data.out
 
@@ -40,9 +40,9 @@ softmax_backward = torch.ops.aten._softmax_backward_data.out
 def attend(
     qkv_TXHC: Float[Tensor, "T 3 H C"], sequences: Sequences, backend: str = "auto"
 ) -> Float[Tensor, "T H C"]:
-    """Softmax attention inside each sequence, scaled by 1 / sqrt(C).
+    """Softmax attention within each sequence, scaled by 1 / sqrt(C).
 
-    `backend` is one of `BACKENDS`, or `auto`. `KeyError` for a name that is not.
+    `backend` is one of `BACKENDS`, or `auto`; `KeyError` for any other name.
     """
     if sequences.total == 0:
         return qkv_TXHC[:, 0]
@@ -52,7 +52,7 @@ def attend(
 
 
 def choose(device: str, dtype: torch.dtype, sequences: Sequences) -> str:
-    """The backend that is expected to be quickest."""
+    """The backend expected to be fastest."""
     half = dtype in (torch.bfloat16, torch.float16)
     if device == "cpu":
         short = sequences.longest <= MATMUL_UP_TO.get(dtype, 0)
@@ -97,7 +97,7 @@ class _Matmul(torch.autograd.Function):
             q_NLC, k_NLC, v_NLC = _triple(padded_RC, bucket, heads)
             gq_NLC, gk_NLC, gv_NLC = _triple(gpadded_RC, bucket, heads)
             gout_NLC = _single(gout_RC, bucket, heads)
-            if bucket.blank_SL is not None:  # what padding would say as a query counts for nothing
+            if bucket.blank_SL is not None:  # padding as a query must have no effect
                 blank_SHL = bucket.blank_SL[:, None, :, None].expand(-1, heads, -1, 1)
                 gout_NLC.masked_fill_(blank_SHL.reshape(*gout_NLC.shape[:2], 1), 0)
             torch.bmm(weight_NLL.transpose(1, 2), gout_NLC, out=gv_NLC)
@@ -119,7 +119,7 @@ class _Matmul(torch.autograd.Function):
 def _weigh(
     q_NLC: Tensor, k_NLC: Tensor, v_NLC: Tensor, bucket: Bucket, out_NLC: Tensor, keep: bool
 ) -> Tensor:
-    """Writes the attended values to `out_NLC`; gives the weights of all heads if `keep`."""
+    """Write the attended values to `out_NLC`; return the weights of all heads if `keep`."""
     N, L = q_NLC.shape[:2]
     heads = N // bucket.count
     scratch_NLL = q_NLC.new_empty(_at_once(bucket, heads))
@@ -139,8 +139,8 @@ def _weigh(
 def _at_once(bucket: Bucket, heads: int) -> tuple[int, int, int]:
     """The shape of the scores that are computed together.
 
-    Scores are computed for a few sequences at a time, in memory that is used again: asking the
-    system for fresh memory costs as much as the products.
+    Scores are computed for a few sequences at a time in reused memory: allocating fresh memory
+    costs as much as the products.
     """
     L = bucket.length
     sequences = max(1, min(bucket.count, SCORES_AT_ONCE // (L * L * heads)))
@@ -196,7 +196,7 @@ def _by_sdpa(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows by index, where the way back is a gather as well: `back` is the inverse of `there`, and
+    """Rows by index, with a gather as the backward too: `back` is the inverse of `there`, and
     `blank` marks the rows that `there` left out."""
 
     @staticmethod
@@ -218,7 +218,7 @@ def _by_varlen(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if sequences.rank_T is not None:
-        raise ValueError("varlen attention knows no region-causal sequences: use sdpa")
+        raise ValueError("varlen attention does not support region-causal sequences: use sdpa")
     q, k, v = qkv_TXHC.unbind(1)
     bounds, longest = sequences.bounds, sequences.longest
     out_THC = varlen_attn(q, k, v, bounds, bounds, longest, longest)

@@ -1,9 +1,9 @@
 """A predictor whose mask tokens read the context by cross-attention.
 
-The joint predictor lets context tokens and mask tokens attend to each other, so it computes a
-context anew for each of its targets. Here the context's keys and values are computed once per
-block, and mask tokens neither see each other nor change the context: all targets of a context can
-be predicted together.
+The joint predictor lets context tokens and mask tokens attend to each other, so it recomputes a
+context for each of its targets. Here the context's keys and values are computed once per
+block, and mask tokens neither attend to each other nor change the context: all targets of a context
+can be predicted together.
 
 Suffixes: T context tokens, W predictor width, V predicted tokens, U the same with idle ones, K
 gathered keys, C distinct contexts, L longest query or key list of a context, H heads, E head width.
@@ -33,7 +33,7 @@ class CrossQueries:
     """The step of each predicted token, an index into the plan."""
     patch_V: Int64[Tensor, " predicted"]
     patch_U: Int64[Tensor, " U"]
-    """The same with a few idle ones at the end, like the encoder's tokens; nobody reads those."""
+    """The same with a few idle tokens at the end, as in the encoder; their output is ignored."""
     key_CL: Int64[Tensor, "C keys"]
     """The context tokens of each distinct context, an index into T; the last repeats as padding."""
     unseen_CL: Bool[Tensor, "C keys"]
@@ -41,7 +41,7 @@ class CrossQueries:
     query_CL: Int64[Tensor, "C queries"]
     """The mask tokens of each distinct context, an index into U; the last repeats as padding."""
     slot_U: Int64[Tensor, " U"]
-    """Where each mask token stands in `query_CL` flattened."""
+    """The position of each mask token in the flattened `query_CL`."""
 
 
 def pack_cross(plan: Plan, contexts: Contexts) -> CrossQueries:
@@ -74,7 +74,7 @@ def pack_cross(plan: Plan, contexts: Contexts) -> CrossQueries:
 
 
 def _rectangle(lengths_C: np.ndarray) -> np.ndarray:
-    """Indices of lists that lie one after the other, a list per row; the last repeats."""
+    """Indices of consecutive lists, one list per row; the last index repeats as padding."""
     first_C1 = (lengths_C.cumsum() - lengths_C)[:, None]
     place_L = np.arange(int(lengths_C.max(initial=0)))
     return first_C1 + np.minimum(place_L, lengths_C[:, None] - 1)

@@ -1,18 +1,18 @@
-"""What a training step costs in model arithmetic, counted from the tokens that a plan needs.
+"""FLOPs of a training step, counted from the tokens that a plan needs.
 
 A multiplication and an addition are two FLOPs. Only the model's matrix products count: norms,
-activations, saliency, regions, losses, the regulariser and the optimizer are left out, padding is
-never counted.
+activations, saliency, regions, losses, the regularizer and the optimizer are left out, and padding
+is never counted.
 
     linear layer, T tokens          forward   2 T in out
     attention, sequences of L       forward   4 sum(L^2) D       (scores, and values weighted)
     transformer block               forward   24 T D^2 + 4 sum(L^2) D
     block of a cross predictor      forward   20 V D^2 + 4 T D^2 + 4 sum(L K) D
                                     (V mask tokens; contexts of K tokens read by L of them)
-    backward                        twice the forward, once for what reads the pixels
-    target encoder                  forward alone, on whole images
+    backward                        twice the forward, once for the layer that reads the pixels
+    target encoder                  forward only, on whole images
 
-Causal attention counts its whole squares, as it computes them.
+Causal attention counts full squares, since they are computed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from dseqjepa.plans.plan import Plan
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the plan of a batch gives each part to do. Pairs are how often a token reads a token."""
+    """The work that the plan of a batch gives each part. Pairs count how often a token reads a
+    token."""
 
     images: int
     encoder: int
@@ -46,8 +47,8 @@ class Tokens:
 def count_tokens(
     plan: Plan, images: int, mode: str, encoder: VisionTransformer, predictor: AnyPredictor
 ) -> Tokens:
-    """The packed tokens of a plan for `images` images in a context mode; [CLS] is one, idle ones do
-    not count."""
+    """The packed tokens of a plan for `images` images in a context mode, including [CLS] but not
+    idle tokens."""
     contexts = pack_contexts(plan, mode, class_token=bool(encoder.prefix))
     encoder_Q = contexts.sequences.lengths[: -1 if contexts.idle else None]
     target_S = plan.counts.target_S
@@ -57,7 +58,7 @@ def count_tokens(
 
 
 def step_flops(encoder: VisionTransformer, predictor: AnyPredictor, tokens: Tokens) -> float:
-    """FLOPs of the forward and backward pass of a batch, its target included."""
+    """FLOPs of the forward and backward pass of a batch, including the target encoder."""
     grid = encoder.grid[0] * encoder.grid[1]
     length = grid + encoder.prefix
     embed = 2.0 * encoder.patch_embed.proj.weight.numel()
@@ -82,7 +83,8 @@ def _predictor_block(predictor: AnyPredictor, tokens: Tokens) -> float:
 
 
 def block_flops(width: int, tokens: int, pairs: int, hidden: int = 0) -> float:
-    """The forward pass of one block; its MLP's `hidden` layer is four times as wide, if 0."""
+    """FLOPs of the forward pass of one block; `hidden` is the MLP's width, 0 for four times the
+    block's."""
     return 4.0 * tokens * width * (2 * width + (hidden or 4 * width)) + 4.0 * pairs * width
 
 

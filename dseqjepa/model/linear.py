@@ -1,11 +1,11 @@
-"""Linear layers, by the library that is quick on this CPU.
+"""Linear layers, computed by the library that is faster on this CPU.
 
-In full precision torch multiplies matrices with MKL, whose AVX-512 code is for Intel's CPUs alone:
-on AMD's it runs at less than half of what oneDNN reaches with the same instructions. oneDNN is in
-torch too (bfloat16 goes there already), and here all three products of a layer are sent to it. The
-choice follows from the make of the CPU and never from a measurement, so that a run that goes on
-computes what the run that was stopped would have. The way there is an operator of torch that is not
-public: a torch without it, or with another of that name, multiplies as it does by itself.
+In full precision torch multiplies matrices with MKL, whose AVX-512 code runs on Intel CPUs only:
+on AMD it reaches less than half the speed of oneDNN with the same instructions. torch includes
+oneDNN (bfloat16 already uses it), and this module sends all three products of a layer to it. The
+choice depends on the make of the CPU, never on a measurement, so that a resumed run
+computes the same as an uninterrupted one. It uses an operator of torch that is not
+public: if it is missing or behaves differently, torch's default product is used.
 
 Suffixes: T rows, I inputs, O outputs.
 """
@@ -26,7 +26,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with the same names and numbers."""
+    """`nn.Linear`, with the same names and values."""
 
     def forward(self, input: Float[Tensor, "... I"]) -> Float[Tensor, "... O"]:
         return linear(input, self.weight, self.bias)
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
 def linear(
     x: Float[Tensor, "... I"], weight_OI: Float[Tensor, "O I"], bias_O: Float[Tensor, " O"] | None
 ) -> Float[Tensor, "... O"]:
-    """`torch.nn.functional.linear`, through oneDNN where that is the quicker one."""
+    """`torch.nn.functional.linear`, through oneDNN where that is faster."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
     if plain and mkl_is_slow() and not torch.is_autocast_enabled("cpu"):
         rows_TI = x.flatten(0, -2).contiguous()
@@ -45,7 +45,7 @@ def linear(
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether MKL leaves half of this CPU unused, and oneDNN is there."""
+    """Whether MKL is slow on this CPU and oneDNN is available."""
     vector = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return (
         vector
@@ -58,8 +58,7 @@ def mkl_is_slow() -> bool:
 
 
 def _has_operator() -> bool:
-    """Whether `_product` works: whether torch's operator takes what it is given here, and gives
-    the product."""
+    """Whether torch's operator exists, accepts these arguments and returns the product."""
     x_TI, weight_OI, bias_O = torch.eye(2, 3), torch.ones(4, 3), torch.ones(4)
     try:
         found_TO = _product(x_TI, weight_OI, bias_O)
@@ -74,7 +73,7 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
 
 
 class _OneDnn(torch.autograd.Function):
-    """torch has no derivative for its oneDNN operator: the two products are written out."""
+    """torch has no derivative for its oneDNN operator, so the two products are written out."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -85,7 +84,7 @@ class _OneDnn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight_OI = ctx.saved_tensors
-        # The transpose of a slice takes oneDNN a thousand times as long.
+        # oneDNN takes a thousand times as long for the transpose of a slice.
         grad_TO = grad_TO.contiguous()
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (

@@ -1,4 +1,4 @@
-"""One look of the target encoder at whole images: target features, and where they are salient.
+"""One pass of the target encoder over whole images: target features and saliency.
 
 Suffixes: B images, N patches, D width, T tokens of all images, L tokens of one image.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from dseqjepa.config import CutConfig, RegionsConfig
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Block, Images, VisionTransformer
+from dseqjepa.model.windows import sample_tokens
 from dseqjepa.plans.regions import Regions, rank_regions
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam, rarity
 
@@ -28,14 +29,23 @@ class Look:
     patches_BND: Float[Tensor, "B N D"]
     """Patch features after the final norm; no gradient."""
     saliency_BN: Float[Tensor, "B N"] | None
-    """None where none was asked for."""
+    """None if not requested."""
     content_BND: Float[Tensor, "B N D"] | None = None
-    """Features less those of a blank image at the same place: what a patch shows rather than where
-    it is. None where it was not asked for."""
+    """Features minus those of a blank image at the same position: what a patch shows rather than
+    where it is. None if not requested."""
+
+    def at_windows(self, window_B23: Float[Tensor, "B 2 3"], grid: tuple[int, int]) -> Look:
+        """The same at the patches of each image's window; `grid` is the images' (rows, columns)."""
+        saliency_BN, content_BND = self.saliency_BN, self.content_BND
+        if saliency_BN is not None:
+            saliency_BN = sample_tokens(saliency_BN[..., None], grid, window_B23)[..., 0]
+        if content_BND is not None:
+            content_BND = sample_tokens(content_BND, grid, window_B23)
+        return Look(sample_tokens(self.patches_BND, grid, window_B23), saliency_BN, content_BND)
 
 
 def look(encoder: VisionTransformer, images_BCHW: Images, *, target_blocks: int = 1) -> Look:
-    """Patch features alone, the mean of the last `target_blocks` blocks."""
+    """Patch features only, the mean of the last `target_blocks` blocks."""
     with torch.no_grad():
         x_TD, sequences = encoder.embed(images_BCHW)
         output = _run(encoder, x_TD, sequences, _last(encoder, target_blocks))
@@ -57,14 +67,14 @@ def look_for_saliency(
     Args:
         kind: one of `KINDS`, as in `SaliencyConfig`.
         query: as in `SaliencyConfig`.
-        block: the 0-based block whose output is read. -1 reads 10/12 of the way up (block 10 of 12)
-            for the [CLS] readings and Grad-CAM, and the patch embedding for rarity.
-        target_blocks: how many last blocks are averaged into the patch features.
-        content: of what to return `Look.content_BND`: of the target features, normalised as they
-            are predicted, or of the output of a 0-based block.
+        block: the 0-based block whose output is read. -1 means block 10 of 12, or the same fraction
+            of other depths, for the [CLS] kinds and Grad-CAM, and the patch embedding for rarity.
+        target_blocks: number of last blocks averaged into the patch features.
+        content: the features for `Look.content_BND`: the target features, normalized as in the
+            loss, or the output of a 0-based block.
 
     Raises:
-        ValueError: a [CLS] reading without [CLS].
+        ValueError: a [CLS] kind for an encoder without [CLS].
     """
     if kind in READS_CLS and not encoder.prefix:
         raise ValueError(
@@ -72,8 +82,8 @@ def look_for_saliency(
         )
     B, needs_blank = len(images_BCHW), content is not None or kind == "rarity"
     if needs_blank:
-        # Blank: every pixel at the mean that normalisation subtracts. It is one more image of the
-        # batch, so that it costs no pass of its own and has the precision of the others.
+        # Blank: every pixel at the mean that normalization subtracts. Appended to the batch, it
+        # needs no separate pass and has the precision of the others.
         images_BCHW = encoder.normalized(images_BCHW)
         images_BCHW = torch.cat([images_BCHW, torch.zeros_like(images_BCHW[:1])])
     read = saliency_block(encoder.depth) if block < 0 and kind != "rarity" else block
@@ -95,8 +105,8 @@ def look_for_saliency(
         elif content is not None:
             content_BND = _content(_patches(encoder, output[content], B + 1).float())
         if kind == "rarity":
-            # Not normalised: a layer norm would make the noise of an even patch as large as what an
-            # object shows.
+            # Not normalized: a layer norm would scale the noise of a plain patch to the size of an
+            # object's signal.
             saliency_BN = rarity(_content(_patches(encoder, output[read], B + 1).float()))
         elif kind in READS_CLS:
             saliency_BN = _by_cls(encoder, output, kind, query, read, B + needs_blank)[:B]
@@ -116,8 +126,8 @@ def _run(
     start: int = 0,
     stop: int | None = None,
 ) -> dict[int, Float[Tensor, "T D"]]:
-    """The outputs of the blocks in `keep`, from `start` up to, not including, `stop`; `start - 1`
-    stands for what goes in."""
+    """The outputs of the blocks in `keep`, from `start` up to but excluding `stop`; `start - 1`
+    means the input."""
     output = {start - 1: x_TD} if start - 1 in keep else {}
     for index in range(start, encoder.depth if stop is None else stop):
         x_TD = encoder.run(x_TD, sequences, start=index, stop=index + 1)
@@ -141,7 +151,7 @@ def _features(
 
 
 def _content(states_BND: Float[Tensor, "images N D"]) -> Float[Tensor, "B N D"]:
-    """The states of all images but the last, which is blank, less those of that one."""
+    """The states of all images except the last, which is blank, minus the states of the last."""
     return states_BND[:-1] - states_BND[-1:]
 
 
@@ -165,7 +175,7 @@ def _by_cls(
 
 
 def cut(sight: Look, grid: tuple[int, int], config: RegionsConfig) -> Regions:
-    """The regions of what was seen, ranked by saliency; what is not finite counts as flat."""
+    """Ranked regions from saliency and content; a non-finite map counts as flat."""
     assert sight.saliency_BN is not None
     features_BND = sight.content_BND if config.kind == "clusters" else None
     return rank_regions(
@@ -181,7 +191,7 @@ def cut(sight: Look, grid: tuple[int, int], config: RegionsConfig) -> Regions:
 def look_and_cut(
     encoder: VisionTransformer, images_BCHW: Images, config: CutConfig
 ) -> tuple[Look, Regions]:
-    """What an encoder sees in images, and the ranked regions of that."""
+    """An encoder's look at images, and the ranked regions derived from it."""
     sight = look_for_saliency(
         encoder,
         images_BCHW,
@@ -192,12 +202,12 @@ def look_and_cut(
 
 
 def saliency_block(depth: int) -> int:
-    """The block that is read where none is named: 10 of 12, the same fraction elsewhere."""
+    """The default block to read: 10 of 12, or the same fraction of other depths."""
     return min(round(depth * 10 / 12), depth - 1)
 
 
 def target_features(patches_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-    """What the predictor has to guess: patch features, normalised over D without affine."""
+    """Prediction targets: patch features, normalized over D without affine."""
     return F.layer_norm(patches_BND, patches_BND.shape[-1:])
 
 
@@ -208,7 +218,7 @@ def _grad_cam(
     keep: set[int],
     block: int,
 ) -> Float[Tensor, "B N"]:
-    """Run from `block`'s output to the end, which `output` takes up, and map the gradient."""
+    """Run from `block`'s output to the end, apply `output`, and compute the gradient map."""
     B = len(sequences.lengths)
     with torch.enable_grad():
         states_TD = output[block].detach().requires_grad_()

@@ -1,17 +1,17 @@
 """From a plan to packed tokens and back: which tokens the encoder and the predictor see.
 
-A patch outside a context is not among that context's tokens. What is left of the three context
-modes is how tokens group into sequences:
+A patch outside a context is not among that context's tokens. The three context modes differ only in
+how tokens are grouped into sequences:
 
-- `prefix`: one sequence for each distinct context, all attending to all;
-- `causal`: one sequence an image; a token sees the tokens that arrived no later than itself;
+- `prefix`: one sequence per distinct context, with full attention;
+- `causal`: one sequence per image; a token sees the tokens that arrived no later than itself;
 - `independent`: one sequence for the patches that arrived together.
 
-A patch arrives at the first step whose context holds it; with ranked regions that is its rank.
-[CLS] arrives with the first context: in a causal sequence it sees that one only, so nothing later
+A patch arrives at the first step whose context contains it; with ranked regions that is its rank.
+[CLS] arrives with the first context: in a causal sequence it sees only that one, so nothing later
 reaches an earlier patch through it.
 
-Behind the tokens come a few idle ones, in a sequence of their own, which nobody reads: see `_idle`.
+A few idle tokens follow, in their own sequence, whose output is ignored (`_idle`).
 
 Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens and U predictor tokens
 (both with the idle ones), V predicted tokens.
@@ -31,7 +31,7 @@ from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import NEVER, Plan, true_places
 
 IDLE_SHARE = 32
-"""Idle tokens are at most one for so many, and about a third of that on average."""
+"""At most one idle token per this many tokens, and about a third of that on average."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Contexts:
     """-1 for [CLS], and for an idle token."""
     sequences: Sequences
     idle: int
-    """How many tokens at the end are idle."""
+    """Number of idle tokens at the end."""
     token_SN: Int64[Tensor, "S N"]
     """The token that carries a patch to a step's predictor; meaningful inside the context."""
 
@@ -56,8 +56,8 @@ class Queries:
     """Index of the context token, -1 for a mask token."""
     patch_U: Int64[Tensor, " U"]
     query_V: Int64[Tensor, " V"]
-    """Indices of the mask tokens among the U, then the first token a few times over: what is
-    predicted there nobody reads."""
+    """Indices of the mask tokens among the U, then the first token a few more times; those
+    predictions are ignored."""
     sequences: Sequences
     row_V: Int64[Tensor, " predicted"]
     """The step of each predicted token, an index into the plan."""
@@ -67,8 +67,8 @@ class Queries:
 def pack_contexts(plan: Plan, mode: str, *, class_token: bool) -> Contexts:
     """Packed encoder tokens of a plan for a context mode."""
     counts = plan.counts
-    # row_Q is the step that a sequence belongs to, home_Q the row of the table below that holds
-    # where its patches are, and home_S the row that a step looks them up in.
+    # row_Q is the step that a sequence belongs to, home_Q the row of the table below with the
+    # positions of its patches, and home_S the row in which a step looks them up.
     if mode == "prefix":
         lengths = counts.context_S[counts.starts_S]
         row_Q = true_places(plan.starts_context_S, len(lengths))
@@ -99,8 +99,8 @@ def pack_contexts(plan: Plan, mode: str, *, class_token: bool) -> Contexts:
         arrival_T = plan.arrival_SN[step_T, patch_T.clamp(min=0)]
         rank_T = torch.where(patch_T < 0, plan.step_S[step_T], arrival_T)
 
-    # In the modes without overlap a patch of an image stands in one sequence only, so that one row
-    # an image serves all of the image's steps.
+    # In the modes without overlap a patch is in one sequence only, so one row per image serves all
+    # of the image's steps.
     table_QL = sequence_T.new_zeros(slots_QL.shape)
     table_QL[home_Q[sequence_T], slot_T] = torch.arange(len(place_T), device=place_T.device)
     idle = _idle(len(place_T))
@@ -144,10 +144,10 @@ def pad_idle(index: Int64[Tensor, " tokens"], value: int = 0) -> Int64[Tensor, "
 
 
 def _idle(tokens: int) -> int:
-    """How many idle tokens to add, so that their number is one of few.
+    """How many idle tokens to add, so that the total takes few different values.
 
-    On a CPU a library compiles a product for its shape and keeps it. Contexts have as many tokens
-    as it happens, so that every step would compile its layers anew, and keep them: a megabyte each.
+    On a CPU, oneDNN compiles a kernel for each shape and caches it. The number of context tokens
+    varies, so every step would compile new kernels of about a megabyte each.
     """
     multiple = 1 << max(tokens // IDLE_SHARE, 1).bit_length() - 1
     return -tokens % multiple

@@ -18,7 +18,7 @@ def photometric(
     """Images with brightness, contrast and saturation scaled by factors in 1 - `strength` to
     1 + `strength`, in this order, drawn for each image by its key; strength is in [0, 1].
 
-    Works on normalised values: brightness scales them as they are, contrast their distance from the
+    Works on normalized values: brightness scales them as they are, contrast their distance from the
     image's mean luma, saturation that from each pixel's own luma. Nothing is clipped.
     """
     images_BCHW = normalize(images_BCHW)

@@ -1,9 +1,9 @@
-"""How packed tokens divide into sequences, and where attention finds them.
+"""How packed tokens are divided into sequences, and laid out for attention.
 
-Tokens of all sequences lie one after the other, without padding. Attention that works on rectangles
-sorts sequences into buckets of similar length, each padded to its own longest: only attention sees
-that padding. A `PaddedLayout` says how to get from packed to padded rows and back; both ways are
-gathers, because a scatter at random places is many times slower on a CPU.
+Tokens of all sequences are stored consecutively, without padding. Attention on rectangles
+sorts sequences into buckets of similar length, each padded to its longest: only attention sees
+that padding. A `PaddedLayout` maps packed to padded rows and back; both directions are
+gathers, because a random scatter is many times slower on a CPU.
 
 Suffixes: T packed tokens, S sequences, L longest sequence of a bucket, H heads, X the three of
 query, key and value, P padded tokens of all buckets.
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 BUCKET_GROWTH = 1.2
-"""A bucket holds lengths within this factor, or `BUCKET_SLACK` tokens, of its shortest."""
+"""A bucket contains lengths within this factor, or `BUCKET_SLACK` tokens, of its shortest."""
 BUCKET_SLACK = 4
 
 Lengths = Int64[np.ndarray, " S"]
@@ -29,7 +29,7 @@ Lengths = Int64[np.ndarray, " S"]
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """A rectangle of `count` sequences of at most `length` tokens, behind `first` padded tokens."""
+    """A rectangle of `count` sequences of at most `length` tokens, after `first` padded tokens."""
 
     count: int
     length: int
@@ -37,15 +37,15 @@ class Bucket:
     hidden_S1LL: Float[Tensor, "S 1 L L"] | Float[Tensor, "S 1 1 L"] | None
     """Minus infinity where a query (rows) may not see a key (columns), else 0; added to scores."""
     blank_SL: Bool[Tensor, "S L"] | None
-    """True at padding; None where there is none."""
+    """True at padding; None if there is none."""
 
 
 @dataclass(frozen=True, eq=False)
 class PaddedLayout:
-    """Where each token's heads stand in the padded rectangles.
+    """The position of each token's heads in the padded rectangles.
 
-    A row is one head of one token. Packed rows are in (T, X, H) order for what goes in and (T, H)
-    for what comes out; padded rows are bucket after bucket, (X, S, H, L) and (S, H, L) inside one.
+    A row is one head of one token. Packed rows are in (T, X, H) order for the input and (T, H)
+    for the output; padded rows are bucket after bucket, (X, S, H, L) and (S, H, L) within one.
     Padding repeats its sequence's last token.
     """
 
@@ -53,23 +53,23 @@ class PaddedLayout:
     padded: int
     """Number of padded tokens P, over all buckets."""
     take: Int32[Tensor, " XPH"]
-    """Packed row of each padded row, going in."""
+    """Packed row of each padded input row."""
     collect: Int32[Tensor, " TXH"]
-    """Padded row of each packed row, going in."""
+    """Padded row of each packed input row."""
     spread: Int32[Tensor, " PH"]
-    """Packed row of each padded row, coming out."""
+    """Packed row of each padded output row."""
     back: Int32[Tensor, " TH"]
-    """Padded row of each packed row, coming out."""
+    """Padded row of each packed output row."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Packed tokens as sequences; the host knows the lengths, so nothing waits for a device."""
+    """Packed tokens as sequences; the host knows the lengths, so it never waits for the device."""
 
     lengths: Lengths
     device: torch.device
     rank_T: Int64[Tensor, " T"] | None = None
-    """Where given, a token sees only tokens of its sequence whose rank is not above its own."""
+    """If given, a token sees only tokens of its sequence whose rank is not above its own."""
     _layouts: dict[int, PaddedLayout] = field(default_factory=dict)
 
     @staticmethod
@@ -84,7 +84,7 @@ class Sequences:
         device: torch.device | str = "cpu",
         rank_T: Int64[Tensor, " T"] | None = None,
     ) -> Sequences:
-        """Sequences of these lengths, one after the other."""
+        """Consecutive sequences of these lengths."""
         return Sequences(np.asarray(lengths, dtype=np.int64), torch.device(device), rank_T)
 
     @cached_property
@@ -98,7 +98,7 @@ class Sequences:
 
     @cached_property
     def uniform(self) -> bool:
-        """Whether every sequence has the same length and sees all of itself."""
+        """Whether every sequence has the same length and full attention."""
         return self.rank_T is None and self.total == self.longest * len(self.lengths)
 
     @cached_property
@@ -108,7 +108,7 @@ class Sequences:
         return upload(ends, self.device)
 
     def layout(self, heads: int) -> PaddedLayout:
-        """The rectangles for attention with so many heads; made once and kept."""
+        """The rectangles for attention with this many heads; computed once and kept."""
         if heads not in self._layouts:
             self._layouts[heads] = _lay_out(self, heads)
         return self._layouts[heads]
@@ -116,12 +116,12 @@ class Sequences:
 
 @lru_cache(maxsize=8)
 def _equal(count: int, length: int, device: torch.device) -> Sequences:
-    """Kept, because every step has as many whole images and as many patches of each."""
+    """Cached, because every step has equally many whole images with equally many patches."""
     return Sequences(np.full(count, length, dtype=np.int64), device)
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
+    """Copy to the device without waiting for it."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

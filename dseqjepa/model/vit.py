@@ -1,8 +1,8 @@
 """Vision transformers: the encoder, and the narrower predictor. Tokens in, features out.
 
-The encoder's state dict has the names of timm's `VisionTransformer`, so that weights move between
-the two without a table. It runs on whole images (`forward`) and on packed patches
-(`encode_patches`); both go through the same blocks.
+The encoder's state dict uses the names of timm's `VisionTransformer`, so weights can be exchanged
+without a mapping. It runs on whole images (`forward`) and on packed patches
+(`encode_patches`); both use the same blocks.
 
 Suffixes: B images, N patches, D width, T packed tokens, P pixels of a patch (3 * patch^2),
 H heads, C head width.
@@ -30,22 +30,22 @@ from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import Plan
 
 MOST_NORMALIZED = 20.0
-"""White is some 2.6 deviations above the mean, and bytes go up to 255."""
+"""White is about 2.6 standard deviations above the mean; bytes go up to 255."""
 
 Images = Float[Tensor, "B 3 height width"] | UInt8[Tensor, "B 3 height width"]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder says of a batch: the contract that every evaluation stands on."""
+    """An encoder's output for a batch: the interface that every evaluation uses."""
 
     cls_BD: Float[Tensor, "B D"] | None
-    """[CLS] after the final norm; None for an encoder without it."""
+    """[CLS] after the final norm; None if the encoder has none."""
     patches_BND: Float[Tensor, "B N D"]
     """Patch features of the last block after the final norm."""
     layers: tuple[Float[Tensor, "B N D"], ...]
-    """Patch features of the last four blocks (fewer if there are fewer), each after the final
-    norm, the last one being `patches_BND`."""
+    """Patch features of the last four blocks (or all, if fewer), each after the final norm; the
+    last is `patches_BND`."""
 
 
 def normalize(
@@ -53,7 +53,7 @@ def normalize(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> Float[Tensor, "B 3 height width"]:
-    """uint8 images to float32, normalised; float images are taken as normalised already."""
+    """Normalize uint8 images to float32; float images are assumed to be normalized."""
     if images_BCHW.dtype != torch.uint8:
         return images_BCHW
     scale_C11, shift_C11 = _scale_and_shift(images_BCHW.device, mean, std)
@@ -61,16 +61,16 @@ def normalize(
 
 
 def check_normalized(images_BCHW: Images) -> None:
-    """`ValueError` for float images that cannot be normalised: all from 0 to 1, or far beyond what
-    normalisation gives. The host waits for the device to see this; uint8 images are not looked at.
+    """`ValueError` for float images that cannot be normalized: all values in 0 to 1, or far outside
+    the range of normalized pixels. This synchronizes with the device; uint8 images are not checked.
     """
     if images_BCHW.dtype == torch.uint8 or images_BCHW.numel() == 0 or images_BCHW.is_meta:
         return
     low, high = (float(end) for end in images_BCHW.detach().aminmax())
     if 0 <= low < high <= 1 or high > MOST_NORMALIZED:
         raise ValueError(
-            f"float images are taken as normalised, found values from {low:g} to {high:g}: give "
-            "uint8 images, or subtract the mean and divide by the deviation first"
+            f"expected normalized float images, found values from {low:g} to {high:g}: pass "
+            "uint8 images, or subtract the mean and divide by the standard deviation first"
         )
 
 
@@ -78,7 +78,7 @@ def check_normalized(images_BCHW: Images) -> None:
 def _scale_and_shift(
     device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Kept on each device: sending them there in every step would have the host wait for it."""
+    """Cached on each device: copying them at every step would make the host wait."""
     mean_C11, std_C11 = (
         torch.tensor(values, device=device)[:, None, None] for values in (mean, std)
     )
@@ -143,7 +143,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; the MLP's `hidden` layer is four times as wide, if 0."""
+    """Pre-norm transformer block; `hidden` is the MLP's width, 0 for four times the block's."""
 
     def __init__(self, width: int, heads: int, hidden: int = 0) -> None:
         super().__init__()
@@ -158,14 +158,14 @@ class Block(nn.Module):
 
 
 def set_attention(module: nn.Module, backend: str) -> None:
-    """Have all blocks below a module attend with this backend (`model.attention.BACKENDS`)."""
+    """Set the attention backend of all blocks in a module (`model.attention.BACKENDS`)."""
     for part in module.modules():
         if isinstance(part, Attention):
             part.backend = backend
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch's pixels, stored as timm stores it: a strided convolution."""
+    """A linear map of each patch's pixels, stored like timm's, as a strided convolution."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -192,9 +192,9 @@ def initialize(module: nn.Module) -> None:
 class VisionTransformer(nn.Module):
     """The encoder.
 
-    `mlp` is the width of the MLPs' hidden layer, 0 for four times `width`; `mean` and `std` are
-    those of the normalisation. `image_size` (height, width) sets the grid of the stored positions;
-    other sizes that the patch size divides get them by bicubic interpolation. `patch_init_scale`
+    `mlp` is the hidden width of the MLPs, 0 for four times `width`; `mean` and `std` define the
+    normalization. `image_size` (height, width) sets the grid of the stored positions; they are
+    interpolated bicubically for other sizes that the patch size divides. `patch_init_scale`
     multiplies the initial weights of the patch embedding, `position_scale` the fixed positions.
     """
 
@@ -237,11 +237,11 @@ class VisionTransformer(nn.Module):
             self.patch_embed.proj.weight.mul_(patch_init_scale)
 
     def normalized(self, images_BCHW: Images) -> Float[Tensor, "B 3 height width"]:
-        """uint8 images as this encoder was trained to see them; float images as they are."""
+        """uint8 images normalized as in this encoder's training; float images unchanged."""
         return normalize(images_BCHW, self.mean, self.std)
 
     def grid_of(self, images_BCHW: Images) -> tuple[int, int]:
-        """Rows and columns of patches; `ValueError` where the patch size does not divide."""
+        """Rows and columns of patches; `ValueError` if the patch size does not divide."""
         height, width = images_BCHW.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -278,7 +278,7 @@ class VisionTransformer(nn.Module):
         start: int = 0,
         stop: int | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Blocks `start` up to, not including, `stop`; without the final norm."""
+        """Blocks `start` up to but excluding `stop`, without the final norm."""
         for block in self.blocks[start:stop]:
             x_TD = block(x_TD, sequences)
         return x_TD
@@ -291,7 +291,7 @@ class VisionTransformer(nn.Module):
         grid: tuple[int, int],
     ) -> Float[Tensor, "T D"]:
         """Packed patches to features. `patch_T` is a token's patch, -1 for [CLS] (whose pixels
-        are not read); a patch that is not among the tokens has no way in."""
+        are not read); patches that are not among the tokens cannot influence the result."""
         x_TD = self.patch_embed(pixels_TP)
         if self.prefix:
             cls_1D = self.cls_token[0].to(x_TD.dtype)
@@ -300,8 +300,8 @@ class VisionTransformer(nn.Module):
         return self.norm(self.run(x_TD, sequences))
 
     def forward(self, images_BCHW: Images) -> Features:
-        """Features of whole images: uint8, or float and normalised (`check_normalized` sees to that
-        as far as values tell)."""
+        """Features of whole images: uint8, or normalized float (checked by `check_normalized` as
+        far as values tell)."""
         layers = self._layers(images_BCHW, range(max(self.depth - 4, 0), self.depth))
         cls_BD = layers[-1][:, 0] if self.prefix else None
         patches = tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers)
@@ -322,7 +322,7 @@ class VisionTransformer(nn.Module):
         return layers
 
     def forward_features(self, images_BCHW: Images) -> Float[Tensor, "B L D"]:
-        """[CLS] (if any) and the patches after the final norm, as timm's models give them."""
+        """[CLS] (if any) and the patches after the final norm, as timm's models return them."""
         return self._layers(images_BCHW, [self.depth - 1])[0]
 
     def get_intermediate_layers(
@@ -334,11 +334,11 @@ class VisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Any, ...]:
-        """Patches (B, N, D) of the last `n` blocks, or of the blocks of these numbers, from 0 on.
+        """Patches (B, N, D) of the last `n` blocks, or of the listed 0-based blocks.
 
-        The arguments are DINOv2's: `reshape` gives maps (B, D, rows, columns), and with
-        `return_class_token` each is a pair of patches and [CLS] (B, D). `ValueError` for a block,
-        or a [CLS], that is not there.
+        Arguments as in DINOv2: `reshape` returns maps (B, D, rows, columns), and with
+        `return_class_token` each is a pair of patches and [CLS] (B, D). `ValueError` for a block
+        or a [CLS] that does not exist.
         """
         wanted = list(range(self.depth - n, self.depth)) if isinstance(n, int) else list(n)
         if not wanted or min(wanted) < 0 or max(wanted) >= self.depth:
@@ -356,7 +356,7 @@ class VisionTransformer(nn.Module):
 
 
 def encoder_settings(config: Config) -> dict[str, Any]:
-    """What `VisionTransformer` takes of a config."""
+    """The arguments of `VisionTransformer` from a config."""
     model = config.model
     return {
         "image_size": config.data.image_size,
@@ -374,15 +374,15 @@ def encoder_settings(config: Config) -> dict[str, Any]:
 
 
 def build_encoder(config: Config) -> VisionTransformer:
-    """The encoder that a config describes, freshly initialised."""
+    """A freshly initialized encoder for a config."""
     return VisionTransformer(**encoder_settings(config))
 
 
 class AnyPredictor(nn.Module, ABC):
-    """What both predictors have in common, and how the rest of the package talks to either.
+    """The common part and interface of both predictors.
 
-    `mask_token=False` leaves the learned token out: queries are positions only. `output_norm`
-    passes predictions through a LayerNorm without affine, as targets are.
+    `mask_token=False` removes the learned token, so queries are positions only. `output_norm`
+    passes predictions through a LayerNorm without affine, as is done to targets.
     """
 
     positions_ND: Tensor
@@ -420,8 +420,8 @@ class AnyPredictor(nn.Module, ABC):
 
     @abstractmethod
     def pack(self, plan: Plan, contexts: Contexts) -> Any:
-        """What `predict` needs to know of a plan: the steps `row_V` and patches `patch_V` of its
-        predicted tokens, and more of its own."""
+        """What `predict` needs from a plan: at least the steps `row_V` and patches `patch_V` of its
+        predicted tokens."""
 
     @abstractmethod
     def predict(
@@ -431,15 +431,15 @@ class AnyPredictor(nn.Module, ABC):
         queries: Any,
         grid: tuple[int, int],
     ) -> Float[Tensor, "U D"]:
-        """Predicted target features of the tokens that `pack` found, and of idle ones after."""
+        """Predicted target features of the tokens from `pack`, followed by those of idle tokens."""
 
     @abstractmethod
     def count(self, context_S: np.ndarray, target_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of steps with these numbers of context and target patches: the tokens of each, and how
-        often one of them reads a token."""
+        """For steps with these numbers of context and target patches: the tokens of each, and how
+        often a token reads a token."""
 
     def mask(self, like_UW: Float[Tensor, "U W"]) -> Float[Tensor, "1 W"]:
-        """What a query is before its position is added."""
+        """The query before its position is added."""
         if self.has_mask_token:
             return self.mask_token.to(like_UW.dtype)
         return like_UW.new_zeros(1, like_UW.shape[1])
@@ -456,7 +456,7 @@ class AnyPredictor(nn.Module, ABC):
 
 
 class Predictor(AnyPredictor):
-    """A narrow ViT over context features and mask tokens that reads out at the mask tokens."""
+    """A narrow ViT over context features and mask tokens, read out at the mask tokens."""
 
     projections = (24.0, 0.0)
 

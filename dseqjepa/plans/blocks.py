@@ -1,7 +1,7 @@
 """Random rectangles on the patch grid: I-JEPA's context and target blocks (arXiv 2301.08243).
 
-Every rectangle is a pure function of its image's key: an image's blocks do not depend on the batch
-that it is in, and no block is cut to the size of another image's.
+Every rectangle is a pure function of its image's key: an image's blocks do not depend on its batch,
+and no block is truncated to the size of another image's, unless `truncate` is set.
 
 Suffixes: B images, M rectangles of an image, N patches of a grid (row-major), H rows, W columns.
 """
@@ -27,7 +27,7 @@ Range = tuple[float, float]
 class Blocks:
     """I-JEPA's blocks of every image: targets, which may overlap, and a context without them.
 
-    On grids of a few patches the targets can cover the context block: such a context is empty.
+    On very small grids the targets can cover the whole context block; the context is then empty.
     """
 
     context_BN: Bool[Tensor, "B N"]
@@ -42,36 +42,48 @@ def sample_blocks(
     target_area: Range = (0.15, 0.2),
     target_aspect: Range = (0.75, 1.5),
     context_area: Range = (0.85, 1.0),
+    truncate: bool = False,
 ) -> Blocks:
-    """Draw `targets` target blocks and one square context block, minus all targets, an image.
+    """Draw `targets` target blocks and one square context block, minus all targets, per image.
 
     Args:
-        keys_B: the images' keys; the numbers are those of `Stream.BLOCKS`.
+        keys_B: the images' keys, used with `Stream.BLOCKS`.
         grid: rows and columns of patches; their product is N.
         targets: the number M of target blocks.
-        target_area: lowest and highest fraction of the grid that a target block holds.
+        target_area: lowest and highest fraction of the grid that a target block covers.
         target_aspect: lowest and highest height / width of a target block.
-        context_area: lowest and highest fraction of the grid that the context block holds.
+        context_area: lowest and highest fraction of the grid that the context block covers.
+        truncate: use one context size and one target size for the whole batch, drawn by its first
+            image's key, and cut every context to the batch's shortest non-empty one, keeping its
+            first patches in row-major order (as facebookresearch's I-JEPA does).
 
     Sizes and positions are those of `sample_rectangles`.
 
     Raises:
         InputError: a range that no block can have.
     """
-    # The context's numbers come first, so that it stays the same whatever the number of targets.
+    # The context is drawn first, so that it does not depend on the number of targets.
     uniform_BMD = _draws(keys_B, Stream.BLOCKS, 1 + targets)
+    if truncate:  # the first two numbers are a rectangle's size
+        uniform_BMD[:, :1, :2] = uniform_BMD[:1, :1, :2].clone()
+        uniform_BMD[:, 1:, :2] = uniform_BMD[:1, 1:2, :2].clone()
     context_B1N = _rectangles(uniform_BMD[:, :1], grid, context_area, SQUARE)
     target_BMN = _rectangles(uniform_BMD[:, 1:], grid, target_area, target_aspect)
-    return Blocks(context_B1N[:, 0] & ~target_BMN.any(dim=1), target_BMN)
+    context_BN = context_B1N[:, 0] & ~target_BMN.any(dim=1)
+    if truncate:
+        place_BN = context_BN.cumsum(dim=1)
+        length_B = place_BN[:, -1]
+        context_BN &= place_BN <= length_B.where(length_B > 0, grid[0] * grid[1]).amin()
+    return Blocks(context_BN, target_BMN)
 
 
 def scatter_patches(
     keys_B: Int64[Tensor, " B"], grid: tuple[int, int], mask_ratio: float
 ) -> Blocks:
-    """One target of single patches drawn uniformly without replacement, all others the context.
+    """One target of single patches drawn uniformly without replacement; the rest is the context.
 
     Args:
-        keys_B: the images' keys; the numbers are those of `Stream.SCATTER`.
+        keys_B: the images' keys, used with `Stream.SCATTER`.
         grid: rows and columns of patches; their product is N, at least 2.
         mask_ratio: the share of patches in the target, rounded, but neither none nor all of them.
     """
@@ -93,9 +105,9 @@ def sample_rectangles(
 ) -> Bool[Tensor, "B M N"]:
     """Draw `count` rectangles for every image: area and aspect uniform and independent.
 
-    A rectangle's sides are whole patches: its number of patches is within max(height, width) / 2 of
-    the number drawn (one patch at least). A rectangle too tall or too wide for the grid keeps its
-    area and gives up its aspect. Every position where it lies inside the grid is equally likely.
+    Sides are whole patches: the number of patches is within max(height, width) / 2 of
+    the number drawn (at least one). A rectangle too tall or too wide for the grid keeps its
+    area and changes its aspect. Every position inside the grid is equally likely.
 
     Args:
         keys_B: the images' keys.

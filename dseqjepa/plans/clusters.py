@@ -1,8 +1,8 @@
-"""Patches of an image grouped by what they hold: k-means on features, batched and deterministic.
+"""Batched, deterministic k-means on the patch features of each image.
 
-Everything follows from the inner products of an image's patches, which are rounded to multiples of
-2**-30 once. From there sums are exact integers whatever the order in which a device adds, so that
-the same features give the same clusters on the CPU and on a GPU.
+Everything is computed from the inner products of an image's patches, which are rounded once to
+multiples of 2**-30. From then on sums are exact integers in any order, so that
+the same features give the same clusters on CPU and GPU.
 
 Suffixes: B images, N patches, D width, K clusters.
 """
@@ -18,8 +18,8 @@ from dseqjepa.plans.saliency import gram
 ROUNDS = 5
 FIXED_POINT = 2.0**30
 ALIKE = 1e-10
-"""A patch whose squared distance from its image's mean is less than this share of that distance and
-the mean's squared length together differs from it by rounding errors."""
+"""A patch differs from its image's mean only by rounding errors if its squared distance from it is
+below this share of the sum of that distance and the mean's squared length."""
 
 
 def cluster_patches(
@@ -30,14 +30,14 @@ def cluster_patches(
     smallest: int = 1,
     rounds: int = ROUNDS,
 ) -> Int64[Tensor, "B N"]:
-    """The cluster, 0 .. count-1, of every patch: k-means (Lloyd) inside each image.
+    """The cluster, 0 .. count-1, of every patch: k-means (Lloyd) within each image.
 
     Features are centred on their image's mean and scaled to unit length. The first centre is the
-    patch `first_B`, each further one the patch farthest from all centres so far; then `rounds`
-    times centres become the means of their patches. Ties go to the lower index. An image with
-    fewer distinct features than `count` has fewer clusters: some numbers do not occur. A cluster of
-    fewer than `smallest` patches is dissolved in the end, and its patches join the nearest one that
-    is left (cluster 0 if none is).
+    patch `first_B`, each further one the patch farthest from all previous centres; then centres are
+    replaced by the means of their patches `rounds` times. Ties go to the lower index. An image with
+    fewer distinct features than `count` has fewer clusters, so some numbers do not occur. Clusters
+    of fewer than `smallest` patches are dissolved at the end, and their patches join the nearest
+    remaining one (cluster 0 if there is none).
     """
     inner_BNN = _inner_products(features_BND)
     distance_BNK = _distances_to_seeds(inner_BNN, first_B, count)
@@ -48,13 +48,14 @@ def cluster_patches(
 
 
 def _nearest(distance_BNK: Float64[Tensor, "B N K"]) -> Bool[Tensor, "B N K"]:
-    """Which cluster each patch is nearest to. (`one_hot` would have the host wait.)"""
+    """Which cluster each patch is nearest to. (`one_hot` would make the host wait.)"""
     cluster_K = torch.arange(distance_BNK.shape[2], device=distance_BNK.device)
     return distance_BNK.argmin(dim=2, keepdim=True) == cluster_K
 
 
 def _inner_products(features_BND: Float[Tensor, "B N D"]) -> Float64[Tensor, "B N N"]:
-    """Of centred unit vectors, as whole numbers of 2**-30; 0 for what equals the mean."""
+    """Inner products of centred unit vectors, in units of 2**-30; 0 for patches equal to the
+    mean."""
     features_BND = features_BND.double()
     mean_B1D = features_BND.mean(dim=1, keepdim=True)
     inner_BNN = gram(features_BND - mean_B1D)
@@ -69,9 +70,9 @@ def _inner_products(features_BND: Float[Tensor, "B N D"]) -> Float64[Tensor, "B 
 def _distances_to_seeds(
     inner_BNN: Float64[Tensor, "B N N"], first_B: Int64[Tensor, " B"], count: int
 ) -> Float64[Tensor, "B N K"]:
-    """Squared distances to the first patch and to those that are chosen farthest first. Where every
-    patch is a copy of a seed the next one repeats a seed, and no patch is nearer to it than to that
-    earlier one: its cluster stays empty."""
+    """Squared distances to the first patch and to those chosen farthest first. If every patch is a
+    copy of a seed, the next seed repeats an earlier one; no patch is nearer to it, so its cluster
+    stays empty."""
     square_BN = inner_BNN.diagonal(dim1=1, dim2=2)
     row_B = torch.arange(len(first_B), device=first_B.device)
     nearest_BN = torch.full_like(square_BN, torch.inf)

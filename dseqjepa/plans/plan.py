@@ -1,11 +1,11 @@
-"""The plan of a batch: which patches predict which. Every method's only real job is to make one.
+"""The plan of a batch: which patches predict which. A method's job is to make one.
 
 A plan is a list of prediction steps. Each belongs to an image, sees a context (a set of patches)
-and predicts a target (another, disjoint set). Whatever follows (packing, encoding, predicting,
-the loss) reads the plan and does not know which method made it.
+and predicts a target (another, disjoint set). Everything downstream (packing, encoding, prediction,
+the loss) reads the plan without knowing which method made it.
 
 Suffixes: B images, N patches of an image (row-major), S steps, C distinct contexts,
-M steps an image at most.
+M the most steps per image.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """What the host has to know of a plan before it can lay out tokens: numbers of patches.
+    """Numbers of patches that the host needs to lay out the tokens of a plan.
 
-    One entry a step. Fetched from the device once, all together.
+    One entry per step, all copied from the device at once.
     """
 
     context_S: Int64[np.ndarray, " S"]
     target_S: Int64[np.ndarray, " S"]
     arriving_S: Int64[np.ndarray, " S"]
-    """Patches that no earlier context of the image holds."""
+    """Patches that are in no earlier context of the image."""
     starts_S: Bool[np.ndarray, " S"]
-    """Where a step's context is not the one of the step before it."""
+    """Where a step's context differs from that of the previous step."""
     opens_S: Bool[np.ndarray, " S"]
-    """Where an image's steps begin."""
+    """True at the first step of each image."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Prediction steps, ordered by image and, inside an image, by step.
+    """Prediction steps, ordered by image and, within an image, by step.
 
     `image_S` is the index of the step's image in the batch; `step_S` counts from 1, so that with
     ranked regions step k sees `rank < k` and predicts `rank == k`. Contexts and targets of a step
@@ -62,7 +62,7 @@ class Plan:
 
     @cached_property
     def starts_context_S(self) -> Bool[Tensor, " S"]:
-        """True where a step's context is not the one of the step before it."""
+        """True where a step's context differs from that of the previous step."""
         starts_S = self.opens_S.clone()
         starts_S[1:] |= (self.context_SN[1:] != self.context_SN[:-1]).any(dim=1)
         return starts_S
@@ -83,7 +83,7 @@ class Plan:
 
     @cached_property
     def arrival_SN(self) -> Int64[Tensor, "S N"]:
-        """The first step whose context holds a patch of the step's image, else `NEVER`."""
+        """The first step whose context contains a patch of the step's image, else `NEVER`."""
         step_SN = torch.where(self.context_SN, self.step_S[:, None], NEVER)
         first_IN = torch.full_like(step_SN, NEVER)  # as many rows as there are steps: enough
         item_SN = self.item_S[:, None].expand_as(step_SN)
@@ -91,7 +91,7 @@ class Plan:
 
     @cached_property
     def counts(self) -> Counts:
-        """The one fetch of a step: everything after it has known sizes."""
+        """The only copy to the host per step: afterwards all sizes are known."""
         columns = (
             self.context_SN.sum(dim=1),
             self.target_SN.sum(dim=1),
@@ -108,8 +108,8 @@ NEVER = 1 << 30
 
 
 def true_places(mask: Bool[Tensor, "..."], count: int) -> Int64[Tensor, " count"]:
-    """Where a mask is true, as indices into it flattened; `count` is how often, which saves the
-    host from waiting for the answer."""
+    """Indices into the flattened mask where it is true; knowing their number `count` saves the host
+    from waiting for it."""
     return mask.flatten().nonzero_static(size=count)[:, 0]
 
 
@@ -117,20 +117,20 @@ def from_candidates(
     context_BMN: Bool[Tensor, "B M N"],
     target_BMN: Bool[Tensor, "B M N"],
 ) -> Plan:
-    """A plan of up to M steps an image; a step without context or without target is dropped.
+    """A plan of up to M steps per image; steps without context or without target are dropped.
 
-    The contexts of an image have to grow, as those of eq. 5 do: each holds the one before it.
+    The contexts of an image must grow as in eq. 5: each contains the previous one.
     """
     M = context_BMN.shape[1]
     sizes = torch.stack([context_BMN.sum(dim=2), target_BMN.sum(dim=2)])
-    context_BM, target_BM = sizes.cpu().numpy()  # the one fetch of a step
+    context_BM, target_BM = sizes.cpu().numpy()  # the only copy to the host per step
     valid_BM = (context_BM > 0) & (target_BM > 0)
     context_S, image_S = context_BM[valid_BM], valid_BM.nonzero()[0]
     opens_S = np.ones(len(image_S), dtype=bool)
     opens_S[1:] = image_S[1:] != image_S[:-1]
     before_S = np.zeros_like(context_S)
     before_S[1:] = np.where(opens_S[1:], 0, context_S[:-1])
-    arriving_S = context_S - before_S  # contexts grow: what is not new was there before
+    arriving_S = context_S - before_S  # contexts grow: patches that are not new were there before
 
     slot_S = true_places((sizes > 0).all(dim=0), len(image_S))
     plan = Plan(
@@ -140,7 +140,7 @@ def from_candidates(
         target_BMN.flatten(0, 1).index_select(0, slot_S),
     )
     counts = Counts(context_S, target_BM[valid_BM], arriving_S, arriving_S > 0, opens_S)
-    plan.__dict__["counts"] = counts  # what the cached property would fetch a second time
+    plan.__dict__["counts"] = counts  # the cached property would fetch it a second time
     return plan
 
 
@@ -154,7 +154,7 @@ def steps_of_ranks(
     """Contexts and targets of steps 1..M of ranked regions (eq. 5).
 
     Step k predicts region k+1 (`rank == k`) from regions 1..k (`rank < k`). `prediction="flat"`
-    predicts every region from the first alone; `lag` makes contexts late by so many regions, as
+    predicts every region from the first alone; `lag` delays contexts by this many regions, as
     the authors' release does by one (docs/differences.md).
     """
     step_M = torch.arange(1, steps + 1, device=rank_BN.device)
@@ -165,7 +165,7 @@ def steps_of_ranks(
 
 
 def paint(mask_BKN: Bool[Tensor, "B K N"]) -> Int64[Tensor, "B N"]:
-    """Ranks of masks that may overlap: a patch belongs to the first mask that holds it.
+    """Ranks of masks that may overlap: a patch belongs to the first mask that contains it.
 
     A patch in no mask gets rank K, which no step sees or predicts.
     """

@@ -1,9 +1,9 @@
 """From a saliency map to ordered regions: DSeq-JEPA (arXiv 2511.17354), equations 1 to 3.
 
-Three ways to cut an image: the paper's components above a threshold, clusters of patch features,
-and bands of the saliency itself. A partition of the patch grid is one integer for each patch, its
-rank: regions that overlap or that miss a patch cannot be written down. Everything is computed for
-the whole batch at once, in float64 and in integers whose sums are exact, so that the CPU and a GPU
+There are three ways to cut an image: the paper's components above a threshold, clusters of patch
+features, and bands of the saliency itself. A partition of the patch grid is one integer per patch,
+its rank, so regions can neither overlap nor miss a patch. Everything is computed for
+the whole batch at once, in float64 and in integers whose sums are exact, so that CPU and GPU
 give the same regions.
 
 Suffixes: B images, N patches of a grid (row-major), P cells of the padded grid (row-major),
@@ -32,10 +32,10 @@ ORDERS = ("saliency", "inverse", "random", "spatial")
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """A partition of every image's patches into regions that have an order.
+    """A partition of every image's patches into ordered regions.
 
-    `rank_BN` holds 0 .. K-1, each at least once; `count_B` holds K, which differs between images,
-    and `most` is the most that it may be.
+    `rank_BN` contains 0 .. K-1, each at least once; `count_B` is K, which differs between images,
+    and `most` its maximum.
     """
 
     rank_BN: Int64[Tensor, "B N"]
@@ -54,34 +54,34 @@ def rank_regions(
 ) -> Regions:
     """Cut saliency maps into regions and rank them, most salient first.
 
-    Each map is scaled to [0, 1] (eq. 1). What a region is depends on `kind`:
+    Each map is scaled to [0, 1] (eq. 1). `kind` defines the regions:
 
-    - `components`, the paper's: the 8-connected components of what lies above Otsu's threshold and
-      that hold at least `min_area` of the grid compete by their mean saliency; the best
-      `num_regions - 1` are ranks 0, 1, ... and everything else is the last rank, the left-over
-      (eq. 2 and 3).
+    - `components`, the paper's: 8-connected components above Otsu's threshold that cover at least
+      `min_area` of the grid compete by their mean saliency. The best `num_regions - 1` get
+      ranks 0, 1, ... and everything else is the last rank, the left-over region (eq. 2 and 3).
     - `clusters`: the patches' features are clustered into `num_regions` (`cluster_patches`; the
-      first centre is the most salient patch), and clusters are ranked by their mean saliency. One
-      of less than `min_area` is dissolved into the others.
-    - `bands`: bands of equally many patches, from the most to the least salient, `num_regions` or
-      as many as `min_area` leaves room for. Patches of equal saliency stay together.
+      first centre is the most salient patch), and clusters are ranked by their mean saliency.
+      Clusters smaller than `min_area` are dissolved into the others.
+    - `bands`: bands with equally many patches, from the most to the least salient, `num_regions` or
+      as many as `min_area` allows. Patches of equal saliency stay together.
 
-    Equal means: the region with the first patch in row-major order comes first. The means are those
+    For equal means, the region with the first patch in row-major order comes first. Means are those
     of the scaled map, rounded to multiples of 2**-40. An image that cannot be cut (a flat map, or
-    clusters of features that are all alike) has one region: count 1, rank 0 everywhere.
+    identical features) has one region: count 1, rank 0 everywhere.
 
     Args:
         saliency_BN: any float type, scale and sign, on any device.
         grid: rows and columns of patches; their product is N.
-        num_regions: the most regions an image may have, left-over included; at least 2.
-        min_area: the smallest fraction of the grid that a region may hold, 0 to 1; the left-over
-            may be smaller.
+        num_regions: maximum number of regions per image, including the left-over region; at least
+            2.
+        min_area: minimum fraction of the grid that a region must cover, 0 to 1; the left-over
+            region may be smaller.
         kind: `components`, `clusters` or `bands`.
-        features_BND: what `clusters` groups, and nothing else reads.
+        features_BND: the features to cluster; only `clusters` uses them.
 
     Raises:
-        InputError: an argument out of range, a shape that is not the grid's, or, on the CPU, a map
-            that is not finite. On other devices, where looking would wait for the device, such an
+        InputError: an argument out of range, a shape that does not match the grid, or, on the CPU,
+            a non-finite map. On other devices, where checking would synchronize, such an
             image counts as flat.
     """
     _check_arguments(saliency_BN, grid, num_regions, min_area, kind, features_BND)
@@ -142,7 +142,7 @@ def _rank_components(
     foreground_BP = _pad(_above_otsu(scaled_BN), grid)
     root_BP = _component_roots(foreground_BP, grid)
 
-    # Integers: the sums do not depend on the order in which a GPU adds.
+    # Integers: sums do not depend on the order in which a GPU adds.
     fixed_BP = _pad((scaled_BN * FIXED_POINT).round().to(torch.int64), grid)
     area_BP = torch.zeros_like(root_BP).scatter_add_(1, root_BP, foreground_BP.to(torch.int64))
     total_BP = torch.zeros_like(root_BP).scatter_add_(1, root_BP, fixed_BP)
@@ -165,7 +165,7 @@ def _rank_components(
 
 
 def _bands(scaled_BN: Float64[Tensor, "B N"], bands: int) -> Int64[Tensor, "B N"]:
-    """Each patch's band, 0 the most salient: by how many patches of the map are more salient."""
+    """Each patch's band, 0 being the most salient, by how many patches are more salient."""
     ascending_BN = scaled_BN.sort(dim=1).values
     at_most_BN = torch.searchsorted(ascending_BN, scaled_BN.contiguous(), right=True)
     patches = scaled_BN.shape[1]
@@ -175,7 +175,7 @@ def _bands(scaled_BN: Float64[Tensor, "B N"], bands: int) -> Int64[Tensor, "B N"
 def _rank_parts(
     part_BN: Int64[Tensor, "B N"], scaled_BN: Float64[Tensor, "B N"], parts: int
 ) -> Regions:
-    """Number the parts of each image by their mean saliency; parts without patches drop out."""
+    """Number the parts of each image by mean saliency; parts without patches are dropped."""
     B, N = part_BN.shape
     area_BK = part_BN.new_zeros(B, parts).scatter_add_(1, part_BN, torch.ones_like(part_BN))
     fixed_BN = (scaled_BN * FIXED_POINT).round().to(torch.int64)
@@ -200,18 +200,18 @@ def otsu_foreground(saliency_BN: Float[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
 def order_regions(
     regions: Regions, order: str, grid: tuple[int, int], keys_B: Int64[Tensor, " B"]
 ) -> Regions:
-    """Renumber every image's regions, the left-over among them; the partition stays (Table 5).
+    """Renumber every image's regions, including the left-over; the partition is kept (Table 5).
 
     Args:
-        regions: as `rank_regions` gives them.
-        order: `saliency` leaves them; `inverse` counts from the other end; `random` is a uniform
-            permutation, a function of the image's key alone; `spatial` is the raster order of
+        regions: from `rank_regions`.
+        order: `saliency` keeps the order; `inverse` reverses it; `random` is a uniform
+            permutation, a function of the image's key only; `spatial` is the raster order of
             centroids: by mean row, then by mean column.
         grid: rows and columns of patches.
-        keys_B: the images' keys; `random` alone reads them.
+        keys_B: the images' keys, used only by `random`.
 
     Raises:
-        InputError: an order that does not exist.
+        InputError: an unknown order.
     """
     if order not in ORDERS:
         raise InputError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
@@ -239,7 +239,7 @@ def _argsort(values_BK: Shaped[Tensor, "B K"]) -> Int64[Tensor, "B K"]:
 def _centroids(
     rank_BN: Int64[Tensor, "B N"], grid: tuple[int, int], most: int
 ) -> Float64[Tensor, "B K X"]:
-    """Mean row and column of every region; NaN, which sorts last, where an image lacks it."""
+    """Mean row and column of every region; NaN, which sorts last, for regions an image lacks."""
     cell_N = torch.arange(grid[0] * grid[1], device=rank_BN.device)
     cell_NX = torch.stack((cell_N // grid[1], cell_N % grid[1]), dim=1).to(torch.float64)
     inside_BKN = rank_BN[:, None, :] == torch.arange(most, device=rank_BN.device)[:, None]
@@ -247,14 +247,14 @@ def _centroids(
 
 
 def _scale(saliency_BN: Float64[Tensor, "B N"]) -> Float64[Tensor, "B N"]:
-    """Min-max normalisation (eq. 1); a flat map becomes zero."""
+    """Min-max normalization (eq. 1); a flat map becomes zero."""
     low_B1, high_B1 = saliency_BN.aminmax(dim=1, keepdim=True)
     span_B1 = high_B1 - low_B1
     if _may_look(span_B1) and not span_B1.isfinite().all():
         image = int((~span_B1.isfinite()).nonzero()[0, 0])
         raise InputError(
-            f"saliency must be finite, found NaN, infinity or a range that overflows in image "
-            f"{image} of the batch; look for the step where the encoder's features diverged"
+            f"saliency must be finite, found NaN, infinity or an overflowing range in image "
+            f"{image} of the batch; find the step at which the encoder's features diverged"
         )
     return (saliency_BN - low_B1) / torch.where(span_B1 == 0, 1.0, span_B1)
 
@@ -266,12 +266,12 @@ def _above_otsu(scaled_BN: Float64[Tensor, "B N"]) -> Bool[Tensor, "B N"]:
 def _otsu_threshold(scaled_BN: Float64[Tensor, "B N"]) -> Float64[Tensor, " B"]:
     """Otsu's threshold of maps in [0, 1]: the centre of the histogram bin that splits them best.
 
-    Bin edges and centres are dyadic, so counts and moments are exact whatever the order of the
-    sums; the result equals scikit-image's `threshold_otsu` bit for bit (up to 8,192 patches, from
-    where on that function's float32 weights are rounded). Of a map of zeros it is some centre,
+    Bin edges and centres are dyadic, so counts and moments are exact in any summation order. The
+    result equals scikit-image's `threshold_otsu` bit for bit (up to 8,192 patches, beyond which
+    that function's float32 weights are rounded). For a map of zeros it is some bin centre,
     hence above every patch.
     """
-    # Clamped as an integer: a NaN, left by a map that is not finite, has no bin before that.
+    # Clamped as an integer: NaN from a non-finite map has no bin before that.
     bin_BN = (scaled_BN * BINS).to(torch.int64).clamp_(0, BINS - 1)
     one = scaled_BN.new_ones(()).expand_as(bin_BN)
     count_BV = scaled_BN.new_zeros(len(scaled_BN), BINS).scatter_add_(1, bin_BN, one)
@@ -298,8 +298,8 @@ def _component_roots(
     Every round hooks the root of each tree onto the smallest root that touches the tree, then
     flattens the trees by pointer jumping. The root is its tree's first cell.
 
-    How many rounds suffice: in the first, a cell that stays a root has no neighbour before it, so
-    two roots never touch and there are at most ceil(h/2) * ceil(w/2). From then on two rounds at
+    Number of rounds needed: after the first, a cell that is still a root has no earlier neighbour,
+    so no two roots touch and there are at most ceil(h/2) * ceil(w/2). From then on, two rounds at
     least halve the roots of a component that still has several: a root that is not hooked is
     smaller than all that touch it; one of those hooks onto it, or onto a smaller one, to which it
     then hooks itself in the next round. A tree of P cells is flat after log2(P) jumps.
@@ -328,8 +328,8 @@ def _component_roots(
 def _smallest_around(root_BP: Int64[Tensor, "B P"], pitch: int) -> Int64[Tensor, "B P"]:
     """The minimum over every cell and its 8 neighbours, `pitch` being the length of a padded row.
 
-    The batch is one long line here: a neighbour is a fixed distance away, and what lies across an
-    edge is background, which is never smaller.
+    The batch is treated as one long line: a neighbour is at a fixed distance, and cells across an
+    edge are background, which is never smaller.
     """
     margin = pitch + 1
     line = F.pad(root_BP.flatten(), (margin, margin), value=root_BP.shape[1] - 1)
@@ -339,10 +339,10 @@ def _smallest_around(root_BP: Int64[Tensor, "B P"], pitch: int) -> Int64[Tensor,
 
 
 def _known_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether to stop early, where it can be known."""
+    """Whether to stop early, if that can be known without waiting."""
     return _may_look(one) and torch.equal(one, other)
 
 
 def _may_look(values: Tensor) -> bool:
-    """On the CPU a value is there to be looked at; asking a GPU would cost more than it saves."""
+    """On the CPU values can be inspected; asking a GPU would cost more than it saves."""
     return values.device.type == "cpu"

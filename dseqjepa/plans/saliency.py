@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 RARE_SHARE = 3
-"""Rarity looks at the nearest third of an image's other patches."""
+"""Rarity uses the nearest third of an image's other patches."""
 RARE_STEPS = 2.0**14
-"""Rarity is a multiple of this fraction of the image's scale, so that patches which show the same
-have the same, in spite of the rounding errors of whatever encoded them."""
+"""Rarity is rounded to a multiple of this fraction of the image's scale, so that identical patches
+get identical values despite rounding errors in the encoder."""
 
 
 def cls_similarity(
@@ -25,7 +25,7 @@ def cls_similarity(
 
 
 def cls_attention(attention_BHN: Float[Tensor, "B H N"]) -> Float[Tensor, "B N"]:
-    """The attention that [CLS] pays to each patch, mean over the heads."""
+    """The attention of [CLS] to each patch, averaged over the heads."""
     return attention_BHN.float().mean(dim=1)
 
 
@@ -42,19 +42,18 @@ def grad_cam(
 
 
 def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
-    """How far a patch lies from its nearest neighbours in feature space.
+    """Distance of each patch from its nearest neighbours in feature space.
 
-    The mean Euclidean distance of each patch to the nearest third (at least one) of the other
-    patches of its own image: background repeats itself, what is rare stands out. Content is what
-    the encoder makes of a patch less what it makes of a blank one at the same place
-    (`model.look.look_for_saliency`), without which the map mostly tells places apart. A single
-    patch has rarity 0. Values are rounded to multiples of 2**-14 of the root mean square of the
-    contents' lengths.
+    The mean Euclidean distance to the nearest third (at least one) of the other patches of its
+    image: background repeats itself, rare content stands out. Content is the encoder's state of a
+    patch minus that of a blank patch at the same position (`model.look.look_for_saliency`);
+    otherwise the map would mostly reflect positions. A single patch has rarity 0. Values are
+    rounded to multiples of 2**-14 of the root mean square of the content vectors' lengths.
     """
     B, N, _ = content_BND.shape
     if N < 2:
         return content_BND.new_zeros(B, N).float()
-    # Distances from inner products cancel where patches are alike: hence float64.
+    # Distances from inner products suffer cancellation for similar patches, hence float64.
     squared_BNN = gram(content_BND)
     square_BN = squared_BNN.diagonal(dim1=1, dim2=2).clone()
     scale_B = square_BN.mean(dim=1)
@@ -70,7 +69,7 @@ def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
 
 
 def gram(features_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N N"]:
-    """The inner products of the patches of each image, in float64 whatever the precision around."""
+    """The inner products of the patches of each image, in float64 even under autocast."""
     with torch.autocast(features_BND.device.type, enabled=False):
         features_BND = features_BND.double()
         return features_BND @ features_BND.mT

@@ -1,1 +1,1 @@
-"""One HTML file that shows what runs were, whether they are healthy, and what they learnt."""
+"""One HTML file about one or several runs: settings, health, and what they learnt."""

@@ -1,4 +1,4 @@
-"""The curves of a report: which metrics are drawn together, and what each means.
+"""The curves of a report: which metrics are drawn together, and what they mean.
 
 A chart is plain JSON: the page draws it and knows no metric by name.
 """
@@ -16,9 +16,9 @@ from dseqjepa.report.words import alike, group_name
 from dseqjepa.viz.topics import HEALTH, LEARNING, REGIONS, SCHEDULE, Topic
 
 MOST_AT_LENGTH = 2
-"""Of more runs, what is of each of them is folded."""
+"""With more runs, details of single runs are collapsed."""
 MOST_POINTS = 2000
-"""Of a run that logged more lines, so many are drawn, evenly spaced."""
+"""Maximum number of log lines drawn per run, evenly spaced."""
 
 
 def groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ def groups(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def interval_chart(task: str, metric: str, scores: Sequence[tuple[str, Score]]) -> dict[str, Any]:
-    """Values with their intervals, a line each; `scores` holds (run, score)."""
+    """Values with their intervals, one line each; `scores` contains (run, score)."""
     runs = list(dict.fromkeys(run for run, _ in scores))
     return {
         "title": task,
@@ -63,7 +63,7 @@ def interval_chart(task: str, metric: str, scores: Sequence[tuple[str, Score]]) 
 
 
 def _chart(topic: Topic, runs: Sequence[Run]) -> dict[str, Any]:
-    """With several runs the first curve alone, once for the runs that differ in their seed."""
+    """With several runs only the first curve, once for runs that differ only in their seed."""
     first, *others = topic.curves.items()
     if len(runs) > 1:
         series = [
@@ -79,7 +79,7 @@ def _chart(topic: Topic, runs: Sequence[Run]) -> dict[str, Any]:
     if len({run.config.method.name for run in runs}) > 1 and topic.unit == "loss":
         meaning += " Methods predict different patches: their losses are not comparable."
     if any("low" in item for item in series):
-        meaning += " A band reaches from the lowest to the highest seed."
+        meaning += " Bands span the lowest to the highest seed."
     return _plain(topic, topic.title, meaning, series)
 
 
@@ -100,8 +100,8 @@ def _plain(
 
 
 def _series(name: str, group: Sequence[Run], key: str, colour: int) -> dict[str, Any]:
-    """The steps at which a value was logged, and the value; of several runs its mean, where all of
-    them have one, and how far they are apart."""
+    """The steps at which a value was logged, and the value; for several runs its mean, where all
+    have one, and their spread."""
     logged = [
         {int(line["step"]): line[key] for line in (*run.steps, *run.probes) if key in line}
         for run in group

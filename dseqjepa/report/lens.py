@@ -28,9 +28,9 @@ from dseqjepa.viz.tiles import data_uri, label_patch
 from dseqjepa.viz.trace import Trace, trace
 
 MOST_CHECKPOINTS = 12
-"""Of a run that kept more, so many are shown, evenly spaced, the first and the last among them."""
+"""Maximum number of checkpoints shown, evenly spaced, including the first and the last."""
 SHOWN_SIDE = 256
-"""Pixels of the longer side of an image in the page; fewer where the image has fewer."""
+"""Maximum pixels of the longer side of an image in the page."""
 LEVELS = 255
 
 
@@ -39,16 +39,16 @@ class LensImages:
     """The images of a lens, as the page shows them and as the encoder sees them."""
 
     pictures: Sequence[Mapping[str, str]]
-    """`src`, a data URI, `name` and `label` ("" where there is none)."""
+    """`src`, a data URI, `name` and `label` ("" if there is none)."""
     images_BCHW: UInt8[Tensor, "B 3 H W"]
     indices: Sequence[int]
-    """Their places in the source."""
+    """Their indices in the source."""
     are_held_out: bool
 
 
 @dataclass(frozen=True)
 class Lens:
-    """A run's part of the lens; `content` is plain JSON, None where there is nothing to show."""
+    """A run's part of the lens; `content` is plain JSON, None if there is nothing to show."""
 
     content: Mapping[str, Any] | None
     notes: Sequence[str]
@@ -56,21 +56,21 @@ class Lens:
 
 
 def build_lens(run: Run, images: int, shared: CutConfig) -> Lens:
-    """Trace `images` images of a run's data through the checkpoints that it kept.
+    """Trace `images` images of a run's data through its kept checkpoints.
 
-    What cannot be shown, because the data is gone or a checkpoint is damaged, is said in `notes`.
+    `notes` lists what cannot be shown because the data is gone or a checkpoint is damaged.
 
     Args:
-        images: how many to choose; fewer where the data holds fewer that can be decoded.
-        shared: how to cut images for a method that has no regions of its own.
+        images: how many to choose; fewer if the data has fewer decodable ones.
+        shared: how to cut images for a method without its own regions.
     """
     if not run.checkpoints:
-        return Lens(None, ["There is no checkpoint to look through."])
+        return Lens(None, ["There is no checkpoint to show."])
     try:
         spec = _data_of(run)
         chosen = choose_images(run.config.with_(data={"source": spec}), images)
     except InputError as error:
-        return Lens(None, [f"The images are not there any more ({printable(error)})."])
+        return Lens(None, [f"The images are no longer available ({printable(error)})."])
     if not chosen.pictures:
         return Lens(None, [f"No image of {run.config.data.source} can be decoded."])
     keys_B = sample_keys(run.config.runtime.seed, 0, torch.tensor(list(chosen.indices)))
@@ -101,8 +101,8 @@ def build_lens(run: Run, images: int, shared: CutConfig) -> Lens:
 
 
 def _data_of(run: Run) -> str:
-    """What the newest readable checkpoint of a run was trained on: pictures of any other folder are
-    not the run's, whatever its config names."""
+    """The data that the newest readable checkpoint of a run was trained on; images of any other
+    folder are not the run's, whatever its config says."""
     for folder in reversed(run.checkpoints):
         try:
             checkpoint = described(folder)
@@ -113,10 +113,10 @@ def _data_of(run: Run) -> str:
 
 
 def choose_images(config: Config, count: int) -> LensImages:
-    """A seeded choice of the images that a run's config names, held-out ones if there are any.
+    """A seeded choice of a run's images, held-out ones if there are any.
 
     Raises:
-        InputError: the data is not there, or not what it was.
+        InputError: the data is missing, or has changed.
     """
     source, are_held_out = _source(config)
     keys_N = sample_keys(config.runtime.seed, 0, torch.arange(len(source)))
@@ -146,14 +146,14 @@ def choose_images(config: Config, count: int) -> LensImages:
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(index)] for index in np.linspace(0, len(items) - 1, most)]
 
 
 def _source(config: Config) -> tuple[Source, bool]:
-    """The part of the data that training did not see, if it has such a part; and whether."""
+    """The held-out part of the data, if there is one, and whether there is."""
     source = source_of(config, "train")
     if isinstance(source, ImageFiles) and not source.has_splits:
         return source, False
@@ -167,13 +167,13 @@ def _label(source: Source, index: int) -> str:
 
 
 def _shown(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """What the encoder sees of an image, with more of its pixels where it has more."""
+    """The encoder's view of an image, at higher resolution if available."""
     scale = min(SHOWN_SIDE / max(size), max(1.0, min(image_CHW.shape[-2:]) / min(size)))
     return EvalTransform((round(size[0] * scale), round(size[1] * scale)))(image_CHW)
 
 
 def _plain(item: Trace) -> dict[str, Any]:
-    """A trace as JSON: maps row by row, masks as texts of 0 and 1, losses of the target alone."""
+    """A trace as JSON: maps row by row, masks as strings of 0 and 1, losses of the target only."""
     low, high = float(item.saliency_hw.min()), float(item.saliency_hw.max())
     scaled_hw = (item.saliency_hw - low) / ((high - low) or 1.0) * LEVELS
     return {
@@ -200,5 +200,5 @@ def _bits(mask_hw: np.ndarray) -> str:
 
 
 def _short(value: float) -> float | None:
-    """Five significant digits; None, which JSON has, for what is not finite."""
+    """Five significant digits; None, which is valid JSON, for non-finite values."""
     return float(f"{value:.5g}") if math.isfinite(value) else None

@@ -1,8 +1,8 @@
-"""The page itself: one HTML file that needs no network and lets nothing in.
+"""The page: one self-contained HTML file that needs no network and admits no foreign code.
 
 Text reaches the page through Jinja's escaping or as JSON that the script shows by `textContent`.
-The content security policy allows the scripts and styles of this file, by their hashes, and images
-that are in it; there is no source to which a request could go.
+The content security policy allows the scripts and styles of this file, by their hashes, and
+embedded images; no request can go anywhere.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HERE = Path(__file__).parent
 IMAGES = 6
 MOST_BYTES = 15 * 2**20
 MAP_STYLE = r'getElementById\("([0-9a-f]{64})"\)'
-"""Plotly brings styles of maps unless there is an element with this id: the policy forbids them."""
+"""Plotly adds styles for maps unless an element has this id; the policy forbids them."""
 NEEDED = ("jinja2", "plotly")
 PAPERS = {"light": (255, 255, 255), "dark": (21, 23, 28)}
-"""What lines are drawn on, as page.css has it."""
+"""Background colours of the charts, as in page.css."""
 MIN_CONTRAST = 3.0
-"""Of a line to its paper (WCAG 2.1, success criterion 1.4.11)."""
+"""Minimum contrast of a line to its background (WCAG 2.1, success criterion 1.4.11)."""
 
 
 def missing_packages() -> list[str]:
@@ -50,19 +50,17 @@ def write_report(paths: Sequence[Path], out: Path, *, images: int = IMAGES) -> P
 
     Args:
         paths: folders of runs. With several, curves and tables compare them.
-        out: a file name that ends in .html; its folder is made.
-        images: how many images the region lens of each run shows.
+        out: a file name that ends in .html; its folder is created.
+        images: number of images in the region lens of each run.
 
     Raises:
-        InputError: no run, a folder that is none, `out` not a file name of a page, or packages
-            missing; before anything is written.
-        RunError: the page would be larger than 15 MiB.
+        InputError: no run, a folder that is not a run, an invalid `out`, or missing packages;
+            before anything is written.
+        RunError: the page would exceed 15 MiB.
     """
     _check_out(out)
     if absent := missing_packages():
-        raise InputError(
-            f"the report needs {' and '.join(absent)}: pip install 'dseqjepa[report]' has them"
-        )
+        raise InputError(f"the report needs {' and '.join(absent)}: pip install 'dseqjepa[report]'")
     if images < 1:
         raise InputError(f"images must be at least 1, found {images}")
     runs = read_runs(paths)
@@ -129,7 +127,7 @@ def render(runs: Sequence[Run], images: int = IMAGES) -> str:
 
 
 def _column(group: Sequence[Run]) -> dict[str, Any]:
-    """Runs that differ in nothing but their seed, beside others: means, lowest and highest."""
+    """Runs that differ only in their seed, next to others: mean, lowest and highest."""
     verdicts = [words.verdict(run) for run in group]
     last = [run.steps[-1] if run.steps else {} for run in group]
     probes = [run.probes[-1] for run in group if run.probes]
@@ -157,7 +155,7 @@ def _column(group: Sequence[Run]) -> dict[str, Any]:
 
 
 def _recipe(group: Sequence[Run]) -> dict[str, Any]:
-    """The settings of runs that differ in nothing but their seed."""
+    """The settings of runs that differ only in their seed."""
     told = _told(group[0])
     told["changed"] = dict(told["changed"])
     is_of_seeds = len(group) > 1
@@ -183,8 +181,8 @@ def _told(run: Run) -> dict[str, Any]:
 
 
 def _tasks(together: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
-    """A table for every task and metric: the scores of all runs, and how they were measured. Runs
-    that are `together` are a line for each encoder."""
+    """A table per task and metric: the scores of all runs, and how they were measured. Runs that
+    are `together` share a row for each encoder."""
     found: dict[tuple[str, str], list[tuple[str, Score]]] = {}
     for group in together:
         by_encoder: dict[tuple[str, str, str, int], list[Score]] = {}
@@ -199,7 +197,7 @@ def _tasks(together: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
             found.setdefault((task, metric), []).append(line)
     tables = []
     for (task, metric), scores in found.items():
-        # The commonest answer, say, tells nothing of how it was measured.
+        # A majority baseline, for example, does not record how it was measured.
         told = [score.details for _, score in scores if score.details] or [{}]
         common = set.intersection(*(set(details.items()) for details in told))
         rows = [
@@ -224,7 +222,7 @@ def _tasks(together: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
 
 def _check_out(out: Path) -> None:
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder: name a file, such as {out / 'report.html'}")
+        raise InputError(f"--out {out} is a folder: give a file, such as {out / 'report.html'}")
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out} must end in .html: the report is a web page")
     there = next(folder for folder in out.absolute().parents if folder.exists())
@@ -235,9 +233,10 @@ def _check_out(out: Path) -> None:
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """Nothing is allowed but what is in the file.
+    """Allow only what is in the file.
 
-    Plotly makes an empty style element and fills it by rules: the hash of nothing lets it.
+    Plotly creates an empty style element and adds rules to it, which the hash of the empty string
+    allows.
     """
     allowed = " ".join(_hash(script) for script in scripts)
     return (
@@ -257,14 +256,14 @@ def _read(name: str) -> str:
 
 @cache
 def _plotly() -> str:
-    """Plotly's own script, as its Python package brings it."""
+    """Plotly's script, from its Python package."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
 
 
 def _lines(paper: tuple[int, int, int]) -> list[str]:
-    """The colours of the palette that a thin line on this paper can have, in their order."""
+    """The palette's colours with enough contrast for a thin line on this background, in order."""
     return [_css(colour) for colour in PALETTE if contrast(colour, paper) >= MIN_CONTRAST]
 
 

@@ -1,6 +1,6 @@
-"""What a report reads: the files of a run's folder, checked, and nothing else.
+"""The input of a report: the files of a run's folder, checked.
 
-A report is for runs that went wrong too: what is damaged is left out and said.
+Reports also cover failed runs: damaged parts are left out and noted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dseqjepa.presets import load_config
 from dseqjepa.train.metrics import is_step, read_metrics
 
 Line = Mapping[str, float]
-"""The finite numbers of a line of metrics.jsonl by name; those of `loss_by_step` by `step_loss`."""
+"""The finite numbers of a line of metrics.jsonl by name; `loss_by_step` uses `step_loss` names."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One measured value of an evaluation, with the interval that it was written with."""
+    """One value of an evaluation with its interval."""
 
     task: str
     encoder: str
@@ -32,7 +32,7 @@ class Score:
     low: float | None
     high: float | None
     details: Mapping[str, str]
-    """What else the row says, such as the number of test images."""
+    """Other fields of the row, such as the number of test images."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as its folder tells it."""
+    """A run, read from its folder."""
 
     path: Path
     name: str
-    """How the report calls it; unique within a report."""
+    """Its name, unique within a report."""
     config: Config
     steps: Sequence[Line]
     """The logged steps, in order."""
     probes: Sequence[Line]
-    """The lines of the online evaluation: `step` and, of what the data has labels for, `probe_knn`
-    and the likes of `probe_auc`."""
+    """The lines of the online evaluation: `step` and, depending on the data's labels, `probe_knn`
+    and metrics such as `probe_auc`."""
     evaluations: Sequence[Evaluation]
     checkpoints: Sequence[Path]
     """Checkpoint folders, by step; not verified."""
     start: str
-    """Where the weights came from, as log.txt says; "" where it does not."""
+    """Origin of the initial weights from log.txt; "" if unknown."""
     total_steps: int | None
-    """How long the run was to be; None where no checkpoint tells it."""
+    """The planned number of steps; None if no checkpoint records it."""
     notes: Sequence[str] = field(default=())
     """What is damaged or missing, one sentence each."""
 
@@ -70,7 +70,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read every run's folder.
 
     Raises:
-        InputError: no path, the same one twice, or a folder that is no run.
+        InputError: no path, a duplicate, or a folder that is not a run.
     """
     if not paths:
         raise InputError("expected a run's folder, found none")
@@ -83,7 +83,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read one run's folder; `InputError` where it is not one."""
+    """Read one run's folder; `InputError` if it is not one."""
     _check_is_run(path)
     try:
         config = load_config(path / "config.yaml")
@@ -110,18 +110,18 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name; -1 where it has none."""
+    """The step in a checkpoint folder's name; -1 if it has none."""
     digits = checkpoint.name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else -1
 
 
 def step_loss(number: int) -> str:
-    """The name that the loss of prediction step `number`, from 1, has in a `Line`."""
+    """The name of the loss of prediction step `number`, from 1, in a `Line`."""
     return f"loss of step {number}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart."""
+    """The folders' names, with as many parents as needed to distinguish them."""
     resolved = [path.resolve().parts for path in paths]
     depth = 1
     while len({parts[-depth:] for parts in resolved}) < len(paths):
@@ -138,7 +138,7 @@ def _check_is_run(path: Path) -> None:
         raise InputError(f"no such run: {path}")
     inside = [entry for entry in sorted(path.iterdir()) if (entry / "config.yaml").is_file()]
     hint = f"; did you mean {inside[0]}?" if inside else ""
-    raise InputError(f"{path} is no run: it holds no config.yaml{hint}")
+    raise InputError(f"{path} is not a run: it has no config.yaml{hint}")
 
 
 def _read_metrics(path: Path) -> tuple[list[Line], list[str]]:
@@ -161,7 +161,7 @@ def _numbers(values: Mapping[str, Any]) -> Line:
 
 
 def _is_number(value: object) -> bool:
-    """A finite one. JSON has whole numbers of any length: what no float can hold is none."""
+    """A finite number; JSON integers that no float can represent do not count."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= sys.float_info.max
@@ -185,10 +185,10 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
 
 
 def _scores(row: Mapping[str, Any], default_task: str) -> Iterable[Score]:
-    """The values of a row that have an interval; the rest of the row says how they were measured.
+    """The values of a row that have an interval; the rest says how they were measured.
 
-    `X` is a value where there is `X_low`, as in all evaluations; a row without one is shown by its
-    `accuracy`, if it has that.
+    `X` is a value if there is `X_low`, as in all evaluations; a row without one is shown by its
+    `accuracy`, if any.
     """
     measured = [key for key in row if f"{key}_low" in row] or ["accuracy"]
     bounds = {f"{key}_{end}" for key in measured for end in ("low", "high")}

@@ -1,4 +1,4 @@
-"""What a report says before it shows a number: what a run was, how it is, what it learnt."""
+"""The words of a report: what a run was, whether it is healthy, what it learnt."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 from dseqjepa.config import Config, differences
+from dseqjepa.data.scenes import SPECS
 from dseqjepa.errors import printable
 from dseqjepa.presets import preset, preset_names
 from dseqjepa.report.run import Run, Score
 from dseqjepa.train import monitor
 
 NO_ENCODER = ("majority", "place alone", "raw pixels")
-"""Rows of an evaluation that no encoder has made."""
+"""Rows of an evaluation without an encoder."""
 Tone = Literal["good", "unsure", "bad", "none"]
 NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
-"""What a logged line must hold for the monitor to judge it."""
+"""The fields of a log line that the monitor needs."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class HealthSummary:
     sentence: str
     figures: str
     more: str
-    """What the verdict means, and what it was before where it was worse."""
+    """What the verdict means, and earlier worse verdicts."""
 
 
 def method_name(config: Config) -> str:
@@ -61,10 +62,10 @@ def what_it_was(run: Run) -> str:
 
 
 def verdict(run: Run) -> HealthSummary:
-    """The monitor's words for the last logged step, and when it judged otherwise before."""
+    """The monitor's verdict at the last logged step, and any earlier one that differed."""
     judged = list(monitor.verdicts(line for line in run.steps if line.keys() >= NEEDED).items())
     if not judged:
-        return HealthSummary("none", "Nothing was logged that tells of its health.", "", "")
+        return HealthSummary("none", "No health metrics were logged.", "", "")
     sentence, _, figures = str(judged[-1][1]).partition(" [")
     tone = _tone(judged[-1][1])
     spans = [
@@ -75,16 +76,16 @@ def verdict(run: Run) -> HealthSummary:
     if tone == "good":
         more = "No sign of collapse, and better than predicting the mean target."
     if tone == "bad":
-        more = f"It is judged so from step {spans[-1][1][0]:,} on."
+        more = f"This has been the verdict since step {spans[-1][1][0]:,}."
     elif bad := [_span(steps) for key, steps in spans if key == "bad"]:
-        more += f" It was judged otherwise before: an alarm at {_listing(bad)}."
+        more += f" There was an alarm earlier, at {_listing(bad)}."
     return HealthSummary(
         tone, sentence[:1].upper() + sentence[1:] + ".", figures.rstrip("]"), more.strip()
     )
 
 
 def what_it_learnt(run: Run) -> list[str]:
-    """A sentence for each trained encoder and task that was evaluated, and one for the probe."""
+    """A sentence per evaluated encoder and task, and one for the probe."""
     scores = [score for evaluation in run.evaluations for score in evaluation.scores]
     by_task: dict[tuple[str, str], list[Score]] = {}
     for score in scores:
@@ -98,12 +99,12 @@ def what_it_learnt(run: Run) -> list[str]:
     if trend := _trend(run, "probe_pointing"):
         sentences.append(f"The share of images whose most salient patch lies on an object {trend}.")
     if not scores:
-        sentences.append("It has not been evaluated: dseqjepa evaluate knn RUN does that.")
+        sentences.append("It has not been evaluated yet: run dseqjepa evaluate knn RUN.")
     return sentences
 
 
 def _trend(run: Run, key: str) -> str:
-    """How a reading of the online evaluation went, in words; "" where there is none."""
+    """The course of an online metric in words; "" without any."""
     lines = [line for line in run.probes if key in line]
     if not lines:
         return ""
@@ -116,7 +117,7 @@ def _trend(run: Run, key: str) -> str:
 def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
     """The preset of the same method that differs in the fewest values, and these values.
 
-    A run's config names no preset. Where the data is does not count; ties go to the same encoder,
+    A run's config names no preset. The path of the data is ignored; ties go to the same encoder,
     then to the order of `dseqjepa presets`.
     """
     found = []
@@ -125,7 +126,7 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
         if candidate.method.name == config.method.name:
             changed = differences(candidate, config)
             changed.pop("data.source", None)
-            if config.data.source != "scenes":
+            if config.data.source not in SPECS:
                 changed.pop("data.size", None)  # nothing reads it
             found.append((len(changed), candidate.model != config.model, name, changed))
     _, _, name, changed = min(found, key=lambda item: item[:2])
@@ -133,8 +134,8 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
 
 
 def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """Dotted key -> the runs' values, for every setting in which two differ; None where a method
-    has no such setting."""
+    """Dotted key -> the runs' values, for every setting in which two differ; None if a method has
+    no such setting."""
     rows: dict[str, list[Any]] = {}
     for index, run in enumerate(runs[1:], start=1):
         for key, (first, other) in differences(runs[0].config, run.config).items():
@@ -144,7 +145,7 @@ def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 
 
 def alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs that differ in nothing but their seed, together."""
+    """Groups of runs that differ only in their seed."""
     groups: list[list[Run]] = []
     for run in runs:
         for group in groups:
@@ -159,7 +160,7 @@ def alike(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def group_name(group: Sequence[Run]) -> str:
-    """What a line is called that is drawn for some runs."""
+    """The label of a line drawn for several runs."""
     if len(group) == 1:
         return group[0].name
     rest = group[1].name if len(group) == 2 else f"{len(group) - 1} more"
@@ -177,7 +178,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def pooled(scores: Sequence[Score]) -> Score:
-    """One score of several that differ in their seed: mean, lowest and highest."""
+    """One score for several runs that differ in their seed: mean, lowest and highest."""
     if len(scores) == 1:
         return scores[0]
     values = [score.value for score in scores]
@@ -187,7 +188,7 @@ def pooled(scores: Sequence[Score]) -> Score:
 
 
 def over_seeds(runs: Sequence[Run]) -> list[str]:
-    """Mean and standard deviation of what was measured, for runs that differ in the seed alone."""
+    """Mean and standard deviation of scores, for runs that differ only in the seed."""
     sentences = []
     for group in alike(runs):
         if len(group) < 2:
@@ -215,7 +216,7 @@ def trained_scores(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, Score
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """A duration in a suitable unit."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -242,7 +243,7 @@ def _role(score: Score) -> str:
 
 
 def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
-    names = {"untrained": "the untrained encoder", "majority": "the commonest answer"}
+    names = {"untrained": "the untrained encoder", "majority": "the majority class"}
     unit = " %" if row.metric == "accuracy" else ""
     parts = []
     for other in others:
@@ -256,7 +257,7 @@ def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
 
 
 def _relation(row: Score, other: Score) -> str:
-    """Two values whose intervals overlap are not told apart here."""
+    """Compare two values; overlapping intervals are not told apart."""
     bounds = (row.low, row.high, other.low, other.high)
     if None in bounds:
         return "above" if row.value > other.value else "not above"
@@ -284,7 +285,7 @@ def _listing(parts: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A config's value as one would type it."""
+    """A config value as typed on the command line."""
     if value is None:
         return "–"
     if isinstance(value, Mapping | list | tuple):

@@ -1,1 +1,1 @@
-"""Evaluations of a trained encoder; each yields named numbers."""
+"""Evaluations of a trained encoder, each returning named metrics."""

@@ -1,11 +1,11 @@
 """A small head on all patches of a frozen encoder (docs/evaluations.md).
 
-One learnt query looks at the patches of the last blocks, and a linear or a small classifier reads
-what it has gathered. A head for each learning rate and weight decay is trained at once on the same
-batches; images that none was trained on choose one.
+One learnt query attends to the patches of the last blocks, and a linear or small classifier reads
+the result. One head per learning rate and weight decay is trained at once on the same
+batches; held-out images select one.
 
-With a single query that no image changes, query and key projection are one matrix: a map's score of
-a patch is a scalar product with one learnt vector. So keys are not computed.
+With a single query that does not depend on the image, the query and key projections fold into one
+matrix: a map's score of a patch is a dot product with one learnt vector, and no keys are computed.
 
 Suffixes: M training images, N test images, B images of a batch, P patches of an image, D width of a
 patch (of several blocks side by side), A attention maps, E width of what a map gathers, H heads,
@@ -42,15 +42,15 @@ from dseqjepa.tasks.store import features_of, reading
 from dseqjepa.tasks.training import Place, Recipe, adamw, check_parts, fit
 
 MOMENT_IMAGES = 256
-"""Training images whose patches say what mean 0 and deviation 1 are."""
+"""Number of training images from which the standardization of patches is estimated."""
 EPSILON = 1e-5
 WARMUP = 0.05
-"""The share of the steps in which the learning rate rises."""
+"""Share of the steps used for warm-up."""
 LINES = 5
 
 
 class Head(nn.Module):
-    """Logits (B, C) of standardised patches (B, P, D)."""
+    """Logits (B, C) of standardized patches (B, P, D)."""
 
     def __init__(self, width: int, classes: int, config: AttentiveConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Head(nn.Module):
 
 
 class QueryHeads(nn.Module):
-    """A head a setting, and what standardises the patches that they read."""
+    """One head per setting, and the standardization of the patches they read."""
 
     mean_D: Tensor
     scale_D: Tensor
@@ -100,7 +100,7 @@ class QueryHeads(nn.Module):
         return [head(patches_BPD) for head in self.heads]
 
     def groups(self, recipe: Recipe) -> list[dict[str, Any]]:
-        """For the optimizer. Vectors do not decay."""
+        """Parameter groups for the optimizer; vectors do not decay."""
         return [
             {"params": parameters, "scale": lr / recipe.lr, "weight_decay": decay}
             for (lr, weight_decay), head in zip(self.settings, self.heads, strict=True)
@@ -111,7 +111,7 @@ class QueryHeads(nn.Module):
         ]
 
     def losses(self, patches_BPD: Tensor, label_B: Tensor) -> dict[str, Tensor]:
-        """The cross-entropy of each. One that diverged counts as 0 and is left as it is."""
+        """The cross-entropy of each head. A diverged head counts as 0 and is not updated."""
         losses = [F.cross_entropy(logits_BC, label_B) for logits_BC in self(patches_BPD)]
         return {
             f"head{number}": torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
@@ -121,7 +121,7 @@ class QueryHeads(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """The patches of the last blocks of a backbone, side by side."""
+    """The patches of the last blocks of a backbone, concatenated."""
 
     backbone: Backbone
     pieces: tuple[str, ...]
@@ -133,8 +133,8 @@ class Reader:
         patches, _ = backbone.shape()
         if patches < 2:
             raise InputError(
-                f"{backbone.name} gives one patch an image, expected several to look at: knn and "
-                "linear take it"
+                f"{backbone.name} has one patch per image, expected several to attend to: use knn "
+                "or linear"
             )
         blocks = range(min(config.blocks, backbone.depth), 0, -1)
         pieces = tuple(f"tokens{number}" for number in blocks)
@@ -145,7 +145,7 @@ class Reader:
         return self.of_rows(torch.cat([found[piece] for piece in self.pieces], dim=1))
 
     def of_rows(self, rows_BR: Float[Tensor, "B _"]) -> Float[Tensor, "B P D"]:
-        """Pieces side by side, as `Rows` has them, patch by patch."""
+        """Concatenated pieces, as in `Rows`, patch by patch."""
         return rows_BR.unflatten(1, (len(self.pieces), self.patches, -1)).transpose(1, 2).flatten(2)
 
 
@@ -198,7 +198,7 @@ def evaluate(job: Job, config: AttentiveConfig) -> Result:
 def train(
     job: Job, config: AttentiveConfig, reader: Reader, source: Subset, classes: int
 ) -> tuple[QueryHeads, Place, dict[str, str]]:
-    """All heads on the images of a source; where they were trained; bad images and why."""
+    """All heads on the images of a source, where they were trained, and bad images with reasons."""
     mean_D, std_D = moments(job, config, reader, source)
     heads = QueryHeads(mean_D, std_D, classes, config).to(job.device)
     bad: dict[str, str] = {}
@@ -241,7 +241,8 @@ def train(
 def moments(
     job: Job, config: AttentiveConfig, reader: Reader, source: Subset
 ) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
-    """Mean and deviation of every number of a patch, over some training images and all places."""
+    """Mean and standard deviation of every patch feature, over some training images and all
+    positions."""
     places = drawn(len(source), MOMENT_IMAGES, config.seed).sort().values.numpy()
     backbone, how = job.backbone, reading(job, config)
     sample = extract(backbone, Subset(source, places), backbone.image_size, reader.pieces, **how)
@@ -255,8 +256,8 @@ def moments(
 def answers(
     job: Job, config: AttentiveConfig, reader: Reader, heads: QueryHeads, source: Source
 ) -> Extracted:
-    """The class that each head gives each image, as the piece `mean1` (N, H); -1 of one that
-    diverged."""
+    """The class that each head predicts for each image, as the piece `mean1` (N, H); -1 for a
+    diverged head."""
 
     def answer(images_BCHW: Tensor) -> Features:
         logits = [logits_BC.float() for logits_BC in heads(reader.of_images(images_BCHW))]
@@ -271,6 +272,6 @@ def answers(
 
 
 def _protocol(config: AttentiveConfig) -> dict[str, Any]:
-    """All that must be equal for two results to be comparable, beside the data."""
+    """Everything besides the data that must be equal for two results to be comparable."""
     others = {*FrozenConfig.model_fields, *(() if config.crops else ("crop_scale", "flip"))}
     return config.model_dump(mode="json", exclude=others) | {"seed": config.seed}

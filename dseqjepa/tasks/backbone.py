@@ -1,10 +1,10 @@
-"""Any encoder behind one door: its frozen features, and its parts for what trains it.
+"""One interface for all encoders: frozen features, and the parts needed to train them.
 
-A `Backbone` is called on images and returns what every frozen evaluation reads: [CLS], the patches
-and the last four blocks, after the final norm. What fine-tunes an encoder, or reads its blocks one
-by one, takes it apart instead: `embed`, then each of `blocks`, then `norm`. Both are one
-computation. `open_backbone` makes one of a run, a checkpoint, a foreign file, a timm model, a
-preset's random weights, or of the pixels themselves.
+A `Backbone` is called on images and returns what frozen evaluations read: [CLS], the patches
+and the last four blocks, after the final norm. Evaluations that fine-tune an encoder, or read its
+blocks one by one, use its parts instead: `embed`, then each of `blocks`, then `norm`. Both perform
+the same computation. `open_backbone` creates one from a run, a checkpoint, a third-party file, a
+timm model, a preset's random weights, or raw pixels.
 
 Suffixes: B images, N patches, L tokens (prefix and patches), D width, C colours, H and W pixels.
 """
@@ -35,7 +35,7 @@ from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_enc
 from dseqjepa.train.foreign import ImportConfig, read_encoder
 
 LAYERS = 4
-"""The last blocks whose patches a frozen evaluation reads (docs/evaluations.md)."""
+"""Number of last blocks whose patches a frozen evaluation reads (docs/evaluations.md)."""
 PIXELS_SIZE = (32, 32)
 RAW_PIXELS = "raw pixels"
 SPECS = "a run's folder, a checkpoint, a weights file, timm:NAME, random:PRESET or pixels"
@@ -44,34 +44,34 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Encoded(Features):
-    """What a backbone says of a batch; its `layers` are as many as were asked for, or there are."""
+    """A backbone's output for a batch; `layers` has as many entries as requested or available."""
 
     cls_layers: tuple[Tensor, ...] = ()
-    """[CLS] of the same blocks (B, D), after the final norm; empty where there is none."""
+    """[CLS] of the same blocks (B, D), after the final norm; empty if there is none."""
 
 
 class Backbone(nn.Module):
-    """An encoder, wherever its weights come from. In eval mode when `open_backbone` returns it.
+    """An encoder from any source, in eval mode when returned by `open_backbone`.
 
     Its parameters are those of `stem` (patches, prefix tokens, positions), `blocks` and `norm`.
-    Images are uint8 and normalised once, by this backbone's own mean and deviation; float images
-    are taken as normalised.
+    Images are uint8 and normalized once, with this backbone's own mean and standard deviation;
+    float images are assumed to be normalized.
     """
 
     name: str
-    """For tables: the method and step of a run, the name of a file or of a model."""
+    """Name for tables: the method and step of a run, or the name of a file or model."""
     weights: str
     """"target", "context", "pretrained", "random", or "none" for pixels."""
     source: str
-    """The checkpoint's path, or what was asked for."""
+    """The checkpoint's path, or the name given by the user."""
     config: Config | None
-    """How it was pre-trained, where that is known."""
+    """How it was pre-trained, if known."""
     run: Path | None
-    """The run's folder, where it is of a run."""
+    """The run's folder, if it comes from a run."""
     seed: int | None
-    """Of the pre-training, or of random weights."""
+    """Seed of pre-training, or of random weights."""
     untrained: Callable[[], Backbone] | None
-    """Makes the encoder that training started from, or one like it; None where that is unknown."""
+    """Creates the encoder that training started from, or an equivalent one; None if unknown."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         self.patch_size = patch_size
         self.image_size = image_size
         self.prefix = prefix
-        """Number of tokens before the patches; the first is [CLS] where `has_cls`."""
+        """Number of tokens before the patches; the first is [CLS] if `has_cls`."""
         self.has_cls = has_cls
         self.mean, self.std = mean, std
         self.name = self.weights = self.source = ""
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         return _encoded(heads, tuple(layer_BLD[:, self.prefix :] for layer_BLD in layers))
 
     def grid(self) -> Grid:
-        """Rows and columns of the patches of an image; `InputError` where they do not tile it."""
+        """Rows and columns of the patches of an image; `InputError` if they do not tile it."""
         (height, width), side = self.image_size, self.patch_size
         if height % side or width % side:
             raise InputError(
@@ -133,7 +133,7 @@ class Backbone(nn.Module):
         return height // side, width // side
 
     def pieces(self, feature: str) -> tuple[str, ...]:
-        """What a named feature is made of (`pieces_of`)."""
+        """The pieces of a named feature (`pieces_of`)."""
         return pieces_of(feature, self.depth, self.has_cls)
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Backbone(nn.Module):
         return count, width
 
     def digest(self) -> str:
-        """A hash of every weight: two backbones of one digest give the same features."""
+        """A hash of all weights: backbones with equal digests give equal features."""
         found = hashlib.sha256(f"{type(self).__name__} {self.mean} {self.std}".encode())
         for name, value in self.state_dict().items():
             found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
 
 
 class OwnBackbone(Backbone):
-    """Our `VisionTransformer`, which it takes apart: `encoder` is not to be used any more."""
+    """Our `VisionTransformer`, taken apart: `encoder` must not be used afterwards."""
 
     stem: VisionTransformer
 
@@ -174,12 +174,12 @@ class OwnBackbone(Backbone):
             mean=encoder.mean,
             std=encoder.std,
         )
-        # They stand once among the parameters, under `blocks` and `norm`.
+        # They appear once among the parameters, under `blocks` and `norm`.
         encoder.blocks = nn.ModuleList()
         del encoder.norm
 
     def whole(self) -> VisionTransformer:
-        """The encoder that it was made of, put together again: the same parameters."""
+        """The original encoder, reassembled with the same parameters."""
         encoder = copy(self.stem)
         blocks = nn.ModuleList(block.block for block in self.blocks)  # type: ignore[misc]
         encoder._modules = {**self.stem._modules, "blocks": blocks, "norm": self.norm}
@@ -191,7 +191,7 @@ class OwnBackbone(Backbone):
 
 
 class WholeImages(nn.Module):
-    """A block of ours on sequences of one length: (B, L, D) to (B, L, D)."""
+    """One of our blocks on sequences of equal length: (B, L, D) to (B, L, D)."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class WholeImages(nn.Module):
 
 
 class TimmBackbone(Backbone):
-    """timm's `VisionTransformer`, through its own modules; it is taken apart as well."""
+    """timm's `VisionTransformer`, using its own modules; taken apart as well."""
 
     def __init__(self, model: Any, image_size: tuple[int, int], data: dict[str, Any]) -> None:
         super().__init__(
@@ -231,9 +231,9 @@ class TimmBackbone(Backbone):
 
 
 class FrozenTimm(Backbone):
-    """Any other timm model, a CNN too: it can be read, but has no blocks to take apart.
+    """Any other timm model, including CNNs: readable, but without blocks to train.
 
-    Places of its last feature map are the patches; its `depth` counts the last stages or blocks
+    Positions of its last feature map are the patches; `depth` counts the last stages or blocks
     whose maps have the shape of the last.
     """
 
@@ -273,7 +273,7 @@ class FrozenTimm(Backbone):
 
 
 class Pixels(Backbone):
-    """The normalised pixels, as one patch or as square ones: what an encoder has to beat."""
+    """Normalized pixels, as a single patch or as square patches: the baseline for encoders."""
 
     def __init__(self, image_size: tuple[int, int], side: int | None = None) -> None:
         height, width = image_size
@@ -292,7 +292,7 @@ class Pixels(Backbone):
         _label(self, RAW_PIXELS, "none", "pixels")
 
     def pieces(self, feature: str) -> tuple[str, ...]:
-        """Whatever block or token is named, there is only this."""
+        """There is only one feature, whatever block or token is named."""
         over_patches = OVER_PATCHES.get(feature) if self.side else None
         return over_patches or ("mean1",)
 
@@ -316,8 +316,8 @@ def _encoded(heads: tuple[Tensor, ...], patches: tuple[Tensor, ...]) -> Encoded:
 def untrainable(name: str) -> str:
     trains = [task for task, config in TASKS.items() if config.trains_backbone]
     return (
-        f"{name} has no transformer blocks to train, as {', '.join(trains)} do: those take a plain "
-        "ViT, and this one can be evaluated frozen"
+        f"{name} has no transformer blocks to train, which {', '.join(trains)} need: they accept "
+        "plain ViTs only, but this model can be evaluated frozen"
     )
 
 
@@ -330,25 +330,25 @@ def open_backbone(
     seed: int = 0,
     trainable: bool = False,
 ) -> Backbone:
-    """The backbone that a person names, in eval mode on the CPU.
+    """Open the named backbone, in eval mode on the CPU.
 
     Args:
-        spec: a run's folder or checkpoint; a foreign weights file, which is read in memory; a timm
+        spec: a run's folder or checkpoint; a third-party weights file, read in memory; a timm
             model as `timm:NAME`; the untrained encoder of `random:PRESET`; or `pixels`.
         weights: which encoder of a JEPA, `target` or `context`.
-        pretrained: of `timm:NAME`, whether to fetch its weights; otherwise they are random.
-        image_size: height and width in pixels of the images to come; that of the pre-training, if
-            not given, and 32 x 32 for `pixels`.
+        pretrained: for `timm:NAME`, whether to download its weights; otherwise they are random.
+        image_size: height and width in pixels of the images; by default that of pre-training, and
+            32 x 32 for `pixels`.
         seed: of random weights.
         trainable: whether `embed` and `blocks` are needed.
 
     Raises:
-        InputError: there is no such backbone, it is damaged, the size does not suit its patches,
-            or it cannot be trained where that is needed.
+        InputError: there is no such backbone, it is damaged, the patches do not tile the image, or
+            it must be trained but cannot.
     """
     kind, colon, name = spec.partition(":")
     if pretrained and kind != "timm":
-        raise InputError(f"pretrained=true belongs to timm:NAME, found {spec}")
+        raise InputError(f"pretrained=true is only for timm:NAME, found {spec}")
     backbone: Backbone
     if spec == "pixels":
         backbone = Pixels(image_size or PIXELS_SIZE)
@@ -367,7 +367,7 @@ def open_backbone(
         backbone = own_backbone(encoder, config, image_size)
         _label(backbone, file.name, weights, str(file))
         backbone.untrained = partial(_untrained, config, image_size)
-        backbone.config = None  # made up from shapes, it says nothing of the pre-training
+        backbone.config = None  # derived from shapes, it says nothing about pre-training
     elif Path(spec).expanduser().exists():
         checkpoint, encoder = read_checkpoint(
             Path(spec).expanduser(), lambda found: (found, encoder_of(found, weights))
@@ -392,7 +392,7 @@ def open_backbone(
 def own_backbone(
     encoder: VisionTransformer, config: Config, image_size: tuple[int, int] | None = None
 ) -> OwnBackbone:
-    """An encoder of ours, which is taken apart, with the config of its run."""
+    """One of our encoders, taken apart, with the config of its run."""
     backbone = OwnBackbone(encoder, image_size or config.data.image_size)
     backbone.config = config
     return backbone
@@ -414,7 +414,7 @@ def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed:
         raise InputError(
             "timm: models need the extra `eval`: pip install 'dseqjepa[eval]'"
         ) from None
-    is_hub = ":" in name  # hf-hub:..., local-dir:...: timm's own way to say where a model lies
+    is_hub = ":" in name  # hf-hub:..., local-dir:...: timm's own syntax for the location of a model
     if not is_hub and not timm.is_model(name):
         near = did_you_mean(name.split(".")[0], timm.list_models())
         raise InputError(f"timm has no model {name!r}{near}")
@@ -425,11 +425,11 @@ def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed:
         try:
             model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **dynamic)
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"timm cannot make {name}: {error}") from error
+            raise InputError(f"timm cannot create {name}: {error}") from error
     data = resolve_model_data_config(model)
     size = image_size or tuple(data["input_size"][1:])
     if plain and isinstance(model, timm.models.VisionTransformer):
         return TimmBackbone(model, size, data)
     if not hasattr(model, "forward_intermediates"):
-        raise InputError(f"timm's {name} does not give its feature maps: choose another model")
+        raise InputError(f"timm's {name} does not provide feature maps: choose another model")
     return FrozenTimm(model, size, data)

@@ -1,5 +1,4 @@
-"""What an encoder has to beat: a frozen evaluation is made of raw pixels and of the untrained
-encoder as well, by the same protocol."""
+"""Baselines of frozen evaluations: raw pixels and the untrained encoder, by the same protocol."""
 
 from __future__ import annotations
 
@@ -17,12 +16,12 @@ UNTRAINED = "untrained"
 
 
 def beside(job: Job, config: ConfigT, measure: Callable[[Job, ConfigT], Result]) -> Result:
-    """What `measure` finds of the job's backbone, with what it finds of the baselines."""
+    """The result of `measure` for the job's backbone, together with the baselines."""
     result = measure(job, config)
     others: dict[str, Result] = {}
     for backbone in baselines_of(job.backbone, config):
         cache = config.cache
-        if cache not in ("auto", "none"):  # one folder holds one encoder's features
+        if cache not in ("auto", "none"):  # one folder per encoder's features
             cache = f"{cache}/{backbone.name.replace(' ', '-')}"
         other = replace(job, backbone=backbone.to(job.device))
         others[backbone.name] = measure(other, config.model_copy(update={"cache": cache}))
@@ -31,7 +30,7 @@ def beside(job: Job, config: ConfigT, measure: Callable[[Job, ConfigT], Result])
 
 
 def baselines_of(backbone: Backbone, config: FrozenConfig) -> Iterator[Backbone]:
-    """Raw pixels, unless the backbone is that; and its untrained self, where that is known."""
+    """Raw pixels, unless that is the backbone, and its untrained self, if known."""
     if not config.baselines:
         return
     if not isinstance(backbone, Pixels):

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: test images drawn again with replacement.
+"""Bootstrap intervals: test images resampled with replacement.
 
 Suffixes: N images, R resamples.
 """
@@ -15,14 +15,14 @@ RESAMPLES = 1000
 
 
 def draw_again(images: int, seed: int, resamples: int) -> Int64[Tensor, "R N"]:
-    """The places of each resample's images; a function of the seed."""
+    """The indices of each resample's images; a function of the seed."""
     generator = torch.Generator().manual_seed(int(hash_int64(seed, int(Stream.BOOTSTRAP))))
     return torch.randint(images, (resamples, images), generator=generator)
 
 
 def resample_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Float64[Tensor, "R N"]:
-    """How often each image is drawn in each resample: a metric of weighted images is computed of
-    all resamples at once."""
+    """How often each image is drawn in each resample, so that a metric over weighted images can be
+    computed for all resamples at once."""
     drawn_RN = draw_again(images, seed, resamples)
     weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
     return weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))

@@ -1,8 +1,8 @@
-"""Clevr/Count and Clevr/Dist: how many objects, and how near the nearest (docs/evaluations.md).
+"""Clevr/Count and Clevr/Dist: the number of objects and the nearest distance (docs/evaluations.md).
 
 VTAB-1k's split: 800 training and 200 validation images of CLEVR's training split, tested on all of
-its validation split. VTAB's own thousand follow an order that the raw files do not give: they come
-from a list where there is one, else from a seeded sample.
+its validation split. VTAB's own thousand follow an order that the raw files do not have: they come
+from a list if there is one, otherwise from a seeded sample.
 
 Suffixes: M training images, N test images, B images of a batch, D width of a feature, C classes.
 """
@@ -98,7 +98,8 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
 
 
 def _split(job: Job, config: ClevrConfig) -> tuple[Tensor, int, str]:
-    """Places in the training split, training before validation; how many train; in words."""
+    """Indices into the training split, training before validation; the number of training images;
+    and a description."""
     wanted = config.train_count + config.val_count
     if config.names != "none":
         file = Path(config.names).expanduser()
@@ -108,7 +109,7 @@ def _split(job: Job, config: ClevrConfig) -> tuple[Tensor, int, str]:
         sample_M = drawn(len(job.train), wanted, config.seed)
         how = f"seeded sample {config.seed}"
     n_train = config.train_count
-    if len(sample_M) < wanted:  # in the same proportion, of what there is
+    if len(sample_M) < wanted:  # in the same proportion, from what there is
         n_train = max(1, round(len(sample_M) * config.train_count / wanted))
         how += f", {len(sample_M)} images instead of {wanted}"
     return sample_M, n_train, f"{how}: {n_train} train, {len(sample_M) - n_train} val"
@@ -122,7 +123,7 @@ def fit_linear(
     config: ClevrConfig,
     device: torch.device,
 ) -> nn.Linear:
-    """A linear layer by AdamW, whose learning rate falls to 0 by a half cosine."""
+    """A linear layer trained with AdamW and a cosine learning rate to 0."""
     if not bool(feature_MD.isfinite().all()):
         raise InputError(NOT_FINITE)
     head = nn.Linear(feature_MD.shape[1], classes)
@@ -146,6 +147,6 @@ def fit_linear(
 
 @torch.inference_mode()
 def predict(head: nn.Linear, rows: Rows) -> Int64[Tensor, " N"]:
-    """The class of each image."""
+    """The predicted class of each image."""
     device = head.weight.device
     return torch.cat([head(rows_BD.to(device)).argmax(dim=1).cpu() for _, rows_BD in rows.blocks()])

@@ -1,6 +1,6 @@
-"""What can be set of an evaluation; read before torch is loaded.
+"""Settings of evaluations; imported before torch is loaded.
 
-`TASKS` is the table of evaluations. The module of a task has its name, and a function
+`TASKS` is the table of evaluations. A task's module has the same name and a function
 `evaluate(job, config) -> Result`.
 """
 
@@ -18,42 +18,42 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class TaskConfig(Section):
-    """What every evaluation has. The full protocol is the default."""
+    """Settings of every evaluation. The full protocol is the default."""
 
     quick: ClassVar[Mapping[str, Any]] = {}
-    """What `preset=quick` sets, beside what is given."""
+    """Settings of `preset=quick`; explicit settings take precedence."""
     title: ClassVar[str] = ""
-    """What its tables are called."""
+    """Title of its tables."""
     reads_training: ClassVar[bool] = True
-    """Whether the training images are looked at."""
+    """Whether the training images are used."""
     trains_backbone: ClassVar[bool] = False
 
     preset: Literal["full", "quick"] = "full"
-    """`quick`: the honest small version; the result says so."""
+    """`quick`: a small version, marked as such in the result."""
     weights: Literal["target", "context"] = "target"
-    """Which encoder of a run is evaluated."""
+    """Which encoder of a run to evaluate."""
     pretrained: bool = False
-    """Of `timm:NAME`: fetch its weights. Otherwise they are random."""
+    """For `timm:NAME`: download its weights; if false, they are random."""
     image_size: Literal["auto"] | Size = "auto"
-    """Height and width in pixels; `auto`: those of the pre-training."""
+    """Height and width in pixels; `auto`: those of pre-training."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of everything that the evaluation draws."""
+    """Seed of everything random in the evaluation."""
     init_seed: int = Field(0, ge=0, lt=2**31)
-    """Of the weights of a backbone that has not been trained."""
+    """Seed of the weights of an untrained backbone."""
     size: Literal["auto"] | Count = "auto"
-    """Number of training images of `scenes`; `auto`: as the run had."""
+    """Number of training images of `scenes`; `auto`: as in the run."""
     pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
-    """The values of 16-bit grey images that become black and white; `auto`: as in the run."""
+    """The values of 16-bit grey images that map to black and white; `auto`: as in the run."""
     max_bad: Fraction = 0.01
-    """The share of images of the training and of the test part that may be undecodable."""
+    """Share of the training images, and of the test images, that may be undecodable."""
     data_seed: int = Field(0, ge=0, lt=2**31)
-    """Of `scenes`, and of the hold-out where the data has no splits: the same for all runs."""
+    """Seed of `scenes`, and of the hold-out if the data has no splits; the same for all runs."""
     workers: int = Field(0, ge=0, le=256)
-    """Processes that read and decode images; 0: this one."""
+    """Processes that read and decode images; 0: the main process does it."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The kind of device; `auto` takes a GPU where there is one."""
+    """Type of device; `auto`: a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the encoder's forward pass (and backward, where it is trained)."""
+    """Precision of the encoder's forward pass (and backward pass, if it is trained)."""
 
     @model_validator(mode="after")
     def _pixels(self) -> Self:
@@ -68,35 +68,35 @@ class TaskConfig(Section):
 
 
 class TrainedConfig(TaskConfig):
-    """What evaluations have that train the whole backbone, with AdamW."""
+    """Settings of evaluations that train the whole backbone, with AdamW."""
 
     trains_backbone = True
 
     batch_size: int = Field(16, ge=2)
-    """Of all ranks together."""
+    """Global batch size, over all ranks."""
     accumulate: Count = 1
-    """Parts into which a rank divides its share of the batch, so that it fits into memory."""
+    """Micro-batches into which each rank splits its share of the batch, to save memory."""
     lr: Positive = 1e-4
     """Learning rate of AdamW after warm-up."""
     weight_decay: float = Field(0.05, ge=0)
-    """Weight decay, of matrices alone."""
+    """Weight decay, applied to weight matrices only."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The factor of the learning rate from each block to the one below."""
+    """Factor on the learning rate from each block to the one below it."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Of the last block; it rises linearly from 0 at the first."""
+    """Drop path rate of the last block, rising linearly from 0 at the first."""
     clip: Literal["none"] | Positive = "none"
-    """The largest norm of the gradient."""
+    """Maximum gradient norm."""
 
     def recipe(self) -> dict[str, Any]:
-        """Every setting that makes another protocol."""
+        """The settings that define the protocol."""
         others = {*TaskConfig.model_fields, "accumulate", "task"}
         return self.model_dump(mode="json", exclude=others)
 
 
 class FinetuneConfig(TrainedConfig):
-    """`dseqjepa evaluate finetune`: MAE's recipe (He et al., 2022, table 9) is the default.
+    """`dseqjepa evaluate finetune`: MAE's recipe (He et al., 2022, table 9) by default.
 
-    `auto` is that of ViT-B up to 12 blocks, of ViT-L up to 24, of ViT-H beyond.
+    `auto` uses ViT-B's values for up to 12 blocks, ViT-L's for up to 24, and ViT-H's beyond.
     """
 
     title = "fine-tuned"
@@ -106,41 +106,43 @@ class FinetuneConfig(TrainedConfig):
     }  # fmt: skip
 
     task: str = "class"
-    """Which labels of the data."""
+    """Which kind of labels to use."""
     epochs: Literal["auto"] | Count = "auto"
-    """`auto`: 100, 50 and 50."""
+    """Epochs of training; `auto`: 100, 50 and 50."""
     warmup_epochs: float = Field(5, ge=0)
-    """Epochs in which the learning rate rises linearly."""
+    """Epochs of linear warm-up."""
     batch_size: int = Field(1024, ge=2)
-    """Images of a step, of all ranks together."""
+    """Global batch size: images per step over all ranks."""
     lr: Literal["auto"] | Positive = "auto"  # type: ignore[assignment]
-    """`auto`: 5e-4, 1e-3 and 1e-3 for 256 images, in proportion to `batch_size`."""
+    """Learning rate; `auto`: 5e-4, 1e-3 and 1e-3 per 256 images, scaled with `batch_size`."""
     final_lr: float = Field(1e-6, ge=0)
     """Learning rate at the last step."""
     layer_decay: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"  # type: ignore[assignment]
-    """`auto`: 0.65, 0.75 and 0.75."""
+    """Factor on the learning rate from each block to the one below it; `auto`: 0.65, 0.75 and
+    0.75."""
     drop_path: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"  # type: ignore[assignment]
-    """`auto`: 0.1, 0.2 and 0.3."""
+    """Drop path rate of the last block; `auto`: 0.1, 0.2 and 0.3."""
     pooling: Literal["mean", "cls"] = "mean"
-    """What is classified: the mean over the patches, or [CLS]."""
+    """Input of the classifier: the mean over patches, or [CLS]."""
     mixup: float = Field(0.8, ge=0)
-    """Alpha of its beta distribution; 0 for none. Of mixup and CutMix one a batch, at random."""
+    """Alpha of mixup's beta distribution; 0: off. Each batch uses either mixup or CutMix, at
+    random."""
     cutmix: float = Field(1.0, ge=0)
-    """Alpha of CutMix's beta distribution; 0 for none."""
+    """Alpha of CutMix's beta distribution; 0: off."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of each label that is spread over all classes."""
+    """Label smoothing: share of each label spread over all classes."""
     rand_augment: int = Field(9, ge=0, le=10)
-    """Magnitude of two random operations, of 10; 0 for none."""
+    """Magnitude, out of 10, of RandAugment's two operations; 0: off."""
     erase: Fraction = 0.25
-    """The share of images of which a random rectangle is replaced by noise."""
+    """Share of images in which a random rectangle is replaced by noise."""
     crop_scale: Range = (0.08, 1.0)
-    """Smallest and largest share of an image's area that a random crop holds."""
+    """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = True
-    """Whether half of the crops are mirrored left to right."""
+    """Whether crops are flipped horizontally with probability one half."""
 
 
 class DetectionConfig(TrainedConfig):
-    """`dseqjepa evaluate detection`: the paper's protocol is the default."""
+    """`dseqjepa evaluate detection`: the paper's protocol by default."""
 
     title = "Mask R-CNN"
     quick: ClassVar[Mapping[str, Any]] = {
@@ -151,17 +153,17 @@ class DetectionConfig(TrainedConfig):
     epochs: Count = 25
     """Epochs of training."""
     warmup_epochs: float = Field(1, ge=0)
-    """Epochs in which the learning rate rises linearly."""
+    """Epochs of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
-    """Weight decay, of matrices alone."""
+    """Weight decay, applied to weight matrices only."""
     longest_side: Count = 1024
-    """Pixels to which images are brought; then they are padded to multiples of 32."""
+    """Longest side of the resized images in pixels; they are then padded to multiples of 32."""
     window: Count = 14
-    """Side, in patches, of the windows of the blocks that are not read."""
+    """Side, in patches, of the attention windows of the blocks that are not read."""
     detections: Count = 100
-    """The most objects of an image."""
+    """Maximum number of detections per image."""
     score_threshold: Fraction = 0.05
-    """Below it an object is not reported."""
+    """Minimum score of a reported object."""
     width: Count = 256
     """Channels of the feature pyramid."""
     head_width: Count = 1024
@@ -169,11 +171,11 @@ class DetectionConfig(TrainedConfig):
     mask_width: Count = 256
     """Channels of the mask head."""
     proposals: Count = 512
-    """Regions of an image that the heads are trained on."""
+    """Regions per image on which the heads are trained."""
 
 
 class SegmentationConfig(TrainedConfig):
-    """`dseqjepa evaluate segmentation`: the paper's protocol is the default."""
+    """`dseqjepa evaluate segmentation`: the paper's protocol by default."""
 
     title = "UPerNet"
     quick: ClassVar[Mapping[str, Any]] = {
@@ -185,15 +187,15 @@ class SegmentationConfig(TrainedConfig):
     steps: Count = 160_000
     """Training steps."""
     warmup_steps: int = Field(1500, ge=0)
-    """Steps in which the learning rate rises linearly."""
+    """Steps of linear warm-up."""
     crop: Count = 512
-    """Side of the training crops, and of the windows in which test images are seen."""
+    """Side of the training crops, and of the windows over test images."""
     stride: Count = 341
-    """From window to window."""
+    """Distance between windows, in pixels."""
     scale: tuple[Count, Count] = (2048, 512)
-    """The longer and the shorter side into which images are fitted."""
+    """Longer and shorter side into which images are fitted."""
     factors: Range = (0.5, 2.0)
-    """The smallest and the largest further scaling of a training image."""
+    """Smallest and largest random scaling of training images."""
     width: Count = 512
     """Channels of UPerNet."""
     auxiliary_width: Count = 256
@@ -209,38 +211,40 @@ class SegmentationConfig(TrainedConfig):
 
 
 class FrozenConfig(TaskConfig):
-    """What evaluations of frozen features have."""
+    """Settings of evaluations of frozen features."""
 
     task: str = "class"
-    """Which labels of the data: `class`, and what else it brings (`scenes`: `count`, ...)."""
+    """Which kind of labels to use: `class`, or others that the data has (`scenes`: `count`,
+    ...)."""
     encode_batch: Count = 256
-    """Images that the encoder sees at a time."""
+    """Images per forward pass of the encoder."""
     cache: str = "auto"
-    """Where the features are kept: a folder; `auto`: beside the result; `none`: in memory."""
+    """Where features are kept: a folder; `auto`: next to the result; `none`: in memory."""
     baselines: bool = True
-    """Whether raw pixels and the untrained encoder are measured too, by the same protocol."""
+    """Whether to measure raw pixels and the untrained encoder too, by the same protocol."""
 
     @property
     def reads_patches(self) -> bool:
-        """Whether raw pixels are read as patches of the encoder's size, or as one vector."""
+        """Whether raw pixels are read as patches of the encoder's patch size, or as one vector."""
         return False
 
 
 class KnnConfig(FrozenConfig):
-    """`dseqjepa evaluate knn`: the paper's protocol is the default."""
+    """`dseqjepa evaluate knn`: the paper's protocol by default."""
 
     title = "kNN accuracy"
 
     features: str = "last"
-    """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
+    """Features: `last`, the mean patch of the last block; `last4`, those of the last four,
+    concatenated; `cls`; `block7`."""
     k: Count = 20
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     temperature: Positive = 0.07
     """Neighbours vote with weight exp(cosine / temperature)."""
     center: Literal["none", "place"] = "none"
-    """`place`: each patch less the mean, over the training images, of the patches at its place."""
+    """`place`: subtract from each patch the mean, over training images, at its position."""
     sweep: bool = False
-    """Also try `ks` and `temperatures`, on the training images alone (leave-one-out)."""
+    """Also try `ks` and `temperatures`, chosen on the training images (leave-one-out)."""
     ks: tuple[Count, ...] = (5, 10, 20, 50, 100, 200)
     """Numbers of neighbours that `sweep` tries."""
     temperatures: tuple[Positive, ...] = (0.02, 0.04, 0.07, 0.1, 0.2)
@@ -248,57 +252,58 @@ class KnnConfig(FrozenConfig):
 
 
 class SweepConfig(Section):
-    """Heads on frozen features, trained at once; a hold-out of the training images chooses one."""
+    """Heads on frozen features, trained at once; a hold-out of the training images selects one."""
 
     features: tuple[str, ...] = (
         "last", "last2", "last4", "cls", "cls4", "cls+last4", "moments", "patches",
     )  # fmt: skip
-    """Layers and pooling, each as one name; `blocks`: the mean patch of every block. Those that
-    need a [CLS] are left out where there is none."""
+    """Features to try, as in `knn`; `blocks`: the mean patch of every block. Those that need [CLS]
+    are skipped if there is none."""
     lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
-    """Learning rates: a head is trained for each, and each weight decay."""
+    """Learning rates; a head is trained for each combination with a weight decay."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
-    """Weight decays: a head is trained for each, and each learning rate."""
+    """Weight decays; a head is trained for each combination with a learning rate."""
     epochs: Literal["auto"] | Count = "auto"
-    """`auto`: as many as show 400,000 images, from 10 to 300."""
+    """Epochs; `auto`: enough to show 400,000 images, from 10 to 300."""
     batch_size: Count = 256
-    """Images of a step."""
+    """Images per step."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The share of training images that chooses a head and trains none."""
+    """Share of training images held out to select a head."""
 
     def epochs_of(self, images: int) -> int:
-        """For so many training images."""
+        """Number of epochs for this many training images."""
         if self.epochs != "auto":
             return self.epochs
         return min(max(round(400_000 / images), 10), 300)
 
 
 class LinearConfig(FrozenConfig):
-    """`dseqjepa evaluate linear`: the paper's protocol, with other crops in every epoch."""
+    """`dseqjepa evaluate linear`: the paper's protocol, with new crops in every epoch."""
 
     title = "linear accuracy"
     quick: ClassVar[Mapping[str, Any]] = {"protocol": "sweep"}
 
     protocol: Literal["paper", "sweep"] = "paper"
-    """`sweep`: on features of the centre crops, encoded once."""
+    """`paper`: new random crops in every epoch; `sweep`: many heads on features of centre crops,
+    encoded once."""
     features: str = "last4"
-    """What `paper` reads."""
+    """Features used by `protocol=paper`."""
     epochs: Count = 28
     """Epochs of `protocol=paper`."""
     lr: Positive = 0.01
     """Learning rate of SGD in `protocol=paper`."""
     milestones: tuple[int, ...] = (8, 16, 24)
-    """Epochs after which the learning rate is a tenth."""
+    """Epochs after which the learning rate is divided by ten."""
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay in `protocol=paper`."""
     momentum: Fraction = 0.9
     """Nesterov momentum in `protocol=paper`."""
     batch_size: Count = 32
-    """On each rank."""
+    """Batch size per rank."""
     crop_scale: Range = (0.08, 1.0)
-    """Smallest and largest share of an image's area that a random crop holds."""
+    """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = False
-    """Whether half of the crops are mirrored left to right."""
+    """Whether crops are flipped horizontally with probability one half."""
     sweep: SweepConfig = SweepConfig()
 
     @property
@@ -315,34 +320,34 @@ class AttentiveConfig(FrozenConfig):
     }  # fmt: skip
 
     blocks: Count = 1
-    """The last blocks whose patches are read, side by side."""
+    """Number of last blocks whose patches are read, concatenated."""
     pooling: Literal["attention", "mean"] = "attention"
-    """How patches become one vector: by one learnt query, or their mean."""
+    """How patches are pooled: by one learnt query, or by their mean."""
     heads: Count = 8
     """Attention maps of the query."""
     classifier: Literal["linear", "mlp"] = "linear"
-    """What reads that vector; `mlp`: one hidden layer of its width."""
+    """Classifier on the pooled vector; `mlp`: with one hidden layer of the same width."""
     crops: bool = True
-    """Encode random resized crops anew in every epoch; otherwise centre crops, once."""
+    """Whether to encode random resized crops in every epoch; if false, centre crops, once."""
     crop_scale: Range = (0.3, 1.0)
-    """Smallest and largest share of an image's area that a random crop holds."""
+    """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = False
-    """Whether half of the crops are mirrored left to right."""
+    """Whether crops are flipped horizontally with probability one half."""
     limit: Literal["none"] | Count = "none"
-    """The most training images."""
+    """Maximum number of training images."""
     epochs: Literal["auto"] | Count = "auto"
-    """`auto`: as many as show 200,000 images, from 20 to 100."""
+    """Epochs; `auto`: enough to show 200,000 images, from 20 to 100."""
     batch_size: Count = 256
-    """Of all ranks together."""
+    """Global batch size, over all ranks."""
     lrs: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
-    """A head is trained for each of these and each weight decay, all at once."""
+    """Learning rates; a head is trained for each combination with a weight decay, all at once."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1)
-    """Weight decays: a head is trained for each, and each learning rate."""
+    """Weight decays; a head is trained for each combination with a learning rate."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The share of the training images that no head is trained on, and that chooses one."""
+    """Share of training images held out to select a head."""
 
     def steps_of(self, images: int) -> int:
-        """For so many training images."""
+        """Number of epochs for this many training images."""
         auto = min(max(round(200_000 / images), 20), 100)
         epochs = auto if self.epochs == "auto" else self.epochs
         return max(1, round(epochs * images / self.batch_size))
@@ -353,38 +358,39 @@ class AttentiveConfig(FrozenConfig):
 
 
 class DenseConfig(FrozenConfig):
-    """`dseqjepa evaluate dense`: what single patches say of the class and depth of their pixels."""
+    """`dseqjepa evaluate dense`: what single patches know about the class and depth of their
+    pixels."""
 
     title = "frozen patches"
     quick: ClassVar[Mapping[str, Any]] = {"limit": 2000, "bank": 20_000}
 
     task: Literal["all", "segmentation", "depth"] = "all"
-    """What is asked; `all`: whatever the data knows."""
+    """What to predict; `all`: everything that the data has."""
     features: tuple[str, ...] = ("last",)
-    """Blocks whose patches are read: `last`, `last4`, `block7`, ...; a hold-out chooses one of
-    them, but neighbours read the first."""
+    """Blocks whose patches are read: `last`, `last4`, `block7`, ...; a hold-out selects one of
+    them, while kNN uses the first."""
     limit: Literal["none"] | Count = "none"
-    """The most training images."""
+    """Maximum number of training images."""
     lrs: tuple[Positive, ...] = (1e-2, 3e-2, 0.1)
-    """Of the linear classifier."""
+    """Learning rates of the linear classifier."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
-    """Of the linear classifier."""
+    """Weight decays of the linear classifier."""
     batch_size: Count = 1024
-    """In patches."""
+    """Batch size in patches."""
     patches_seen: Count = 1_000_000
-    """By each linear classifier while it is trained."""
+    """Patches shown to each linear classifier during training."""
     ridges: tuple[Positive, ...] = (1e-4, 1e-2, 1.0)
-    """Of the regression of depth, as a share of a feature's variance."""
+    """Ridge penalties of the depth regression, as a share of a feature's variance."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """The share of training images that chooses a classifier and trains none."""
+    """Share of training images held out to select a classifier."""
     bank: Count = 100_000
-    """The most training patches among which neighbours are looked for."""
+    """Maximum number of training patches searched for neighbours."""
     k: Count = 20
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     temperature: Positive = 0.07
     """Neighbours vote with weight exp(cosine / temperature)."""
     center: Literal["none", "place"] = "none"
-    """Of the neighbours, as in `knn`."""
+    """Centring of patches for kNN, as in `knn`."""
 
     @property
     def reads_patches(self) -> bool:
@@ -392,51 +398,53 @@ class DenseConfig(FrozenConfig):
 
 
 class LowshotSweepConfig(SweepConfig):
-    """Fewer images bear stronger decay, and a larger part of them to judge by."""
+    """A sweep for few images: stronger weight decay, and a larger hold-out."""
 
     features: tuple[str, ...] = ("last4",)
-    """Layers and pooling, each as one name."""
+    """Features to try, as in `knn`."""
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3, 1e-2, 0.1)
-    """Weight decays: a head is trained for each, and each learning rate."""
+    """Weight decays; a head is trained for each combination with a learning rate."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The share of labelled images that chooses a head and trains none."""
+    """Share of labelled images held out to select a head."""
 
 
 class LowshotConfig(FrozenConfig):
-    """`dseqjepa evaluate lowshot`: a linear classifier from few labels, as often as drawn."""
+    """`dseqjepa evaluate lowshot`: a linear classifier from few labels, over several draws."""
 
     title = "low-shot accuracy"
     quick: ClassVar[Mapping[str, Any]] = {"draws": 3}
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of each class whose labels are known, at least one image."""
+    """Share of each class that is labelled, at least one image."""
     names: str = "none"
-    """A file with the names of the labelled images, one a line, such as SimCLR's 1percent.txt."""
+    """File with the names of the labelled images, one per line, such as SimCLR's 1percent.txt."""
     draws: Count = 5
-    """Samples of labelled images, by seeds `seed`, `seed` + 1, ... A list of names is one."""
+    """Number of samples of labelled images, with seeds `seed`, `seed` + 1, ... A list of names is a
+    single sample."""
     sweep: LowshotSweepConfig = LowshotSweepConfig()
 
 
 class ClevrConfig(FrozenConfig):
-    """`dseqjepa evaluate clevr`: objects counted, and the nearest one's distance."""
+    """`dseqjepa evaluate clevr`: the number of objects, and the distance of the nearest."""
 
     title = "Clevr accuracy"
     quick: ClassVar[Mapping[str, Any]] = {}
 
     task: str = "count+distance"
-    """Which labels, joined by +."""
+    """Which kinds of labels to use, joined by +."""
     features: str = "auto"
-    """`auto`: the final [CLS], or the mean patch where there is none."""
+    """Features; `auto`: the final [CLS], or the mean patch if there is none."""
     train_count: Count = 800
-    """Training images."""
+    """Number of training images."""
     val_count: Count = 200
-    """Validation images."""
+    """Number of validation images."""
     names: str = "none"
-    """A file with the names of the training and then the validation images, one a line."""
+    """File with the names of the training images followed by the validation images, one per
+    line."""
     epochs: Count = 100
     """Epochs of the linear classifier."""
     batch_size: Count = 256
-    """Images of a step."""
+    """Images per step."""
     lr: Positive = 1e-3
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.05, ge=0)
@@ -444,10 +452,10 @@ class ClevrConfig(FrozenConfig):
 
 
 class DiscoveryConfig(TaskConfig):
-    """`dseqjepa evaluate discovery`: do saliency and regions find the objects? Nothing is trained.
+    """`dseqjepa evaluate discovery`: do saliency and regions find the objects, without training?
 
-    Every saliency and every kind of regions is measured; `saliency` and `regions` choose those
-    whose numbers are the result's `metrics`.
+    Every kind of saliency and regions is measured; `saliency` and `regions` select those
+    reported as the result's `metrics`.
     """
 
     title = "objects found"
@@ -455,17 +463,17 @@ class DiscoveryConfig(TaskConfig):
     quick: ClassVar[Mapping[str, Any]] = {"images": 100}
 
     images: Count = 500
-    """The most test images, drawn by `seed`."""
+    """Maximum number of test images, drawn by `seed`."""
     saliency: Literal["auto", "cls_similarity", "cls_attention", "grad_cam", "rarity"] = "auto"
-    """`auto`: the run's own, and rarity where there is none."""
+    """Saliency to report; `auto`: the run's own, or rarity if it has none."""
     regions: Literal["auto", "components", "clusters", "bands"] = "auto"
-    """`auto`: the run's own, and clusters where there are none."""
+    """Regions to report; `auto`: the run's own, or clusters if it has none."""
     count: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
-    """The most regions of an image; `auto`: the run's own, else 5."""
+    """Maximum number of regions per image; `auto`: the run's own, else 5."""
     min_area: Literal["auto"] | Fraction = "auto"
-    """The smallest share of the grid that a region may hold; `auto`: the run's own, else 0.02."""
+    """Minimum share of the grid that a region must cover; `auto`: the run's own, else 0.02."""
     encode_batch: Count = 64
-    """Images that the encoder sees at a time."""
+    """Images per forward pass of the encoder."""
 
 
 TASKS: dict[str, type[TaskConfig]] = {

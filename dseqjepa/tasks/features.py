@@ -1,10 +1,10 @@
-"""Features of a whole data set, extracted once: where every evaluation of a frozen encoder starts.
+"""Features of a whole data set, extracted once: the starting point of frozen evaluations.
 
-A piece is one vector of an image: `mean1` the average patch of the last block, `mean2` of the one
-before, `std1`, `max1` and `min1` the deviation and the extremes over its patches, `cls1` its [CLS],
-`tokens1` all its patches one after the other, and `patches1` all of them reduced by a `PatchBasis`.
-What a probe reads is a few pieces side by side (`pieces_of`). They are kept apart, so that several
-probes share them.
+A piece is one vector per image: `mean1` is the mean patch of the last block, `mean2` that of the
+block before it; `std1`, `max1` and `min1` are the standard deviation and extremes over its patches,
+`cls1` its [CLS], `tokens1` all its patches concatenated, and `patches1` these reduced by a
+`PatchBasis`. A probe reads several pieces concatenated (`pieces_of`). They are stored separately,
+so that probes can share them.
 
 Suffixes: N images of the source, M images that could be decoded, B images of a batch, R rows asked
 for, D width of a feature, P patches of an image, K principal components, C colours, H and W pixels.
@@ -35,37 +35,35 @@ from dseqjepa.tasks.reading import read_ahead
 from dseqjepa.tasks.sample import drawn
 
 LAYERS_AT_LEAST = 4
-"""Any encoder gives so many of its last blocks, if it has them; a `Backbone` more, when asked."""
+"""Encoders return up to this many of their last blocks; a `Backbone` returns more on request."""
 CHUNK_IMAGES = 512
-"""Images whose features one rank computes, and writes or sends, together. Small, so that ranks wait
+"""Number of images that a rank encodes, and writes or sends, at a time. Small, so that ranks wait
 little for each other."""
 ROWS_AT_ONCE = 8192
-NOT_FINITE = (
-    "training features are not finite: the encoder has diverged, take an earlier checkpoint"
-)
+NOT_FINITE = "training features are non-finite: the encoder has diverged, use an earlier checkpoint"
 FEATURE = re.compile(r"(last|cls)([1-9]\d*)?|(block|blockcls)(\d+)|(moments|patches)")
 OVER_PATCHES = {
     "moments": ("mean1", "std1", "max1", "min1"),
     "patches": ("patches1",),
 }
-"""Features that say more of the last block's patches than their mean."""
+"""Features with more information about the last block's patches than their mean."""
 COMPONENTS = 24
-"""Principal components that are kept of a patch."""
+"""Number of principal components kept per patch."""
 BASIS_IMAGES = 1024
-"""Training images, drawn by seed 0, from which a `PatchBasis` is estimated."""
+"""Number of training images, drawn by seed 0, from which a `PatchBasis` is estimated."""
 
 
 Encoder = Callable[..., Features]
-"""Takes uint8 images (B, 3, H, W) and normalises them itself."""
+"""Takes uint8 images (B, 3, H, W) and normalizes them itself."""
 
 
 def pieces_of(feature: str, depth: int, has_cls: bool) -> tuple[str, ...]:
-    """The pieces of a named feature, in the order in which they stand side by side.
+    """The pieces of a named feature, in the order of concatenation.
 
-    `last`: mean patch of the last block; `last4`: of the last four (all there are, if fewer);
-    `cls`, `cls4`: [CLS] of the same; `block7`, `blockcls7`: of one block, from 0 on; `moments`:
-    mean, deviation, maximum and minimum over the patches of the last block; `patches`: all of them,
-    each less the mean of its place, by `COMPONENTS` principal components. Joined by `+`.
+    `last`: mean patch of the last block; `last4`: of the last four (or all, if fewer);
+    `cls`, `cls4`: [CLS] of the same; `block7`, `blockcls7`: of one 0-based block; `moments`:
+    mean, standard deviation, maximum and minimum over the patches of the last block; `patches`: all
+    of them, centred by position, by `COMPONENTS` principal components. Joined by `+`.
 
     Raises:
         InputError: there is no such feature, block or [CLS].
@@ -96,8 +94,8 @@ def pieces_of(feature: str, depth: int, has_cls: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class PatchBasis:
-    """What `patches1` is read by: each patch less the mean of its place, on the directions in which
-    patches of a place differ most between images. Estimated on training images alone."""
+    """The projection for `patches1`: patches centred by position, onto the directions in which
+    patches at a position differ most between images. Estimated on training images only."""
 
     mean_PD: Float[Tensor, "P D"]
     basis_DK: Float[Tensor, "D K"]
@@ -115,15 +113,15 @@ class PatchBasis:
 def patch_basis(
     encoder: Encoder, source: Source, image_size: tuple[int, int], width: int, **how: Any
 ) -> PatchBasis:
-    """Means by place, and the `COMPONENTS` leading principal components (fewer where patches are
-    narrower), of the last block's patches in at most `BASIS_IMAGES` images of the source.
+    """Positional means and the `COMPONENTS` leading principal components (fewer for narrower
+    patches) of the last block's patches in at most `BASIS_IMAGES` images of the source.
 
     Args:
         width: D, of a patch.
-        how: what `encode` takes beside.
+        how: further arguments of `encode`.
 
     Raises:
-        InputError: none of the images can be decoded, or features are not finite.
+        InputError: none of the images can be decoded, or features are non-finite.
     """
     sample = Subset(source, drawn(len(source), BASIS_IMAGES, seed=0).sort().values.numpy())
     count = 0
@@ -143,7 +141,7 @@ def patch_basis(
     if not bool(scatter_DD.isfinite().all()):
         raise InputError(NOT_FINITE)
     vectors_DK = torch.linalg.eigh(scatter_DD).eigenvectors.flip(1)[:, :COMPONENTS]
-    # A direction has two ends: the largest entry is to be positive.
+    # The sign of a direction is arbitrary: make the largest entry positive.
     largest_1K = vectors_DK.abs().argmax(dim=0, keepdim=True)
     vectors_DK = vectors_DK * vectors_DK.gather(0, largest_1K).sign()
     return PatchBasis(mean_PD.float(), vectors_DK.float().contiguous())
@@ -158,7 +156,7 @@ def pooled(
 ) -> dict[str, Float[Tensor, "B _"]]:
     """The pieces of a batch of images, float32; `bf16`: encoded under autocast. No gradient.
 
-    `basis` is what `patches1` is read by.
+    `basis` is the projection for `patches1`.
     """
     deepest = max(split_piece(piece)[1] for piece in pieces)
     more = {"last": deepest} if deepest > LAYERS_AT_LEAST else {}
@@ -177,7 +175,7 @@ def pooled(
 
 def _of_patches(kind: str, patches_BPD: Tensor, basis: PatchBasis | None) -> Tensor:
     if kind == "patches":
-        assert basis is not None, "patches1 is read by a basis"
+        assert basis is not None, "patches1 needs a basis"
         return basis.of(patches_BPD)
     reading: dict[str, Callable[[Tensor], Tensor]] = {
         "mean": lambda x: x.mean(dim=1),
@@ -207,9 +205,9 @@ def pooling_of(pieces: Sequence[str]) -> str:
 
 
 class Rows:
-    """Rows of pieces side by side, read from memory or disk when they are asked for.
+    """Rows of concatenated pieces, read from memory or disk on demand.
 
-    `less_D`, if given, is subtracted from each of them.
+    `less_D`, if given, is subtracted from each row.
     """
 
     def __init__(
@@ -227,13 +225,13 @@ class Rows:
         return len(self.index_M)
 
     def __getitem__(self, which: slice | Tensor) -> Float[Tensor, "R D"]:
-        """The rows at places among the M. A copy in memory."""
+        """The rows at these indices among the M, copied into memory."""
         index_R = self.index_M[which]
         rows_RD = torch.cat([part_ND[index_R] for part_ND in self.parts], dim=1)
         return rows_RD if self.less_D is None else rows_RD - self.less_D
 
     def only(self, which: Int64[Tensor, " R"]) -> Rows:
-        """These rows alone; nothing is read."""
+        """Only these rows; nothing is read."""
         return Rows(self.parts, self.index_M[which], self.less_D)
 
     def less(self, value_D: Float[Tensor, " D"]) -> Rows:
@@ -241,7 +239,7 @@ class Rows:
         return Rows(self.parts, self.index_M, value_D)
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Float[Tensor, "R D"]]]:
-        """All rows in order, some at a time, each with the place of its first."""
+        """All rows in order, in blocks, each with the index of its first row."""
         rows = rows or ROWS_AT_ONCE
         for start in range(0, len(self), rows):
             yield start, self[start : start + rows]
@@ -253,7 +251,7 @@ class Rows:
         for _, rows_RD in self.blocks():
             total_D += rows_RD.double().sum(dim=0)
         mean_D = total_D / len(self)
-        for _, rows_RD in self.blocks():  # of what is left of the mean: no cancellation
+        for _, rows_RD in self.blocks():  # after subtracting the mean, to avoid cancellation
             square_D += (rows_RD.double() - mean_D).square().sum(dim=0)
         return mean_D, (square_D / len(self)).sqrt()
 
@@ -264,8 +262,8 @@ def as_rows(features: Tensor | Rows) -> Rows:
 
 
 def lost(source: Source, task: str, bad: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """Of each class that has images among the `bad` ones, by name: how many, and of how many.
-    Where the source has no such labels, of all images together."""
+    """For each class with `bad` images, by name: how many, and of how many. Without such labels,
+    for all images together."""
     if task not in source.labels:
         return {"any class": (len(bad), len(source))} if bad else {}
     label_N, names = source.labels[task], source.classes[task]
@@ -278,8 +276,7 @@ def lost(source: Source, task: str, bad: Mapping[str, str]) -> dict[str, tuple[i
 def lacking(
     task: str, **parts: tuple[Source, Mapping[str, str] | Sequence[tuple[str, str]]]
 ) -> dict[str, Any]:
-    """What a result says of the bad images of each part of the data: how many, and of which
-    classes."""
+    """The bad images of each split for a result: how many, and of which classes."""
     return {
         "n_bad": sum(len(bad) for _, bad in parts.values()),
         "missing": {name: lost(source, task, dict(bad)) for name, (source, bad) in parts.items()},
@@ -290,8 +287,8 @@ def lacking(
 class Extracted:
     """Features of the M images that could be decoded, in the source's order, on the CPU.
 
-    `pieces` have a row for each of the N images, those at `index_M` count. `labels` has an entry
-    for every task of the source. `bad` is (name, reason) of each image left out.
+    `pieces` have a row for each of the N images, of which those at `index_M` are valid. `labels`
+    has an entry for every task of the source. `bad` is (name, reason) of each image left out.
     """
 
     pieces: Mapping[str, Float[Tensor, "N _"]]
@@ -300,7 +297,7 @@ class Extracted:
     bad: tuple[tuple[str, str], ...]
 
     def rows(self, pieces: Sequence[str]) -> Rows:
-        """These pieces side by side."""
+        """These pieces concatenated."""
         return Rows([self.pieces[piece] for piece in pieces], self.index_M)
 
     def feature(self, *pieces: str) -> Float[Tensor, "M D"]:
@@ -310,12 +307,12 @@ class Extracted:
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """Consecutive images of a source from `first` to, not including, `stop`."""
+    """Consecutive images of a source from `first` up to but excluding `stop`."""
 
     first: int
     stop: int
     kept: list[int]
-    """Places in the source of those that could be decoded."""
+    """Indices into the source of those that could be decoded."""
     pieces: Mapping[str, Float[Tensor, "B _"]]
     bad: tuple[tuple[str, str], ...]
 
@@ -339,12 +336,12 @@ def extract(
         encoder: in eval mode and on `device`.
         source: the images; each is brought to `image_size` by `EvalTransform`.
         image_size: height and width in pixels.
-        pieces: what is kept of an image.
-        batch_size: images that the encoder sees at a time.
+        pieces: which pieces to keep.
+        batch_size: images per forward pass of the encoder.
         workers: processes that read ahead; 0 reads in this one.
         bf16: whether to encode under autocast to bfloat16.
-        ranks: where given, each encodes its share and all get the whole.
-        basis: what the piece `patches1` is read by.
+        ranks: if given, each rank encodes its share and all receive everything.
+        basis: the projection for the piece `patches1`.
 
     Raises:
         InputError: no image of the source can be decoded.
@@ -396,17 +393,17 @@ def assembled(
     kept: list[int],
     bad: tuple[tuple[str, str], ...],
 ) -> Extracted:
-    """With the labels of the images that could be decoded; `InputError` if none could."""
+    """Features with the labels of decodable images; `InputError` if there are none."""
     if not kept:
         what = f", the first is {bad[0][0]}: {bad[0][1]}" if bad else ""
-        raise InputError(f"expected an image to evaluate, none of {len(bad)} is readable{what}")
+        raise InputError(f"expected images to evaluate, but none of {len(bad)} is readable{what}")
     index_M = torch.tensor(kept)
     labels = {task: torch.from_numpy(label_N)[index_M] for task, label_N in source.labels.items()}
     return Extracted(pieces, labels, index_M, bad)
 
 
 def chunks_of(images: int) -> list[range]:
-    """The images of a source, some at a time."""
+    """The images of a source, in blocks."""
     return [
         range(first, min(first + CHUNK_IMAGES, images)) for first in range(0, images, CHUNK_IMAGES)
     ]
@@ -425,8 +422,8 @@ def encode(
     bf16: bool,
     basis: PatchBasis | None = None,
 ) -> Iterator[Encoding]:
-    """The images of these chunks, batch by batch in order. No batch reaches over the end of a
-    chunk, so which chunks are left to do does not change the features of any."""
+    """The images of these chunks, batch by batch in order. No batch crosses the end of a
+    chunk, so features do not depend on which chunks remain to be done."""
     bounds = [
         (first, min(first + batch_size, chunk.stop))
         for chunk in chunks

@@ -34,11 +34,11 @@ BINS = 11
 
 @dataclass(frozen=True)
 class Sizes:
-    """What depends on the size of the backbone (He et al., 2022, table 9)."""
+    """Settings that depend on the size of the backbone (He et al., 2022, table 9)."""
 
     epochs: int
     lr: float
-    """For 256 images."""
+    """Learning rate per 256 images."""
     layer_decay: float
     drop_path: float
 
@@ -52,7 +52,7 @@ class Sizes:
 class Classifier(nn.Module):
     """A backbone with a linear layer on its pooled patches, or on [CLS].
 
-    The mean is taken before a layer norm of its own, as in MAE; [CLS] after the backbone's.
+    The mean is followed by its own layer norm, as in MAE; [CLS] is taken after the backbone's.
     """
 
     def __init__(self, backbone: Backbone, classes: int, pooling: str, drop_path: float) -> None:
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K) of images, uint8 or normalised."""
+        """Logits (B, K) of images, uint8 or normalized."""
         self.drop_path.draw(len(images_BCHW))
         x_BLD, _ = self.backbone.embed(images_BCHW)
         for block in self.backbone.blocks:
@@ -104,7 +104,7 @@ class Augment:
 
 
 class MixedLoss:
-    """Cross-entropy with label smoothing of a batch that is erased in part and mixed."""
+    """Cross-entropy with label smoothing on a batch with random erasing and mixing."""
 
     def __init__(self, config: FinetuneConfig, classes: int) -> None:
         self.smoothing = config.label_smoothing
@@ -130,7 +130,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     """Top-1 accuracy on the test images, by image and by class, in per cent.
 
     Raises:
-        InputError: there are no labels for the task, [CLS] is asked of a backbone without it, or an
+        InputError: there are no labels for the task, the backbone lacks the requested [CLS], or an
             earlier training is in the way.
         RunError: training fails, more images than `max_bad` cannot be decoded, or no test image
             can.
@@ -155,8 +155,8 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     at_once = config.batch_size // (config.accumulate * job.ranks.world)
     if at_once < 2 and (config.mixup or config.cutmix):
         raise InputError(
-            "mixup and cutmix need two images at a time on every rank: lower accumulate, or set "
-            "mixup=0 cutmix=0"
+            "mixup and cutmix need at least two images per micro-batch on every rank: lower "
+            "accumulate, or set mixup=0 cutmix=0"
         )
     drop_path = sizes.drop_path if config.drop_path == "auto" else config.drop_path
     augment, transform = Augment(config, backbone), EvalTransform(backbone.image_size)
@@ -211,7 +211,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
 def predict(
     model: Classifier, batch: list[LabelledImage], config: FinetuneConfig, device: torch.device
 ) -> list[int]:
-    """The class that each image is given."""
+    """The predicted class of each image."""
     images_BCHW, _ = stacked(batch).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits_BK = model(images_BCHW)

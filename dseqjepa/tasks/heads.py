@@ -1,11 +1,11 @@
 """Linear classifiers on frozen features, many at once.
 
-All heads on one set of features are one matrix: one product gives the logits of every head, and
-each goes its own way by its own learning rate and weight decay. Features are standardised by the
-mean and deviation of the training images, which is what a BatchNorm without affine comes to.
+All heads on one set of features form one matrix: one product gives the logits of every head, and
+each is updated with its own learning rate and weight decay. Features are standardized by the
+mean and standard deviation of the training images, equivalent to a BatchNorm without affine.
 
-The minimum is that of multinomial logistic regression: mean cross-entropy plus weight_decay / 2 of
-the squared weights; biases do not decay.
+The objective is that of multinomial logistic regression: mean cross-entropy plus weight_decay / 2
+times the squared weights; biases do not decay.
 
 Suffixes: M training images, N images to classify, B images of a batch, D width of a feature,
 H heads, C classes.
@@ -30,7 +30,7 @@ from dseqjepa.tasks.reading import Shuffled
 from dseqjepa.tasks.training import Place, Recipe, fit
 
 EPSILON = 1e-5
-"""Added to the variance, as BatchNorm does."""
+"""Added to the variance, as in BatchNorm."""
 MOMENTUM = 0.9
 LOGITS_AT_ONCE = 2**24
 Split = tuple[Int64[Tensor, " fit"], Int64[Tensor, " held"]]
@@ -38,7 +38,7 @@ Split = tuple[Int64[Tensor, " fit"], Int64[Tensor, " held"]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What distinguishes a head."""
+    """The settings of a head."""
 
     feature: str
     lr: float
@@ -48,15 +48,15 @@ class Setting:
     def all_of(
         cls, features: Iterable[str], lrs: Iterable[float], weight_decays: Iterable[float]
     ) -> list[Setting]:
-        """Every feature with every rate and decay."""
+        """Every combination of feature, learning rate and weight decay."""
         return [cls(*each) for each in product(features, lrs, weight_decays)]
 
 
 @dataclass(frozen=True, eq=False)
 class Standardized:
-    """Features by name, side by side in `rows`, with zero mean and unit deviation.
+    """Features by name, concatenated in `rows`, with zero mean and unit standard deviation.
 
-    `columns` says which columns of the rows a feature is, in order.
+    `columns` lists the columns of each feature, in order.
     """
 
     rows: Rows
@@ -66,7 +66,7 @@ class Standardized:
 
     @staticmethod
     def by(rows: Rows, columns: Mapping[str, Sequence[slice]]) -> Standardized:
-        """By the moments of these rows. `InputError` where they are not finite."""
+        """Standardize by the moments of these rows; `InputError` if they are non-finite."""
         mean_D, std_D = rows.moments()
         if not bool((mean_D + std_D).isfinite().all()):
             raise InputError(NOT_FINITE)
@@ -74,7 +74,7 @@ class Standardized:
         return Standardized(rows, columns, mean_D.float(), scale_D.float())
 
     def of(self, rows: Rows) -> Standardized:
-        """Other rows, by the moments of these."""
+        """Standardize other rows by the moments of these."""
         return Standardized(rows, self.columns, self.mean_D, self.scale_D)
 
     def take(
@@ -96,7 +96,7 @@ class Heads:
     weights: Mapping[str, tuple[Float[Tensor, "D H C"], Float[Tensor, "H C"]]]
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "B H C"]:
-        """Of all heads, in the order of `settings`."""
+        """Logits of all heads, in the order of `settings`."""
         return torch.cat([_logits(inputs[name], *self.weights[name]) for name in self.group], dim=1)
 
     @property
@@ -104,13 +104,13 @@ class Heads:
         return [setting for settings in self.group.values() for setting in settings]
 
     def _spans(self, count: int) -> Iterator[tuple[int, int]]:
-        """Rows that are classified together."""
+        """Number of rows classified at a time."""
         logits = sum(bias_HC.numel() for _, bias_HC in self.weights.values())
         rows = max(1, LOGITS_AT_ONCE // logits)
         return ((start, min(start + rows, count)) for start in range(0, count, rows))
 
     def predict(self, data: Standardized, device: torch.device) -> Int64[Tensor, "N H"]:
-        """The class that each head gives each image."""
+        """The class that each head predicts for each image."""
         parts = []
         for start, stop in self._spans(len(data.rows)):
             inputs = data.take(slice(start, stop), list(self.group), device)
@@ -141,7 +141,7 @@ class Heads:
 
 
 def _shares(label_B: Tensor, classes: int) -> Tensor:
-    """Labels as shares of the classes (B, C), which they may be already."""
+    """Labels as class shares (B, C), unchanged if they already are."""
     return F.one_hot(label_B, classes) if label_B.ndim == 1 else label_B
 
 
@@ -178,11 +178,11 @@ def fit_heads(
     parts = Shuffled(len(data.rows), batch_size, seed)
 
     def losses(index_B: Tensor) -> dict[str, Tensor]:
-        index_B = index_B.sort().values  # kinder to a disk
+        index_B = index_B.sort().values  # gentler on a disk
         target_BC = _shares(label_M[index_B], classes).to(device, torch.float32)
         logits_BHC = heads.logits(data.take(index_B, list(group), device))
         loss_H = -(logits_BHC.log_softmax(dim=2) * target_BC[:, None]).sum(dim=2).mean(dim=0)
-        # One that diverged counts as 0.
+        # A diverged head counts as 0.
         return {"loss": loss_H.where(loss_H.isfinite(), 0).sum()}
 
     fit(
@@ -212,26 +212,26 @@ def _start(
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The heads that a hold-out chose, one a group, trained again on all training images."""
+    """The heads selected by a hold-out, one per group, retrained on all training images."""
 
     setting: Setting
-    """The best of all."""
+    """The best head overall."""
     by_group: Mapping[str, Setting]
-    """The best of each group, in the order in which the groups came."""
+    """The best head of each group, in the order of the groups."""
     heads: Heads
     data: Standardized
     grid: list[dict[str, float | str]]
     """Every setting that was tried, with its accuracy and cross-entropy on the hold-out."""
 
     def predict(self, rows: Rows, device: torch.device) -> dict[str, Int64[Tensor, " N"]]:
-        """The class that the head of each group gives each row."""
+        """The class that the head of each group predicts for each row."""
         predicted_NH = self.heads.predict(self.data.of(rows), device)
         place = {setting: number for number, setting in enumerate(self.heads.settings)}
         return {group: predicted_NH[:, place[setting]] for group, setting in self.by_group.items()}
 
     @property
     def group(self) -> str:
-        """Of the best of all."""
+        """Index of the best head's group."""
         return next(group for group, best in self.by_group.items() if best == self.setting)
 
 
@@ -249,16 +249,16 @@ def choose_head(
     device: torch.device,
     group_of: Callable[[str], str] = lambda feature: "",
 ) -> Chosen:
-    """Try every setting on a part of the training images, judge on the rest, and train the best of
-    each group on all of them. The best has the highest accuracy; of equals, the lowest
-    cross-entropy.
+    """Train every setting on a part of the training images, select on the rest, and retrain the
+    best of each group on all of them. The best has the highest accuracy; ties are broken by the
+    lowest cross-entropy.
 
     Args:
-        split: places to fit on and to judge on, as `split_by_class` gives them.
+        split: indices to fit and to select on, from `split_by_class`.
         group_of: names the group of a feature.
 
     Raises:
-        InputError: features that are not finite.
+        InputError: non-finite features.
     """
     fit_M, held_M = split
     how = {"classes": classes, "epochs": epochs, "batch_size": batch_size, "seed": seed}
@@ -281,15 +281,15 @@ def choose_head(
 
 
 def split_by_class(label_M: Int64[Tensor, " M"], share: float, seed: int) -> Split:
-    """Places to fit on and to hold out, in order: of each class the `share` of its images (rounded)
-    whose hash is smallest, and at least one image in all. A class keeps one image to fit on.
+    """Indices to fit on and to hold out, in order: the `share` of each class (rounded) with the
+    smallest hash, at least one image in total. Every class keeps one image to fit on.
 
     Raises:
         InputError: there are fewer than two images.
     """
     count = len(label_M)
     if count < 2:
-        raise InputError(f"a hold-out needs 2 images or more, found {count}")
+        raise InputError(f"a hold-out needs at least 2 images, found {count}")
     keys_M = sample_keys(seed, 0, torch.arange(count))
     draw_M = uniforms(keys_M, Stream.SPLIT, 1)[:, 0]
     held_M = torch.zeros(count, dtype=torch.bool)

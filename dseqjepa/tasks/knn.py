@@ -27,23 +27,23 @@ from dseqjepa.tasks.store import splits_of
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-CHUNK = 2**24  # similarities held at a time: 64 MiB
+CHUNK = 2**24  # similarities in memory at a time: 64 MiB
 SWEEP_IMAGES = 10_000
-"""Training images whose neighbours choose `k` and the temperature of a sweep."""
+"""Number of training images used to select `k` and the temperature of a sweep."""
 
 
 class Neighbours(NamedTuple):
-    """The nearest training images of each test image, the nearest first."""
+    """The nearest training images of each test image, nearest first."""
 
     similarity_NK: Float[Tensor, "N K"]
     label_NK: Int64[Tensor, "N K"]
 
     def vote(self, classes: int, k: int, temperature: float) -> Int64[Tensor, " N"]:
-        """The class with the largest vote; of equal votes, the smaller class."""
+        """The class with the largest vote; ties go to the smaller class."""
         return self.votes(classes, k, temperature).argmax(dim=1)
 
     def votes(self, classes: int, k: int, temperature: float) -> Float[Tensor, "N C"]:
-        """How much the `k` nearest speak for each class."""
+        """The votes of the `k` nearest for each class."""
         top_NK, label_NK = self.similarity_NK[:, :k], self.label_NK[:, :k]
         weight_NK = ((top_NK - top_NK[:, :1]) / temperature).exp()
         vote_NC = weight_NK.new_zeros(len(top_NK), classes)
@@ -59,13 +59,13 @@ def neighbours(
     self_N: Int64[Tensor, " N"] | None = None,
     device: torch.device | str = "cpu",
 ) -> Neighbours:
-    """The `k` training features of largest cosine similarity to each test feature; all, if fewer.
+    """The `k` training features most similar to each test feature by cosine; all, if fewer.
 
-    Block by block, so that neither the features nor their similarities need fit into memory.
-    `self_N` leaves one out: the training feature that each test feature itself is.
+    Computed block by block, so that neither features nor similarities need to fit in memory.
+    `self_N` excludes the training feature that is the test feature itself.
 
     Raises:
-        InputError: nothing to compare with, features that are not finite, or `k` out of range.
+        InputError: nothing to compare with, non-finite features, or `k` out of range.
     """
     train, test = as_rows(train), as_rows(test)
     available = len(train) - (self_N is not None)
@@ -75,7 +75,7 @@ def neighbours(
     if k < 1:
         raise InputError(f"expected k >= 1, found {k}")
     k = min(k, available)
-    # One column more than asked for, where the image itself may be among its neighbours.
+    # One column more than requested if the image itself may be among its neighbours.
     similarity_NK = torch.full((len(test), k), -torch.inf, device=device)
     index_NK = torch.zeros(len(test), k, dtype=torch.int64, device=device)
     for first, train_SD in train.blocks():
@@ -100,8 +100,8 @@ def _unit(name: str, features_RD: Tensor) -> Tensor:
     wrong = int((~features_RD.isfinite()).any(dim=1).sum())
     if wrong:
         raise InputError(
-            f"{wrong} of {len(features_RD)} {name} features are not finite: "
-            f"the encoder has diverged, take an earlier checkpoint"
+            f"{wrong} of {len(features_RD)} {name} features are non-finite: "
+            f"the encoder has diverged, use an earlier checkpoint"
         )
     return F.normalize(features_RD.float(), dim=1)
 
@@ -117,16 +117,16 @@ def knn_predict(
     exclude_self: bool = False,
     device: torch.device | str = "cpu",
 ) -> Int64[Tensor, " N"]:
-    """The class of each test feature, voted for by its `k` nearest training features.
+    """The class of each test feature by a vote of its `k` nearest training features.
 
-    A neighbour's vote weighs exp(cosine similarity / temperature). Equal votes: the smaller class.
-    With fewer than `k` training features, all vote. `exclude_self` leaves one out: the test
-    features are then the training features, and none votes for itself. Everything is computed on
+    Votes are weighted by exp(cosine similarity / temperature); ties go to the smaller class.
+    With fewer than `k` training features, all vote. With `exclude_self` the test
+    features are the training features, and none votes for itself. Everything is computed on
     `device`, in blocks.
 
     Raises:
-        InputError: nothing to compare with, features that are not finite, or `k` or `temperature`
-            out of range.
+        InputError: nothing to compare with, non-finite features, or `k` or `temperature` out of
+            range.
     """
     if temperature <= 0:
         raise InputError(f"expected temperature > 0, found {temperature}")
@@ -145,10 +145,10 @@ def probe(
     *,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Leave-one-out kNN accuracy, in per cent, of "last" features: how training is going.
+    """Leave-one-out kNN accuracy, in per cent, of "last" features, to monitor training.
 
-    Measured on at most `images` of the training `source`, drawn by `seed` and always the same, so
-    that no validation image is used up for choices made along the way.
+    Measured on at most `images` of the training `source`, always the same ones for a `seed`, so
+    that no validation image influences choices made during training.
 
     Raises:
         InputError: the source has no labels for `task`, or those of `knn_predict`.
@@ -173,16 +173,16 @@ def compare(
     device: torch.device | str = "cpu",
     **how: Any,
 ) -> list[dict[str, Any]]:
-    """kNN accuracy of several encoders on several tasks, one row for each pair of them.
+    """kNN accuracy of several encoders on several tasks, one row per pair.
 
     A row is plain JSON: `encoder`, `features`, `task`, `accuracy` with its interval, `n_train`,
     `n_test`, `k` (neighbours that voted), `temperature`, and `n_bad`, the images that could not be
-    decoded. Every image is encoded once an encoder.
+    decoded. Every image is encoded once per encoder.
 
     Args:
-        backbones: by the name that the rows give them, all for one image size.
-        features: as in `pieces_of`; of raw pixels always the pixels.
-        how: what `extract` takes beside.
+        backbones: by the name used in the rows, all for the same image size.
+        features: as in `pieces_of`; raw pixels always use the pixels.
+        how: further arguments of `extract`.
 
     Raises:
         InputError: a source has no labels for a task, the two sources number its classes
@@ -225,8 +225,8 @@ def _accuracy(
 def evaluate(job: Job, config: KnnConfig) -> Result:
     """kNN accuracy of a backbone.
 
-    With `sweep`, also that of the k and temperature that are best for training images among the
-    other training images. Errors are those of `features_of` and `knn_predict`.
+    With `sweep`, also with the k and temperature that classify training images best by the other
+    training images. Errors are those of `features_of` and `knn_predict`.
     """
     task = config.task
     names = same_classes(job.train, job.test, task)
@@ -272,8 +272,8 @@ def sweep(
     config: KnnConfig,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Accuracy of at most `SWEEP_IMAGES` training images, each among all others, for every k and
-    temperature. No test image is looked at."""
+    """Leave-one-out accuracy on at most `SWEEP_IMAGES` training images, for every k and
+    temperature. No test image is used."""
     query_N = drawn(len(train), SWEEP_IMAGES, config.seed).sort().values
     found = neighbours(
         train, label_M, train.only(query_N), k=max(config.ks), self_N=query_N, device=device
@@ -290,7 +290,7 @@ def sweep(
 
 
 def class_names(source: Source, task: str) -> tuple[str, ...]:
-    """The classes of a task; `InputError` says which tasks there are if it is not one of them."""
+    """The classes of a task; `InputError` lists the available tasks if there is no such one."""
     if task not in source.labels:
         known = ", ".join(source.labels) or "none"
         why = "; ".join(["", *notes_of(source)])
@@ -299,11 +299,11 @@ def class_names(source: Source, task: str) -> tuple[str, ...]:
 
 
 def same_classes(train: Source, test: Source, task: str) -> tuple[str, ...]:
-    """The classes of a task; `InputError` where one has not the same number on both sides."""
+    """The classes of a task; `InputError` if the two splits number them differently."""
     names = class_names(train, task)
     if names != class_names(test, task):
         raise InputError(
             f"training and test images have different classes for {task!r}: "
-            f"give both the same class folders"
+            f"use the same class folders in both"
         )
     return names

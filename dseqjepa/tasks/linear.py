@@ -35,7 +35,7 @@ INIT_STD = 0.01
 
 
 def evaluate(job: Job, config: LinearConfig) -> Result:
-    """Accuracy of a linear classifier. Errors are those of `extract`, and an `InputError` where the
+    """Accuracy of a linear classifier. Errors are those of `extract`, and `InputError` if the
     data has no such labels or fewer images than a batch."""
     names = same_classes(job.train, job.test, config.task)
     by_protocol = {"sweep": by_sweep, "paper": by_paper}[config.protocol]
@@ -65,11 +65,11 @@ class Probe(nn.Module):
         return self.linear(self.norm(feature_BD))
 
     def loss(self, feature_BD: Tensor, label_B: Tensor, per_epoch: int, ranks: Ranks) -> Tensor:
-        """That of a step of an epoch of so many."""
+        """The learning rate at a step of an epoch."""
         epoch, step = divmod(int(self.norm.get_buffer("num_batches_tracked")), per_epoch)
         loss = F.cross_entropy(self(feature_BD), label_B)
         self.loss_E[epoch].lerp_(loss.detach(), 1 / (step + 1))
-        # Each rank has seen its own share: all go on from the mean.
+        # Each rank has seen its own share: all continue from the mean.
         for name in ("norm.running_mean", "norm.running_var", "loss_E"):
             ranks.total(self.get_buffer(name).div_(ranks.world))
         return loss
@@ -81,7 +81,7 @@ def by_paper(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
     if len(job.train) < config.batch_size * job.ranks.world:
         raise InputError(
             f"{len(job.train)} training images are fewer than a batch of {config.batch_size} on "
-            f"{job.ranks.world} ranks: lower batch_size, or take preset=quick"
+            f"{job.ranks.world} ranks: lower batch_size, or use preset=quick"
         )
     protocol = {
         "protocol": "paper",
@@ -116,7 +116,7 @@ def by_paper(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
 def train(
     job: Job, config: LinearConfig, pieces: Sequence[str], protocol: Mapping[str, Any]
 ) -> tuple[Probe, Place, dict[str, str]]:
-    """The probe; where it was trained; bad images and why."""
+    """The probe, where it was trained, and bad images with reasons."""
     backbone, ranks, source = job.backbone, job.ranks, job.train
     batch_size = config.batch_size * ranks.world
     per_epoch = len(source) // batch_size
@@ -212,8 +212,8 @@ def choose(
     only: Tensor | None = None,
     group_of: Callable[[str], str] = lambda feature: "",
 ) -> Chosen:
-    """The best heads of a sweep, one a group, over training features or `only` some of their rows.
-    `InputError` where they are fewer than two, or not finite."""
+    """The best heads of a sweep, one per group, over training features or `only` some of their
+    rows. `InputError` if they are fewer than two, or non-finite."""
     features = features_for(sweep, backbone)
     pieces = all_pieces(features, backbone)
     rows = train.rows(pieces) if only is None else train.rows(pieces).only(only)
@@ -235,12 +235,13 @@ def choose(
 
 
 def reading_of(feature: str) -> str:
-    """How much of the patches a feature holds: `pooled` (means and [CLS]), `moments`, `patches`."""
+    """How much of the patches a feature retains: `pooled` (means and [CLS]), `moments`,
+    `patches`."""
     return feature if feature in OVER_PATCHES else "pooled"
 
 
 def features_for(sweep: SweepConfig, backbone: Backbone) -> list[str]:
-    """The features of a sweep that this backbone has, those that would be the same once."""
+    """The features of a sweep that this backbone has, without duplicates."""
     found: dict[tuple[str, ...], str] = {}
     for name in sweep.features:
         if "cls" in name and not backbone.has_cls:
@@ -250,13 +251,13 @@ def features_for(sweep: SweepConfig, backbone: Backbone) -> list[str]:
             found.setdefault(backbone.pieces(feature), feature)
     if not found:
         raise InputError(
-            f"sweep.features {list(sweep.features)} all read a [CLS], which {backbone.name} has not"
+            f"sweep.features {list(sweep.features)} all need [CLS], which {backbone.name} lacks"
         )
     return list(found.values())
 
 
 def all_pieces(features: Sequence[str], backbone: Backbone) -> tuple[str, ...]:
-    """What is to be extracted for these features."""
+    """The pieces to extract for these features."""
     wanted = [piece for feature in features for piece in backbone.pieces(feature)]
     return tuple(dict.fromkeys(wanted))
 
@@ -264,7 +265,7 @@ def all_pieces(features: Sequence[str], backbone: Backbone) -> tuple[str, ...]:
 def _columns(
     features: Sequence[str], pieces: Sequence[str], train: Extracted, backbone: Backbone
 ) -> dict[str, list[slice]]:
-    """Where each feature's pieces stand among all pieces."""
+    """The positions of each feature's pieces among all pieces."""
     place, start = {}, 0
     for piece in pieces:
         stop = start + train.pieces[piece].shape[1]

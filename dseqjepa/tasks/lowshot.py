@@ -1,8 +1,8 @@
 """Classification from few labels: 1 % of them, by default (docs/evaluations.md).
 
-The labelled images are those of a list (ImageNet's is SimCLR's 1percent.txt), or class-balanced
-samples by several seeds. The classifier is linear on frozen features; its learning rate and weight
-decay are chosen on a fifth of the labelled images, no other label is looked at.
+The labelled images come from a list (for ImageNet, SimCLR's 1percent.txt), or are class-balanced
+samples with several seeds. The classifier is linear on frozen features; its learning rate and
+weight decay are selected on a fifth of the labelled images, and no other label is used.
 
 Suffixes: M images that could be decoded, N test images.
 """
@@ -36,7 +36,7 @@ from dseqjepa.tasks.store import splits_of
 
 
 def evaluate(job: Job, config: LowshotConfig) -> Result:
-    """Accuracy from few labels: mean and 95 % interval over draws; of one draw, or a list, the
+    """Accuracy from few labels: mean and 95 % interval over draws; for one draw, or a list, the
     interval is over test images.
 
     Raises:
@@ -46,7 +46,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
     names = same_classes(job.train, job.test, task)
     samples, how = _samples(job, config)
     pieces = all_pieces(features_for(config.sweep, job.backbone), job.backbone)
-    # Only what is labelled in one of the draws is encoded.
+    # Only images labelled in one of the draws are encoded.
     union = torch.cat(list(samples.values())).unique()
     labelled = Subset(job.train, union.numpy())
     train, test = splits_of(job, config, pieces, labelled)
@@ -58,7 +58,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
     for seed, sample in samples.items():
         rows = torch.tensor([place_of[i] for i in sample.tolist() if i in place_of])
         if len(rows) < 2:
-            raise InputError(f"low-shot needs 2 labelled images or more, found {len(rows)}")
+            raise InputError(f"low-shot needs at least 2 labelled images, found {len(rows)}")
         chosen = choose(
             config.sweep,
             job.backbone,
@@ -81,7 +81,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
             }
         )
     several = len(draws) > 1
-    # Of all draws together: per class, and who is taken for whom.
+    # Accuracy per class and confusion, over all draws together.
     whole = classified(
         torch.cat(predicted), label_N.repeat(len(draws)), train.labels[task], names, task
     )
@@ -111,14 +111,14 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
 
 
 def _over(draws: Sequence[Mapping[str, Metric]]) -> Mapping[str, Metric]:
-    """Each metric's mean over draws; that of a single one as it is."""
+    """Each metric's mean over draws; unchanged for a single draw."""
     if len(draws) == 1:
         return draws[0]
     return {name: mean_metric([draw[name].value for draw in draws]) for name in draws[0]}
 
 
 def _samples(job: Job, config: LowshotConfig) -> tuple[dict[int, Tensor], str]:
-    """Places in the training split by seed, and in words which they are."""
+    """Indices into the training split by seed, and a description."""
     if config.names != "none":
         file = Path(config.names).expanduser()
         places = listed(job.train, file)

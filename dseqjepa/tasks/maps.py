@@ -1,4 +1,4 @@
-"""From a plain ViT to what a dense task trains: maps of four blocks, in four sizes.
+"""From a plain ViT to the inputs of dense heads: maps of four blocks, at four scales.
 
 Suffixes: B images, L tokens (prefix and patches), N patches, D width, h and w rows and columns of
 patches, H and W pixels, C channels, G windows.
@@ -14,32 +14,32 @@ from torch import Tensor, nn
 from dseqjepa.tasks.backbone import Backbone
 
 READ = (3, 5, 7, 11)
-"""The blocks that are read, of 12, the first being 0 (docs/evaluations.md)."""
+"""The 0-based blocks that are read, of 12 (docs/evaluations.md)."""
 WINDOW = 14
 
 
 def blocks_to_read(depth: int) -> tuple[int, ...]:
-    """Blocks 3, 5, 7 and 11 of 12; of another depth those at the same fractions of it.
+    """Blocks 3, 5, 7 and 11 of 12, or the same fractions of other depths.
 
-    24 blocks give 7, 11, 15 and 23. With fewer than six, two of the four may be the same.
+    24 blocks give 7, 11, 15 and 23. With fewer than six, two of the four may coincide.
     """
     return tuple(max(round((block + 1) * depth / 12), 1) - 1 for block in READ)
 
 
 class DropPath:
-    """Leaves out the branches of blocks, for some images: stochastic depth (Huang et al., 2016).
+    """Stochastic depth (Huang et al., 2016): drops the branches of blocks for some images.
 
-    The rate rises linearly from 0 at the first block to `rate` at the last. What stays is scaled so
-    that its expectation does not change. It acts on the modules `attn` and `mlp` of each block, and
-    draws from torch's global generator, once for all blocks, at `draw`; an image is left out in all
-    its windows. In eval mode nothing is left out.
+    The rate rises linearly from 0 at the first block to `rate` at the last. Kept branches are
+    scaled to preserve the expectation. It acts on the modules `attn` and `mlp` of each block, and
+    draws from torch's global generator, once for all blocks, at `draw`; an image is dropped in all
+    its windows. In eval mode nothing is dropped.
     """
 
     def __init__(self, backbone: Backbone, rate: float) -> None:
         self.backbone = backbone
         self.rates = torch.linspace(0, rate, backbone.depth)
         self.scale: Tensor | None = None
-        """For each block, branch and image 0 or what makes up for the zeros."""
+        """For each block, branch and image: 0, or the factor that compensates for the zeros."""
         for number, block in enumerate(backbone.blocks if rate else ()):
             branches = [m for n, m in block.named_modules() if n.split(".")[-1] in ("attn", "mlp")]
             assert len(branches) == 2, "a block of a ViT has two branches"
@@ -47,7 +47,7 @@ class DropPath:
                 module.register_forward_hook(self._hook(number, branch))
 
     def draw(self, images: int) -> None:
-        """Decide for the next batch, of so many images."""
+        """Draw for the next batch, of this many images."""
         if not self.backbone.training:
             self.scale = None
             return
@@ -59,7 +59,7 @@ class DropPath:
             if self.scale is None:
                 return output
             scale_B = self.scale[number, branch].to(output)
-            # Whatever the tokens' layout, those of an image stand together.
+            # In any layout, the tokens of an image are contiguous.
             by_image = output.reshape(len(scale_B), -1)
             return (by_image * scale_B[:, None]).view(output.shape)
 
@@ -67,10 +67,10 @@ class DropPath:
 
 
 def in_windows(block: Callable[[Tensor], Tensor], x_BhwD: Tensor, window: int) -> Tensor:
-    """A block on each window of a grid by itself, (B, h, w, D) to (B, h, w, D).
+    """A block applied to each window of a grid separately, (B, h, w, D) to (B, h, w, D).
 
-    The windows at the right and lower edge are as small as what is left, so that there are no
-    padded tokens. A window as large as the grid is the whole grid.
+    Windows at the right and bottom edges are smaller, so that there are no padding tokens. A window
+    as large as the grid is the whole grid.
     """
     B, h, w, D = x_BhwD.shape
     rows, columns = h - h % window, w - w % window
@@ -96,8 +96,8 @@ def maps_of(
 ) -> list[Tensor]:
     """The maps (B, D, h, w) of `blocks_to_read`, each after the final norm.
 
-    With `window` the blocks that are not read attend in windows of so many patches a side, as in
-    ViTDet, and the prefix tokens, which lie in no window, are left out.
+    With `window`, the blocks that are not read attend in windows with this many patches per side,
+    as in ViTDet, and the prefix tokens, which are in no window, are left out.
     """
     if drop_path is not None:
         drop_path.draw(len(images_BCHW))
@@ -119,13 +119,13 @@ def maps_of(
 
 
 class Rescale(nn.Module):
-    """Four maps of one size to 4, 2, 1 and 1/2 times that size, as in BEiT.
+    """Rescale four maps of one size to 4, 2, 1 and 1/2 times that size, as in BEiT.
 
-    By one or two transposed convolutions, and a maximum over 2 x 2.
+    Uses one or two transposed convolutions, and 2 x 2 max pooling.
 
     Args:
-        width: channels, which stay as they are.
-        norm: makes the normalisation between the two convolutions.
+        width: number of channels, which is kept.
+        norm: creates the normalization between the two convolutions.
     """
 
     def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""How training is going, told while it runs: kNN of the features, and whether objects are found."""
+"""Evaluation during training: kNN on the features, and object discovery."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Reading = tuple[dict[str, float], str]
 
 
 def online_probe(config: Config, source: Source) -> Callable[[VisionTransformer], Reading] | None:
-    """A function of the target encoder to numbers and a line of the log; None for data that has
-    neither classes nor objects. `probe_*` are in per cent, but for the number of regions."""
+    """A function from the target encoder to metrics and a log message; None for data without
+    classes and objects. `probe_*` are in per cent, except the number of regions."""
     readings: list[Callable[[VisionTransformer], Reading]] = []
     if "class" in source.labels:
         readings.append(partial(_classes, config, source))

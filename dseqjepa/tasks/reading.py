@@ -1,4 +1,4 @@
-"""What a task trains and tests on: the samples of each step, by key; the test set in its order.
+"""Data of tasks that train: the samples of each step, by key, and the test set in order.
 
 Suffixes: N images of the source, M training images, A samples that are asked for.
 """
@@ -31,14 +31,14 @@ T = TypeVar("T")
 
 
 class LabelledImage(NamedTuple):
-    """An image, or what was read of it, and its class."""
+    """An image, or data derived from it, and its class."""
 
     image_CHW: Tensor
     label: int
 
 
 class LabelledImages(NamedTuple):
-    """Several of one size."""
+    """Several samples of one size."""
 
     images_BCHW: Tensor
     label_B: Tensor
@@ -48,12 +48,12 @@ class LabelledImages(NamedTuple):
 
 
 SUBSTITUTES = 8
-"""Images tried in the place of one that cannot be decoded: if none of so many can, it is the data
-that is broken."""
+"""Number of substitutes tried for an image that cannot be decoded; if all fail, the data is
+broken."""
 
 
 def check_bad(bad: Mapping[str, str], count: int, max_bad: float, part: str) -> None:
-    """`RunError` where the `bad` images are more than the share `max_bad` of a part of the data."""
+    """`RunError` if the `bad` images exceed the share `max_bad` of a split."""
     if len(bad) > max_bad * count:
         raise RunError(
             f"{len(bad)} of {count} {part} images cannot be decoded, more than "
@@ -63,7 +63,7 @@ def check_bad(bad: Mapping[str, str], count: int, max_bad: float, part: str) -> 
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Whatever draws from torch's generator of the CPU in here is a function of the key."""
+    """Makes draws from torch's CPU generator within the block a function of the key."""
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(key)
     try:
@@ -73,16 +73,16 @@ def seeded(key: int) -> Iterator[None]:
 
 
 class Samples(Generic[Sample]):
-    """The samples of each part of a step: one epoch's order after the other, none left out or
-    repeated. One that cannot be decoded is replaced by those that follow it, in another way.
+    """The samples of each part of a step: epoch after epoch in order, without omissions or
+    repetitions. An undecodable sample is replaced by those that follow it, augmented differently.
 
     Args:
-        source: its images, by number and by name.
-        read: the sample at a place of the source for a key, the only randomness it may use.
-        size: samples of a part.
-        join: makes one part of its samples, where they are read. Between processes every tensor
-            costs a file descriptor, and there may be no more than 1,024.
-        epoch: places of an epoch's order that are used, where it is not all.
+        source: its images, by index and by name.
+        read: the sample at an index of the source for a key, the only randomness it may use.
+        size: samples per part.
+        join: collates the samples of a part in the process that reads them. Each tensor sent
+            between processes costs a file descriptor, often limited to 1,024.
+        epoch: number of images used per epoch, if not all.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class Samples(Generic[Sample]):
         return len(self.source)
 
     def __getitem__(self, part: int) -> tuple[Any, dict[str, str]]:
-        """The samples joined, None where no substitute was found for one, and why any were bad."""
+        """The collated samples, None if no substitute was found for one, and the bad images with
+        reasons."""
         samples: list[Sample] = []
         bad: dict[str, str] = {}
         for epoch, at, index, key in self._wanted(part):
@@ -125,8 +126,8 @@ class Samples(Generic[Sample]):
         return self.join(samples), bad
 
     def _wanted(self, part: int) -> Iterator[tuple[int, int, int, int]]:
-        """The epoch of each place of a part, its place in that, which image is there, and its key:
-        all at once, since the cost of each operation on a number is that of many."""
+        """For each sample of a part: its epoch, its position in it, its image and its key. Computed
+        together, since vectorized operations cost the same for one number as for many."""
         places = range(part * self.size, (part + 1) * self.size)
         for epoch in range(places[0] // self.epoch, places[-1] // self.epoch + 1):
             first = epoch * self.epoch
@@ -147,14 +148,14 @@ class Samples(Generic[Sample]):
 
 
 class Crops:
-    """Reads random crops and their labels, as `Samples` takes it."""
+    """Reads random crops and their labels, for `Samples`."""
 
     def __init__(self, source: Source, task: str, transform: TrainTransform) -> None:
         self.source, self.label_N, self.transform = source, source.labels[task], transform
         self._cuts: dict[int, Cut] = {}
 
     def ahead(self, keys_A: Int64[Tensor, " A"]) -> None:
-        """Draw the crops of these keys together, which come next."""
+        """Draw the crops of the next keys together."""
         self._cuts = dict(zip(keys_A.tolist(), self.transform.cuts(keys_A), strict=True))
 
     def __call__(self, index: int, key: int) -> LabelledImage:
@@ -171,8 +172,8 @@ def stacked(samples: list[LabelledImage]) -> LabelledImages:
 
 
 class Shuffled:
-    """The places of rows that lie in memory, in batches: every epoch in its own order, its last
-    batch as small as what is left."""
+    """Batches of indices of rows in memory: every epoch in its own order, with a smaller last
+    batch."""
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
@@ -183,7 +184,7 @@ class Shuffled:
         return self.count
 
     def __getitem__(self, step: int) -> tuple[Tensor, dict[str, str]]:
-        """The places of a step, of which none is bad."""
+        """The indices of a step; none is bad."""
         epoch, number = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             order_M = order_of(epoch, self.count, self.seed)
@@ -192,7 +193,7 @@ class Shuffled:
 
 
 def order_of(epoch: int, count: int, seed: int) -> Tensor:
-    """In which order an epoch sees so many samples."""
+    """The order in which an epoch sees this many samples."""
     return shuffled(sample_keys(seed, epoch, torch.arange(count)), Stream.SHUFFLE)
 
 
@@ -204,8 +205,8 @@ def in_order(
     console: Console,
     ranks: Ranks,
 ) -> Iterator[tuple[int, Sample]]:
-    """This rank's share of a test set, each sample once, with its place; those that cannot be
-    decoded are added to `bad` and left out. On a terminal a bar says how far it has come."""
+    """This rank's share of a test set, each sample once, with its index; undecodable samples are
+    added to `bad` and left out. A terminal shows a progress bar."""
 
     def sample_of(index: int) -> tuple[Sample | None, str]:
         try:
@@ -230,7 +231,7 @@ def in_order(
 
 
 def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """So many at a time; the last ones may be fewer."""
+    """In groups of this size; the last may be smaller."""
     while batch := list(islice(items, size)):
         yield batch
 
@@ -238,11 +239,11 @@ def batched(items: Iterator[T], size: int) -> Iterator[list[T]]:
 def joined(
     found: list[tuple[int, T]], source: Source, bad: dict[str, str], ranks: Ranks
 ) -> list[T]:
-    """What the ranks found at the places of a test set, plain JSON, in its order; `bad` gets what
-    all met.
+    """The ranks' results for a test set, plain JSON, in its order; `bad` receives the bad images of
+    all ranks.
 
     Raises:
-        RunError: nothing was found anywhere.
+        RunError: there are no results.
     """
     shares = ranks.share((found, bad))
     for _, theirs in shares:
@@ -254,7 +255,7 @@ def joined(
 
 
 def read_ahead(read: Callable[[Any], T], places: Collection[Any], workers: int) -> Iterator[T]:
-    """What `read` makes of each place, in order: in so many processes, or in this one."""
+    """The result of `read` for each index, in order, computed by workers or in this process."""
     if workers == 0:
         yield from map(read, places)
         return
@@ -263,11 +264,11 @@ def read_ahead(read: Callable[[Any], T], places: Collection[Any], workers: int) 
         batch_size=None,
         sampler=places,
         num_workers=workers,
-        # What reads is often local to a function, which only a fork takes along.
+        # `read` is often local to a function, which only a fork can inherit.
         multiprocessing_context="fork" if "fork" in get_all_start_methods() else None,
         collate_fn=_as_is,
         worker_init_fn=start_worker,
-        # Its own, because each iteration draws a number: the global one must not notice.
+        # Its own: each iteration draws from it, and the global one must not change.
         generator=torch.Generator(),
     )
 

@@ -1,7 +1,7 @@
-"""What an evaluation found, on disk: a JSON file with all that is needed to trust its numbers.
+"""Results of evaluations: JSON files with everything needed to trust their numbers.
 
-`protocol` holds what must be equal for two numbers to stand in one column. The rest says who was
-measured (`backbone`), on what (`data`), how it was set (`config`) and where it ran.
+`protocol` contains everything that must be equal for two numbers to share a column. The rest
+records the encoder (`backbone`), the data (`data`), the settings (`config`) and the environment.
 
 Suffixes: N test images, M training images, C classes, R resamples.
 """
@@ -30,15 +30,15 @@ from dseqjepa.tasks.bootstrap import RESAMPLES
 
 FORMAT = 1
 MANY = 4
-"""The most metrics that stand side by side on a terminal."""
+"""Maximum number of metrics in one row on a terminal."""
 MAJORITY = "majority"
-"""The row of the answer that is right most often among the training images."""
+"""The row for always predicting the most common training class."""
 NOT_PER_CENT = {"depth_rmse": (0.0, math.inf)}
-"""Metrics that have a unit of their own, and what values they can have."""
+"""Metrics that are not in per cent, and their possible values."""
 
 
 class Metric(NamedTuple):
-    """A number with its 95 % interval; both ends None where there is none."""
+    """A number with its 95 % interval; both ends are None without one."""
 
     value: float
     low: float | None = None
@@ -49,17 +49,17 @@ class Metric(NamedTuple):
 class Result:
     """What a task returns; `describe` adds the rest.
 
-    `labels` is what was predicted ("class", ...), `protocol` what of the task must be equal for two
-    results to be comparable, `interval` what the metrics' intervals are over. `floors` are the
-    metrics of answers that look at no image, by the name of their row; `others` what raw pixels and
-    the untrained encoder got under the same protocol.
+    `labels` is what was predicted ("class", ...), `protocol` the task's part of what must be equal
+    for two results to be comparable, `interval` what the metrics' intervals are over. `floors` are
+    the metrics of predictions that ignore the image, by row name; `others` those of raw pixels and
+    the untrained encoder under the same protocol.
     """
 
     metrics: Mapping[str, Metric]
     protocol: Mapping[str, Any]
     labels: str
     layers: str
-    """Which blocks were read, as a person says it."""
+    """Which blocks were read, in words."""
     pooling: str
     n_train: int
     n_test: int
@@ -70,11 +70,11 @@ class Result:
     floors: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
     others: Mapping[str, Result] = field(default_factory=dict)
     missing: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
-    """By part ("train", "test") and class: the images that cannot be decoded, and all of them."""
+    """By split ("train", "test") and class: the number of undecodable images, and of all."""
     examples: Mapping[str, Any] = field(default_factory=dict)
-    """What a picture of the result is drawn of."""
+    """Data for a picture of the result."""
     unfinished: Sequence[Path] = ()
-    """Files and folders that the evaluation would resume from: of no more use when the result is
+    """Files and folders that the evaluation would resume from, obsolete once the result is
     written."""
 
 
@@ -89,8 +89,8 @@ def row(encoder: str, task: str, metrics: Mapping[str, Metric], **details: Any) 
 def accuracy_metric(correct_N: Bool[Tensor, " N"]) -> Metric:
     """Share of correct images in per cent, with its 95 % bootstrap interval.
 
-    The number of correct images in a resample is binomial, so the percentiles that resampling
-    would approach are read off its distribution.
+    The number of correct images in a resample is binomial, so the percentiles are computed exactly
+    from its distribution.
     """
     count, share = len(correct_N), correct_N.double().mean().item()
     low, high = stats.binom.ppf([0.025, 0.975], count, share)
@@ -99,12 +99,12 @@ def accuracy_metric(correct_N: Bool[Tensor, " N"]) -> Metric:
 
 @dataclass(frozen=True, eq=False)
 class Classified:
-    """What there is to say of the class that each test image was given."""
+    """Metrics and details for the predicted classes of the test images."""
 
     task: str
     n_test: int
     metrics: Mapping[str, Metric]
-    """`accuracy`, and `balanced_accuracy`: the mean of the classes' own."""
+    """`accuracy`, and `balanced_accuracy`, the mean of the per-class accuracies."""
     floors: Mapping[str, Mapping[str, Metric]]
     details: Mapping[str, Any]
     examples: Mapping[str, Any]
@@ -115,7 +115,7 @@ class Classified:
         details: Mapping[str, Any] = MappingProxyType({}),
         **others: Any,
     ) -> Result:
-        """This, and the other fields of a result; further metrics and details, too."""
+        """A result from this and its other fields, with further metrics and details."""
         return Result(
             metrics={**self.metrics, **metrics},
             details={**details, **self.details},
@@ -134,18 +134,18 @@ def classified(
     names: Sequence[str],
     task: str,
 ) -> Classified:
-    """Metrics, per class and over all, beside those of who always says the commonest class.
+    """Metrics, per class and overall, and those of always predicting the most common class.
 
     Args:
         label_M: of the training images.
-        names: of the classes; where two are alike, their numbers tell them apart.
-        task: what the labels are called.
+        names: of the classes; duplicates are distinguished by their numbers.
+        task: name of the labels.
     """
     classes = len(names)
     if len(set(names)) < classes:
         names = [f"{number} {name}" for number, name in enumerate(names)]
     commonest = label_M.bincount(minlength=classes).argmax()
-    # Pairs and not a matrix: there may be ten thousand classes.
+    # Pairs rather than a matrix: there may be ten thousand classes.
     pairs, counts = (label_N * classes + predicted_N).unique(return_counts=True)
     found: dict[str, dict[str, int]] = {}
     for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
@@ -174,8 +174,8 @@ def _accuracies(correct_N: Bool[Tensor, " N"], label_N: Int64[Tensor, " N"]) -> 
 
 
 def _balanced(right_C: Int64[Tensor, " C"], true_C: Int64[Tensor, " C"]) -> Metric:
-    """The mean accuracy over the classes that occur, its interval over resampled test images: how
-    many of each class are right and wrong in a resample is multinomial."""
+    """The mean accuracy over the classes that occur, with its interval over resampled test images:
+    the numbers of right and wrong images per class in a resample are multinomial."""
     cells_2C = torch.stack([right_C, true_C - right_C]).double().numpy()
     shares = cells_2C.ravel() / cells_2C.sum()
     drawn_R2C = (
@@ -194,13 +194,13 @@ def _balanced(right_C: Int64[Tensor, " C"], true_C: Int64[Tensor, " C"]) -> Metr
 
 
 def limits_of(metric: str) -> tuple[float, float]:
-    """The least and the largest value that a metric can have."""
+    """The smallest and largest possible value of a metric."""
     return NOT_PER_CENT.get(metric, (0.0, 100.0))
 
 
 def mean_metric(values: Sequence[float], limits: tuple[float, float] = (0.0, 100.0)) -> Metric:
-    """Mean over draws or seeds with its 95 % interval by Student's t, cut at the `limits` of what
-    is possible; no interval of one alone."""
+    """Mean over draws or seeds with its 95 % interval by Student's t, clipped to the possible
+    `limits`; a single value has no interval."""
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
@@ -211,14 +211,14 @@ def mean_metric(values: Sequence[float], limits: tuple[float, float] = (0.0, 100
 
 
 def choose_path(folder: Path, task: str, values: Mapping[str, Any]) -> Path:
-    """`folder`/TASK.json; another name where that holds what this result does not replace: one of
-    another protocol, other weights, or another image size."""
+    """`folder`/TASK.json, or another name if that file is from another protocol, other weights or
+    another image size, and must not be replaced."""
     path = folder / f"{task}.json"
     if path.is_file():
         try:
             other = _kind(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, RecursionError):
-            return path  # not ours, or of an older version
+            return path  # not ours, or from an older version
         if other != _kind(values):
             path = folder / f"{task}-{_kind(values)[:8]}.json"
     return path
@@ -235,7 +235,7 @@ def _kind(values: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Written whole or not at all."""
+    """Write atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(values, indent=1) + "\n")
 
@@ -245,8 +245,8 @@ def device_name(device: torch.device) -> str:
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Rows as people read them: one line an encoder, one column a task and metric; the other way
-    round where there are many metrics."""
+    """A readable table: one row per encoder, one column per task and metric; transposed if there
+    are many metrics."""
     table = Table(title=Text(printable(title)))
     metrics = list(
         dict.fromkeys((str(r["task"]), key) for r in rows for key in r if f"{key}_low" in r)
@@ -273,7 +273,7 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def _cell_of(name: str) -> Text:
-    """A name that others chose, which may look like rich's markup."""
+    """Escape a third-party name, which may look like rich's markup."""
     return Text(printable(name))
 
 
@@ -285,7 +285,7 @@ def _cell(rows: Sequence[Mapping[str, Any]], encoder: str, task: str, metric: st
 
 
 def text(metric: Metric, name: str = "accuracy") -> str:
-    """`73.5 (72.9 - 74.1)`; what is not in per cent with a digit more."""
+    """`73.5 (72.9 - 74.1)`; values not in per cent get one more digit."""
     digits = 2 if name in NOT_PER_CENT else 1
     if metric.low is None or metric.high is None:
         return f"{metric.value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""`dseqjepa evaluate`: open the backbone and the data, call the task, write what it found."""
+"""`dseqjepa evaluate`: open backbone and data, call the task, write the result."""
 
 from __future__ import annotations
 
@@ -45,30 +45,30 @@ Draw = Callable[..., None]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What a task is given: the backbone, on its device, and the data."""
+    """The input of a task: the backbone, on its device, and the data."""
 
     backbone: Backbone
     train: Source
     test: Source
     folder: Path
-    """For what is kept beside the result: features, checkpoints of what is trained."""
+    """Folder for data kept next to the result: features, training checkpoints."""
     device: torch.device
     ranks: Ranks
     console: Console
-    """Silent on all ranks but the first."""
+    """Silent on all ranks except rank 0."""
     name: str
-    """Of the result's file, without its ending."""
+    """Name of the result file, without its extension."""
     resume: bool = False
     overwrite: bool = False
     held: ExitStack = field(default_factory=ExitStack)
-    """What no other process may use until the result is written."""
+    """Locks held until the result is written."""
     told: set[str] = field(default_factory=set)
-    """The bad images that a line has named."""
+    """Bad images already reported."""
 
     def report_bad(
         self, bad: Mapping[str, str], count: int, max_bad: float, part: str = "training"
     ) -> None:
-        """Name the images of a `part` of the data that cannot be decoded, each once.
+        """Report the undecodable images of a split, each once.
 
         Raises:
             RunError: they are more than `max_bad` of `count`.
@@ -95,12 +95,12 @@ def run_task(
     """Evaluate on all ranks, print a table, write JSON; the file that was written.
 
     Args:
-        task: a name in `TASKS`, whose config this is.
-        spec: as `open_backbone` takes it.
-        data: as `open_source` takes it; what the run was trained on, if not given.
-        out: the file; `evaluations/TASK.json` beside the run's checkpoints, if not given.
-        resume, overwrite: of a task that trains, what to do with what an earlier call has left.
-        draw: makes a picture of what the task gives as examples, and writes it beside the file.
+        task: a name in `TASKS`, matching the config.
+        spec: as for `open_backbone`.
+        data: as for `open_source`; by default the run's training data.
+        out: the file; by default `evaluations/TASK.json` next to the run's checkpoints.
+        resume, overwrite: for a task that trains, what to do with an earlier training.
+        draw: draws the task's examples next to the file.
 
     Raises:
         InputError: before anything is written.
@@ -136,11 +136,11 @@ def run_task(
 def _open_job(
     task: str, spec: str, config: TaskConfig, data: str | None, out: Path | None, runtime: Runtime
 ) -> tuple[Job, str]:
-    """Backbone and data, and what is to be typed for that data; `InputError` as `run_task`."""
-    # Names of others may look like markup.
+    """Backbone and data, and the `data=` value for that data; `InputError` as in `run_task`."""
+    # Third-party names may look like markup.
     console = LastingConsole(quiet=not runtime.ranks.first, markup=False)
     if out is not None and out.is_dir():
-        raise InputError(f"out={out} is a folder: name a file, such as {out / f'{task}.json'}")
+        raise InputError(f"out={out} is a folder: give a file, such as {out / f'{task}.json'}")
     backbone = open_backbone(
         spec,
         weights=config.weights,
@@ -150,10 +150,10 @@ def _open_job(
         trainable=config.trains_backbone,
     )
     if out is None and backbone.run is None:
-        raise InputError(f"out=FILE.json is missing: {spec} has no run's folder to keep it in")
+        raise InputError(f"out=FILE.json is missing: {spec} is not a run with a folder for results")
     if data is None:
         if backbone.config is None:
-            raise InputError(f"data=PATH is missing: {spec} does not say what it was trained on")
+            raise InputError(f"data=PATH is missing: {spec} does not record what it was trained on")
         data = trained_on(open_checkpoint(Path(backbone.source)))
     train, test = open_splits(
         data,
@@ -180,7 +180,7 @@ def _publish(
     path: Path,
     draw: Draw | None,
 ) -> None:
-    """Write the file and the picture, show the table; what is of no more use goes."""
+    """Write the file and the picture, show the table, and delete obsolete files."""
     write_json(path, values)
     quick = ", preset=quick" if config.preset == "quick" else ""
     title = f"{values['title']}{quick} (95 % interval: {result.interval})"
@@ -204,7 +204,7 @@ def describe(
     who: Mapping[str, Any],
     fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything that the JSON of a result holds, but the time; `who` is the `identity`, and the
+    """The content of a result's JSON except the time; `who` is the `identity`, and the
     fingerprints are those of the data before it was read."""
     backbone = job.backbone
     protocol = {
@@ -215,7 +215,7 @@ def describe(
         "precision": config.precision,
         "data": fingerprints,
     }
-    # Metrics may be named by their labels, as Clevr's are: once is enough.
+    # Metrics may already be named by their labels, as in Clevr.
     is_plain = result.labels in ("class", "pixels", "+".join(result.metrics))
     name = task if is_plain else f"{task} {result.labels}"
     name = result.labels if task == "knn" else name
@@ -267,7 +267,7 @@ def _missing(result: Result) -> list[str]:
 
 
 def _changed(job: Job, fingerprints: Mapping[str, str]) -> list[str]:
-    """In words, what of the data is no longer what it was when the evaluation began."""
+    """A description of how the data changed since the evaluation began."""
     lines = []
     for part, source in (("train", job.train), ("test", job.test)):
         try:
@@ -276,12 +276,12 @@ def _changed(job: Job, fingerprints: Mapping[str, str]) -> list[str]:
         except InputError as error:
             is_same, why = False, f": {error}"
         if not is_same:
-            lines.append(f"warning: the {part} images changed while they were evaluated{why}")
+            lines.append(f"warning: the {part} images changed during the evaluation{why}")
     return lines
 
 
 def identity(backbone: Backbone) -> dict[str, Any]:
-    """Who was measured. Runs that differ in nothing but their seed have the same `group`."""
+    """Identity of the encoder. Runs that differ only in their seed have the same `group`."""
     kind: dict[str, Any] = {"name": backbone.name, "weights": backbone.weights}
     if backbone.seed is None:
         kind["digest"] = backbone.digest()
@@ -305,12 +305,12 @@ def identity(backbone: Backbone) -> dict[str, Any]:
 
 
 def _without_seed(config: Config) -> Mapping[str, Any]:
-    """What of a pre-training decides its weights, but for the seed."""
+    """The settings of pre-training that determine the weights, except the seed."""
     values = config.model_dump(mode="json")
     values["runtime"] = {"precision": values["runtime"]["precision"]}
     for section in ("log", "checkpoint", "probe"):
         del values[section]
-    for key in ("source", "workers", "cache"):  # the same data may lie elsewhere
+    for key in ("source", "workers", "cache"):  # the same data may be elsewhere
         del values["data"][key]
     return values
 

@@ -1,4 +1,4 @@
-"""Which training images an evaluation may use: those of a list, or a seeded sample.
+"""Selection of training images: from a list, or a seeded sample.
 
 Suffixes: N images of the source, R images that were chosen.
 """
@@ -20,12 +20,12 @@ Places = Int64[Tensor, " R"]
 
 
 def listed(source: Source, file: Path) -> Places:
-    """The places of the images whose names a file lists, one a line, in the file's order.
+    """The indices of the images listed in a file, one name per line, in the file's order.
 
-    A line is the end of an image's path: a file's name, or more of its path where names repeat.
+    A line is the end of an image's path: its file name, or more of its path if names repeat.
 
     Raises:
-        InputError: the file cannot be read, or a line fits no image, or several.
+        InputError: the file cannot be read, or a line matches no image, or several.
     """
     try:
         lines = [
@@ -45,7 +45,7 @@ def listed(source: Source, file: Path) -> Places:
         ]
         if len(fitting) > 1:
             raise InputError(
-                f"names={file}: {line} fits {len(fitting)} images, such as "
+                f"names={file}: {line} matches {len(fitting)} images, such as "
                 f"{source.name(fitting[0])} and {source.name(fitting[1])}: give more of the path"
             )
         if fitting:
@@ -57,16 +57,16 @@ def listed(source: Source, file: Path) -> Places:
             f"{unknown[0]} and {len(unknown) - 1} more" if len(unknown) > 1 else "".join(unknown)
         )
         raise InputError(
-            f"names={file}: {len(unknown)} of {len(lines)} lines are no image of the training "
+            f"names={file}: {len(unknown)} of {len(lines)} lines match no image of the training "
             f"split{f': {which}' if which else ''}"
         )
     if len(set(places)) != len(places):
-        raise InputError(f"names={file} names an image twice")
+        raise InputError(f"names={file} lists an image twice")
     return torch.tensor(places)
 
 
 def list_name(file: Path, places: Places) -> str:
-    """How a result names a list: two of the same name may hold other images."""
+    """The name of a list in a result, with a hash, since lists may share a name."""
     return f"list {file.name} ({hashlib.sha256(places.numpy().tobytes()).hexdigest()[:8]})"
 
 
@@ -83,5 +83,5 @@ def balanced(label_N: Int64[Tensor, " N"], fraction: float, seed: int) -> Places
 
 
 def drawn(count: int, wanted: int, seed: int) -> Places:
-    """`wanted` of `count` places in random order, all if fewer; a function of the seed."""
+    """`wanted` of `count` indices in random order, all if fewer; a function of the seed."""
     return shuffled(sample_keys(seed, 0, torch.arange(count)), Stream.SPLIT)[:wanted]

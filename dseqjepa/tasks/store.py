@@ -1,9 +1,8 @@
-"""Features on disk: written chunk by chunk, mapped into memory, gone on with after a stop.
+"""Features on disk: written chunk by chunk, memory-mapped, resumed after an interruption.
 
-A store is a folder: `manifest.json` says what the features are of, `mean1.f32` and its like hold
-one float32 row an image, and `done/mean1-00000003.json` says that a chunk is on the disk, and
-which images in it could not be decoded, with a hash of all this. Only rows of chunks that are done
-are read.
+A store is a folder: `manifest.json` records the origin of the features, `mean1.f32` and similar
+files contain one float32 row per image, and `done/mean1-00000003.json` marks a chunk as complete
+and lists its undecodable images, with a hash of all this. Only rows of complete chunks are read.
 Ranks write disjoint chunks into the same files.
 
 Suffixes: N images of the source, D width of a piece.
@@ -55,7 +54,7 @@ class Store:
     images: int
     chunks: Sequence[range]
     basis: PatchBasis | None = None
-    """What `patches1` is read by: pieces by another lie beside each other."""
+    """The projection for `patches1`; pieces of different projections are kept side by side."""
 
     def _stem(self, piece: str) -> str:
         is_reduced = self.basis is not None and piece.startswith("patches")
@@ -69,7 +68,7 @@ class Store:
         found = path.stat().st_size if path.exists() else 0
         if found != size:
             raise InputError(f"{path} has {found} bytes, expected {size}: remove {self.folder}")
-        mode: Any = "r+" if create else "c"  # c: what reads it cannot change the file
+        mode: Any = "r+" if create else "c"  # c: readers cannot change the file
         return np.memmap(path, np.float32, mode, shape=(self.images, width))
 
     def marker(self, piece: str, number: int) -> Path:
@@ -84,7 +83,7 @@ class Store:
         ]
 
     def write(self, number: int, pieces: Sequence[str], encodings: Sequence[Encoding]) -> None:
-        """Have the disk hold a chunk, then say so."""
+        """Flush a chunk to disk, then mark it as complete."""
         chunk = self.chunks[number]
         kept = [index for encoding in encodings for index in encoding.kept]
         bad = [item for encoding in encodings for item in encoding.bad]
@@ -101,8 +100,7 @@ class Store:
             write_json(self.marker(piece, number), done)
 
     def open(self, pieces: Sequence[str], source: Source) -> Extracted:
-        """Everything, mapped into memory. `InputError` where the disk no longer holds what was
-        written."""
+        """Everything, memory-mapped. `InputError` if the disk no longer has what was written."""
         mapped: dict[str, Tensor] = {}
         dones: list[Any] = []
         for piece in pieces:
@@ -112,8 +110,8 @@ class Store:
             for number, (chunk, done) in enumerate(zip(self.chunks, dones, strict=True)):
                 if "width" in done and _hash(rows_ND, chunk) != done["rows_sha256"]:
                     raise InputError(
-                        f"{self.folder}: {piece}.f32 is damaged in chunk {number}: remove "
-                        f"{self.marker(piece, number)}, and it will be made anew"
+                        f"{self.folder}: {piece}.f32 is damaged in chunk {number}: delete "
+                        f"{self.marker(piece, number)} to recompute it"
                     )
             mapped[piece] = torch.from_numpy(rows_ND)
         kept = [index for done in dones for index in done["kept"]]
@@ -128,14 +126,14 @@ class Store:
                 raise ValueError("its SHA-256 differs")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{path} is damaged ({error}): remove it, and the chunk will be made anew"
+                f"{path} is damaged ({error}): delete it to recompute the chunk"
             ) from None
         return done
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Have the disk set all of a file apart: to write to a mapped page that a full disk has no room
-    for kills the process. Several ranks may do this at once."""
+    """Reserve disk space for the whole file: writing to a mapped page on a full disk kills the
+    process. Several ranks may do this at once."""
     try:
         with path.open("ab") as file:
             if hasattr(os, "posix_fallocate"):
@@ -167,11 +165,11 @@ def stored(
     console: Console,
     basis: PatchBasis | None = None,
 ) -> Extracted:
-    """Features of every image, from `folder` as far as they are there; the rest is made and kept.
+    """Features of every image, from `folder` as far as available; the rest is computed and stored.
 
     Raises:
-        InputError: the folder holds features of something else, or is damaged; or no image can be
-            decoded.
+        InputError: the folder contains features of something else, or is damaged, or no image can
+            be decoded.
     """
     chunks = chunks_of(len(source))
     manifest = {
@@ -188,7 +186,7 @@ def stored(
     ranks.together(lambda: _claim(folder, manifest) if ranks.first else None)
     store = Store(folder, len(source), chunks, basis)
     missing = store.missing(pieces)
-    ranks.wait()  # all have looked before one of them writes
+    ranks.wait()  # all ranks have checked before any writes
     mine = missing[ranks.rank :: ranks.world]
     if missing:
         images = sum(len(store.chunks[number]) for number in missing)
@@ -215,29 +213,29 @@ def stored(
 
 
 def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Make the folder, or see that what it holds is of the same."""
+    """Create the folder, or check that its content has the same origin."""
     path = folder / "manifest.json"
     if path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
-                raise ValueError("it holds no object")
+                raise ValueError("it is not an object")
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}): remove {folder}") from None
         unlike = [key for key in manifest if found.get(key) != manifest[key]]
         if unlike:
             raise InputError(
-                f"{folder} holds features of another {', '.join(unlike)}: "
-                "name another cache=DIR, or remove it"
+                f"{folder} contains features of another {', '.join(unlike)}: "
+                "give another cache=DIR, or delete it"
             )
     elif folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"cache={folder} holds other files: name another folder")
+        raise InputError(f"cache={folder} contains other files: give another folder")
     else:
         write_json(path, manifest)
 
 
 def reading(job: Job, config: FrozenConfig) -> dict[str, Any]:
-    """How images are read and encoded, as `extract` takes it."""
+    """How images are read and encoded: arguments for `extract`."""
     return {
         "batch_size": config.encode_batch,
         "workers": config.workers,
@@ -250,7 +248,7 @@ def reading(job: Job, config: FrozenConfig) -> dict[str, Any]:
 def splits_of(
     job: Job, config: FrozenConfig, pieces: Sequence[str], train: Source | None = None
 ) -> tuple[Extracted, Extracted]:
-    """The features of the training images, or of `train` in their place, and of the test images.
+    """The features of the training images, or of `train` instead, and of the test images.
 
     Errors are those of `features_of`.
     """
@@ -260,7 +258,7 @@ def splits_of(
         how = reading(job, config)
         ranks: Ranks = how.pop("ranks")
         backbone = job.backbone
-        # One rank's is that of all: on some devices another's would differ in its last bits.
+        # All ranks use rank 0's: on some devices another's would differ in the last bits.
         basis, *_ = ranks.share(
             patch_basis(backbone, train, backbone.image_size, backbone.shape()[1], **how)
         )
@@ -278,8 +276,8 @@ def features_of(
     pieces: Sequence[str],
     basis: PatchBasis | None = None,
 ) -> Extracted:
-    """The features of a source, `part` of the data, by the job's backbone: kept where the config
-    says. Raw pixels are as quickly read again, if they fit into memory.
+    """The features of a source, `part` of the data, by the job's backbone, cached as configured.
+    Raw pixels that fit in memory are not cached, since re-reading them is as fast.
 
     Raises:
         InputError: those of `stored`.

@@ -1,8 +1,8 @@
-"""`dseqjepa results`: the results of many evaluations side by side.
+"""`dseqjepa results`: a table of many evaluations.
 
-A column is one metric under one protocol, data included: numbers that were not measured alike
-never share one. A line is one recipe, on whatever data sets it was trained; runs that differ in
-nothing but their seed are one number.
+A column is one metric under one protocol, including data: numbers measured differently never share
+one. A row is one recipe, on whatever data sets it was trained; runs that differ only in their seed
+are combined into one number.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dseqjepa.tasks.results import FORMAT, Metric, limits_of, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
 KEPT = {"features", "checkpoints"}
-"""Folders below which there are no results, but many files."""
+"""Folders that contain many files but no results."""
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line's number in one column."""
+    """One row's number in one column."""
 
     name: str
     """Of the metric."""
@@ -49,7 +49,7 @@ class ResultTable:
     protocols: tuple[Values, ...]
     """Of each column."""
     lines: Mapping[str, Mapping[int, Cell]]
-    """Encoder -> column's number -> what stands there."""
+    """Encoder -> column index -> cell."""
     notes: tuple[str, ...]
     """What was left out, and why."""
 
@@ -60,7 +60,7 @@ class ResultTable:
         table = "".join(f"| {' | '.join(map(_escaped, line))} |\n" for line in body)
         many = any(len(c.files) > 1 for cells in self.lines.values() for c in cells.values())
         how = "95 % interval in brackets: over test images or draws of one run"
-        how += ", by Student's t over the n runs where there are several.\n" if many else ".\n"
+        how += ", by Student's t over the n runs if there are several.\n" if many else ".\n"
         return table + "\n" + how + "".join(f"- {_escaped(note)}\n" for note in self.notes)
 
     def _texts(self, cells: Mapping[int, Cell]) -> list[str]:
@@ -106,14 +106,14 @@ class ResultTable:
 def collect(folders: Sequence[Path]) -> ResultTable:
     """The results below these folders.
 
-    Of the same weights measured twice under one protocol the newer result counts. `InputError`
-    where a folder is not there, or there is no result at all.
+    If the same weights were measured twice under one protocol, the newer result counts.
+    `InputError` if a folder does not exist, or there is no result at all.
     """
     found, notes = read_results(folders)
     if not found:
         where = ", ".join(map(str, folders))
         said = f" ({'; '.join(notes)})" if notes else ""
-        raise InputError(f"no results below {where}: `dseqjepa evaluate` writes them{said}")
+        raise InputError(f"no results in {where}: `dseqjepa evaluate` writes them{said}")
     keys: dict[tuple[str, str], Values] = {}
     places: dict[str, dict[tuple[str, str], dict[str, tuple[Path, Values]]]] = {}
     names: dict[str, Values] = {}
@@ -126,7 +126,7 @@ def collect(folders: Sequence[Path]) -> ResultTable:
             weights = places.setdefault(backbone["group"], {}).setdefault(column, {})
             if backbone["digest"] in weights:
                 older = weights[backbone["digest"]][0]
-                notes.append(f"{older} is left out: {path} measured the same again")
+                notes.append(f"{older} is left out: {path} is a newer measurement of the same")
             weights[backbone["digest"]] = (path, values)
     columns = list(keys)
     lines: dict[str, dict[int, Cell]] = {}
@@ -142,7 +142,7 @@ def collect(folders: Sequence[Path]) -> ResultTable:
 
 
 def _cell(weights: Mapping[str, tuple[Path, Values]], name: str) -> Cell:
-    """The mean over the weights that one recipe gave, or the number of the only ones."""
+    """The mean over the weights of one recipe, or the number of a single one."""
     metrics = [Metric(**values["metrics"][name]) for _, values in weights.values()]
     one = metrics[0]
     if len(metrics) > 1:
@@ -152,7 +152,7 @@ def _cell(weights: Mapping[str, tuple[Path, Values]], name: str) -> Cell:
 
 
 def write_table(table: ResultTable, out: Path) -> None:
-    """As the ending of the file says: .md, .csv or .json."""
+    """Write in the format of the file's extension: .md, .csv or .json."""
     if out.suffix not in ENDINGS:
         raise InputError(f"--out {out} must end in {', '.join(ENDINGS)}")
     whole = {
@@ -165,7 +165,7 @@ def write_table(table: ResultTable, out: Path) -> None:
 
 
 Measured = Annotated[float, Field(ge=-1e12, le=1e12)]
-"""A number of which a mean can be taken."""
+"""A number that can be averaged."""
 
 
 class _Number(BaseModel):
@@ -194,7 +194,7 @@ class _Data(BaseModel):
 
 
 class _Stored(BaseModel):
-    """What a table needs of a result file."""
+    """The fields of a result file needed for a table."""
 
     task: str
     preset: str
@@ -205,7 +205,7 @@ class _Stored(BaseModel):
 
 
 def read_results(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], list[str]]:
-    """Every result below the folders, the oldest first, and what could not be read."""
+    """All results below the folders, oldest first, and notes on what could not be read."""
     paths: dict[Path, None] = {}
     for folder in folders:
         if not folder.exists():
@@ -220,7 +220,7 @@ def read_results(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], li
             if not (isinstance(values, dict) and "protocol" in values and "metrics" in values):
                 continue  # a run has other files
             if values.get("format") != FORMAT:
-                notes.append(f"{path} is of another version of dseqjepa")
+                notes.append(f"{path} was written by another version of dseqjepa")
                 continue
             _Stored.model_validate(values)
             json_digest(values)  # which has to go as deep as the file does
@@ -236,16 +236,16 @@ def read_results(folders: Sequence[Path]) -> tuple[list[tuple[Path, Values]], li
 
 
 BY_DATA = frozenset({"data.size", "optim.epochs", "optim.warmup_epochs"})
-"""Settings that `auto` settles for a data set: one recipe has others on another."""
+"""Settings that `auto` derives from the data set, so that a recipe has others on other data."""
 
 
 def _lines(
     names: Mapping[str, Values], columns: Mapping[str, set[tuple[str, str]]]
 ) -> list[tuple[str, list[str]]]:
-    """The lines of the table: what each is called, and the groups that stand in it.
+    """The rows of the table: their labels, and the groups in each.
 
-    A recipe is one line, whatever data sets it was trained on, as long as no two of its groups
-    stand in one column. A line is called after its method, and, where several have one name, the
+    A recipe is one row, whatever data sets it was trained on, as long as no two of its groups
+    share a column. A row is labelled by its method and, if several have the same label, by the
     settings in which they differ.
     """
     lines: list[list[str]] = []
@@ -272,7 +272,7 @@ def _lines(
 
 
 def _recipe(backbone: Values) -> tuple[Any, ...]:
-    """What two groups share that are one recipe on two data sets."""
+    """The settings shared by two groups of one recipe on two data sets."""
     settings = backbone.get("settings")
     if settings is None:
         return (backbone["group"],)
@@ -282,12 +282,12 @@ def _recipe(backbone: Values) -> tuple[Any, ...]:
 
 
 def _method(backbone: Values) -> str:
-    """The encoder's name without the step at which it was taken."""
+    """The encoder's name without its step."""
     return str(backbone["name"]).partition(", step ")[0]
 
 
 def _facts(backbones: Sequence[Values]) -> dict[str, Any]:
-    """What can tell a line from another, of all that its groups have alike."""
+    """The settings that can distinguish a row, common to all its groups."""
     facts = []
     for backbone in backbones:
         _, _, step = str(backbone["name"]).partition(", step ")
@@ -298,8 +298,8 @@ def _facts(backbones: Sequence[Values]) -> dict[str, Any]:
 
 
 def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
-    """What a column is called: task, labels, data and metric; where two have one name, the values
-    in which their protocols differ."""
+    """The label of a column: task, labels, data and metric; for duplicates, also the values in
+    which their protocols differ."""
     plain = []
     for (_, metric), values in keys.items():
         source = str(values["data"]["source"])
@@ -326,12 +326,12 @@ def _titles(keys: Mapping[tuple[str, str], Values]) -> tuple[str, ...]:
 
 
 def _escaped(cell: str) -> str:
-    """Text of others as Markdown shows it: on one line, neither HTML nor a link."""
+    """Third-party text escaped for Markdown: on one line, neither HTML nor a link."""
     shown = html.escape(printable(cell), quote=False)
     return shown.replace("`", "\\`").replace("](", "]\\(").replace("|", "\\|")
 
 
 def _no_formula(cell: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
+    """Text that a spreadsheet does not interpret as a formula."""
     shown = printable(cell)
     return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown

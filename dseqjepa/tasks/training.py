@@ -1,13 +1,13 @@
-"""The loop of every evaluation that trains, the whole backbone or a head on it.
+"""The training loop of all evaluations that train, whether a whole backbone or a head.
 
-A step's batch is computed in parts: each of several ranks has its own, or several one after the
-other (`accumulate`). Two ranks with a part each do what one does with two, but for what a model
-computes over all ranks, such as batch norm.
+A step's batch is computed in parts: each rank has its own, or several in sequence
+(`accumulate`). Two ranks with one part each compute what one rank does with two, except for
+operations across ranks, such as batch norm.
 
-Everything random is a function of where it happens: a sample's augmentation of (seed, epoch,
-index), what a step draws inside the model (drop path, dropout, proposals) of (seed, step, part). So
-a checkpoint holds weights, the optimizer's state and the step, and a run that was stopped goes on
-as if it had not been, bit for bit on a CPU.
+All randomness is keyed: a sample's augmentation by (seed, epoch, index), draws inside the model
+(drop path, dropout, proposals) by (seed, step, part). A checkpoint therefore contains weights,
+optimizer state and the step, and a resumed training equals an uninterrupted one, bit for bit on a
+CPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from dseqjepa.train.runtime import Stopped, StopRequest
 from dseqjepa.train.schedules import cosine, linear, stepped
 
 Losses = dict[str, Tensor]
-"""Loss terms by name; their sum is what is minimised."""
+"""Loss terms by name; their sum is what is minimized."""
 
 TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 """Parameters with more than one dimension that do not decay, as in MAE and BEiT."""
@@ -71,30 +71,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, all in steps. The learning rate rises linearly for `warmup_steps`,
-    then falls to `final_lr` by a half cosine, or linearly (`poly`, power 1); or it is a tenth after
+    """The training schedule, in steps. The learning rate rises linearly for `warmup_steps`, then
+    falls to `final_lr` by a half cosine, or linearly (`poly`, power 1), or is divided by ten at
     each of the `milestones`."""
 
     steps: int
     batch_size: int
     lr: float
     weight_decay: float = 0.0
-    """Of AdamW by `parameter_groups`, as `layer_decay` is."""
+    """Weight decay of AdamW, used by `parameter_groups` like `layer_decay`."""
     warmup_steps: int = 0
     schedule: Literal["cosine", "poly", "milestones"] = "cosine"
     final_lr: float = 0.0
     milestones: tuple[int, ...] = ()
     layer_decay: float = 1.0
-    """The factor of the learning rate from each block to the one below."""
+    """Factor on the learning rate from each block to the one below it."""
     clip: float | None = None
-    """The largest norm of the gradient."""
+    """Maximum gradient norm."""
     seed: int = 0
     bf16: bool = False
     """Autocast to bfloat16."""
 
     @classmethod
     def of(cls, config: TrainedConfig, **own: Any) -> Recipe:
-        """What the settings of all trained tasks say alike, and what is `own` to one."""
+        """A recipe from the settings common to all trained tasks, and those of one (`own`)."""
         alike = {
             "batch_size": config.batch_size,
             "lr": config.lr,
@@ -107,7 +107,7 @@ class Recipe:
         return cls(**(alike | own))
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of step 0, 1, ... steps - 1, before the layers' factors."""
+        """The learning rate at step 0, 1, ... steps - 1, before layer-wise factors."""
         if self.schedule == "milestones":
             return stepped(self.lr, self.milestones, step)
         if step < self.warmup_steps:
@@ -119,27 +119,27 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how a training runs. On a CPU only the number of parts of a step changes its
-    result, and that only in what is drawn, or normalised, within a part."""
+    """Where and how a training runs. On a CPU, only the number of parts per step affects the
+    result, and only through draws and normalization within a part."""
 
     folder: Path | None = None
-    """Of its checkpoints, metrics.jsonl and log.txt; None: nothing is kept, or said."""
+    """Folder of its checkpoints, metrics.jsonl and log.txt; None: nothing is kept or logged."""
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """All that a checkpoint must have been trained with to be gone on from; plain JSON."""
+    """Everything that must match for a checkpoint to be resumed; plain JSON."""
     resume: bool = False
     overwrite: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     ranks: Ranks = field(default_factory=Ranks.by_itself)
     accumulate: int = 1
-    """Parts that a rank computes one after the other."""
+    """Parts that a rank computes in sequence."""
     workers: int = 0
     max_bad: float = 1.0
-    """The share of the training images that may be undecodable."""
+    """Share of the training images that may be undecodable."""
     console: Console = field(default_factory=Console)
     every: int | None = None
-    """Steps from one report of the loss to the next; None: 100, fewer where there are few."""
+    """Steps between log lines; None: 100, or fewer for short trainings."""
     stop_after: int | None = None
-    """Stop with a checkpoint after this step, as SIGTERM would have it."""
+    """Stop with a checkpoint after this step, as on SIGTERM."""
     held: ExitStack = field(default_factory=ExitStack)
     """Closed when the result is written; until then no other evaluation trains in the folder."""
 
@@ -147,8 +147,8 @@ class Place:
     def of_head(
         cls, job: Job, config: FrozenConfig, name: str, identity: Mapping[str, Any], **more: Any
     ) -> Place:
-        """Where a head on a frozen backbone trains: in a folder of its own, from which the same
-        command goes on, and which goes when the result is written."""
+        """The place for training a head on a frozen backbone: its own folder, from which the same
+        command resumes, and which is deleted once the result is written."""
         alike = {
             "backbone": job.backbone.digest(),
             "image_size": list(job.backbone.image_size),
@@ -170,12 +170,12 @@ class Place:
 
     @property
     def unfinished(self) -> tuple[Path, ...]:
-        """What is of no more use when the result of a head is written."""
+        """Files that are obsolete once the result of a head is written."""
         return () if self.folder is None else (self.folder,)
 
     def start(self) -> Checkpoint | None:
-        """The checkpoint to go on from. `InputError` where the folder is in use, or holds the
-        training of something else."""
+        """The checkpoint to resume from. `InputError` if the folder is in use, or contains a
+        different training."""
         folder = self.folder
         if folder is None:
             return None
@@ -184,8 +184,8 @@ class Place:
             return None
         if not self.resume:
             raise InputError(
-                f"{folder} holds an earlier training: resume=true goes on with it, "
-                "overwrite=true starts anew, out=FILE keeps both"
+                f"{folder} contains an earlier training: use resume=true to continue it, "
+                "overwrite=true to restart, or out=FILE to keep both"
             )
         found = open_checkpoint(folder)
         theirs = found.state.get("identity", {})
@@ -194,7 +194,7 @@ class Place:
         if unlike:
             raise InputError(
                 f"{folder} was trained with another {', '.join(unlike)}: "
-                "overwrite=true starts anew, out=FILE keeps both"
+                "use overwrite=true to restart, or out=FILE to keep both"
             )
         return found
 
@@ -211,7 +211,7 @@ class Place:
 
 
 def check_parts(batch_size: int, accumulate: int, ranks: Ranks) -> None:
-    """`InputError` where a step's batch cannot be divided into parts of one size."""
+    """`InputError` if a step's batch cannot be divided into equal parts."""
     if batch_size % (accumulate * ranks.world):
         raise InputError(
             f"batch_size ({batch_size}) must be a multiple of accumulate x ranks "
@@ -222,9 +222,9 @@ def check_parts(batch_size: int, accumulate: int, ranks: Ranks) -> None:
 def parameter_groups(model: nn.Module, backbone: Backbone, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups for AdamW with `scale` and `weight_decay`, by depth and kind of each parameter.
 
-    Layer-wise decay as in BEiT and MAE: what comes before the first block has the scale
+    Layer-wise decay as in BEiT and MAE: parameters before the first block have the scale
     `layer_decay` ** (depth + 1), block i (from 0) `layer_decay` ** (depth - i), the final norm and
-    everything new 1. Norms, biases, prefix tokens and positions do not decay.
+    all new parameters 1. Norms, biases, prefix tokens and positions do not decay.
     """
     layer_of = {id(p): 0 for p in backbone.parameters()}
     for number, block in enumerate(backbone.blocks, start=1):
@@ -262,14 +262,14 @@ def train_backbone(
     result, NAME-training; in eval mode. And the images that could not be decoded, and why.
 
     Args:
-        build: makes the model, whose new weights are drawn by the config's seed.
-        read, join: as `Samples` takes them.
+        build: creates the model, whose new weights are drawn by the config's seed.
+        read, join: as for `Samples`.
         losses: the loss terms of a part.
 
     Raises:
-        InputError: a step's batch cannot be divided into parts of one size, or an earlier training
-            is in the way.
-        RunError, Stopped: as `fit`.
+        InputError: a step's batch cannot be divided into equal parts, or an earlier training is in
+            the way.
+        RunError, Stopped: as in `fit`.
     """
     check_parts(config.batch_size, config.accumulate, job.ranks)
     free = {"workers", "accelerator", "accumulate", "max_bad"}
@@ -305,11 +305,11 @@ def answer_all(
     read: Callable[[int], Sample],
     answers: Callable[[Iterator[tuple[int, Sample]]], Iterator[tuple[int, T]]],
 ) -> tuple[list[T], dict[str, str]]:
-    """What is answered of the test images, in their order, by all ranks together; and the images
-    that could not be decoded, and why.
+    """The predictions for the test images, in order, from all ranks; and the images that could not
+    be decoded, with reasons.
 
     Args:
-        answers: makes of this rank's samples, each with its place, plain JSON, with the places.
+        answers: maps this rank's samples, each with its index, to plain JSON with the indices.
 
     Raises:
         RunError: no test image can be decoded, or more than `config.max_bad` cannot.
@@ -322,7 +322,7 @@ def answer_all(
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
-    """For `fit`, which sets the learning rate."""
+    """AdamW for `fit`, which sets the learning rate."""
     return torch.optim.AdamW(groups, lr=0.0, fused=device.type == "cuda")
 
 
@@ -335,23 +335,23 @@ def fit(
     place: Place,
     start: Checkpoint | None = None,
 ) -> dict[str, str]:
-    """Train a model; where `start` is given, go on from it. Leaves the model in training mode, but
-    for a backbone that is not trained.
+    """Train a model, resuming from `start` if given. Leaves the model in training mode, except for
+    a frozen backbone.
 
     Args:
         model: the same on all ranks.
-        optimizer: of its parameters, in groups that may have a `scale` of the learning rate.
+        optimizer: of its parameters, in groups that may have a learning-rate `scale`.
         parts: the samples of each part, counted over all steps and ranks.
         losses: the loss terms of a part's samples, as means over them.
         start: what `place.start()` returned.
 
     Returns:
-        The images that could not be decoded, and why.
+        The images that could not be decoded, with reasons.
 
     Raises:
-        Stopped: SIGTERM came, a checkpoint is on the disk.
-        RunError: the loss is not finite, more images than `place.max_bad` cannot be decoded, or
-            some cannot and those after them neither.
+        Stopped: SIGTERM arrived, and a checkpoint is on disk.
+        RunError: the loss is non-finite, more images than `place.max_bad` cannot be decoded, or
+            an image and all its substitutes cannot.
     """
     fitting = _Fitting(model, optimizer, recipe, parts, losses, place)
     fitting.begin(start)
@@ -361,7 +361,7 @@ def fit(
 
 @dataclass
 class _Fitting:
-    """A training on its way: what `fit` was given, and how far it has come."""
+    """A training in progress: the arguments of `fit`, and the position."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -400,7 +400,7 @@ class _Fitting:
             f"training: {self.recipe.steps} steps of {self.recipe.batch_size} images of "
             f"{len(self.parts)} on {self.ranks.world} x {place.device.type}"
             f"{f' in {number} parts' if number > 1 else ''}, "
-            + (f"from step {self.step}" if self.step else "from the start")
+            + (f"from step {self.step}" if self.step else "from the beginning")
         )
 
     def run(self) -> None:
@@ -413,7 +413,7 @@ class _Fitting:
         journal.start_progress(self.step, recipe.steps)
         devices = [place.device] if place.device.type == "cuda" else []
         stop = StopRequest(one_for=1.0 if ranks.world > 1 else 0.0)
-        is_kept = place.folder is not None  # otherwise there is nothing to stop for
+        is_kept = place.folder is not None  # without a folder there is nothing to save
         try:
             with stop if is_kept else nullcontext(), torch.random.fork_rng(devices=devices):
                 ahead = read_ahead(self.parts.__getitem__, self._own_parts(), place.workers)
@@ -433,13 +433,13 @@ class _Fitting:
                         self._save()
                     journal.advance(self.step)
                     if stopping:
-                        journal.say(f"stopped at step {self.step}; resume=true goes on")
+                        journal.say(f"stopped at step {self.step}; resume=true continues")
                         raise Stopped
         finally:
             journal.close()
 
     def _own_parts(self) -> list[int]:
-        """The numbers of this rank's parts of the steps to come."""
+        """The indices of this rank's parts in the remaining steps."""
         each, world = self.place.accumulate, self.ranks.world
         return [
             (step * world + self.ranks.rank) * each + number
@@ -450,7 +450,7 @@ class _Fitting:
     def _take_step(
         self, ahead: Iterator[tuple[Any, dict[str, str]]]
     ) -> tuple[Losses, Tensor | None]:
-        """One step; this rank's share of the loss terms, and the norm of the whole gradient."""
+        """One step; returns this rank's share of the loss terms, and the global gradient norm."""
         recipe, optimizer, ranks, each = (
             self.recipe,
             self.optimizer,
@@ -486,13 +486,13 @@ class _Fitting:
         if batch is None:
             name, reason = next(iter(unread.items()))
             raise RunError(
-                f"at step {self.step} {SUBSTITUTES + 1} images one after the other cannot be "
+                f"at step {self.step} {SUBSTITUTES + 1} consecutive images cannot be "
                 f"decoded, such as {name}: {reason}"
             )
         return batch
 
     def _note_bad(self) -> None:
-        """Name what any rank could not decode; too many end the training of all."""
+        """Report images that any rank could not decode; too many end the training of all."""
         for theirs in self.ranks.share(self.new_bad):
             for name, reason in theirs.items():
                 if name not in self.bad:
@@ -517,22 +517,22 @@ class _Fitting:
         self.ranks.wait()
 
     def _report(self, terms: Losses, norm: Tensor | None, clock: _Pace) -> None:
-        """One line for people and one for programs. `RunError` where the loss is not finite, before
+        """One line for people and one for programs. `RunError` if the loss is non-finite, before
         such weights are written."""
         step, steps = self.step, self.recipe.steps
         values = {name: float(self.ranks.total(value)) for name, value in terms.items()}
         loss = sum(values.values())
         if not math.isfinite(loss):
-            raise RunError(f"the loss is not finite at step {step}: lower lr")
+            raise RunError(f"the loss is non-finite at step {step}: lower lr")
         lr = self.recipe.lr_at(step - 1)
         norms = {} if norm is None else {"gradient_norm": float(norm)}
         self.journal.metrics({"step": step, "loss": loss, "lr": lr, **values, **norms})
         left = duration(clock.left(step, steps))
-        self.journal.say(f"step {step}/{steps}  loss {loss:.4f}  lr {lr:.2g}  left {left}")
+        self.journal.say(f"step {step}/{steps}  loss {loss:.4f}  lr {lr:.2g}  {left} left")
 
 
 def frozen_backbones(model: nn.Module) -> dict[str, Backbone]:
-    """The backbones in a model of which nothing is trained, by their names."""
+    """The frozen backbones in a model, by name."""
     return {
         name: part
         for name, part in model.named_modules()
@@ -541,13 +541,14 @@ def frozen_backbones(model: nn.Module) -> dict[str, Backbone]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: all but its frozen backbones."""
+    """The part of a model in a checkpoint: everything except frozen backbones."""
     frozen = tuple(f"{name}." for name in frozen_backbones(model))
     return {key: value for key, value in model.state_dict().items() if not key.startswith(frozen)}
 
 
 def _sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
-    """Over the ranks. A rank may have none of a parameter: its images had no object, say."""
+    """Sum gradients over the ranks. A rank may have none for a parameter, for example if its images
+    had no objects."""
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     total = ranks.total(torch.cat([gradient.flatten() for gradient in gradients]))
     sums = total.split([p.numel() for p in parameters])
@@ -556,7 +557,7 @@ def _sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
 
 
 class _Pace:
-    """When to save, and how long it will take."""
+    """When to save, and the remaining time."""
 
     def __init__(self, step: int) -> None:
         self.first = step

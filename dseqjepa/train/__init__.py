@@ -1,1 +1,1 @@
-"""From a config to a run on disk: the one loop, its schedules, checkpoints and log."""
+"""From a config to a run on disk: the training loop, schedules, checkpoints and log."""

@@ -1,4 +1,4 @@
-"""How many epochs a run of `optim.minutes` has, by its own steps as they were measured."""
+"""Number of epochs that fit into `optim.minutes`, from measured step times."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dseqjepa.train.rehearsal import EpochTimes
 
 
 def within_minutes(config: Config, times: EpochTimes, spent_s: float = 0.0) -> tuple[Config, str]:
-    """The config with the epochs that fit into its minutes, and what is to be said about them.
+    """The config with the epochs that fit into its time budget, and a message about them.
 
     Args:
-        config: settled by `pretrain.fitting`, with the epochs that `auto` stands for.
-        spent_s: seconds of the minutes that are gone.
+        config: resolved by `pretrain.fitting`, with the epochs that `auto` would give.
+        spent_s: seconds of the budget already used.
     """
     minutes, usual = config.optim.minutes, config.optim.epochs
     assert minutes != "none"
@@ -20,7 +20,7 @@ def within_minutes(config: Config, times: EpochTimes, spent_s: float = 0.0) -> t
     epochs = times.epochs_within(60 * minutes - spent_s)
     line = f"optim.minutes={minutes:g}: optim.epochs={epochs}, {_shown(times, epochs)}"
     if epochs == 1 and times.first > 60 * minutes - spent_s:
-        line += ", because one epoch takes longer than asked for"
+        line += ", because one epoch takes longer than the budget"
     if epochs < usual:
         ratio = usual / epochs
         line += (

@@ -1,6 +1,6 @@
-"""A run's state on disk: written whole or not at all, verified before a tensor is copied.
+"""A run's state on disk: written atomically, verified before any tensor is copied.
 
-A checkpoint is a folder `step-XXXXXXXX` of safetensors files and `state.json`, which holds the
+A checkpoint is a folder `step-XXXXXXXX` of safetensors files and `state.json`, which contains the
 resolved config, the position, the length and SHA-256 of every tensor file, and its own SHA-256. It
 is written under a temporary name, synced to disk and renamed; `last` is a link that is replaced
 atomically. Nothing is unpickled.
@@ -34,7 +34,7 @@ from dseqjepa.train.encoder import TrainedEncoder
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{8,})")
 AGAIN = 20
-"""How often to look for an encoder whose run, still training, drops what was about to be read."""
+"""How often to retry if a run that is still training removes the checkpoint being opened."""
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """A hash of all that the checkpoint holds."""
+        """A hash of the checkpoint's whole content."""
         return json_digest(self.state)
 
     @property
@@ -62,21 +62,22 @@ class Checkpoint:
 
     @property
     def run(self) -> Path:
-        """The run's folder, two levels above the checkpoint; the checkpoint itself elsewhere."""
+        """The run's folder, two levels above the checkpoint, or the checkpoint itself outside a
+        run."""
         inside = self.path.parent.name == "checkpoints"
         return self.path.parent.parent if inside else self.path
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.path / f"{name}.safetensors")
-        except (OSError, RuntimeError, SafetensorError):  # it looks, and then opens
+        except (OSError, RuntimeError, SafetensorError):  # it checks, then opens
             if not (self.path / "state.json").exists():
                 raise Dropped(self.path) from None
             raise
 
 
 class Dropped(InputError):
-    """The run that wrote a checkpoint is still training and removed it before it was read."""
+    """A run that is still training removed its checkpoint before it was read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"checkpoint {path} was removed while it was read: try again")
@@ -84,19 +85,19 @@ class Dropped(InputError):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run's weights come from: random, the weights of another run, or its own past."""
+    """Where a run's weights come from: random, another run, or its own checkpoint."""
 
     resume: Checkpoint | None = None
     init_from: Checkpoint | None = None
     notes: tuple[str, ...] = ()
-    """What is not as it was when the run was left."""
+    """What has changed since the run stopped."""
 
     def __str__(self) -> str:
         if self.resume is not None:
             return f"resume from step {self.resume.step} ({self.resume.path})"
         if self.init_from is not None:
             return f"init_from {self.init_from.path} (weights only, a new run)"
-        return "random initialisation"
+        return "random initialization"
 
 
 def save_checkpoint(
@@ -107,13 +108,13 @@ def save_checkpoint(
     keep: int,
     say: Callable[[str], None] = log.warning,
 ) -> Path:
-    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep`, and step
-    0, with which all that was learnt is compared.
+    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep` and step
+    0, the baseline of comparisons.
 
-    `tensors` maps a file's name to its tensors; `state` must be plain JSON. Steps beyond this one,
-    which a run that went back has left, are dropped. Nothing is dropped before the new one is on
-    the disk; what cannot be dropped stays, and `say` says so. `RunError` where the new one cannot
-    be written: what was there is left as it was.
+    `tensors` maps file names to tensors; `state` must be plain JSON. Later steps, left by a run
+    that was resumed from an earlier one, are deleted. Nothing is deleted before the new checkpoint
+    is on disk; what cannot be deleted stays, and `say` reports it. `RunError` if the new one cannot
+    be written; the old ones are then unchanged.
     """
     final = folder / f"step-{step:08d}"
     try:
@@ -125,8 +126,8 @@ def save_checkpoint(
         if folder.is_dir():
             _drop(_unfinished(folder), say)
         raise RunError(
-            f"cannot write the checkpoint {final}: {reason}; the one before it is intact, and "
-            "resume=true goes on from it once this is mended"
+            f"cannot write the checkpoint {final}: {reason}; the previous one is intact: fix this, "
+            "then use resume=true to continue from it"
         ) from error
     _point_at(final, say)
     steps = _steps(folder)
@@ -155,7 +156,7 @@ def _write(
     (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(temporary / "state.json")
     sync(temporary)
-    if final.exists():  # out of the way in one step: to remove it takes many
+    if final.exists():  # renamed first, which is atomic; deletion is not
         final.rename(folder / f"{UNFINISHED}old-{final.name}")
     temporary.rename(final)
     for place in (folder, folder.parent, folder.parent.parent):  # the first save makes all of them
@@ -163,45 +164,45 @@ def _write(
 
 
 def _point_at(final: Path, say: Callable[[str], None]) -> None:
-    """Make `last` lead to a checkpoint, for people; a disk that has no links does without."""
+    """Point the link `last` to a checkpoint, for convenience; skipped on disks without links."""
     folder = final.parent
     link, last = folder / f"{UNFINISHED}last", folder / "last"
     try:
         remove(link)
         link.symlink_to(final.name)
-        if last.is_dir() and not last.is_symlink():  # copied by what does not know links
+        if last.is_dir() and not last.is_symlink():  # copied by a tool that does not keep links
             remove(last)
         link.replace(last)
         sync(folder)
     except OSError as error:
-        say(f"{last} does not lead to {final.name}: {error.strerror}; name the run, or the step")
+        say(f"{last} does not point to {final.name}: {error.strerror}; name the run, or the step")
 
 
 def _drop(paths: list[Path], say: Callable[[str], None]) -> None:
-    """Remove what is of no more use; what cannot be removed is no reason to end a run."""
+    """Delete an obsolete folder; a failure is reported but does not end the run."""
     for path in paths:
         try:
             if path.is_dir() and not path.is_symlink():
-                # What makes it a checkpoint goes first: nobody reads one that is half removed.
+                # state.json is deleted first, so that nobody reads a half-deleted checkpoint.
                 (path / "state.json").unlink(missing_ok=True)
             remove(path)
         except OSError as error:
-            say(f"{path} is of no more use and cannot be removed: {error.strerror}")
+            say(f"{path} is obsolete and cannot be deleted: {error.strerror}")
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    """What a save left that did not come to its end."""
+    """Remains of an interrupted save."""
     steps = [path for path in _steps(folder).values() if not (path / "state.json").exists()]
     return [*folder.glob(f"{UNFINISHED}*"), *steps]
 
 
 def holds_checkpoint(run: Path) -> bool:
-    """Whether a checkpoint was finished in a run's folder; whether it is whole is not looked at."""
+    """Whether a run's folder contains a finished checkpoint; its integrity is not checked."""
     return any((path / "state.json").exists() for path in _steps(run / "checkpoints").values())
 
 
 def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by their steps, the newest first."""
+    """The checkpoints of a folder by step, newest first."""
     if not folder.is_dir():
         return {}
     matches = ((STEP_NAME.fullmatch(path.name), path) for path in folder.iterdir())
@@ -210,18 +211,18 @@ def _steps(folder: Path) -> dict[int, Path]:
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint at a run's folder, its `checkpoints`, or a checkpoint folder itself.
+    """The checkpoint in a run's folder, in its `checkpoints`, or a checkpoint folder itself.
 
-    Of several it is the newest that was finished, or that of `step`. Lengths and hashes are
-    verified; `InputError` says which file is missing or damaged. An older one never takes the place
-    of a damaged one unless its step is asked for.
+    If there are several, the newest finished one, or that of `step`. Lengths and hashes are
+    verified; `InputError` names the missing or damaged file. An older checkpoint never replaces a
+    damaged one unless its step is requested.
     """
     return read_checkpoint(path, lambda checkpoint: checkpoint, step)
 
 
 def read_checkpoint(path: Path, read: Callable[[Checkpoint], T], step: int | None = None) -> T:
-    """What `read` makes of the checkpoint that `open_checkpoint` opens; of a newer one where the
-    run goes on and drops it meanwhile."""
+    """The result of `read` on the checkpoint from `open_checkpoint`; retried with a newer one if
+    the run is still training and deletes it meanwhile."""
     for _ in range(AGAIN):
         try:
             return read(_opened(path, step))
@@ -244,7 +245,7 @@ def _opened(path: Path, step: int | None) -> Checkpoint:
             log.warning("%s is ignored: it was not finished, it has no state.json", found)
     if not finished:
         what = "holds no checkpoint" if path.exists() else "does not exist"
-        foreign = "; `dseqjepa import` brings in a file of another project"
+        foreign = "; use `dseqjepa import` for files of other projects"
         raise InputError(
             f"{path} {what}: expected a run's folder, or a folder with state.json and safetensors "
             f"files{foreign if path.is_file() else ''}"
@@ -252,14 +253,12 @@ def _opened(path: Path, step: int | None) -> Checkpoint:
     if step is not None:
         if step not in finished:
             known = ", ".join(map(str, finished))
-            raise InputError(
-                f"{folder} holds no finished checkpoint of step {step}, but of {known}"
-            )
+            raise InputError(f"{folder} has no finished checkpoint of step {step}, only of {known}")
         return _verified(finished[step])
     newest, *older = finished.values()
     last = folder / "last"
     if os.path.lexists(last) and not (last.is_symlink() and last.resolve() == newest.resolve()):
-        log.warning("%s does not lead to the newest checkpoint: %s is read", last, newest)
+        log.warning("%s does not point to the newest checkpoint: reading %s", last, newest)
     try:
         return _verified(newest)
     except Dropped:
@@ -269,25 +268,25 @@ def _opened(path: Path, step: int | None) -> Checkpoint:
 
 
 def _place(path: Path) -> Path:
-    """Where a checkpoint lies in its run: `last` is followed, a run's link to another disk not."""
+    """A checkpoint's path in its run: `last` is resolved, a link to another disk is not."""
     here = Path(os.path.abspath(path))
     leads_beside = here.is_symlink() and here.readlink().parent == Path()
     return here.parent / here.readlink() if leads_beside else here
 
 
 def _what_else(older: list[Path]) -> str:
-    """Where a run can go on whose newest checkpoint is damaged."""
+    """A hint from where to resume a run whose newest checkpoint is damaged."""
     for path in older:
         try:
             step = _verified(path).step
         except InputError:
             continue
-        return f"; step {step} is whole: resume={step} goes on from there"
+        return f"; step {step} is intact: use resume={step}"
     return ""
 
 
 def described(folder: Path) -> Checkpoint:
-    """A checkpoint of which state.json alone is verified."""
+    """A checkpoint with only state.json verified."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -297,7 +296,7 @@ def described(folder: Path) -> Checkpoint:
         newer = isinstance(found, int) and found > FORMAT
         raise InputError(
             f"checkpoint {folder}: expected format {FORMAT}, found {found}"
-            + ("; it is of a newer version of dseqjepa: update" if newer else "")
+            + ("; it was written by a newer version of dseqjepa: update" if newer else "")
         )
     if state.pop("sha256", None) != json_digest(state):
         raise InputError(f"checkpoint {folder}: state.json is damaged (its SHA-256 differs)")
@@ -314,7 +313,7 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _compared(folder: Path) -> Checkpoint:
-    """With the lengths and hashes that it says of itself."""
+    """Check files against the recorded lengths and hashes."""
     checkpoint = described(folder)
     for name, expected in checkpoint.state["files"].items():
         path = folder / name
@@ -331,8 +330,8 @@ def _compared(folder: Path) -> Checkpoint:
 
 
 def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Strict loading that lists every missing, unknown and misshaped key at once and changes
-    nothing unless all fit."""
+    """Strict loading: report all missing, unknown and misshaped keys at once, and change nothing
+    unless all fit."""
     own = module.state_dict()
     problems = [f"missing {key}" for key in own if key not in tensors]
     problems += [f"unknown {key}" for key in tensors if key not in own]
@@ -369,7 +368,7 @@ def load_encoders(method: Method, checkpoint: Checkpoint) -> None:
 
 
 def load_predictor(method: Method, checkpoint: Checkpoint) -> None:
-    """Copy what a method has beside its encoders: the predictor, and a projector if any."""
+    """Copy the other parts of a method: the predictor, and the projector if any."""
     encoders = {
         key: value
         for key, value in method.state_dict().items()
@@ -382,9 +381,9 @@ def load_predictor(method: Method, checkpoint: Checkpoint) -> None:
 def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> TrainedEncoder:
     """A trained encoder in eval mode, from a run's folder or one of its checkpoints.
 
-    Nothing in it asks for a gradient: `encoder.train().requires_grad_()` has it fine-tuned.
-    `weights` is `target` (the EMA encoder, what the evaluations use) or `context`. Raises
-    `InputError` for a missing, damaged or unfitting checkpoint.
+    Gradients are off: call `encoder.train().requires_grad_()` to fine-tune it.
+    `weights` is `target` (the EMA encoder, used by the evaluations) or `context`. Raises
+    `InputError` for a missing, damaged or mismatched checkpoint.
     """
     return read_checkpoint(Path(run_or_checkpoint), lambda found: encoder_of(found, weights))
 
@@ -397,7 +396,7 @@ def encoder_of(checkpoint: Checkpoint, weights: str) -> TrainedEncoder:
 
 
 def untrained_encoder(config: Config) -> VisionTransformer:
-    """The encoder with which a run of this config starts: the baseline of every evaluation."""
+    """The untrained encoder that a run of this config starts from: the baseline of evaluations."""
     return build_method(config).target.eval()
 
 

@@ -1,4 +1,4 @@
-"""How fast a run goes, and what it waits for."""
+"""Throughput of a run, and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Images a second since the last log line, and the share of it spent waiting for data."""
+    """Images per second since the last log line, and the share of time spent waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
@@ -31,10 +31,10 @@ class Clock:
 
 
 class Watch:
-    """Times the waits for data, and says what a long one waits for while it lasts.
+    """Times waits for data, and reports a long one, with its cause, while it lasts.
 
-    A thread of its own looks at the wait, because the process itself hangs in a read. The first
-    word comes after `LONG` seconds, the next after twice as many, and so on.
+    A separate thread watches, because the process itself is blocked in a read. The first message
+    comes after `LONG` seconds, the next after twice as long, and so on.
     """
 
     LONG = 10.0
@@ -62,7 +62,7 @@ class Watch:
         self._since = None
         self._clock.waited += waited
         if self._said_after:
-            self.say(f"data came after {waited:.0f} s")
+            self.say(f"data arrived after {waited:.0f} s")
 
     def close(self) -> None:
         self._closed.set()
@@ -76,11 +76,11 @@ class Watch:
             waited = time.perf_counter() - since
             if waited >= max(self.LONG, 2 * self._said_after):
                 self._said_after = waited
-                self.say(f"waiting for data since {waited:.0f} s: {self.reading()}")
+                self.say(f"waiting for data for {waited:.0f} s: {self.reading()}")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds as readable text."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

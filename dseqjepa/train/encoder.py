@@ -1,4 +1,4 @@
-"""A trained encoder as people hold it: whatever an image is, it can be brought to it.
+"""A trained encoder that accepts images of any type and size.
 
 Suffixes: B images, C colours, H and W pixels.
 """
@@ -20,25 +20,24 @@ from dseqjepa.model.vit import VisionTransformer
 
 
 class TrainedEncoder(VisionTransformer):
-    """A `VisionTransformer` that prepares its own images."""
+    """A `VisionTransformer` that preprocesses its own images."""
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the positions are stored for."""
+        """Height and width in pixels for which the positions are stored."""
         rows, columns = self.grid
         return rows * self.patch_size, columns * self.patch_size
 
     def preprocess(
         self, images: AnyImage | Sequence[AnyImage], image_size: tuple[int, int] | None = None
     ) -> UInt8[Tensor, "B 3 H W"]:
-        """One image or several, of any and of mixed sizes, as the encoder takes them: bytes, on its
-        device.
+        """Prepare one or several images of any, even mixed, sizes as bytes on the encoder's device.
 
-        Each is resized to just cover 256/224 of `image_size` (that of the pre-training, if not
-        given), and its centre is cut out, as evaluations do it.
+        Each is resized to just cover 256/224 of `image_size` (by default that of pre-training) and
+        centre-cropped, as in evaluations.
 
         Raises:
-            ValueError: what is no image, or has no pixels of bytes.
+            ValueError: not an image, or not of bytes.
         """
         single = isinstance(images, Image.Image) or (
             isinstance(images, np.ndarray | Tensor) and images.ndim <= 3
@@ -47,5 +46,5 @@ class TrainedEncoder(VisionTransformer):
         transform = EvalTransform(image_size or self.image_size)
         tensors = [transform(as_bytes(image)) for image in several]
         if not tensors:
-            raise ValueError("expected an image, found none")
+            raise ValueError("expected at least one image, found none")
         return torch.stack(tensors).to(self.pos_embed.device)

@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time, and nothing is removed that is not of a run."""
+"""A run's folder: used by one process at a time, and only files of a run are ever deleted."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ RUN_FILES = frozenset(
 
 @contextmanager
 def locked(out: Path, name: str = "") -> Iterator[None]:
-    """Hold the folder `out` of a run, or of an evaluation's training; `InputError` names who holds
-    it already, and calls the folder by its `name` (`out=...`, if not given).
+    """Lock the folder `out` of a run, or of an evaluation's training. `InputError` names the
+    process that holds it, and calls the folder `name` (default: `out=...`).
 
-    The system lets go of the lock when this process ends, however it ends. It is a record lock:
-    processes that read images for this one do not inherit it and cannot keep it, and network file
-    systems have it.
+    The system releases the lock when this process ends in any way. It is a record lock: loader
+    processes do not inherit it and cannot keep it, and network file systems support it.
     """
     name = name or f"out={out}"
     try:
@@ -51,7 +50,7 @@ def locked(out: Path, name: str = "") -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise InputError(
                     f"{name} cannot be locked ({error.strerror}): give a folder on a disk that "
-                    "can, so that two processes never write into one run"
+                    "supports locks, so that two processes never write to the same run"
                 ) from None
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -68,9 +67,9 @@ def locked(out: Path, name: str = "") -> Iterator[None]:
 def claimed(
     out: Path, overwrite: bool, kept: Checkpoint | None, unless_kept: bool = False
 ) -> Iterator[None]:
-    """Make `out` an empty folder and hold it; remove an old run where that was asked for, nothing
-    else, and not the one that `kept` is of. With `unless_kept` a run of which there is nothing to
-    keep is removed unasked."""
+    """Make `out` an empty folder and lock it. An old run is deleted if requested, but nothing else,
+    and never the run of `kept`. With `unless_kept`, a run with nothing worth keeping is deleted
+    without a request."""
 
     def check() -> None:
         _check(out, overwrite or (unless_kept and is_worthless(out)), kept)
@@ -83,19 +82,19 @@ def claimed(
     if not os.access(out, os.W_OK | os.X_OK):
         raise InputError(f"out={out} cannot be written to: give another, or change its permissions")
     with locked(out):
-        check()  # again: another process may have been quicker
+        check()  # again: another process may have been faster
         for name in _present(out):
             try:
                 _clear(out / name)
             except OSError as error:
                 raise InputError(
-                    f"the old run in {out} cannot be removed: {error.filename}: {error.strerror}"
+                    f"the old run in {out} cannot be deleted: {error.filename}: {error.strerror}"
                 ) from None
         yield
 
 
 def is_worthless(out: Path) -> bool:
-    """Whether `out` holds a run that died before its first checkpoint: nothing to go on from, no
+    """Whether `out` contains a run that died before its first checkpoint: nothing to resume, no
     measurement, no result."""
     names = _present(out)
     if not names or _foreign(names) or holds_checkpoint(out):
@@ -105,7 +104,7 @@ def is_worthless(out: Path) -> bool:
 
 
 def _make(folder: Path) -> None:
-    """With the folders above it, each of them durable."""
+    """Create a folder and its parents durably."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -113,8 +112,8 @@ def _make(folder: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove a part of an old run. `checkpoints` may be a link to a larger disk: it stays, and what
-    a run has written there goes."""
+    """Delete a part of an old run. `checkpoints` may be a link to a larger disk: the link stays,
+    and its content is deleted."""
     if not (path.is_symlink() and path.is_dir()):
         remove(path)
         return
@@ -125,7 +124,7 @@ def _clear(path: Path) -> None:
 
 
 def _check(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
-    """Whether `out` is empty, or holds nothing but an old run that may be replaced."""
+    """Whether `out` is empty or contains only an old run that may be replaced."""
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"out={out} is a file: give a folder")
     try:
@@ -134,23 +133,21 @@ def _check(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
         raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
     foreign = _foreign(present)
     if present and not overwrite:
-        advice = f"it holds {foreign[0]!r}, which is not of a run" if foreign else ""
-        advice = (
-            advice or "resume=true to go on with the run in it, or overwrite=true to replace it"
-        )
+        advice = f"it contains {foreign[0]!r}, which is not part of a run" if foreign else ""
+        advice = advice or "resume=true to continue the run in it, or overwrite=true to replace it"
         if is_worthless(out):
             advice = "or resume=auto: the run in it died before its first checkpoint"
         raise InputError(f"out={out} is not empty: give another folder, {advice}")
     if foreign:
         raise InputError(
-            f"out={out} is not replaced: {out} also holds {foreign[0]!r}, which is not of a run"
+            f"out={out} is not replaced: it contains {foreign[0]!r}, which is not part of a run"
         )
     for name in present:
         if (out / name).is_symlink() and not (out / name).exists():
-            raise InputError(f"{out / name} leads nowhere: mend the link, or remove it")
+            raise InputError(f"{out / name} is a broken link: fix or delete it")
     places = (out.resolve(), (out / "checkpoints").resolve())
     if present and kept is not None and any(kept.path.resolve().is_relative_to(p) for p in places):
-        raise InputError(f"overwrite=true would remove {kept.path}, which init_from names")
+        raise InputError(f"overwrite=true would delete {kept.path}, which init_from names")
 
 
 def _foreign(names: set[str]) -> list[str]:

@@ -1,9 +1,9 @@
-"""Encoders that other projects trained, brought into a checkpoint of our own.
+"""Import of encoders from other projects into our checkpoint format.
 
-A foreign file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
-containers and runs nothing, and only when a person names it: to import it, or to evaluate it as
-it is. What is understood: I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
-as DSeq-JEPA's release has it, DINO's `student` and `teacher`, and the state dict of any plain ViT
+A third-party file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
+containers and runs no code, and only when the user names it, to import or evaluate it.
+Supported are I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
+as in DSeq-JEPA's release, DINO's `student` and `teacher`, and the state dict of any plain ViT
 with timm's names. Other parts of the file, such as a classifier, are left out.
 """
 
@@ -42,37 +42,38 @@ ENCODERS = {
     "target": ("target_encoder", "teacher", "encoder", "student"),
     "context": ("encoder", "student", "target_encoder", "teacher"),
 }
-"""Our name -> where a JEPA's or DINO's file may hold it, the best first."""
+"""Our name -> keys under which JEPA's or DINO's files may store it, in order of preference."""
 WRAPPERS = ("model", "state_dict")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 NOT_OF_ENCODERS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "decoder", "mask_token")
-"""Other parts of foreign files, which are left out."""
+"""Other parts of third-party files, which are left out."""
 ADVICE = ("weights_only", "add_safe_globals", "safe_globals")
-"""Words of torch's advice to run a file after all."""
+"""Phrases of torch's advice to run the file anyway."""
 HEAD_WIDTH = 64
 HEADS = {(1408, 40): 16}
-"""(width, depth) -> heads, of encoders that are no named size of ours: I-JEPA's ViT-g/16."""
+"""(width, depth) -> heads, for encoders without a named size here: I-JEPA's ViT-g/16."""
 MLP = "blocks.0.mlp.fc1.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_KEYS = 5000
-"""Most keys of an encoder's file: those of 400 blocks."""
+"""Maximum number of keys in an encoder's file: those of 400 blocks."""
 NOT_WEIGHTS = {
     b"version https://git-lfs": "a pointer of Git LFS in place of weights: run git lfs pull",
     b"<!doctype": "a web page in place of weights: download the file itself",
     b"<html": "a web page in place of weights: download the file itself",
 }
-"""How files begin that were fetched in the wrong way."""
+"""First bytes of files that were downloaded the wrong way."""
 
 
 class ImportConfig(Section):
-    """`dseqjepa import`: what the shapes of an encoder do not say."""
+    """`dseqjepa import`: what cannot be derived from the shapes of an encoder."""
 
     heads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """`auto`: those of the named size with this width and depth, else width / 64."""
+    """Attention heads; `auto`: those of the named size with this width and depth, else
+    width / 64."""
     image_size: Literal["auto"] | Size = "auto"
-    """`auto`: a square, which the number of positions gives."""
+    """Image size in pixels; `auto`: a square, from the number of positions."""
     mean: Colours = IMAGENET_MEAN
-    """Of the normalisation that it was trained with, white being 1; and `std`."""
+    """Mean of the normalization it was trained with (white is 1)."""
     std: Deviations = IMAGENET_STD
 
 
@@ -86,14 +87,14 @@ def import_encoder(
 ) -> Config:
     """Write the run folder `out` with one checkpoint; the config that describes the encoder.
 
-    `tell` is told what of the file was left out.
+    `tell` receives a message about the parts of the file that were left out.
 
-    Raises `InputError`, before anything is written, where the file is not what is understood: every
-    missing, unknown and misshaped key is named.
+    Raises `InputError`, before anything is written, if the file is not supported; it names every
+    missing, unknown and misshaped key.
     """
     encoders, config, left_out = _built(file, settings, tuple(ENCODERS))
     if left_out:
-        tell(f"left out, as no part of an encoder: {', '.join(left_out)}")
+        tell(f"left out, not part of an encoder: {', '.join(left_out)}")
     states = {name: encoder.state_dict() for name, encoder in encoders.items()}
     with claimed(out, overwrite, kept=None):
         (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -103,23 +104,23 @@ def import_encoder(
 
 
 def described(config: Config) -> str:
-    """What an imported encoder is, and what was assumed of it."""
+    """Describe an imported encoder, and what was assumed about it."""
     model, (height, width) = config.model, config.data.image_size
     return (
         f"width {model.width}, depth {model.depth}, {model.heads} heads, patches of "
         f"{model.patch_size} px, {height} x {width} px, "
         f"{'with' if model.class_token else 'without'} [CLS]\n"
-        f"taken as given: {model.heads} heads, GELU, LayerNorm with epsilon 1e-6, and images less "
-        f"{list(config.data.mean)} over {list(config.data.std)}; "
-        "heads=N, mean=[R,G,B] and std=[R,G,B] say otherwise"
+        f"assumed: {model.heads} heads, GELU, LayerNorm with epsilon 1e-6, and images normalized "
+        f"with mean {list(config.data.mean)} and std {list(config.data.std)}; "
+        "override with heads=N, mean=[R,G,B] and std=[R,G,B]"
     )
 
 
 def read_encoder(
     file: Path, settings: ImportConfig, weights: str = "target"
 ) -> tuple[VisionTransformer, Config]:
-    """The `target` or `context` encoder of a foreign file, in eval mode, and the config that
-    describes it: what `import_encoder` writes, without writing it. Errors are the same."""
+    """The `target` or `context` encoder of a third-party file, in eval mode, and its config: what
+    `import_encoder` would write. Errors are the same."""
     encoders, config, _ = _built(file, settings, (weights,))
     return encoders[weights].eval(), config
 
@@ -127,7 +128,7 @@ def read_encoder(
 def _built(
     file: Path, settings: ImportConfig, names: tuple[str, ...]
 ) -> tuple[dict[str, VisionTransformer], Config, list[str]]:
-    """The encoders of these names, the config that describes them, and the keys left out."""
+    """The encoders with these names, their config, and the keys left out."""
     states = {name: _named(file, s) for name, s in _encoders(file).items() if name in names}
     found = {name: _plain(file, state) for name, state in states.items()}
     left_out = {key for state in states.values() for key in state if _is_beside(key)}
@@ -140,7 +141,7 @@ def _built(
 
 
 def read_foreign(file: Path) -> Any:
-    """What a foreign file holds: tensors in plain containers. Nothing in it is run."""
+    """The content of a third-party file: tensors in plain containers. No code in it is run."""
     if not file.is_file():
         raise InputError(f"{file} {'is not a file' if file.exists() else 'does not exist'}")
     with file.open("rb") as opened:
@@ -158,15 +159,15 @@ def read_foreign(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except InputError:
         raise
-    except Exception as error:  # on broken bytes torch raises whatever its parsers ran into
+    except Exception as error:  # on broken bytes torch raises whatever its parsers encounter
         raise InputError(
-            f"{file} is not read, and nothing in it was run: expected tensors and plain values "
-            f"alone, or the file is damaged ({_reason(error)})"
+            f"{file} was not read, and no code in it was run: expected only tensors and plain "
+            f"values, or the file is damaged ({_reason(error)})"
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's message that says what it met; the rest is advice to run the file."""
+    """The line of torch's message that states the problem; the rest is advice to run the file."""
     lines = [line.partition(" Please use")[0].strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not any(word in line for word in ADVICE)]
     if isinstance(error, UnpicklingError):
@@ -175,8 +176,8 @@ def _reason(error: Exception) -> str:
 
 
 def _check_archive(file: Path) -> None:
-    """Torch stores the members of its archives as they are; one that grows when it is read, or
-    lies elsewhere, is not torch's."""
+    """torch stores archive members uncompressed; one that expands when read, or points outside, was
+    not written by torch."""
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             path = Path(member.filename)
@@ -186,13 +187,13 @@ def _check_archive(file: Path) -> None:
                 or ".." in path.parts
             ):
                 raise InputError(
-                    f"{file} is not an archive that torch wrote: {member.filename!r} is compressed "
-                    "or lies outside of it"
+                    f"{file} is not an archive written by torch: {member.filename!r} is compressed "
+                    "or outside the archive"
                 )
 
 
 def _encoders(file: Path) -> dict[str, Any]:
-    """The state dicts of the target and the context encoder; one alone is both."""
+    """The state dicts of the target and the context encoder; a single one serves as both."""
     content = read_foreign(file)
     if isinstance(content, Mapping):
         if content.keys() & set(ENCODERS["target"]):
@@ -239,11 +240,11 @@ def _plain(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.dtype not in FLOATS:
             problems.append(f"{name} is {getattr(value, 'dtype', type(value).__name__)}")
         elif value.is_meta or value.layout != torch.strided:
-            problems.append(f"{name} has no values of its own, or only some of them")
+            problems.append(f"{name} has no values, or only some of them")
         elif value.numel() * value.element_size() > size:  # a view that repeats what is stored
             problems.append(f"{name} claims more bytes than the file has")
         elif not value.isfinite().all():
-            problems.append(f"{name} is not finite")
+            problems.append(f"{name} has non-finite values")
         else:
             plain[name] = value.float().contiguous()
     if problems:
@@ -256,12 +257,12 @@ def _describe(
     state: Mapping[str, Tensor],
     settings: ImportConfig,
 ) -> Config:
-    """The config of an encoder, read off its shapes."""
+    """The config of an encoder, derived from its shapes."""
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
     missing = [key for key in needed if key not in state]
     if missing:
         raise InputError(
-            f"{file} is no plain ViT with timm's names: missing {', '.join(missing)}; "
+            f"{file} is not a plain ViT with timm's names: missing {', '.join(missing)}; "
             f"it has {', '.join(list(state)[:8])} ..."
         )
     kernel, positions = state["patch_embed.proj.weight"], state["pos_embed"]
@@ -277,8 +278,8 @@ def _describe(
         or not (width and patch and positions.numel())
     ):
         raise InputError(
-            f"{file}: expected square patches of 3 colours, and positions as wide as they are "
-            f"encoded, found shapes {tuple(kernel.shape)} and {tuple(positions.shape)}"
+            f"{file}: expected square patches with 3 channels, and positions as wide as the patch "
+            f"embedding, found shapes {tuple(kernel.shape)} and {tuple(positions.shape)}"
         )
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     count = positions.shape[1]
@@ -291,8 +292,8 @@ def _describe(
         size = settings.image_size
     if size[0] // patch * (size[1] // patch) != count:
         raise InputError(
-            f"{file} has {count} positions of patches of {patch} pixels, which image_size="
-            f"[{size[0]}, {size[1]}] does not give; name the height and width it was trained at"
+            f"{file} has {count} positions for patches of {patch} pixels, which does not match "
+            f"image_size=[{size[0]}, {size[1]}]; give the height and width it was trained at"
         )
     named = {sizes[:2]: (name, sizes[2]) for name, sizes in ENCODER_SIZES.items()}
     usual = HEADS.get((width, depth), max(width // HEAD_WIDTH, 1))
@@ -315,7 +316,7 @@ def _describe(
 
 
 def _with_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With [CLS] there is a position for it; where the file has none, it is zero."""
+    """Positions including that of [CLS], which is zero if the file has none."""
     positions = state["pos_embed"]
     if "cls_token" in state and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)

@@ -1,8 +1,8 @@
-"""Whether a step is taken: what is not finite is left out, and so is what jumps.
+"""Decides whether a step is taken: non-finite steps and spikes are skipped.
 
-A step is judged by two numbers, its loss and the norm of its gradient. They are summed over the
-ranks, so that every rank reads the same ones and decides the same, and read once a step. What the
-guard remembers is plain JSON and part of a checkpoint.
+A step is judged by its loss and its gradient norm. They are summed over the ranks, so that every
+rank sees the same values and makes the same decision, and copied to the host once per step. The
+guard's state is plain JSON and part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dseqjepa.errors import RunError
 
 
 class Level:
-    """The last values of one number, and the limit above which the next one is a jump.
+    """The recent values of one quantity, and the limit above which the next one is a spike.
 
-    The limit is mean + `sigma` standard deviations, as soon as there are `window` values. A value
-    above it enters as the limit: one outlier hardly moves the limit, while a new level, which is no
-    outlier, is reached after some steps.
+    The limit is mean + `sigma` standard deviations once there are `window` values. A value
+    above it enters clipped to the limit: one outlier hardly moves the limit, but a persistent new
+    level is accepted after some steps.
     """
 
     def __init__(self, window: int, sigma: float, values: Iterable[float] = ()) -> None:
@@ -41,14 +41,14 @@ class Level:
         return mean + self.sigma * statistics.pstdev(self.values, mean)
 
     def take(self, value: float) -> str:
-        """Remember a value; what is wrong with it, or nothing."""
+        """Record a value; return what is wrong with it, if anything."""
         limit = self.limit
         self.values.append(min(value, limit))
         return f"{value:.4g} is above {limit:.4g}" if value > limit else ""
 
 
 class Guard:
-    """Judges one step after the other."""
+    """Judges steps in sequence."""
 
     def __init__(self, config: GuardConfig, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"losses": [], "norms": [], "skipped": 0, "in_a_row": 0}
@@ -59,26 +59,26 @@ class Guard:
         self.in_a_row: int = state["in_a_row"]
 
     def judge(self, loss: float, norm: float) -> str:
-        """Why this step must not be taken, or nothing."""
+        """The reason to skip this step, if any."""
         reason = "" if math.isfinite(loss) else f"the loss is {loss}"
         if not reason and not math.isfinite(norm):
-            reason = f"the norm of the gradient is {norm}"
+            reason = f"the gradient norm is {norm}"
         self.in_a_row = self.in_a_row + 1 if reason else 0
         if not reason:
             jumps = {
                 "the loss": self.losses.take(loss),
-                "the norm of the gradient": self.norms.take(norm),
+                "the gradient norm": self.norms.take(norm),
             }
             reason = ", ".join(f"{what} {jump}" for what, jump in jumps.items() if jump)
         self.skipped += bool(reason)
         return reason
 
     def check_patience(self, step: int, where: object) -> None:
-        """`RunError` where as many steps in a row as `guard.patience` were not finite."""
+        """`RunError` after `guard.patience` consecutive non-finite steps."""
         if self.in_a_row >= self.patience:
             raise RunError(
-                f"{self.in_a_row} steps in a row were not finite, the last at step {step}: lower "
-                f"optim.lr, or look at the images that {where} names"
+                f"{self.in_a_row} consecutive non-finite steps, the last at step {step}: lower "
+                f"optim.lr, or check the images listed in {where}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -93,9 +93,9 @@ class Guard:
 def loss_and_norm(
     fabric: Fabric, losses: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """The mean loss over micro-batches and ranks, and the norm of the gradient that they share.
+    """The mean loss over micro-batches and ranks, and the norm of their common gradient.
 
-    A sum keeps what is not finite on any rank. This is the step's one wait for the device.
+    A sum preserves non-finite values of any rank. This is the only synchronization of the step.
     """
     norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, torch.distributed.tensor.DTensor):

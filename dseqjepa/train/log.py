@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl for programs, log.txt and the console for people."""
+"""Logging: metrics.jsonl for programs, log.txt and the console for people."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from dseqjepa.ranks import Ranks
 from dseqjepa.train.metrics import current
 
 CLOCK_KEYS = frozenset({"images_per_s", "data_wait_share", "seconds"})
-"""The metrics that tell the time: two identical runs differ in these alone."""
+"""Metrics that measure time, the only ones in which two identical runs differ."""
 
 
 BY_TOKEN = frozenset({"loss", "prediction_loss", "mean_prediction_loss"})
-"""Means over the predicted patches (or regions): joined in proportion to how many there were."""
+"""Means over predicted patches (or regions), combined in proportion to their number."""
 BY_SUM = frozenset({"encoder_tokens", "predicted_tokens", "count_by_step"})
-"""Counts, of which the parts of a step are added up. Everything else is a mean over images."""
+"""Counts, summed over the parts of a step. Everything else is a mean over images."""
 
 
 class Window:
-    """Sums of metrics since the last log line, kept on the device until they are asked for.
+    """Sums of metrics since the last log line, kept on the device until needed.
 
-    They add up in such a way that neither the micro-batches of a step nor the ranks show.
+    They are combined so that the result does not depend on micro-batches or ranks.
     """
 
     def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
@@ -45,7 +45,7 @@ class Window:
 
     @staticmethod
     def of_rank(windows: Sequence[Mapping[str, Any]], ranks: Ranks) -> Window:
-        """What a rank goes on with, of the windows that the ranks of a checkpoint had."""
+        """The window with which a rank resumes, from the windows of a checkpoint's ranks."""
         if len(windows) == ranks.world:
             return Window(windows[ranks.rank])
         whole = Window()
@@ -87,7 +87,7 @@ class Window:
         return whole
 
     def means(self) -> dict[str, Any]:
-        """Mean of every metric over the window, as plain numbers; None for a step not seen."""
+        """Mean of every metric over the window, as plain numbers; None for steps not seen."""
         sums = self.to_json()
         steps, weight = sums.pop("steps"), max(sums.pop("weight"), 1)
         counts = sums.pop("count_by_step")
@@ -99,10 +99,10 @@ class Window:
 
 
 class Journal:
-    """Writes a run's lines. With `quiet` (ranks other than 0) nothing is written or shown.
+    """Writes a run's log. With `quiet` (ranks other than 0) nothing is written or shown.
 
-    What cannot be shown or written ends no run: a console that is gone is given up, and the lines
-    of a file wait for its disk.
+    Failing output does not end a run: a closed console is abandoned, and lines for a file are held
+    back until its disk accepts them.
     """
 
     def __init__(self, out: Path, console: Console, *, quiet: bool = False) -> None:
@@ -113,7 +113,7 @@ class Journal:
         self._writing = threading.RLock()
 
     def rewind(self, step: int, bad: Mapping[str, str]) -> None:
-        """Drop what the files hold beyond a step and its bad files: it is not in the checkpoint."""
+        """Drop log lines beyond a step and its bad files, which are not in the checkpoint."""
         if self.quiet:
             return
         for path in (self.out / "metrics.jsonl", self.out / "skipped.jsonl"):
@@ -123,7 +123,7 @@ class Journal:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, RecursionError):
-                    break  # the line that was being written when the run died
+                    break  # the line being written when the run died
             _replace(path, kept)
         _replace(self.out / "bad_files.jsonl", [_bad_line(*item) for item in bad.items()])
 
@@ -131,17 +131,17 @@ class Journal:
         self._write("metrics.jsonl", json.dumps(values))
 
     def skipped(self, step: int, reason: str, images: Sequence[str]) -> None:
-        """A step that was not taken, and the images that it had seen."""
-        self.say(f"step {step} is not taken: {reason}; its images are in skipped.jsonl")
+        """Log a skipped step and its images."""
+        self.say(f"step {step} skipped: {reason}; its images are in skipped.jsonl")
         self._write("skipped.jsonl", json.dumps({"step": step, "reason": reason, "images": images}))
 
     def bad_file(self, path: str, reason: str) -> None:
-        """A file that cannot be decoded."""
+        """Log a file that cannot be decoded."""
         self.say(f"cannot decode {path}: {reason}")
         self._write("bad_files.jsonl", _bad_line(path, reason).rstrip("\n"))
 
     def say(self, text: str) -> None:
-        """A line for people, on the console and in log.txt; one, whatever names it holds."""
+        """One line for people, on the console and in log.txt, whatever names it contains."""
         if self.quiet:
             return
         text = printable(text)
@@ -149,7 +149,7 @@ class Journal:
         self._write("log.txt", text)
 
     def _show(self, text: str) -> None:
-        encoding = self.console.encoding  # which may lack a letter of a file's name
+        encoding = self.console.encoding  # which may not support a character of a file name
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         try:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -159,32 +159,37 @@ class Journal:
     def _give_up_console(self, error: OSError | SystemExit) -> None:
         give_up(self.console)
         reason = os.strerror(errno.EPIPE) if isinstance(error, SystemExit) else error.strerror
-        self._write("log.txt", f"the console is gone ({reason}): what follows stands here alone")
+        self._write(
+            "log.txt",
+            f"the console is closed ({reason}): from here on, the log is only in this file",
+        )
 
     def _write(self, name: str, line: str) -> None:
-        """Append a line, after those that could not be written before."""
+        """Append a line, after any lines that could not be written before."""
         if self.quiet:
             return
-        with self._writing:  # a wait for data is told by a thread of its own
+        with self._writing:  # waits for data are reported by another thread
             lines = self._waiting.setdefault(name, [])
             lines.append(line)
             try:
                 _append(self.out / name, "".join(f"{each}\n" for each in lines))
             except OSError as error:
                 if len(lines) == 1:
-                    self._show(f"{self.out / name} cannot be written, lines wait: {error.strerror}")
+                    self._show(
+                        f"{self.out / name} cannot be written, lines are queued: {error.strerror}"
+                    )
             else:
                 lines.clear()
 
     def close(self) -> None:
-        """Say what could not be written to the end."""
+        """Report lines that could never be written."""
         self.stop_progress()
         for name, lines in self._waiting.items():
             if lines:
                 self._show(f"{len(lines)} lines of {self.out / name} are lost")
 
     def start_progress(self, done: int, total: int) -> None:
-        """A bar on a terminal; elsewhere the plain lines have to do."""
+        """A progress bar on a terminal; elsewhere plain lines suffice."""
         if self.quiet or not self.console.is_terminal:
             return
         self.progress = Progress(
@@ -215,7 +220,7 @@ def _bad_line(path: str, reason: str) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    """All of it or nothing: a disk that is full takes a part."""
+    """Write all or nothing: a full disk may accept only a part."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         before = os.fstat(descriptor).st_size
@@ -228,7 +233,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _replace(path: Path, lines: list[str]) -> None:
-    """Make a file hold these lines, whole or not at all; no lines, no file."""
+    """Write a file of these lines atomically; without lines, no file."""
     if lines:
         write_whole(path, "".join(lines))
     else:

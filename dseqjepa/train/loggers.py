@@ -1,8 +1,8 @@
-"""What a run tells TensorBoard, Weights & Biases or MLflow, beside metrics.jsonl.
+"""Logging to TensorBoard, Weights & Biases or MLflow, in addition to metrics.jsonl.
 
-Each is told from a thread of its own: one that is slow, or waits for a network, delays no step, and
-one that fails is given up and named. Nothing leaves the machine unless it was asked for. All that
-they keep lies in the run's folder, with the names under which a run that is resumed goes on.
+Each logger has its own thread: a slow one, or one waiting for a network, delays no step, and
+one that fails is abandoned and named. Nothing leaves the machine unless requested. All their files
+are in the run's folder, with the names under which a resumed run continues.
 
 Suffixes: H and W pixels, C colours.
 """
@@ -28,23 +28,23 @@ from dseqjepa.errors import InputError
 from dseqjepa.files import write_whole
 
 FOLDER = "loggers"
-"""In a run's folder."""
+"""Subfolder of a run."""
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 WAITING = 1000
-"""Messages that a logger may be behind; what comes then is not told to it."""
+"""Number of messages that a logger may lag behind before it is abandoned."""
 PATIENCE_S = 60.0
-"""How long the end of a run waits for a logger."""
+"""How long a finished run waits for a logger."""
 SILENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
 }
-"""What keeps these libraries from telling their makers, and the console."""
+"""Turns off the telemetry and console output of these libraries."""
 
 
 class Logger(Protocol):
-    """What is told of a run, from one thread."""
+    """Interface of a logger, used from one thread."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -54,14 +54,14 @@ class Logger(Protocol):
 
 
 def check_loggers(config: LogConfig) -> None:
-    """`InputError` where a logger is named that is not installed."""
+    """`InputError` for a logger that is not installed."""
     for name in config.to:
         if find_spec(PACKAGES[name]) is None:
             raise InputError(f"log.to={name} is not installed: pip install 'dseqjepa[{name}]'")
 
 
 class Loggers:
-    """All that a run names; of a run that goes on at a step, they go on there too."""
+    """All loggers of a run; for a resumed run, they continue at the same step."""
 
     def __init__(self, config: Config, out: Path, step: int, tell: Callable[[str], None]) -> None:
         self._behind: dict[str, _Behind] = {}
@@ -86,19 +86,19 @@ class Loggers:
             logger.tell(lambda to: to.picture(image, step))
 
     def close(self) -> None:
-        """Wait until all is told, but not for ever."""
+        """Wait until everything is logged, up to a limit."""
         for logger in self._behind.values():
             logger.close()
 
 
 class _Behind:
-    """A logger in its thread, and what it has yet to be told."""
+    """A logger in its thread, with its queue of messages."""
 
     def __init__(self, name: str, opened: Callable[[], Logger], say: Callable[[str], None]) -> None:
         self.name, self.say = name, say
         self.is_given_up = False
         self.logger: Logger | None = None
-        self.pool = ThreadPool(1)  # of a daemon: one that hangs does not keep the process
+        self.pool = ThreadPool(1)  # a daemon thread: one that hangs does not keep the process alive
         self.last = self._later(lambda: setattr(self, "logger", opened()))
         self.waiting = [self.last]
 
@@ -116,7 +116,7 @@ class _Behind:
         self.tell(lambda logger: logger.close())
         self.last.wait(PATIENCE_S)
         if not self.last.ready():
-            self._give_up(TimeoutError(f"it did not end within {PATIENCE_S:.0f} s"))
+            self._give_up(TimeoutError(f"it did not finish within {PATIENCE_S:.0f} s"))
 
     def _later(self, what: Callable[[], Any]) -> AsyncResult[Any]:
         return self.pool.apply_async(what, error_callback=self._give_up)
@@ -125,11 +125,11 @@ class _Behind:
         if not self.is_given_up:
             self.is_given_up = True
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.say(f"{self.name} is given up, training goes on: {reason}; see metrics.jsonl")
+            self.say(f"{self.name} is abandoned, training continues: {reason}; see metrics.jsonl")
 
 
 def _names(folder: Path) -> dict[str, str]:
-    """What the run is called there: the same when it goes on."""
+    """The run's name in the logger, kept on resume."""
     path = folder / "names.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def _names(folder: Path) -> dict[str, str]:
 
 
 def _numbers(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Plain numbers; those of a list by their place, from 1 on."""
+    """Plain numbers; list items are named by position, from 1."""
     found = []
     for key, value in values.items():
         items = enumerate(value, 1) if isinstance(value, list) else [("", value)]
@@ -153,7 +153,7 @@ class _TensorBoard:
     def __init__(self, config: Config, folder: Path, name: str, step: int) -> None:
         from lightning_fabric.loggers import TensorBoardLogger
 
-        # What was told beyond the checkpoint is dropped there, as it is from metrics.jsonl.
+        # Events beyond the checkpoint are dropped, as in metrics.jsonl.
         how: dict[str, Any] = {"purge_step": step + 1} if step else {}
         self.logger = TensorBoardLogger(folder, name="tensorboard", version="", **how)
         if not step:

@@ -1,7 +1,7 @@
-"""The training loop, the only one. It knows no method by name.
+"""The only training loop. It knows no method by name.
 
-Everything that decides what a step computes is a function of the step: the schedules, the order of
-the samples, their keys. A checkpoint therefore holds weights, optimizer state and the position.
+Everything that determines a step is a function of its number: the schedules, the order of
+the samples, their keys. A checkpoint therefore contains weights, optimizer state and the position.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from dseqjepa.train.runtime import (
     Stopped,
     StopRequest,
     connect,
+    on_this_machine,
     own_parts,
     whole_module,
     whole_tensors,
@@ -60,37 +61,37 @@ from dseqjepa.train.runtime import (
 from dseqjepa.train.schedules import Schedule
 
 WORTH_SAYING = 0.2
-"""The share of the time spent waiting for data from which on the log mentions it."""
+"""Share of time spent waiting for data above which the log mentions it."""
 
 Probe = Callable[[VisionTransformer], tuple[Mapping[str, float], str]]
-"""An evaluation during training: numbers for `metrics.jsonl`, and what the log says."""
+"""An evaluation during training: numbers for `metrics.jsonl`, and a message for the log."""
 
 
 Picture = Callable[[Method], Image.Image]
-"""A drawing of what a method does, for who looks at a run while it trains."""
+"""A picture of what a method does, for loggers."""
 
 
 class Taken(NamedTuple):
-    """What one step was."""
+    """The outcome of a step."""
 
     parts: list[Step]
     """Its micro-batches."""
     loss: float
-    """Over all of them and all ranks."""
+    """Mean over all micro-batches and ranks."""
     norm: float
-    """Of the gradient."""
+    """Gradient norm."""
 
 
 RANDOM = Start()
 
 
 class Trainer:
-    """One run: its modules, its position, and the steps from here to the end.
+    """A run: its modules, its position, and the remaining steps.
 
-    `run` is all of it, as `dseqjepa pretrain` has it; `steps` is for a loop of one's own.
+    `run` does everything, as in `dseqjepa pretrain`; `steps` is for your own loop.
 
     Args:
-        config: with every `auto` settled (`config.resolved(len(source))`).
+        config: with every `auto` resolved (`config.resolved(len(source))`).
         source: the images; `DatasetSource` makes one of any torch Dataset.
         out: the run's folder. Nothing is written there before `run` or `save`.
         start: where the weights come from.
@@ -109,6 +110,7 @@ class Trainer:
         stop_after: int | None = None,
         picture: Picture | None = None,
     ) -> None:
+        config = on_this_machine(config)
         self.config, self.source, self.out, self.probe = config, source, out, probe
         self.picture = picture
         self.stop_after = stop_after
@@ -157,7 +159,7 @@ class Trainer:
         self.start = start
 
     def run(self) -> None:
-        """Train to the end. Raises `Stopped` on SIGTERM and `RunError` where it cannot go on."""
+        """Train to the end. Raises `Stopped` on SIGTERM and `RunError` if it cannot continue."""
         if self.ranks.first:
             self.out.mkdir(parents=True, exist_ok=True)
             write_whole(self.out / "config.yaml", self.config.to_yaml())
@@ -175,15 +177,15 @@ class Trainer:
                 for epoch, batches in self._epochs():
                     self._train_epoch(epoch, batches, stop)
             self._conclude()
-        except InputError as error:  # such as a saliency map that is not finite
+        except InputError as error:  # such as a non-finite saliency map
             raise RunError(f"step {self.step}: {error}") from error
         except (RuntimeError, OSError, EOFError) as error:
             died = "" if isinstance(error, RunError) else self.loader.died()
             if not died:
                 raise
             raise RunError(
-                f"step {self.step}: a process that reads images has died ({died}): "
-                "most often the machine is out of memory, so lower data.workers"
+                f"step {self.step}: a data loader worker died ({died}), "
+                "most often because the machine is out of memory: lower data.workers"
             ) from error
         finally:
             if self.loggers is not None:
@@ -209,7 +211,7 @@ class Trainer:
             if self.step == end:
                 self._probe(epoch + 1)
                 self._draw(epoch + 1)
-            # Read once: what comes later stops the next step, and all ranks stop at the same.
+            # Read once: later signals stop the next step, and all ranks stop at the same one.
             stopping = stop.requested or self.step == self.stop_after
             stopping, is_bad = self.ranks.agree(stopping, bool(self.new_bad))
             if is_bad:
@@ -219,14 +221,14 @@ class Trainer:
                 clock.restart()
             if stopping:
                 by = f"by {stop.name} " if self.stop_after is None else ""
-                self.journal.say(f"stopped {by}at step {self.step}; resume=true goes on")
+                self.journal.say(f"stopped {by}at step {self.step}; resume=true continues")
                 raise Stopped
 
     def steps(self) -> Iterator[Taken]:
-        """One optimizer step after the other, from here to the end of the schedule.
+        """Iterate over optimizer steps, from here to the end of the schedule.
 
-        Nothing is logged or guarded, and `save` alone saves; `step` counts, `method.target` is the
-        encoder. `RunError` where more images cannot be decoded than `data.max_bad` allows.
+        Nothing is logged, guarded or saved unless you call `save`; `step` counts, `method.target`
+        is the encoder. `RunError` if more images cannot be decoded than `data.max_bad` allows.
         """
         for _, batches in self._epochs():
             end = self.step + self.schedule.steps_per_epoch
@@ -250,18 +252,18 @@ class Trainer:
     ) -> Taken:
         """One optimizer step on the next micro-batches of `batches`, and the EMA after it.
 
-        It neither logs, saves nor guards: `step`, from which all rates follow, moves on by one.
+        It does not log, save or guard. `step`, which determines all schedules, advances by one.
 
         Args:
-            accept: whether to take a step of such a loss and norm of the gradient. One that is not
-                accepted changes no weight.
+            accept: whether to take a step with this loss and gradient norm. A rejected step changes
+                no weight.
         """
         schedule, device = self.schedule, self.fabric.device
         set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
         unit = self.loader.batch_size * math.prod(self.config.grid)
         mean = MeanOverParts(self.micro_batches, self.ranks, unit, device)
         parts: list[Step] = []
-        with self.fabric.autocast():  # around all parts: a trained weight is cast once a step
+        with self.fabric.autocast():  # around all parts, so that each weight is cast once per step
             for batch in islice(batches, self.micro_batches):
                 images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
                 keys_B = batch.keys_B.to(device, non_blocking=True)
@@ -308,7 +310,7 @@ class Trainer:
         self.journal.advance(self.step)
 
     def _skipped(self, epoch: int, step: int, reason: str) -> None:
-        """Write down a step that was not taken; too many in a row end the run."""
+        """Record a skipped step; too many in a row end the run."""
         first = (step - epoch * self.schedule.steps_per_epoch) * self.micro_batches
         batches = range(first, first + self.micro_batches)
         names = [name for batch in batches for name in self.loader.names(epoch, batch)]
@@ -324,7 +326,7 @@ class Trainer:
         return batch
 
     def _note_bad(self) -> None:
-        """Write down the images that could not be decoded, of all ranks; too many end the run."""
+        """Record images of all ranks that could not be decoded; too many end the run."""
         for found in self.ranks.share(self.new_bad):
             for name, reason in found.items():
                 self.bad[name] = reason
@@ -337,7 +339,7 @@ class Trainer:
             )
 
     def _health(self, results: list[Step]) -> dict[str, float]:
-        """What the target features of a step say, over its micro-batches and all ranks."""
+        """Health metrics of a step's target features, over micro-batches and ranks."""
         (pooled_RD,) = gather_rows(torch.cat([result.pooled_BD for result in results]))
         sums = [torch.cat([r.place_ND.flatten(), r.square[None]]).double() for r in results]
         total = self.ranks.total(torch.stack(sums).sum(dim=0))
@@ -373,7 +375,7 @@ class Trainer:
         if self.retried:
             name, error = next(iter(self.retried.items()))
             self.journal.say(
-                f"{len(self.retried)} images had to be read again, such as {name}: {error}"
+                f"{len(self.retried)} images had to be re-read, such as {name}: {error}"
             )
             self.retried = {}
         clock.restart()
@@ -385,7 +387,7 @@ class Trainer:
         self.journal.say(
             f"step {self.step}/{self.schedule.steps}  epoch {epoch + 1}  loss {values['loss']:.4f}"
             f"{regions}  {values['images_per_s']:.0f} images/s{waiting}  "
-            f"left {duration(remaining)}  {verdict or 'too few images to judge'}"
+            f"{duration(remaining)} left  {verdict or 'too few images to judge'}"
         )
         if self.monitor.rang:
             self.journal.say(f"ALARM at step {self.step}: {verdict}")
@@ -407,7 +409,7 @@ class Trainer:
             self.loggers.metrics(values)
 
     def _draw(self, epochs_done: int) -> None:
-        """A picture for the loggers: the first rank draws, the others give it their weights."""
+        """A picture for the loggers: rank 0 draws, the others contribute their weights."""
         log = self.config.log
         every = log.pictures_every_epochs if log.to else 0
         is_last = self.step == self.schedule.steps
@@ -417,7 +419,7 @@ class Trainer:
         if self.loggers is not None:
             try:
                 self.loggers.picture(self.picture(method), self.step)
-            except InputError as error:  # no reason to end a run
+            except InputError as error:  # not a reason to end a run
                 self.journal.say(f"no picture at step {self.step}: {error}")
         self.ranks.wait()
 
@@ -432,7 +434,7 @@ class Trainer:
         if past is not None and past.state["ranks"] != self.ranks.world:
             say(
                 f"{self.ranks.world} ranks instead of {past.state['ranks']}: steps see the same "
-                "images as before, each once an epoch"
+                "images as before, each once per epoch"
             )
         say(
             f"{config.method.name} on {config.data.source}: {len(self.source)} images, "
@@ -453,7 +455,7 @@ class Trainer:
     def _conclude(self) -> None:
         say = self.journal.say
         if self.guard.skipped:
-            say(f"{self.guard.skipped} steps were not taken: {self.out}/skipped.jsonl")
+            say(f"{self.guard.skipped} steps were skipped: {self.out}/skipped.jsonl")
         if self.bad:
             say(f"{len(self.bad)} images could not be decoded: {self.out}/bad_files.jsonl")
         say(f"done: {self.schedule.steps} steps; encoder in {self.out}/checkpoints/last")
@@ -461,12 +463,12 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on.
 
-        Raises `RunError` where a weight is not finite: a good checkpoint is not replaced by that.
+        Raises `RunError` if a weight is non-finite, so as not to replace a good checkpoint.
         """
         norms = torch._foreach_norm(own_parts(self.method.parameters()))
         (broken,) = self.ranks.agree(not torch.stack(norms).isfinite().all())
         if broken:
-            raise RunError(f"the weights are not finite at step {self.step}: lower optim.lr")
+            raise RunError(f"the weights are non-finite at step {self.step}: lower optim.lr")
         tensors = {
             "target": self.method.target.state_dict(),
             "context": self.method.encoder.state_dict(),
@@ -483,7 +485,7 @@ class Trainer:
         self.ranks.wait()
 
     def _rest(self) -> dict[str, Tensor]:
-        """What the method holds beside the two encoders."""
+        """The method's tensors other than the two encoders."""
         state = self.method.state_dict()
         return {k: v for k, v in state.items() if not k.startswith(("encoder.", "target."))}
 

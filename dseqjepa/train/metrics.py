@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl, for all who read them: reports, pictures, proofs of a resume."""
+"""Reading metrics.jsonl, for reports, pictures and resume checks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 MOST_STEPS = 10**15
 RENAMED = {"loss_by_rank": "loss_by_step", "count_by_rank": "count_by_step"}
-"""Names that older runs wrote, and what they are now."""
+"""Metric names of older runs -> current names."""
 
 
 def current(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics by the names of today."""
+    """Metrics with current names."""
     return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """The lines of a metrics.jsonl, and what is wrong with those left out, by their number from 1.
+    """The lines of a metrics.jsonl, and what is wrong with those left out, by line number from 1.
 
-    Each has a `step`; other values are as they stand in the file.
+    Each has a `step`; other values are as in the file.
     """
     lines: list[dict[str, Any]] = []
     damaged: dict[int, str] = {}
@@ -29,7 +29,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
             try:
                 values = json.loads(text)
             except (ValueError, RecursionError) as error:
-                damaged[number] = f"is no JSON ({error})"
+                damaged[number] = f"is not JSON ({error})"
                 continue
             if isinstance(values, dict) and is_step(values.get("step")):
                 lines.append(current(values))
@@ -39,5 +39,5 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
 
 
 def is_step(value: object) -> bool:
-    """Whether a value that a file holds can be the number of a step."""
+    """Whether a value from a file can be a step number."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_STEPS

@@ -1,9 +1,9 @@
-"""How a run does, in numbers and in words.
+"""The health monitor: the state of a run in numbers and in words.
 
-Targets of a JEPA can collapse while the loss looks splendid: a constant target is easy to guess.
-The numbers are therefore taken across images, on the mean target feature of each, and compared
-with what they were at step 0. A run's lines in metrics.jsonl are all that a verdict needs, so it
-can be had from the file as well. docs/health.md tells how the thresholds were found.
+The targets of a JEPA can collapse while the loss looks excellent: a constant target is easy to
+predict. The statistics are therefore taken across images, on the mean target feature of each, and
+compared with step 0. A verdict needs only the lines of metrics.jsonl, so it can also be computed
+from the file. docs/health.md explains how the thresholds were chosen.
 
 Suffixes: B images, N patches of an image, D width.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 class Health(NamedTuple):
     feature_std: float
-    """Standard deviation over images, mean over the features."""
+    """Standard deviation over images, averaged over features."""
     cosine: float
     """Mean cosine between the features of two different images."""
     rank_me: float
@@ -30,14 +30,14 @@ class Health(NamedTuple):
 
 
 class Variance(NamedTuple):
-    """Where the variance of the target features of single patches lies; the shares sum to 1."""
+    """Components of the variance of patch target features; the shares sum to 1."""
 
     variance_place: float
-    """Between places: what a feature says of where it is, whatever the image."""
+    """Between positions: what a feature says about its position, whatever the image."""
     variance_image: float
     """Between images: what all patches of an image share."""
     variance_rest: float
-    """What is left: what a patch shows, beyond its place and its image's mean."""
+    """Residual: what a patch shows beyond its position and its image's mean."""
 
 
 @torch.no_grad()
@@ -46,12 +46,12 @@ def variance_shares(
 ) -> Variance:
     """Components of variance of features x_bnd = mean + place_n + image_b + rest_bn.
 
-    The usual estimators of a two-way layout without replication (mean squares less the residual's),
-    none below 0, summed over the features; they do not grow or shrink with the batch.
+    The usual estimators of a two-way layout without replication (mean squares minus the
+    residual's), clipped at 0 and summed over the features; they do not depend on the batch size.
 
     Args:
         pooled_BD: the mean feature of each of B images, at least two.
-        place_ND: the sum over the images of the features at each of N places, at least two.
+        place_ND: the sum over the images of the features at each of N positions, at least two.
         square: the sum of the squares of all features.
     """
     pooled_BD, place_ND = pooled_BD.double(), place_ND.double() / len(pooled_BD)
@@ -91,20 +91,20 @@ LITTLE_SKILL = 0.05
 LEARNING_BY_STEP = 200
 NOTHING_BUT_PLACE = 0.98
 MOSTLY_PLACE = 0.6
-"""Shares of the variance between places: no image in the features at all, and less than they hold
-in a run that learns."""
+"""Limits on the share of variance between positions: nothing of the image is left in the features,
+and less is left than in a healthy run."""
 MOSTLY_EMPTY = 0.5
 
 TROUBLES = {
     "cosine": "all images look alike to the target encoder",
     "feature_std": "features spread less than at the start",
     "rank_me": "features use fewer dimensions than at the start",
-    "blank": "features hold nothing of the image, only the place",
-    "skill": "predictions are hardly better than the mean target",
+    "blank": "features contain only the position, nothing of the image",
+    "skill": "predictions are hardly better than predicting the mean target",
     "place": "features tell where a patch is rather than what it shows",
 }
 FROM_START = frozenset({"cosine", "feature_std", "rank_me"})
-"""The numbers that are compared with those at the start."""
+"""Metrics that are compared with their initial values."""
 COLLAPSE = FROM_START | {"blank"}
 ADVICE = {
     "skill": "lower optim.lr",
@@ -114,12 +114,12 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run's lines say so far; as a string one sentence with the figures it rests on."""
+    """The state of a run so far; as a string, a sentence with the figures it is based on."""
 
     state: Literal["healthy", "early", "not learning", "collapsing"]
-    """`early`: no better yet than predicting the mean target, and too soon to tell."""
+    """`early`: not yet better than predicting the mean target, but too early to judge."""
     troubles: tuple[str, ...]
-    """Of the keys of `TROUBLES`, those that lasted for two lines."""
+    """Keys of `TROUBLES` present in two consecutive lines."""
     figures: str
     note: str = ""
 
@@ -143,7 +143,7 @@ class Verdict:
 
 
 class Monitor:
-    """Follows a run line by line. What it remembers is plain JSON and part of a checkpoint."""
+    """Follows a run line by line. Its state is plain JSON and part of a checkpoint."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"first": None, "peak_lr": 0.0, "before": [], "alarm": False}
@@ -152,15 +152,15 @@ class Monitor:
         self.before: list[str] = list(state["before"])
         self.alarm: bool = state["alarm"]
         self.rang = False
-        """Whether an alarm began with the last line."""
+        """Whether the last line raised an alarm."""
 
     def see(self, line: Mapping[str, Any]) -> Verdict | None:
-        """The verdict after this line of metrics.jsonl; None for one without health numbers."""
+        """The verdict after this line of metrics.jsonl; None for lines without health metrics."""
         self.rang = False
         if "rank_me" not in line:
             return None
         first = self.first = self.first or {key: line[key] for key in FROM_START}
-        # While the learning rate rises, a run may take its time.
+        # During warm-up a run may take its time.
         settled = line["step"] >= LEARNING_BY_STEP and line["lr"] <= self.peak_lr
         signs = {
             "cosine": line["cosine"] > max(COLLAPSED_COSINE, first["cosine"]),
@@ -206,7 +206,7 @@ class Monitor:
 
 
 def verdicts(lines: Iterable[Mapping[str, Any]]) -> dict[int, Verdict]:
-    """Step -> verdict, for the lines of a run's metrics.jsonl; the last one is how it does now."""
+    """Step -> verdict, for the lines of a run's metrics.jsonl; the last is the current state."""
     monitor = Monitor()
     seen = {line["step"]: monitor.see(line) for line in lines}
     return {step: verdict for step, verdict in seen.items() if verdict is not None}

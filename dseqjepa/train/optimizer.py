@@ -10,8 +10,8 @@ from dseqjepa.errors import InputError
 
 
 def build_optimizer(method: nn.Module) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices, which decay, and biases, norms and other vectors, which do
-    not. Learning rate and decay are set before every step (`set_rates`)."""
+    """AdamW with two groups: matrices with weight decay; biases, norms and other vectors without.
+    Learning rate and weight decay are set before every step (`set_rates`)."""
     trained = [p for p in method.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "decays": True},
@@ -27,7 +27,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> dict[str, Tensor]:
-    """Flat tensors `PARAMETER/KEY` of everything that the optimizer remembers."""
+    """The optimizer's state as flat tensors `PARAMETER/KEY`."""
     state = {}
     for name, parameter in method.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -38,7 +38,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> dict
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, method: nn.Module, state: dict[str, Tensor]
 ) -> None:
-    """The reverse of `optimizer_state`; `InputError` lists every key that does not fit."""
+    """The inverse of `optimizer_state`; `InputError` lists every key that does not fit."""
     parameters = dict(method.named_parameters())
     wrong = []
     for key, value in state.items():
@@ -47,7 +47,7 @@ def load_optimizer_state(
         if parameter is None or (value.ndim and value.shape != parameter.shape):
             wrong.append(key)
             continue
-        # A copy, because tensors read from a file are windows into it, which would keep it open.
+        # A copy, because tensors read from a file are views into it, which would keep it open.
         value = value.to(parameter.device, copy=True)
         if isinstance(parameter, DTensor) and value.ndim:
             value = distribute_tensor(

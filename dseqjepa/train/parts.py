@@ -1,4 +1,4 @@
-"""One step in parts: micro-batches one after the other, and ranks beside each other."""
+"""One step in parts: micro-batches in sequence, and ranks in parallel."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dseqjepa.ranks import Ranks
 
 
 class MeanOverParts:
-    """Turns the gradients of a step's parts into that of the mean over all they predict.
+    """Combines the gradients of a step's parts into the gradient of the global mean loss.
 
     A part is one micro-batch on one rank. Its loss is a mean over the patches that it predicts, and
-    parts predict different numbers: w of W in all. The gradient of the mean over all W patches is
-    the sum over the parts of w / W times the part's gradient. A plain average of the parts would
-    give a patch more weight where its part has fewer of them.
+    parts predict different numbers: w of W in total. The gradient of the mean over all W patches is
+    the sum over the parts of w / W times the part's gradient. Averaging the parts would overweight
+    patches of parts that predict few.
 
-    W is known after the last part only. So each backward pass takes w / unit instead (`scale`), and
-    `finish` multiplies by unit / W. `unit` is any constant that all parts share: as many patches as
-    a part's images have keep the factor below 1, so that nothing overflows. `finish` multiplies by
-    the number of ranks too, which average their gradients where a sum is wanted.
+    W is known only after the last part. Each backward pass is therefore scaled by w / unit
+    (`scale`), and `finish` multiplies by unit / W. `unit` is any constant shared by all parts: the
+    number of patches in a part's images keeps the factor below 1, so that nothing overflows.
+    `finish` also multiplies by the number of ranks, which average gradients where a sum is needed.
 
-    One part alone is its own mean: nothing is scaled.
+    With a single part nothing is scaled.
     """
 
     def __init__(self, micro_batches: int, ranks: Ranks, unit: int, device: torch.device) -> None:
@@ -32,14 +32,15 @@ class MeanOverParts:
         self.total = torch.zeros((), device=device)
 
     def scale(self, loss: Float[Tensor, ""], weight: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """What to run backward for a part of this loss, which predicts `weight` patches."""
+        """The value to call backward on, for a part with this loss that predicts `weight`
+        patches."""
         if self.parts == 1:
             return loss
         self.total = self.total + weight
         return loss * (weight / self.unit)
 
     def finish(self, gradients: Sequence[Tensor]) -> None:
-        """Change the gradients, which parts have summed and ranks averaged, in place."""
+        """Rescale the gradients, summed over parts and averaged over ranks, in place."""
         if self.parts > 1:
             total = self.ranks.total(self.total)
             torch._foreach_mul_(list(gradients), self.ranks.world * self.unit / total.clamp(min=1))

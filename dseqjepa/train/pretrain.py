@@ -1,6 +1,6 @@
-"""From a config and a folder name to a run: every check first, then the first file.
+"""From a config and a folder name to a run: all checks first, then the first file.
 
-Whatever can be wrong with the arguments, the config, the data or the output folder is an
+Any problem with the arguments, the config, the data or the output folder is an
 `InputError` here, before anything is written.
 """
 
@@ -31,7 +31,7 @@ from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loggers import check_loggers
 from dseqjepa.train.loop import Picture, Probe, Trainer
 from dseqjepa.train.rehearsal import state_bytes, time_epochs
-from dseqjepa.train.runtime import Runtime, Stopped, connect, place
+from dseqjepa.train.runtime import Runtime, Stopped, connect, on_this_machine, place
 from dseqjepa.train.trained_on import source_of
 
 FREE_ON_RESUME = (
@@ -45,7 +45,7 @@ FREE_ON_RESUME = (
     "log.",
     "probe.",
 )
-"""What may change when a run goes on: nothing of it changes what is computed."""
+"""Settings that may change on resume, since they do not change what is computed."""
 CHANGES = ("config", "data")
 
 
@@ -69,26 +69,27 @@ def pretrain(
 
     Args:
         config: the run.
-        out: its folder; a new or empty one unless `resume` or `overwrite` says otherwise.
-        resume: go on with the run in `out`: True from its newest checkpoint, a number from that of
-            this step, which drops what came after; "auto" where there is a checkpoint, and
-            otherwise start, also where a run died in `out` before it had written one.
-        overwrite: remove the run in `out` and start anew.
+        out: its folder; must be new or empty unless `resume` or `overwrite` is set.
+        resume: continue the run in `out`: True from its newest checkpoint; a number from that
+            step's, dropping everything after it; "auto" from the newest if there is one, otherwise
+            start, even if a run died in `out` before its first checkpoint.
+        overwrite: delete the run in `out` and start afresh.
         init_from: start a new run with the encoders of this one.
-        allow_changed: what may differ from the run that is resumed: "config", "data".
-        source: replaces the data that the config names, if it is open already.
+        allow_changed: what may differ from the resumed run: "config", "data".
+        source: replaces the data named in the config, if already open.
         probe: the online evaluation.
-        console: where the lines for people go.
-        runtime: the devices, if they are connected already.
-        stop_after: stop after this step, as SIGTERM would.
-        preset: what the config was made from, for the record in run.jsonl.
-        picture: draws the method, for the loggers that take pictures.
+        console: where lines for people are printed.
+        runtime: the devices, if already connected.
+        stop_after: stop after this step, as on SIGTERM.
+        preset: the preset that the config was made from, recorded in run.jsonl.
+        picture: draws the method, for loggers that accept pictures.
 
     Raises:
         InputError: before anything is written.
         RunError: while it runs.
         Stopped: by SIGTERM, with a checkpoint on disk.
     """
+    config = on_this_machine(config)
     runtime = runtime or connect(config)
     ranks, began = runtime.ranks, time.perf_counter()
     is_timed = config.optim.is_timed
@@ -97,11 +98,11 @@ def pretrain(
         check_loggers(config.log)
         if resume is not False and (overwrite or (init_from is not None and resume != "auto")):
             raise InputError(
-                "resume goes on with a run: leave out overwrite and init_from (resume=auto may "
-                "have init_from, for the start)"
+                "resume continues a run: leave out overwrite and init_from (resume=auto accepts "
+                "init_from, for the start)"
             )
         if unknown := sorted(set(allow_changed) - set(CHANGES)):
-            raise InputError(f"allow_changed takes {' and '.join(CHANGES)}, found {unknown[0]!r}")
+            raise InputError(f"allow_changed accepts {' and '.join(CHANGES)}, found {unknown[0]!r}")
 
     ranks.together(check)
     with ranks.failing_together(Stopped), ExitStack() as held:
@@ -135,7 +136,7 @@ def pretrain(
         prepare(data)
         if is_timed and start.resume is None:
             if ranks.first:
-                (console or Console()).print("measuring some steps, for optim.minutes")
+                (console or Console()).print("timing some steps, for optim.minutes")
             times = time_epochs(config, data, start.init_from, runtime)
             (spent,) = ranks.share(time.perf_counter() - began)[:1]
             config, chosen = within_minutes(config, times, spent)
@@ -155,7 +156,7 @@ def pretrain(
 
 
 def _shown(start: Start) -> str:
-    """What a start begins with, wherever it lies."""
+    """What a run starts from, independent of its path."""
     for how, checkpoint in (("resume", start.resume), ("init_from", start.init_from)):
         if checkpoint is not None:
             return f"{how} step {checkpoint.step} ({checkpoint.digest[:12]})"
@@ -163,7 +164,7 @@ def _shown(start: Start) -> str:
 
 
 def starting_weights(config: Config, init_from: Path | None) -> Checkpoint | None:
-    """The checkpoint that a run starts from; `InputError` if it is of another encoder."""
+    """The checkpoint that a run starts from; `InputError` if it has a different encoder."""
     if init_from is None:
         return None
     weights = open_checkpoint(init_from)
@@ -177,10 +178,10 @@ def open_training_source(config: Config) -> Source:
 
 
 def fitting(config: Config, source: Source) -> Config:
-    """The config with every `auto` settled for this data.
+    """The config with every `auto` resolved for this data.
 
-    Raises `InputError` where nothing can be decoded, there are too few images, or a window and no
-    shards, or the model cannot be held in memory.
+    Raises `InputError` if nothing can be decoded, there are too few images, a window but no
+    shards, or the model does not fit in memory.
     """
     _check_memory(config)
     check_window(config.data.window, source)
@@ -198,11 +199,11 @@ LARGE = {
     "predictor": "predictor.width or predictor.depth",
     "regularizer": "method.vicreg.projector_width",
 }
-"""What makes a part of a method large."""
+"""The settings that make a part of a method large."""
 
 
 def _check_memory(config: Config) -> None:
-    """`InputError` where the weights alone, and what is kept for each, are more than there is."""
+    """`InputError` if weights, gradients and optimizer state alone exceed the memory."""
     with torch.device("meta"):  # shapes without values
         method = build_method(config)
     needed, there = state_bytes(method), _memory(config.runtime)
@@ -213,13 +214,13 @@ def _check_memory(config: Config) -> None:
     }
     largest = max(LARGE.keys() & parts.keys(), key=lambda name: parts[name])
     raise InputError(
-        f"the model needs {needed / 1e9:.3g} GB for weights, gradients and optimizer, and "
-        f"{there / 1e9:.3g} GB are there: lower {LARGE[largest]}"
+        f"the model needs {needed / 1e9:.3g} GB for weights, gradients and optimizer, but only "
+        f"{there / 1e9:.3g} GB are available: lower {LARGE[largest]}"
     )
 
 
 def _memory(runtime: RuntimeConfig) -> int:
-    """Bytes for one copy of a model's state; 0 where the system does not say."""
+    """Bytes available for one copy of a model's state; 0 if unknown."""
     here = place()
     if runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
         ranks = here.world if runtime.strategy == "fsdp" else 1
@@ -229,7 +230,7 @@ def _memory(runtime: RuntimeConfig) -> int:
 
 
 def _check_some_decode(source: Source, name: str) -> None:
-    """A folder of which nothing can be read is an input error, not a failed run."""
+    """Data of which nothing can be read is an input error, not a failed run."""
     reasons = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         try:
@@ -242,25 +243,27 @@ def _check_some_decode(source: Source, name: str) -> None:
 
 
 def _checkpoint_of(out: Path, step: int | None) -> Checkpoint:
-    """What there is to resume."""
+    """The checkpoint to resume from."""
     if is_worthless(out):
         raise InputError(
-            f"{out} holds no checkpoint: the run in it died before its first one, and there is "
-            "nothing to resume; resume=auto starts it again"
+            f"{out} has no checkpoint: the run in it died before its first one, so there is "
+            "nothing to resume; use resume=auto to restart it"
         )
     checkpoint = open_checkpoint(out, step)
     if "imported_from" in checkpoint.state:
-        raise InputError(f"{out} is an imported encoder, no run: start a run with init_from={out}")
+        raise InputError(
+            f"{out} is an imported encoder, not a run: start a run with init_from={out}"
+        )
     return checkpoint
 
 
 def _as_chosen(config: Config, checkpoint: Checkpoint) -> Config:
-    """With the epochs that the run set by its minutes when it began."""
+    """The config with the epochs that the time budget set when the run began."""
     then = checkpoint.config.optim
     if config.optim.minutes != then.minutes:
         raise InputError(
             f"cannot resume {checkpoint.run} with optim.minutes={config.optim.minutes:g}: it began "
-            f"with optim.minutes={then.minutes} and optim.epochs={then.epochs}; leave it as it was"
+            f"with optim.minutes={then.minutes} and optim.epochs={then.epochs}; keep these values"
         )
     return config.with_(optim={"epochs": then.epochs, "warmup_epochs": then.warmup_epochs})
 
@@ -285,20 +288,20 @@ def _go_on(
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         if "config" not in allow_changed:
             raise InputError(
-                f"cannot resume {out} with another config ({shown}); give the old values, start a "
-                "new run with init_from, or accept it with allow_changed=config"
+                f"cannot resume {out} with another config ({shown}): give the old values, start a "
+                "new run with init_from, or accept the change with allow_changed=config"
             )
-        notes.append(f"another config than before: {shown}")
+        notes.append(f"changed config: {shown}")
     if checkpoint.state["data_fingerprint"] != source.fingerprint():
         if "data" not in allow_changed:
             raise InputError(
                 f"cannot resume {out}: the images of {config.data.source} are not those of the "
-                "checkpoint (its list or sizes changed); start a new run with init_from, or accept "
-                "it with allow_changed=data"
+                "checkpoint (the list or sizes changed): start a new run with init_from, or accept "
+                "the change with allow_changed=data"
             )
         notes.append(
-            "other images than before: this epoch sees each of them at most once, but not those "
-            "that its first part saw by the old list"
+            "changed images: this epoch sees each of them at most once, but skips those whose "
+            "positions its first part covered in the old list"
         )
     return Start(resume=checkpoint, notes=tuple(notes))
 
@@ -312,5 +315,7 @@ def _check_same_encoder(config: Config, weights: Checkpoint) -> None:
             f"{key} {changed[key][0]!r} there, {changed[key][1]!r} here" for key in shape
         )
         settings = weights.run / "config.yaml"
-        hint = f"; {settings} as the preset has its settings" if settings.is_file() else ""
-        raise InputError(f"init_from {weights.path} is another encoder: {shown}{hint}")
+        hint = (
+            f"; use {settings} as the preset, which has its settings" if settings.is_file() else ""
+        )
+        raise InputError(f"init_from {weights.path} is a different encoder: {shown}{hint}")

@@ -1,4 +1,4 @@
-"""Where a run runs: device, precision, ranks, and the signals that end it."""
+"""The runtime of a run: device, precision, ranks, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGHUP came: the state is on disk, the process is to end with exit code 143."""
+    """SIGTERM or SIGHUP arrived: the state is saved, and the process should exit with code 143."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of how many processes this is, as whoever started it says."""
+    """This process's rank and the number of processes, as set by the launcher."""
 
     rank: int
     world: int
     on_node: int
     """Processes on each node."""
     cluster: Callable[[], Any]
-    """Makes Fabric's description of it."""
+    """Fabric's description of it."""
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Launch:
-    """By the variables of `torchrun`, or of `srun` around several tasks, or else alone."""
+    """From the variables of `torchrun`, or of `srun` with several tasks, or a single process."""
 
     def number(key: str, default: int = 0) -> int:
         text = environment.get(key, str(default))
@@ -71,13 +71,13 @@ def place(environment: Mapping[str, str] = os.environ) -> Launch:
         missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in environment]
         if world > 1 and missing:
             raise InputError(
-                f"WORLD_SIZE is {world} and {missing[0]} is not set: say where rank 0 is, or start "
-                "the ranks with torchrun"
+                f"WORLD_SIZE is {world} but {missing[0]} is not set: set it to reach rank 0, or "
+                "start the ranks with torchrun"
             )
         if not rank < world or not on_node or world % on_node:
             raise InputError(
                 f"RANK={rank}, WORLD_SIZE={world} and LOCAL_WORLD_SIZE={on_node} do not fit: ranks "
-                "are counted from 0, and every node has as many"
+                "are counted from 0, and every node must have the same number"
             )
         return Launch(rank, world, on_node, TorchElasticEnvironment)
     # A batch script without `srun` also has SLURM_NTASKS, but it is not in a step.
@@ -107,11 +107,12 @@ class Runtime:
 
 
 OWN_OF_A_RANK = {"data.source", "data.workers", "data.cache"}
-"""Settings in which ranks may differ: the same images may lie elsewhere on another machine."""
+"""Settings in which ranks may differ: the path of the images may differ between machines."""
 
 
 def connect(config: Config) -> Runtime:
-    """`join`, for a training. `InputError` where its batch does not divide over the ranks."""
+    """`join`, for training. `InputError` if the batch is not divisible by the ranks."""
+    config = on_this_machine(config)
     problem, world = "", place().world
     if config.data.batch_size % (config.optim.accumulate * world):
         problem = (
@@ -124,15 +125,15 @@ def connect(config: Config) -> Runtime:
 
 
 def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") -> Runtime:
-    """Join the other ranks, where there are some.
+    """Join the other ranks, if any.
 
     Args:
-        alike: what has to be the same on all ranks, beside the code; plain JSON.
-        problem: what is wrong on this rank, if anything.
+        alike: values that must be the same on all ranks, besides the code; plain JSON.
+        problem: an error on this rank, if any.
 
     Raises:
-        InputError: on all ranks, where one has a problem or differs, or its devices do not fit;
-            where one does not come within `runtime.timeout_s`.
+        InputError: on all ranks, if one has a problem or differs, or its devices do not fit;
+            if one does not arrive within `runtime.timeout_s`.
     """
     here = place()
     problem = problem or _problem(runtime, here)
@@ -172,27 +173,41 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
     return Runtime(fabric, Ranks(runtime.timeout_s, here.on_node == here.world))
 
 
+def on_this_machine(config: Config) -> Config:
+    """The config with `runtime.precision=auto` resolved: bf16 on GPUs that support it, and on CPUs
+    with AVX-512 bf16 or AMX, as used for docs/benchmarks.md."""
+    if config.runtime.precision != "auto":
+        return config
+    if config.runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Older versions of torch do not report CPU features; full precision works everywhere.
+        found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        is_fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return config.with_(runtime={"precision": "bf16" if is_fast else "fp32"})
+
+
 def _problem(runtime: RuntimeConfig, here: Launch) -> str:
-    """Why this process cannot do what the settings say; "" where it can."""
+    """Why this process cannot satisfy the settings; "" if it can."""
     present: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
         "mps": torch.backends.mps.is_available,
     }
     if runtime.accelerator in present and not present[runtime.accelerator]():
         return (
-            f"runtime.accelerator={runtime.accelerator}: torch finds no such device here; "
+            f"runtime.accelerator={runtime.accelerator}: torch finds no such device; "
             "use auto or cpu"
         )
     on_cuda = runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available()
     if runtime.attention == "varlen" and not (on_cuda and runtime.precision == "bf16"):
         return (
-            "runtime.attention=varlen needs CUDA and runtime.precision=bf16: use auto, which takes "
-            "it where it can"
+            "runtime.attention=varlen needs CUDA and runtime.precision=bf16: use auto, which uses "
+            "it where possible"
         )
     if runtime.devices not in (1, here.on_node):
         return (
             f"runtime.devices={runtime.devices}, but {here.on_node} processes were started on this "
-            "node: leave it out, or start as many (the command does so by itself, torchrun with "
+            "node: leave it out, or start as many (the command does so on its own, torchrun with "
             "--nproc-per-node)"
         )
     return ""
@@ -201,7 +216,7 @@ def _problem(runtime: RuntimeConfig, here: Launch) -> str:
 def _meet(
     here: Launch, timeout_s: float, alike: Mapping[str, Any], problem: str
 ) -> torch.distributed.Store:
-    """With the address that torchrun or SLURM says."""
+    """With the address from torchrun or SLURM."""
     cluster = here.cluster()
     os.environ["MASTER_ADDR"] = cluster.main_address
     os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
@@ -210,7 +225,7 @@ def _meet(
 
 
 def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) -> None:
-    """The group of torch over a store of our own, which Fabric then finds there."""
+    """torch's process group over our own store, for Fabric to find."""
     device = fabric.device
     torch.distributed.init_process_group(
         torch.distributed.Backend.default_device_backend_map.get(device.type, "gloo"),
@@ -223,7 +238,7 @@ def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) ->
 
 
 def shard(method: nn.Module, mesh: Any) -> nn.Module:
-    """Spread the parameters over the ranks, block by block; each block is whole while it runs."""
+    """Shard the parameters over the ranks, block by block; a block is gathered while it runs."""
     for block in (b for part in method.children() for b in getattr(part, "blocks", ())):
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(method, mesh=mesh["data_parallel"])
@@ -231,13 +246,13 @@ def shard(method: nn.Module, mesh: Any) -> nn.Module:
 
 
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Of tensors that are spread over the ranks the parts that this rank holds."""
+    """This rank's shards of tensors that are sharded over the ranks."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors as one process would hold them. Those that are spread are put together on the
-    first rank, one after the other; the other ranks only help."""
+    """Full tensors. Sharded ones are gathered on rank 0, one by one; the other ranks only
+    participate."""
     whole = {}
     for key, value in tensors.items():
         if isinstance(value, DTensor):
@@ -248,8 +263,8 @@ def whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tens
 
 
 def whole_module(module: M, ranks: Ranks, build: Callable[[], M]) -> M:
-    """The module on the first rank as one process would hold it. Where it is spread all ranks have
-    to ask, and its parameters go into what `build` makes."""
+    """The full module on rank 0. If it is sharded, all ranks must call this, and the parameters are
+    copied into the result of `build`."""
     state = module.state_dict()
     if not any(isinstance(value, DTensor) for value in state.values()):
         return module
@@ -262,20 +277,20 @@ def whole_module(module: M, ranks: Ranks, build: Callable[[], M]) -> M:
 
 
 class StopRequest:
-    """SIGTERM, or SIGHUP when a terminal is closed, asks for a stop after the step in hand. A
-    second SIGTERM, or SIGINT, ends the process at once, whatever it is doing, even where Python is
-    not asked: in a library that waits.
+    """SIGTERM, or SIGHUP when a terminal is closed, requests a stop after the current step. A
+    second SIGTERM, or SIGINT, ends the process immediately, even while a library blocks outside
+    Python.
 
     Args:
-        one_for: signals that come within so many seconds of the first are taken for the same one.
-            Among several ranks a scheduler's signal comes twice: from it, and from what started
-            the rank.
+        one_for: signals within this many seconds of the first count as the same one. With several
+            ranks a scheduler's signal arrives twice: from the scheduler, and from the rank's
+            launcher.
     """
 
     def __init__(self, one_for: float = 0.0) -> None:
         self.requested = False
         self.name = "SIGTERM"
-        """Of the signal that asked."""
+        """Name of the signal that requested the stop."""
         self.one_for = one_for
 
     def __enter__(self) -> StopRequest:
@@ -283,7 +298,7 @@ class StopRequest:
         self._write.setblocking(False)
         self._before = {number: signal.getsignal(number) for number in STOPS}
         for number, handler in self._before.items():
-            if number == signal.SIGTERM or handler != signal.SIG_IGN:  # nohup has it ignored
+            if number == signal.SIGTERM or handler != signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self._ask)
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
@@ -302,7 +317,7 @@ class StopRequest:
         first = None
         while numbers := self._read.recv(16):
             for number in numbers:
-                # A closed terminal is never the second: what closes a session sends both at once.
+                # SIGHUP never counts as the second signal: closing a session sends both at once.
                 if number not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 if first is None:
@@ -313,9 +328,9 @@ class StopRequest:
 
 
 def spread(devices: int, arguments: list[str], grace_s: float) -> int:
-    """Run the command once for each device of this machine, as `torchrun` would; the exit code.
+    """Run the command once per device of this machine, like `torchrun`; returns the exit code.
 
-    A signal is handed on. When a process fails the others have `grace_s` to end by themselves.
+    Signals are forwarded. When a process fails, the others have `grace_s` to exit.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

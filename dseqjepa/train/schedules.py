@@ -1,4 +1,4 @@
-"""Schedules as values of the step: resuming needs the step and nothing else."""
+"""Schedules as pure functions of the step, so that resuming needs only the step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cosine(start: float, end: float, share: float) -> float:
 
 
 def stepped(start: float, milestones: Sequence[int], step: int) -> float:
-    """A tenth after each of the milestones that lie behind."""
+    """Divided by ten after each milestone."""
     return start * 0.1 ** sum(milestone <= step for milestone in milestones)
 
 
@@ -41,7 +41,7 @@ class Schedule:
         return min(round(self.optim.warmup_epochs * self.steps_per_epoch), self.steps)
 
     def progress(self, step: int) -> float:
-        """How far training has come, in [0, 1]; sets the curriculum's lambda."""
+        """Fraction of training completed, in [0, 1]; sets the curriculum's lambda."""
         return step / self.steps
 
     def lr(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The images that a config names, and those that a run was trained on, wherever one stands."""
+"""The images named by a config, and those a run was trained on, from any working directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dseqjepa.train.checkpoint import Checkpoint
 
 
 def source_of(config: Config, split: Split, spec: str | None = None) -> Source:
-    """A part of the images that a config names, or that `spec` does, read as the config says."""
+    """A split of the images named by a config, or by `spec`, read with the config's settings."""
     data = config.data
     return open_source(
         spec or data.source,
@@ -23,19 +23,19 @@ def source_of(config: Config, split: Split, spec: str | None = None) -> Source:
 
 
 def trained_on(checkpoint: Checkpoint) -> str:
-    """What `data=` has to be for the images that a checkpoint's run was trained on.
+    """The value of `data=` for the images that a checkpoint's run was trained on.
 
-    The path is the one that the run kept, or else the one that was typed, if it leads to the same
-    images from here.
+    This is the absolute path recorded by the run, or else the path as typed, if it leads to the
+    same images.
 
     Raises:
-        InputError: the run does not say, or neither path leads to images with the names and sizes
-            that it saw.
+        InputError: the run recorded none, or neither path has images with the same names and
+            sizes.
     """
     config, state = checkpoint.config, checkpoint.state
     if "data_fingerprint" not in state:
         raise InputError(
-            f"data=PATH is missing: {checkpoint.run} does not say what it was trained on"
+            f"data=PATH is missing: {checkpoint.run} does not record what it was trained on"
         )
     typed = config.data.source
     reasons = []
@@ -47,8 +47,8 @@ def trained_on(checkpoint: Checkpoint) -> str:
             continue
         if source.fingerprint() == state["data_fingerprint"]:
             return spec
-        reasons.append(f"{printable(spec)} holds other images than the run saw")
+        reasons.append(f"{printable(spec)} contains other images than the run saw")
     raise InputError(
-        f"the images that {checkpoint.run} was trained on are not there: {'; '.join(reasons)}; "
-        "name them by data=PATH"
+        f"cannot find the images that {checkpoint.run} was trained on: {'; '.join(reasons)}; "
+        "give their path as data=PATH"
     )

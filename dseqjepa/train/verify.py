@@ -1,4 +1,4 @@
-"""Does a run go on exactly, on this machine, with this data and this config?"""
+"""Checks that resuming is exact, on this machine, with this data and config."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dseqjepa.train.runtime import Stopped
 STEPS = 6
 FILES = ("target", "context", "predictor", "optimizer", "rng")
 POSITION = ("step", "guard", "windows", "monitor", "bad")
-"""What a checkpoint's manifest holds of a run's position."""
+"""Fields of a checkpoint's manifest that define a run's position."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One part of what two runs ended with."""
+    """One part of the final state of two runs."""
 
     name: str
     compared: str
@@ -43,7 +43,7 @@ class Row:
 
 
 def compare_resumed(config: Config, steps: int) -> list[Row]:
-    """Train `steps` steps at once and in two processes, and compare what they end with, bit by bit.
+    """Train `steps` steps in one process and in two, and compare the final states bit by bit.
 
     The data is the config's. `InputError` for a config of several devices.
     """
@@ -64,7 +64,7 @@ def compare_resumed(config: Config, steps: int) -> list[Row]:
 
 
 def _in_a_process(config: Config, out: Path, stop_after: int, *, resume: bool) -> None:
-    spawn = multiprocessing.get_context("spawn")  # nothing of this process comes along
+    spawn = multiprocessing.get_context("spawn")  # inherits nothing from this process
     receive, send = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_train, args=(config, out, stop_after, resume, send))
     process.start()
@@ -127,7 +127,7 @@ def _metrics(one: Path, other: Path) -> Row:
         keys = [key for key in line if line[key] != same.get(key)]
         if keys and not differ:
             differ = f"step {line['step']} differs in {', '.join(keys)}"
-    return Row("metrics.jsonl", f"{len(first)} lines but for their times", differ)
+    return Row("metrics.jsonl", f"{len(first)} lines except times", differ)
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Pages of pictures: matplotlib figures laid out in inches, without pyplot and its global state.
 
-A page has a title, what is drawn, and a caption that says what is seen. Importing this file says
-what to install where matplotlib is missing.
+A page has a title, the drawing, and a caption that explains it. Importing this file without
+matplotlib raises an error that says what to install.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dseqjepa.viz.style import INK, MUTED, PAPER, RULE
 from dseqjepa.viz.tiles import heat_of, label_patch
 
 try:
-    # The pictures take these from here, so that the advice below is all that one sees.
+    # Pictures import these from here, so that users see only the advice below.
     from matplotlib import rc_context
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes as Axes
@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 
 DPI = 150
 WIDTH = 10.0
-"""The most inches that tiles take side by side."""
+"""Maximum width of a row of tiles, in inches."""
 MARGIN, GAP = 0.25, 0.1
 TITLE, TEXT, SMALL = 13.0, 9.5, 8.5  # points
 LINE = 1.4  # of a text's size
@@ -54,11 +54,11 @@ def colour(rgb: Sequence[int] | NDArray[np.integer]) -> tuple[float, float, floa
 
 @dataclass(frozen=True)
 class Page:
-    """A figure with places in inches, from the top left corner of what is drawn."""
+    """A figure with positions in inches from the top left corner of the drawing."""
 
     figure: Figure
     top: float
-    """Inches above what is drawn: margin and title."""
+    """Inches above the drawing: margin and title."""
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         full_width, full_height = self.figure.get_size_inches()
@@ -75,7 +75,7 @@ class Page:
         full_width, full_height = self.figure.get_size_inches()
         settings = {"ha": "left", "color": colour(INK)} | style
         for number, line in enumerate(text.split("\n")):
-            # By the baseline: where a text's top lies depends on its letters.
+            # By the baseline: the top of a text depends on its letters.
             down = self.top + y + number * inches_of(size) + 1.05 * size / 72
             at = ((MARGIN + x) / full_width, 1 - down / full_height)
             # Names of files and classes are text, not formulas.
@@ -94,7 +94,7 @@ class Page:
             interpolation="antialiased",
         )
         bare(axes)
-        for spine in axes.spines.values():  # white pictures end somewhere, too
+        for spine in axes.spines.values():  # white images need an edge
             spine.set(visible=True, color=colour(RULE), linewidth=0.6)
         return axes
 
@@ -113,7 +113,7 @@ class Page:
         marks: Sequence[Artist],
         size: float = SMALL,
     ) -> None:
-        """What each mark stands for, in as many columns as there is room for."""
+        """A legend in as many columns as fit."""
         longest = max(text_width(name, size) for name in names)
         axes = self.axes(x, y, width, 0.01)
         axes.set_axis_off()
@@ -135,7 +135,7 @@ class Page:
             text.set_parse_math(False)
 
     def heat_bar(self, x: float, y: float, width: float, label: str, ends: tuple[str, str]) -> None:
-        """What the colours of a heat map mean: a bar between its two ends, the label above."""
+        """The colour bar of a heat map between its limits, with the label above."""
         height = 0.12
         self.text(x, y, label, SMALL, color=colour(MUTED))
         lines = 1 + label.count("\n")
@@ -149,7 +149,7 @@ class Page:
 
 
 def new_page(width: float, height: float, title: str, caption: str) -> Page:
-    """A page for so many inches of content, as large as that, the title and the caption need."""
+    """A page sized for its content in inches, plus title and caption."""
     width = max(width, 5.0)
     titles = wrapped(title, width, TITLE, "bold")
     captions = wrapped(caption, width, TEXT)
@@ -164,12 +164,12 @@ def new_page(width: float, height: float, title: str, caption: str) -> Page:
 
 
 def inches_of(size: float) -> float:
-    """The height of a line of text of so many points."""
+    """The height of a line of text of this size in points."""
     return LINE * size / 72
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """Text in lines of at most so many inches; a longer word has a line of its own."""
+    """Wrap text to lines of at most this width in inches; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -181,7 +181,7 @@ def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that one line of text takes."""
+    """Width of a line of text in inches."""
     font = FontProperties(size=size, weight=weight)
     width, _, _ = _ruler().get_text_width_height_descent(text, font, ismath=False)
     return float(width) / DPI
@@ -193,7 +193,7 @@ def _ruler() -> RendererAgg:
 
 
 def shortened(text: str, width: float, size: float) -> str:
-    """The end of a text that is too wide, which tells files apart better than its beginning."""
+    """The end of a text that is too wide, which distinguishes file names better than its start."""
     if text_width(text, size) <= width:
         return text
     while len(text) > 1 and text_width(f"…{text}", size) > width:
@@ -202,7 +202,7 @@ def shortened(text: str, width: float, size: float) -> str:
 
 
 def bare(axes: Axes) -> None:
-    """No ticks and no frame."""
+    """Remove ticks and frame."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -210,7 +210,7 @@ def bare(axes: Axes) -> None:
 
 
 def chart(axes: Axes) -> None:
-    """The look of every chart: quiet lines behind the data, no box around it."""
+    """The style of every chart: faint grid lines behind the data, no box."""
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(colour(MUTED))
@@ -221,7 +221,7 @@ def chart(axes: Axes) -> None:
 
 
 def note(axes: Axes, text: str) -> None:
-    """Quiet words below a tile."""
+    """A faint note below a tile."""
     axes.set_xlabel(text, fontsize=SMALL, color=colour(MUTED), labelpad=3, parse_math=False)
 
 
@@ -251,7 +251,7 @@ class Table:
     tile: float
     """The width of a tile in inches."""
     below: float
-    """Inches from the top of what is drawn to the room below the tiles."""
+    """Inches from the top of the drawing to the space below the tiles."""
 
     @property
     def figure(self) -> Figure:
@@ -270,13 +270,13 @@ def tile_table(
     under: float = 0.0,
     room: float = 0.0,
 ) -> Table:
-    """A table of equally large tiles, a row an image, with a heading above each column.
+    """A table of tiles of equal size, one row per image, with a heading above each column.
 
     Args:
-        headings: one a column; the first line is strong, a second one quiet.
-        groups: how many rows stand side by side.
+        headings: one per column; the first line is bold, a second one faint.
+        groups: number of rows placed side by side.
         spans: further headings, (text, first column, columns).
-        under: inches for a note under each tile.
+        under: inches for a note below each tile.
         room: inches below the tiles, for a legend.
     """
     columns = len(headings)
@@ -319,7 +319,7 @@ def tile_table(
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as the ending of the path says; the same figure gives the same bytes."""
+    """Write a figure in the format of the path's extension; equal figures give equal bytes."""
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "dseqjepa"}):  # names inside the file, random otherwise
         figure.savefig(path, metadata=dates.get(Path(path).suffix[1:]))

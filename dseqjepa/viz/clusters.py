@@ -25,9 +25,9 @@ Labels = Int64[np.ndarray, " T"]
 
 
 def cluster(features_TD: Float[np.ndarray, "T D"], clusters: int) -> Labels:
-    """k-means (k-means++, the best of some starts) of patches; cluster 0 is the largest.
+    """k-means (k-means++, the best of several starts) of patches; cluster 0 is the largest.
 
-    The same features give the same clusters. Where fewer patches are distinct, some stay empty.
+    Equal features give equal clusters. With too few distinct patches, some clusters stay empty.
     """
     generator = np.random.default_rng(0)
     best, least = np.zeros(len(features_TD), np.int64), np.inf
@@ -43,9 +43,9 @@ def cluster(features_TD: Float[np.ndarray, "T D"], clusters: int) -> Labels:
 
 
 def match_labels(reference_T: Labels, label_T: Labels, clusters: int) -> Labels:
-    """The same clusters, numbered so that as many patches as can be keep the reference's number.
+    """The same clusters, renumbered so that most patches keep the reference's number.
 
-    The Hungarian method on the counts of patches that two clusters share.
+    Uses the Hungarian algorithm on the numbers of patches that two clusters share.
     """
     shared_KK = np.zeros((clusters, clusters), np.int64)
     np.add.at(shared_KK, (label_T, reference_T), 1)
@@ -63,7 +63,7 @@ def check_clusters(clusters: int, patches: int) -> None:
 
 
 def cluster_labels(moments: Sequence[Moment], clusters: int) -> list[Labels]:
-    """Clusters of each moment, with numbers that mean the same cluster from moment to moment.
+    """Clusters of each moment, numbered consistently across moments.
 
     Errors are those of `check_clusters`.
     """
@@ -82,10 +82,10 @@ def cluster_maps(
     *,
     clusters: int = 4,
 ) -> Figure:
-    """A row an image, a column a checkpoint: the cluster of each patch, over the grey image.
+    """One row per image, one column per checkpoint: the cluster of each patch over the grey image.
 
-    k-means runs on the patches of all images together, apart for each checkpoint. Errors are those
-    of `check_clusters`.
+    k-means runs on the patches of all images together, separately for each checkpoint. Errors are
+    those of `check_clusters`.
     """
     labels = cluster_labels(moments, clusters)
     anchor = anchor_of(moments)
@@ -101,11 +101,11 @@ def cluster_maps(
         rows_of_tiles(images_BCHW, values, class_tile),
         headings,
         grid,
-        title="What the patches have in common",
+        title="Clusters of patch features",
         caption=(
             f"{clusters} clusters of patch features (k-means over all images shown, apart for each "
-            "checkpoint). Colours are matched from checkpoint to checkpoint; above the "
-            "maps stands the share of patches that have the same colour at another checkpoint."
+            "checkpoint). Colours are matched between checkpoints; above the "
+            "maps is the share of patches with the same colour at another checkpoint."
         ),
         spans=spans(moments),
     ).figure

@@ -1,4 +1,4 @@
-"""Attention and numbered regions beside the images, for one method or several: the paper's Fig. 4.
+"""Images with saliency and numbered regions, for one or several methods: the paper's Fig. 4.
 
 Suffixes: B images.
 """
@@ -18,7 +18,7 @@ from dseqjepa.viz.trace import Trace
 def regions_sheet(
     images_BCHW: UInt8[Tensor, "B 3 _ _"], traces: Mapping[str, Sequence[Trace]]
 ) -> Figure:
-    """A row an image: the image, then saliency and regions by each method.
+    """One row per image: the image, then saliency and regions of each method.
 
     Args:
         traces: label of the method -> its trace of every image.
@@ -37,11 +37,11 @@ def regions_sheet(
         rows,
         ["image", *["saliency", "regions"] * len(labels)],
         some[0].rank_hw.shape,
-        title="Where it looks, and in which order",
+        title="Saliency and ordered regions",
         caption=(
-            "Saliency, scaled to each image (dark: low, light: high), and the regions that are cut "
-            "from it: 1 is the most salient, the last number is what is left over. An image with "
-            "the number 1 alone has no region that is large enough."
+            "Saliency, scaled per image (dark: low, light: high), and the regions that are cut "
+            "from it: 1 is the most salient, the last number is left over. An image with "
+            "only the number 1 has no region that is large enough."
         ),
         groups=2 if len(rows) > 3 else 1,
         spans=[(label, 1 + 2 * index, 2) for index, label in enumerate(labels)],

@@ -1,4 +1,4 @@
-"""Which class is taken for which: confusion matrices, each with the accuracy of every class.
+"""Confusion matrices, with the accuracy of every class.
 
 Suffixes: C classes.
 """
@@ -26,22 +26,22 @@ from dseqjepa.viz.style import INK, MUTED, PAPER
 from dseqjepa.viz.tiles import heat_of
 
 MOST = 30
-"""The most classes that are shown: those of which most images are taken for others."""
+"""Maximum number of classes shown: those with the most confused images."""
 NUMBERED = 12
-"""Up to this many classes, cells show their shares."""
+"""Up to this many classes, cells show numbers."""
 CELL, SMALL_CELL = 0.42, 0.22
 NAME = 1.5
-"""The most inches of a class's name."""
+"""Maximum width of a class name, in inches."""
 
 Matrix = tuple[Mapping[str, Mapping[str, int]], Sequence[str]]
-"""Test images by true and by predicted class, where there are any; the names of all classes."""
+"""Non-zero counts of test images by true and predicted class, and the names of all classes."""
 
 
 def confusion_sheet(matrices: Mapping[str, Matrix]) -> Figure:
-    """One matrix a kind of label, one below the other.
+    """One matrix per kind of label, stacked.
 
     Args:
-        matrices: by what the labels are called.
+        matrices: by the name of the labels.
     """
     shown = {task: _table(*matrix) for task, matrix in matrices.items()}
     plans = {task: _Plan(names) for task, (_, names) in shown.items()}
@@ -50,12 +50,12 @@ def confusion_sheet(matrices: Mapping[str, Matrix]) -> Figure:
     page = new_page(
         max(plan.width for plan in plans.values()),
         height,
-        "Which class is taken for which",
-        "Of the test images of each class (a row) the share that is taken for each class (a "
-        "column), in per cent; on the diagonal what is right. To the right, the number of test "
+        "Confusion matrix",
+        "For the test images of each class (a row), the share predicted as each class (a "
+        "column), in per cent; the diagonal is correct. To the right, the number of test "
         "images."
         + (
-            f" Of the classes the {MOST} of which most images are taken for another; the rest "
+            f" Only the {MOST} classes with the most confused images; the rest "
             "is in the result's file."
             if left_out
             else ""
@@ -69,7 +69,7 @@ def confusion_sheet(matrices: Mapping[str, Matrix]) -> Figure:
 
 
 class _Plan:
-    """Where things stand, in inches."""
+    """The layout, in inches."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.cell = CELL if len(names) <= NUMBERED else SMALL_CELL
@@ -83,7 +83,7 @@ class _Plan:
 def _table(
     found: Mapping[str, Mapping[str, int]], names: Sequence[str]
 ) -> tuple[NDArray[np.int64], Sequence[str]]:
-    """A matrix of counts, of the worst classes where there are many."""
+    """A matrix of counts; with many classes, only of the worst."""
     if len(names) > MOST:
         wrong = {name: sum(said.values()) - said.get(name, 0) for name, said in found.items()}
         chosen = set(sorted(wrong, key=lambda name: -wrong[name])[:MOST])
@@ -98,7 +98,7 @@ def _draw(
 ) -> None:
     count_CC, total_C = table[:, :-1], table[:, -1]
     share_CC = 100 * count_CC / np.maximum(total_C, 1)[:, None]
-    page.text(0, y, f"{task}: rows are what is there, columns what is said", SMALL,
+    page.text(0, y, f"{task}: rows are true, columns predicted", SMALL,
               color=colour(MUTED))  # fmt: skip
     top = y + plan.head + plan.name
     axes = page.axes(plan.name, top, plan.side, plan.side)

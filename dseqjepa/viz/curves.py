@@ -1,4 +1,4 @@
-"""How training went: the numbers of metrics.jsonl over the steps."""
+"""Training curves: the metrics of metrics.jsonl over the steps."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without a last one that was cut short by a stop.
+    """The lines of a run's metrics.jsonl, without a truncated last line.
 
     Raises:
-        InputError: there is no such file, or it holds no metrics.
+        InputError: there is no such file, or it contains no metrics.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -44,12 +44,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     for number, problem in damaged.items():
         raise InputError(f"{path}: line {number} {problem}")
     if not rows:
-        raise InputError(f"{path} holds no metrics: let the run log a step")
+        raise InputError(f"{path} contains no metrics: let the run log a step")
     return rows
 
 
 def series_of(metrics: Metrics, key: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of a metric; of a list one series an entry, counted from 1.
+    """Steps and values of a metric; for a list one series per entry, numbered from 1.
 
     Lines without the metric, and entries that are null, are left out.
     """
@@ -66,12 +66,12 @@ def series_of(metrics: Metrics, key: str) -> dict[str, tuple[list[int], list[flo
 
 
 def curves(runs: Mapping[str, Metrics]) -> Figure:
-    """A chart a topic over the training steps; runs differ in their dashes.
+    """One chart per topic over the training steps; runs are distinguished by dashes.
 
     Args:
-        runs: label of a run -> its metrics, as `read_metrics` gives them.
+        runs: label of a run -> its metrics, from `read_metrics`.
 
-    A metric that no run has (regions of I-JEPA, a probe that was off) has no chart.
+    A metric that no run has (regions of I-JEPA, a disabled probe) has no chart.
     """
     panels = [
         panel
@@ -87,11 +87,11 @@ def curves(runs: Mapping[str, Metrics]) -> Figure:
     page = new_page(
         WIDTH,
         legend + deep * (head + height + foot) - 0.15,
-        "How training went" + (f": {next(iter(runs))}" if len(runs) == 1 else ""),
+        "Training curves" + (f": {next(iter(runs))}" if len(runs) == 1 else ""),
         "Means over the steps between two log lines, by training step. RankMe, standard deviation "
-        "and similarity are of the target's mean features of a batch: they fall, or rise to 1, "
-        "where features collapse. The probe is leave-one-out on training images."
-        + (" Dashes tell the runs apart." if len(runs) > 1 else ""),
+        "and similarity are those of the target's mean features of a batch: they fall, or rise to "
+        "1, if features collapse. The probe is leave-one-out on training images."
+        + (" Dashes distinguish the runs." if len(runs) > 1 else ""),
     )
     if len(runs) > 1:
         marks = [Line2D([], [], color=_line(n), linestyle=_dash(n)) for n in range(len(runs))]

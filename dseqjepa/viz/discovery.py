@@ -1,4 +1,4 @@
-"""Where the objects are, where each map says they are, and the regions that follow.
+"""Object discovery: the objects, the maps, and the regions cut from them.
 
 Suffixes: C colours, H and W pixels, P patches of a grid (row-major).
 """
@@ -24,8 +24,8 @@ HEADINGS = {
 
 
 class Discovered(NamedTuple):
-    """An image, the share of its patches that objects cover, maps by name, and ranks by the kind
-    of regions."""
+    """An image, the share of each patch covered by objects, maps by name, and ranks by kind of
+    regions."""
 
     name: str
     image_CHW: Tensor
@@ -39,7 +39,7 @@ def discovery_sheet(
     grid: tuple[int, int],
     cut: CutConfig,
 ) -> Figure:
-    """One image a row: objects, every map of the encoder, and the regions of its own map.
+    """One row per image: objects, every map of the encoder, and the regions of its own map.
 
     Args:
         examples: the fields of `Discovered`.
@@ -53,11 +53,11 @@ def discovery_sheet(
         [_tiles(item, grid) for item in shown],
         ["image", "objects", *(HEADINGS.get(name, name) for name in maps), *kinds],
         grid,
-        title="Discovery: where the objects are, and where they are looked for",
+        title="Discovery: objects, maps and regions",
         caption="Objects: the share of each patch that they cover. Maps: each scaled to its own "
-        "range, hot where it is highest; pixels is the rarity of raw pixels. Regions of "
+        "range, hot is high; pixels is the rarity of raw pixels. Regions of "
         f"{own}, 1 the most salient, at most {cut.regions.count}, each of at least "
-        f"{cut.regions.min_area:g} of the grid (but for the left-over of components).",
+        f"{cut.regions.min_area:g} of the grid (except the left-over of components).",
         spans=[
             ("maps", 2, len(maps)),
             (f"regions of {own}", 2 + len(maps), len(kinds)),

@@ -1,4 +1,4 @@
-"""The images that pictures are made of: files, folders, and what `data=` names.
+"""The images for pictures: files, folders, and anything `data=` names.
 
 Suffixes: B images, H and W pixels.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from dseqjepa.config import Config
 from dseqjepa.data.decode import ENDINGS, decode
 from dseqjepa.data.images import ImageFolder, Subset
+from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
@@ -26,23 +27,23 @@ from dseqjepa.train.trained_on import source_of
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Images at a run's size, as its encoder sees them, and how a person finds each again."""
+    """Images at a run's size, as its encoder sees them, with their names."""
 
     images_BCHW: UInt8[Tensor, "B 3 H W"]
     names: tuple[str, ...]
     keys_B: Int64[Tensor, " B"]
-    """What random blocks are drawn from: a function of the run's seed and the place in the list."""
+    """Keys for random blocks: a function of the run's seed and the position in the list."""
 
 
 def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
-    """Every image file that is named, and `limit` images of each folder or `data=` source.
+    """Every named image file, and `limit` images of each folder or `data=` source.
 
-    Those of a source lie evenly in it, so that all classes of a sorted folder have their turn; of
-    a source with splits the held-out images are taken. Larger or smaller images are brought to
-    the run's size by `EvalTransform`.
+    Those of a source are evenly spaced, so that all classes of a sorted folder appear; from a
+    source with splits the held-out images are used. Images are resized to the run's size by
+    `EvalTransform`.
 
     Raises:
-        InputError: a file that is no image, or what `open_source` raises.
+        InputError: a file that is not an image, or the errors of `open_source`.
     """
     images: list[Tensor] = []
     names: list[str] = []
@@ -65,15 +66,15 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
 
 
 def open_images(spec: str, config: Config) -> Source:
-    """What `data=` names: the held-out part where it has one, else all of it."""
+    """The data that `data=` names: its held-out split if it has one, else all of it."""
     path = Path(spec).expanduser()
-    if spec != "scenes" and path.is_dir():
+    if spec not in SPECS and path.is_dir():
         return ImageFolder(path, "val")
     return source_of(config, "val", spec)
 
 
 def spread(source: Source, most: int) -> Subset:
-    """At most so many images, at even distances in the source's order."""
+    """At most this many images, evenly spaced in the source's order."""
     count = min(most, len(source))
     return Subset(source, (np.arange(count) * len(source) // max(count, 1)).astype(np.int64))
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """What one checkpoint makes of the images: a column of a picture."""
+    """One checkpoint's view of the images: a column of a picture."""
 
     run: str
     """Which run, for the heading above its columns."""
@@ -50,21 +50,21 @@ def moment(
 
 
 def spans(moments: Sequence[Moment]) -> list[tuple[str, int, int]]:
-    """The headings above the columns: each run over its own, after the column of images."""
+    """The headings above the columns: each run above its own, after the column of images."""
     runs = [item.run for item in moments]
     return [(run, 1 + runs.index(run), runs.count(run)) for run in dict.fromkeys(runs)]
 
 
 def anchor_of(moments: Sequence[Moment]) -> int:
-    """The last checkpoint of the first run: what the colours of the others are matched to."""
+    """The last checkpoint of the first run, to whose colours the others are matched."""
     return [item.run for item in moments].count(moments[0].run) - 1
 
 
 def matched_in_chain(values: Sequence[T], anchor: int, match: Callable[[T, T], T]) -> list[T]:
     """Values of moments, each matched to its neighbour on the anchor's side.
 
-    `match(reference, value)` renames what is arbitrary in a value as in the reference. Those after
-    the anchor, of another run, are matched to the anchor itself.
+    `match(reference, value)` resolves arbitrary numbering or signs of a value as in the reference.
+    Moments after the anchor, from another run, are matched to the anchor itself.
     """
     result = list(values)
     for index in range(anchor - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""The images of a data set that an encoder finds most like a given one.
+"""The images of a data set that an encoder considers most similar to a given one.
 
 Suffixes: B images asked about, M images of the data, K neighbours, D width.
 """
@@ -28,7 +28,7 @@ class Nearest:
 def nearest(
     query_BD: Float[Tensor, "B D"], feature_MD: Float[Tensor, "M D"], count: int
 ) -> Nearest:
-    """By cosine similarity; of equally near ones the first, and all there are if fewer."""
+    """Nearest by cosine similarity; ties go to the first; all images if there are fewer."""
     cosine_BM = F.normalize(query_BD.double(), dim=1) @ F.normalize(feature_MD.double(), dim=1).T
     order_BM = cosine_BM.argsort(dim=1, descending=True, stable=True)
     index_BK = order_BM[:, :count]
@@ -41,12 +41,12 @@ def neighbour_sheet(
     thumbnails: Mapping[int, UInt8[Tensor, "3 _ _"]],
     notes: Mapping[int, str],
 ) -> Figure:
-    """A row an image: the image, then its neighbours by each encoder.
+    """One row per image: the image, then its neighbours by each encoder.
 
     Args:
         found: label of an encoder -> its neighbours of every image.
         thumbnails: index into the data -> that image, at the size of `images_BCHW`.
-        notes: index into the data -> what to write under it, such as its class.
+        notes: index into the data -> a note below it, such as its class.
     """
     rows: list[list[Image.Image]] = []
     texts: list[list[str]] = []
@@ -67,11 +67,11 @@ def neighbour_sheet(
         rows,
         ["image", *places * len(found)],
         (1, 1),
-        title="What is most like it",
+        title="Nearest neighbours",
         caption=(
-            "The nearest images of the data by the cosine between mean patch features, which "
-            "stands below each with its class, if any. An image that is in the data itself has "
-            "itself as its nearest, with 1."
+            "The nearest images of the data by the cosine between mean patch features, given "
+            "below each with its class, if any. An image that is in the data is its own "
+            "nearest neighbour, with 1."
         ),
         spans=[(label, 1 + count * index, count) for index, label in enumerate(found)],
         under=0.04 + 2 * inches_of(SMALL),

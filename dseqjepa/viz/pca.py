@@ -1,4 +1,4 @@
-"""The main directions of patch features as colours, over a run's checkpoints.
+"""The principal components of patch features as colours, over a run's checkpoints.
 
 Suffixes: B images, T patches of all images, D width, K components (three), 3 colours.
 """
@@ -18,7 +18,7 @@ from dseqjepa.viz.tiles import colour_tile
 
 COMPONENTS = 3
 # Opponent axes of RGB: the first component is lightness and the second runs from blue to yellow,
-# which every kind of sight but one tells apart; green to red is left to the third.
+# which all but one kind of colour vision distinguish; green to red is left to the third.
 AXES_K3 = np.array([(0.95, 0.95, 0.95), (0.5, 0.4, -0.85), (0.5, -0.5, 0.1)])
 REACH = 2.0  # standard deviations that the colours span to either side
 
@@ -28,7 +28,7 @@ Scores = Float[np.ndarray, "T K"]
 def components(values_TD: Float[np.ndarray, "T D"], count: int) -> tuple[Scores, np.ndarray]:
     """Scores on the first principal components, and each component's share of the variance.
 
-    A component's sign is such that the largest score is positive.
+    Signs are chosen such that the largest score is positive.
     """
     centred_TD = values_TD.astype(np.float64) - values_TD.mean(axis=0, dtype=np.float64)
     left, size, _ = np.linalg.svd(centred_TD, full_matrices=False)
@@ -45,7 +45,7 @@ def components(values_TD: Float[np.ndarray, "T D"], count: int) -> tuple[Scores,
 def match_components(reference_TK: Scores, scores_TK: Scores) -> Scores:
     """The same components, in the order and with the signs that correlate best with the reference.
 
-    The Hungarian method on absolute correlations.
+    Uses the Hungarian algorithm on absolute correlations.
     """
     correlation_KK = _standard(scores_TK).T @ _standard(reference_TK)
     own, theirs = linear_sum_assignment(np.abs(correlation_KK), maximize=True)
@@ -56,7 +56,7 @@ def match_components(reference_TK: Scores, scores_TK: Scores) -> Scores:
 
 
 def colours_of(scores_TK: Scores) -> Float[np.ndarray, "T 3"]:
-    """Scores as colours, 0 to 255: grey where all are zero."""
+    """Scores as colours, 0 to 255; all zero gives grey."""
     reach_TK = (_standard(scores_TK) / REACH).clip(-1, 1)
     return (127.5 + 0.5 * 127.5 * reach_TK @ AXES_K3 * 1.3).clip(0, 255)
 
@@ -69,9 +69,9 @@ def _standard(scores_TK: Scores) -> Scores:
 def pca_maps(
     images_BCHW: UInt8[Tensor, "B 3 _ _"], moments: Sequence[Moment], grid: tuple[int, int]
 ) -> Figure:
-    """A row an image, a column a checkpoint: the first three components of each patch, as a colour.
+    """One row per image, one column per checkpoint: three components of each patch as a colour.
 
-    The components are those of the patches of all images together, apart for each checkpoint.
+    Components are computed on the patches of all images together, separately for each checkpoint.
     """
     found = [components(item.features_TD, COMPONENTS) for item in moments]
     scores = matched_in_chain([s for s, _ in found], anchor_of(moments), match_components)
@@ -84,11 +84,12 @@ def pca_maps(
         rows_of_tiles(images_BCHW, values, colour_tile),
         ["image", *headings],
         grid,
-        title="The main directions of the patch features",
+        title="Principal components of the patch features",
         caption=(
-            "The first three principal components of all patches shown, apart for each checkpoint: "
-            "dark to light, blue to yellow, and green to red. Alike colours are alike features. "
-            "Order and sign of the components are matched from checkpoint to checkpoint."
+            "The first three principal components of all patches shown, for each checkpoint: "
+            "dark to light, blue to yellow, and green to red. Similar colours mean similar "
+            "features. "
+            "Order and sign of the components are matched between checkpoints."
         ),
         spans=spans(moments),
     ).figure

@@ -1,4 +1,4 @@
-"""Where an encoder looks, and in which order: the picture, its saliency, its numbered regions.
+"""Sheets of images with their saliency and numbered regions.
 
 Suffixes: B images, N patches, h and w rows and columns of patches, H and W pixels, 3 colours
 (last in memory here, as Pillow has them), R patches of one region, X axes (row, column).
@@ -24,7 +24,7 @@ from dseqjepa.viz.tiles import heat_tile, photo_of, region_tile
 from dseqjepa.viz.trace import draw_to_show
 
 PICTURES = 6
-"""Images of a picture that is drawn while a run trains."""
+"""Number of images in a picture drawn during training."""
 HEADINGS = ("image", "saliency", "regions, in order")
 
 
@@ -47,7 +47,7 @@ def draw_regions(
         cell: pixels of the longer side of each of the three.
 
     Raises:
-        InputError: shapes that do not belong together, no image, or saliency that is not finite.
+        InputError: inconsistent shapes, no image, or non-finite saliency.
     """
     _check(images_BCHW, saliency_BN, rank_BN, grid)
     height, width = images_BCHW.shape[-2:]
@@ -81,7 +81,7 @@ def draw_regions(
 def regions_picture(
     method: Method, images_BCHW: UInt8[Tensor, "B 3 _ _"], keys_B: Int64[Tensor, " B"]
 ) -> Image.Image:
-    """`draw_regions` of what a method draws at the end of any curriculum (`draw_to_show`)."""
+    """`draw_regions` for a method at the end of its curriculum (`draw_to_show`)."""
     drawing = draw_to_show(method, images_BCHW, keys_B)
     grid = method.target.grid_of(images_BCHW)
     return draw_regions(images_BCHW, drawing.saliency_BN, drawing.regions.rank_BN, grid)
@@ -90,9 +90,9 @@ def regions_picture(
 def training_picture(
     source: Source, image_size: tuple[int, int], seed: int
 ) -> Callable[[Method], Image.Image]:
-    """What draws a method on `PICTURES` images of a source, the same ones every time.
+    """A function that draws a method on `PICTURES` images of a source, always the same ones.
 
-    Images that cannot be decoded are left out; `InputError` where none can.
+    Images that cannot be decoded are left out; `InputError` if none can.
     """
 
     def draw(method: Method) -> Image.Image:
@@ -113,7 +113,7 @@ def _check(
 ) -> None:
     wanted = (len(images_BCHW), grid[0] * grid[1])
     if len(images_BCHW) == 0:
-        raise InputError("expected an image to draw, found none")
+        raise InputError("expected at least one image to draw, found none")
     for name, values_BN in (("saliency", saliency_BN), ("ranks", rank_BN)):
         if tuple(values_BN.shape) != wanted:
             raise InputError(
@@ -121,4 +121,4 @@ def _check(
                 f"found {tuple(values_BN.shape)}"
             )
     if not saliency_BN.isfinite().all():
-        raise InputError("saliency is not finite: the encoder has diverged, take an earlier one")
+        raise InputError("saliency is non-finite: the encoder has diverged, use an earlier one")

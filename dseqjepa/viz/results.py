@@ -1,4 +1,4 @@
-"""The picture beside an evaluation's result."""
+"""The picture next to an evaluation's result."""
 
 from __future__ import annotations
 

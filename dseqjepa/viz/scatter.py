@@ -1,4 +1,4 @@
-"""Images as points: the two main directions of their features, coloured by label.
+"""Images as points on two principal components of their features, coloured by label.
 
 Suffixes: M images, D width, K components (two).
 """
@@ -45,9 +45,9 @@ def scatter(
     *,
     task: str = "class",
 ) -> Figure:
-    """A panel an encoder: the first two principal components of the mean patch feature.
+    """One panel per encoder: the first two principal components of the mean patch feature.
 
-    A class has a colour, and a marker where there are more classes than colours. `class_M` is None
+    Each class has a colour, and a marker if there are more classes than colours. `class_M` is None
     for data without labels.
     """
     legend = classes if class_M is not None else ()
@@ -62,7 +62,7 @@ def scatter(
         head + height + 0.45,
         "Images by their features",
         f"Each point is one of {count} images: the first two principal components (PC) of its mean "
-        f"patch feature, with the share of the variance that each holds; {names}.",
+        f"patch feature, with the share of variance of each; {names}.",
     )
     for index, cloud in enumerate(clouds):
         x = left + index * (width + gap)
@@ -72,7 +72,7 @@ def scatter(
         chart(axes)
         score_MK, share_K = components(cloud.features_MD, 2)
         class_or_none = np.zeros(count, np.int64) if class_M is None else class_M
-        # In layers of all classes, so that no class lies on top of all others.
+        # In layers across classes, so that no class covers all others.
         for layer in range(LAYERS):
             for number in np.unique(class_or_none).tolist():
                 chosen = (class_or_none == number) & (np.arange(count) % LAYERS == layer)

@@ -1,4 +1,4 @@
-"""One image, all that a method does with it: saliency, foreground, regions, prediction steps."""
+"""Everything a method does with one image: saliency, foreground, regions, prediction steps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CAPTION = (
 def image_sheet(
     image_CHW: UInt8[Tensor, "3 _ _"], traces: Sequence[tuple[str, Trace]], *, title: str
 ) -> Figure:
-    """Two rows a method: input, saliency, foreground, regions; then its prediction steps.
+    """Two rows per method: input, saliency, foreground, regions; then its prediction steps.
 
     Args:
         traces: (label of the method, its trace of this image); all losses share one scale.
@@ -117,7 +117,7 @@ def _what(item: Trace, step: PredictionStep) -> str:
 
 
 def _losses(page: Page, x: float, y: float, item: Trace, longest: float) -> float:
-    """A bar a step, in the colour of the region that is predicted; where they end."""
+    """One bar per step, in the colour of the predicted region; returns where they end."""
     page.text(x, y, "loss by step")
     height = 0.3 * max(len(item.steps), 1)
     axes = page.axes(x + 0.2, y + HEAD, TILE - 0.2, height)

@@ -1,6 +1,6 @@
 """`dseqjepa show`: the pictures of a checkpoint, each by its name.
 
-Everything that can be wrong is found, and everything is computed, before the first file is written.
+All checks and computations are done before the first file is written.
 
 Suffixes: B images, M images of the data, D width.
 """
@@ -41,7 +41,7 @@ BATCH = 64
 NEIGHBOURS, NEIGHBOURS_BESIDE = 7, 4
 
 Job = tuple[str, Callable[[], Figure]]
-"""A file's name without its ending, and what draws it."""
+"""A file's name without extension, and the function that draws it."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Request:
 
 
 def show(request: Request) -> Iterator[Path]:
-    """Write the pictures that are asked for, and yield the path of each.
+    """Write the requested pictures, and yield the path of each.
 
-    Files of these names are replaced; nothing else in `out` is touched.
+    Files with these names are replaced; nothing else in `out` is touched.
 
     Raises:
         InputError: before the first file is written.
@@ -92,19 +92,19 @@ def _check(request: Request) -> None:
         ("sample", request.sample, 2),
     ):
         if value < least:
-            raise InputError(f"expected --{option} of {least} or more, found {value}")
+            raise InputError(f"expected --{option} of at least {least}, found {value}")
     if request.out.exists() and not request.out.is_dir():
         raise InputError(f"--out {request.out} is a file: give a folder")
     needing = [name for name in request.only if name not in WITHOUT_IMAGES]
     if needing and not request.images:
         raise InputError(
-            f"{', '.join(needing)} need images: name files, folders, or what data= takes"
+            f"{', '.join(needing)} need images: give files, folders, or anything data= accepts"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Session:
-    """What several pictures have in common, computed when it is first asked for."""
+    """Data shared by several pictures, computed on first use."""
 
     request: Request
 
@@ -131,7 +131,7 @@ class _Session:
 
     @property
     def shown(self) -> dict[str, Checkpoint]:
-        """Label -> checkpoint: the one asked for, and the one beside it."""
+        """Label -> checkpoint: the requested one, and the one of `--beside`."""
         if self.beside is None:
             return {self.config.method.title: self.main}
         both = (self.main, self.beside)
@@ -154,7 +154,7 @@ class _Session:
 
     @cached_property
     def traces(self) -> dict[str, list[Trace]]:
-        """By a method without regions of its own, saliency is cut as by the one that has some."""
+        """Traces; a method without its own regions uses those of the one that has some."""
         cut = shared_cut([item.config.method for item in self.shown.values()])
         result = {}
         for label, checkpoint in self.shown.items():
@@ -169,7 +169,7 @@ class _Session:
 
     @cached_property
     def moments(self) -> list[Moment]:
-        """The run's checkpoints up to the one asked for, then the one beside it."""
+        """The run's checkpoints up to the requested one, then the one of `--beside`."""
         found = []
         for label, checkpoint in self.shown.items():
             past = self.past if checkpoint is self.main else [checkpoint]
@@ -181,7 +181,8 @@ class _Session:
 
     @cached_property
     def past(self) -> list[Checkpoint]:
-        """The main run's checkpoints, at most so many, evenly chosen; the main one is the last."""
+        """The main run's checkpoints, evenly spaced, at most this many; the requested one is
+        last."""
         folder = self.main.path
         if folder.parent.name != "checkpoints":
             return [self.main]
@@ -199,7 +200,7 @@ class _Session:
         return spread(source_of(self.config, "train", spec), self.request.sample)
 
     def extracted(self, checkpoint: Checkpoint) -> Extracted:
-        """Pooled features of the data, kept: two pictures read them."""
+        """Pooled features of the data, cached since two pictures use them."""
         if checkpoint.path not in self._extracted:
             encoder = encoder_of(checkpoint, "target").to(self.device)
             self._extracted[checkpoint.path] = extract(
@@ -278,7 +279,7 @@ def _neighbours(session: _Session) -> list[Job]:
         query = moment(encoder, images_BCHW, label, "").features_BND.mean(axis=1)
         data = session.extracted(checkpoint)
         near = nearest(torch.from_numpy(query), data.feature("mean1"), count)
-        near = type(near)(data.index_M[near.index_BK], near.cosine_BK)  # places in the data
+        near = type(near)(data.index_M[near.index_BK], near.cosine_BK)  # indices into the data
         found[f"{label}, step {checkpoint.step}"] = near
         wanted |= set(near.index_BK.flatten().tolist())
     transform = EvalTransform(session.config.data.image_size)
@@ -288,7 +289,7 @@ def _neighbours(session: _Session) -> list[Job]:
 
 
 def _notes(data: Subset, places: set[int]) -> dict[int, str]:
-    """The class of an image, where the data has classes."""
+    """The class of an image, if the data has classes."""
     task = _task(data)
     if task is None:
         return {}
@@ -296,12 +297,12 @@ def _notes(data: Subset, places: set[int]) -> dict[int, str]:
 
 
 def _task(data: Subset) -> str | None:
-    """`class`, or else what the data is labelled with first."""
+    """`class`, or else the data's first kind of label."""
     return "class" if "class" in data.labels else next(iter(data.labels), None)
 
 
 def _scatter(session: _Session) -> list[Job]:
-    """The run's first checkpoint that is kept, the one asked for, and the one beside it."""
+    """The run's first kept checkpoint, the requested one, and the one of `--beside`."""
     task = _task(session.data)
     chosen = list(session.shown.items())
     if len(session.past) > 1:
@@ -332,5 +333,5 @@ PICTURES: Mapping[str, Callable[[_Session], list[Job]]] = {
     "scatter": _scatter,
     "curves": _curves,
 }
-"""Every picture by the name that `--only` takes."""
+"""Pictures by their names for `--only`."""
 WITHOUT_IMAGES = ("scatter", "curves")

@@ -1,4 +1,4 @@
-"""How similar all patches of an image are to a chosen one, over a run's checkpoints.
+"""Similarity of all patches of an image to a chosen one, over a run's checkpoints.
 
 Suffixes: B images, N patches, D width.
 """
@@ -45,7 +45,7 @@ def similarity_maps(
     *,
     patch: tuple[int, int] | None = None,
 ) -> Figure:
-    """A row an image, a column a checkpoint: cosine to the framed patch.
+    """One row per image, one column per checkpoint: cosine to the framed patch.
 
     Args:
         patch: row and column from 0; the middle of the grid if None.
@@ -67,7 +67,7 @@ def similarity_maps(
         rows_of_tiles(images_BCHW, values, draw),
         ["image", *(item.name for item in moments)],
         grid,
-        title=f"What is similar to the patch in row {row}, column {column}",
+        title=f"Similarity to the patch in row {row}, column {column}",
         caption=(
             "Cosine between the features of the framed patch and those of every other patch of the "
             "same image; one scale for all maps. Rows and columns count from 0, top left."

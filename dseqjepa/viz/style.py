@@ -1,4 +1,4 @@
-"""The colours of every picture: told apart by everyone, and one meaning each.
+"""The colours of all pictures: distinguishable by everyone, with one meaning each.
 
 Ranks, clusters and runs take `PALETTE`; numbers that only grow take `HEAT`.
 """
@@ -27,6 +27,6 @@ HEAT = np.array(
     [(15, 27, 76), (94, 46, 126), (192, 52, 129), (245, 106, 88), (255, 177, 77), (255, 242, 164)]
 )
 PAPER, INK, BORDER = (255, 255, 255), (40, 40, 40), (255, 255, 255)
-VEIL = (208, 211, 217)  # over what is left out: darker than paper, so that white pictures show
+VEIL = (208, 211, 217)  # over left-out areas: darker than paper, so that white images show
 MUTED, RULE = (105, 105, 105), (222, 222, 222)  # lesser text, and lines behind the data
 LINES = PALETTE[[1, 0, 2, 3, 6, 7]]  # those that are strong enough for a thin line on paper

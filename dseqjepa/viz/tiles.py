@@ -1,4 +1,4 @@
-"""Squares of pictures: one image with what is known about its patches laid over it.
+"""Tiles: an image overlaid with information about its patches.
 
 Suffixes: h and w rows and columns of patches, H and W pixels, 3 colours (last in memory here, as
 Pillow has them), R patches of one region, X axes (row, column).
@@ -23,14 +23,14 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 
 
 def photo_of(image_CHW: UInt8[Tensor, "3 _ _"], longer_side: int) -> Image.Image:
-    """An image as a picture whose longer side has so many pixels."""
+    """An image resized so that its longer side has this many pixels."""
     photo = Image.fromarray(image_CHW.cpu().permute(1, 2, 0).numpy())
     width, height = (round(longer_side * side / max(photo.size)) for side in photo.size)
     return photo.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def data_uri(image_CHW: UInt8[Tensor, "3 _ _"]) -> str:
-    """A picture as a page holds it that asks for no other file."""
+    """A picture as a data URI, for self-contained pages."""
     file = io.BytesIO()
     Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(file, "WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
@@ -51,9 +51,9 @@ def value_tile(
 
 
 def heat_of(values: NDArray[np.floating], limits: tuple[float, float]) -> NDArray[np.float64]:
-    """The colour of each value, 0 to 255 in a new last axis; what is outside the limits, clipped.
+    """The colour of each value, 0 to 255 in a new last axis, clipped to the limits.
 
-    Where the limits are equal, everything is cold.
+    If the limits are equal, everything is cold.
     """
     low, high = limits
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
@@ -72,7 +72,7 @@ def class_tile(
 
 
 def colour_tile(photo: Image.Image, colour_hw3: Shaped[np.ndarray, "h w 3"]) -> Image.Image:
-    """Patches in colours of their own, 0 to 255; the picture gives only the size."""
+    """Patches in the given colours, 0 to 255; the picture only determines the size."""
     return Image.fromarray(enlarge(colour_hw3.round().astype(np.uint8), photo))
 
 
@@ -116,10 +116,10 @@ def region_tile(photo: Image.Image, rank_hw: NDArray[np.int64]) -> Image.Image:
 
 
 def label_patch(inside_hw: NDArray[np.bool_]) -> tuple[int, int]:
-    """The patch (row, column) where a region's number stands: its own, and near its centroid.
+    """The patch (row, column) for a region's number: inside the region, near its centroid.
 
-    Patches whose eight neighbours are in the region too come before those at its edge, so that a
-    number covers little of another region; the grid's edge is no region's edge.
+    Patches with all eight neighbours in the region are preferred, so that a
+    number covers little of another region; the grid's edge is not a region's edge.
     """
     padded = np.pad(inside_hw, 1, mode="edge")
     inner_hw = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).all(axis=(2, 3))
@@ -139,7 +139,7 @@ def _over_grey(photo: Image.Image, colour_HW3: np.ndarray, opacity: float) -> Pi
 
 
 def enlarge(values_hw: Shaped[np.ndarray, "h w *_"], photo: Image.Image) -> np.ndarray:
-    """Each pixel takes the value of the patch that it lies in."""
+    """Each pixel takes the value of its patch."""
     height, width = values_hw.shape[:2]
     row_H = np.arange(photo.height) * height // photo.height
     column_W = np.arange(photo.width) * width // photo.width
@@ -147,7 +147,7 @@ def enlarge(values_hw: Shaped[np.ndarray, "h w *_"], photo: Image.Image) -> np.n
 
 
 def _near_another(rank_HW: NDArray[np.int64], reach: int) -> NDArray[np.bool_]:
-    """Pixels that have a pixel of another region at most `reach` rows and columns away."""
+    """Pixels within `reach` rows and columns of another region."""
     near_HW = np.zeros(rank_HW.shape, dtype=bool)
     height, width = rank_HW.shape
     padded = np.pad(rank_HW, reach, mode="edge")

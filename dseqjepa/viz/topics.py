@@ -1,4 +1,4 @@
-"""What curves show of a training: which metrics stand in one chart, and what each means."""
+"""The charts of a training: which metrics share a chart, and what they mean."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topic:
-    """One chart: metrics by their key in metrics.jsonl, and what they are called."""
+    """One chart: metrics by their key in metrics.jsonl, with their labels."""
 
     title: str
     meaning: str
     unit: str
     curves: Mapping[str, str]
     at_zero: bool = False
-    """Whether the axis starts at 0, so that heights compare."""
+    """Whether the axis starts at 0, so that heights are comparable."""
 
 
 LEARNING = (
     Topic(
         "Prediction loss",
-        "Smooth-L1 between predicted and target features. It may rise while the run goes well, "
-        "because the targets become richer: read it beside the loss of always predicting the mean.",
+        "Smooth-L1 between predicted and target features. It may rise in a healthy run, because "
+        "targets become richer: compare it with the loss of always predicting the mean.",
         "loss",
         {
             "prediction_loss": "prediction",
             "mean_prediction_loss": "predicting the mean",
-            "loss": "with regulariser",
+            "loss": "with regularizer",
         },
         at_zero=True,
     ),
@@ -53,27 +53,27 @@ LEARNING = (
 HEALTH = (
     Topic(
         "Effective rank (RankMe)",
-        "How many dimensions the mean target features of a batch use. Falling far below the start "
-        "is collapse.",
+        "Number of dimensions used by the mean target features of a batch. Falling far below the "
+        "start means collapse.",
         "dimensions",
         {"rank_me": "RankMe"},
         at_zero=True,
     ),
     Topic(
-        "Likeness of different images",
-        "Mean cosine between the features of two images. At 1 all images look alike.",
+        "Similarity of different images",
+        "Mean cosine between the features of two images. At 1 all images look the same.",
         "cosine",
         {"cosine": "cosine"},
     ),
     Topic(
         "Spread of the features",
-        "Standard deviation over images, mean over the features.",
+        "Standard deviation over images, averaged over features.",
         "standard deviation",
         {"feature_std": "spread"},
         at_zero=True,
     ),
     Topic(
-        "What the features hold",
+        "What the features encode",
         "Shares of the variance of single patches' target features: by place (where a patch is, "
         "whatever the image), by image (what its patches share), and what is left.",
         "share of the variance",
@@ -81,21 +81,21 @@ HEALTH = (
         at_zero=True,
     ),
     Topic(
-        "Regulariser",
-        "The term against collapse, before its weight.",
+        "Regularizer",
+        "The regularizer against collapse, before its weight.",
         "term",
-        {"regularizer": "regulariser"},
+        {"regularizer": "regularizer"},
     ),
 )
 REGIONS = (
     Topic(
-        "Regions of an image",
-        "How many regions an image is cut into, the left-over one included.",
+        "Regions per image",
+        "The number of regions per image, including the left-over region.",
         "regions",
         {"regions": "regions"},
     ),
     Topic(
-        "Prediction steps of an image",
+        "Prediction steps per image",
         "One fewer than regions where they are ranked, the number of targets where blocks are "
         "random.",
         "steps",
@@ -103,7 +103,7 @@ REGIONS = (
     ),
     Topic(
         "Size of a region",
-        "Of those that are cut, without what is left over.",
+        "The mean size of the regions, without the left-over region.",
         "share of the grid",
         {"region_area": "size"},
         at_zero=True,
@@ -127,20 +127,20 @@ SCHEDULE = (
     Topic("Learning rate", "Of AdamW.", "rate", {"lr": "learning rate"}, at_zero=True),
     Topic(
         "Target momentum",
-        "Of the moving average that the target encoder is.",
+        "Momentum of the target encoder's moving average.",
         "momentum",
         {"momentum": "momentum"},
     ),
     Topic(
         "Throughput",
-        "Images trained on in a second.",
+        "Images trained on per second.",
         "images/s",
         {"images_per_s": "throughput"},
         at_zero=True,
     ),
     Topic(
         "Waiting for data",
-        "Share of the time in which the loader was waited for.",
+        "Share of time spent waiting for the loader.",
         "share of time",
         {"data_wait_share": "waiting"},
     ),

@@ -1,4 +1,4 @@
-"""How a method predicts images step by step, as plain arrays: what pictures and reports show.
+"""How a method predicts images step by step, as plain arrays for pictures and reports.
 
 Suffixes: B images, N patches, D width, S steps of all images, T predicted patches of all steps,
 h and w rows and columns of patches.
@@ -29,24 +29,24 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class PredictionStep:
-    """One prediction: which patches were seen, which were to be predicted, and how well it went."""
+    """One prediction: which patches were seen, which were predicted, and the loss."""
 
     number: int
-    """Counts from 1, as `Plan.step_S` does; a step that would be empty is left out."""
+    """Counted from 1, like `Plan.step_S`; empty steps are left out."""
     context_hw: Bools
     target_hw: Bools
     loss: float
-    """Smooth-L1, mean over the target's patches and features."""
+    """Smooth-L1, averaged over the target's patches and features."""
     loss_hw: NDArray[np.float32]
     """The same for each patch of the target; NaN elsewhere."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What one image went through: where it is salient, its regions, its predictions."""
+    """Saliency, regions and predictions of one image."""
 
     saliency_hw: NDArray[np.float32]
-    """As the encoder gives it, in no unit: only differences inside one map mean something."""
+    """In arbitrary units: only differences within one map are meaningful."""
     saliency_kind: str
     """One of `model.look.KINDS`."""
     foreground_hw: Bools
@@ -54,26 +54,25 @@ class Trace:
     rank_hw: NDArray[np.int64]
     """Each patch's region, 0 first. With random regions, `count` or more is in no region."""
     count: int
-    """Regions; 1 where none was found, and then the steps are random blocks."""
+    """Number of regions; 1 if none was found, in which case the steps are random blocks."""
     regions_are_own: bool
-    """Whether the method draws regions; otherwise they are cut to be shown."""
+    """Whether the method uses regions; otherwise they are only cut for display."""
     is_ranked: bool
     """Whether the steps follow the regions; random blocks otherwise."""
     steps: list[PredictionStep]
 
 
 def shared_cut(configs: Sequence[MethodConfig]) -> CutConfig:
-    """How the first method that has regions cuts them; the defaults where none has. So are all maps
-    of a comparison cut alike."""
+    """The cut of a comparison: that of the first method with regions, or the defaults."""
     return next((config.cut for config in configs if config.cut is not None), CutConfig())
 
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """What a method draws at the end of any curriculum, and a map and regions whatever it draws."""
+    """A method's draw at the end of its curriculum, with a map and regions for any method."""
 
     sight: Look
-    """What the method itself sees."""
+    """The method's own look."""
     draw: Draw
     saliency_BN: Float[Tensor, "B N"]
     saliency_kind: str
@@ -87,12 +86,12 @@ def draw_to_show(
     keys_B: Int64[Tensor, " B"],
     cut: CutConfig | None = None,
 ) -> Drawing:
-    """Saliency and regions are the method's own. What it has none of is read and cut by `cut`
-    (None: the defaults of `CutConfig`). Arguments and errors are those of `trace`."""
+    """Saliency and regions are the method's own, or computed with `cut` if it has none (None: the
+    defaults of `CutConfig`). Arguments and errors are those of `trace`."""
     sight = method.look(images_BCHW)
     if not sight.patches_BND.isfinite().all():
         raise InputError(
-            "features are not finite: the run has diverged; show an earlier step of it"
+            "features are non-finite: the run has diverged; show an earlier step of it"
         )
     draw = method.draw_at_end(sight, method.target.grid_of(images_BCHW), keys_B)
     shown, saliency_BN, regions = method.cut or cut or CutConfig(), sight.saliency_BN, draw.regions
@@ -115,19 +114,19 @@ def trace(
     """Saliency, regions, and the prediction steps of each image, at the end of any curriculum.
 
     DSeq-JEPA predicts the ranked regions that it would train on with lambda 1, I-JEPA and C-JEPA
-    the blocks that the keys draw. Predictions come from the context encoder and the predictor,
-    targets from the target encoder. The images share no computation: a trace is the same in any
-    batch, but for rounding.
+    the blocks drawn by the keys. Predictions come from the context encoder and the predictor,
+    targets from the target encoder. Images are independent: a trace is the same in any
+    batch, up to rounding.
 
     Args:
-        method: a trained method in eval mode, as `load_method` gives it.
-        images_BCHW: uint8 or ImageNet-normalised, of a size that the patch size divides.
-        keys_B: whatever is random in an image's plan is a function of its key.
-        cut: how to cut images for a method without regions of its own (the defaults of `CutConfig`
-            if None); not read otherwise.
+        method: a trained method in eval mode, from `load_method`.
+        images_BCHW: uint8 or ImageNet-normalized, of a size that the patch size divides.
+        keys_B: all randomness of an image's plan is a function of its key.
+        cut: how to cut images for a method without its own regions (None: the defaults of
+            `CutConfig`); ignored otherwise.
 
     Raises:
-        InputError: features or saliency that are not finite.
+        InputError: non-finite features or saliency.
     """
     device = method.target.pos_embed.device
     images_BCHW, keys_B = images_BCHW.to(device), keys_B.to(device)

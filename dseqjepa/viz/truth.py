@@ -1,6 +1,6 @@
-"""Ground truth beside prediction: the classes of pixels, and objects with their boxes and masks.
+"""Ground truth and prediction: the classes of pixels, and objects with their boxes and masks.
 
-Classes have the palette's colours, those that take most of the truth first; where there are more
+Classes get the palette's colours in order of their area in the truth; if there are more
 classes than colours, the rest is grey.
 
 Suffixes: C colours, H and W pixels, K objects.
@@ -39,9 +39,9 @@ GROUPS = 2
 """Images side by side."""
 HEADINGS = ("image", "ground truth", "prediction")
 SURE = 0.5
-"""The score from which on an object is drawn."""
+"""Minimum score of a drawn object."""
 MOST = 20
-"""The most objects of an image that are drawn."""
+"""Maximum number of objects drawn per image."""
 OTHER = np.array([(125, 125, 125)])
 
 
@@ -55,7 +55,7 @@ class Segmented(NamedTuple):
 
 
 class Found(NamedTuple):
-    """An image with its objects, and those that were found, best first."""
+    """An image with its objects, and the detections, best first."""
 
     name: str
     image_CHW: Tensor
@@ -67,7 +67,7 @@ class Found(NamedTuple):
 def segmentation_sheet(
     examples: Sequence[tuple[str, Tensor, Tensor, Tensor]], categories: Sequence[str]
 ) -> Figure:
-    """Image, true and predicted class of every pixel, two images a row.
+    """Image, true and predicted class of every pixel, two images per row.
 
     Args:
         examples: the fields of `Segmented`.
@@ -83,9 +83,9 @@ def segmentation_sheet(
         rows.append([_square(tile) for tile in tiles])
     table = _table(
         rows,
-        "Segmentation: what is there, and what was predicted",
-        "The class of every pixel over the grey picture, white lines between classes. Pale: not "
-        "labelled, not judged.",
+        "Segmentation: ground truth and prediction",
+        "The class of every pixel over the grey image, white lines between classes. Pale: not "
+        "labelled, not scored.",
         place,
         categories,
     )
@@ -96,7 +96,7 @@ def detection_sheet(
     examples: Sequence[tuple[str, Tensor, Instances, Instances, Tensor]],
     categories: Sequence[str],
 ) -> Figure:
-    """Image, true objects and those found with a score from `SURE` on, two images a row.
+    """Image, true objects and detections with a score of at least `SURE`, two images per row.
 
     Args:
         examples: the fields of `Found`.
@@ -108,9 +108,9 @@ def detection_sheet(
     photos = [_square(photo_of(item.image_CHW, TILE_PIXELS)) for item in shown]
     table = _table(
         [[photo] * 3 for photo in photos],
-        "Detection: what is there, and what was found",
+        "Detection: ground truth and detections",
         f"Masks and boxes in their class's colour, dashed for a crowd; found: at most {MOST} "
-        f"objects an image, with a score of at least {SURE:g}, which stands below.",
+        f"objects per image, with a score of at least {SURE:g}, shown below.",
         place,
         categories,
         under=0.04 + 2 * inches_of(SMALL),
@@ -132,7 +132,7 @@ def detection_sheet(
 def _class_tiles(
     photo: Image.Image, truth_HW: Tensor, said_HW: Tensor, place: NDArray[np.int64]
 ) -> list[Image.Image]:
-    """True and predicted classes; what is ignored of the truth is not judged either."""
+    """True and predicted classes; pixels ignored in the truth are not scored."""
     true_HW = place[truth_HW.numpy()]
     colours = np.concatenate([[VEIL], PALETTE, OTHER])
     shown_HW = np.where(true_HW == 0, 0, place[said_HW.numpy()])

@@ -42,9 +42,10 @@ def test_tables_and_charts_show_the_counts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_encoder_is_read_and_its_crops_are_shown() -> None:
-    encoder = build_method(tiny_config()).target.eval()
+    config = tiny_config()
+    encoder = build_method(config).target.eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    maps = {kind: {4: some} for kind, some in sequences.encoder_maps(encoder, images)}
+    maps = {kind: {4: some} for kind, some in sequences.encoder_maps(encoder, images, config)}
     assert {some[4].content_BND.shape for some in maps.values()} == {(3, 16, 32)}
     assert len(sequences.others(maps).splitlines()) == 2 + 4
-    assert_legible(sequences.examples(encoder, images, 4))
+    assert_legible(sequences.examples(encoder, images, 4, config))

@@ -50,6 +50,15 @@ def test_both_sides_give_the_same_loss_and_gradients(preset: str, other: str):
         assert (value - yours[name]).norm() <= 1e-4 * yours[name].norm() + 1e-9, name
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.5])
+def test_both_sides_follow_the_curriculum(progress: float):
+    bench = Bench(tiny_config("dseq_vitt8_64", "method.regularizer=none", "data.image_size=64"), 6)
+    at_end = bench.packed_loss()
+    bench.progress = progress
+    assert bench.packed_loss() != at_end
+    torch.testing.assert_close(bench.packed_loss(), bench.dense_loss(), rtol=1e-4, atol=0)
+
+
 def test_the_dense_side_computes_every_patch_of_every_step():
     bench = Bench(tiny_config("dseq_vitt8_64", "method.regularizer=none"), 3)
     seen: list[tuple[int, ...]] = []
@@ -86,7 +95,8 @@ def test_of_one_image_nothing_is_cut_and_the_loss_is_the_packed_one():
         losses.append(bench.truncated_loss(cut) * size_M[step])
     whole = torch.stack(losses).sum() / size_M.sum()
     assert torch.isclose(whole, bench.packed_loss(), rtol=1e-4)
-    assert bench.context_tokens() == context_1C.numel()
+    predicted = int(plan.target_SN.sum())
+    assert bench.tokens() == {"context": context_1C.numel(), "predicted": predicted}
 
 
 def test_a_typical_batch_has_nearly_the_mean_number_of_context_patches():
@@ -106,6 +116,7 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
             base = f"{model}_{precision}"
             assert {base, f"{base}_a05", f"{base}_a05_causal", f"ijepa_{base}"} <= set(names)
             assert {f"ijepa_truncated_{base}", f"ijepa_token_{base}"} <= set(names)
+            assert f"curriculum_{base}" in names
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,8 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
             "step_time.py",
             ["vitt8_64_fp32", "vitt8_64_bf16_a05_causal", "ijepa_vitt8_64_bf16",
              "ijepa_truncated_vitt8_64_bf16", "ijepa_token_vitt8_64_bf16",
+             "ijepa_cut_vitt8_64_fp32", "ijepa_predicted_vitt8_64_fp32",
+             "curriculum_vitt8_64_fp32", "lambda0_vitt8_64_fp32",
              "overhead_vitt8_64_fp32"],
         ),
         ("peak.py", ["vitt8_64_bf16", "memory_vitt8_64_fp32"]),

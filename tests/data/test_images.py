@@ -184,7 +184,7 @@ def test_a_holdout_leaves_at_least_one_image_on_either_side(ten: Source) -> None
     pair = Subset(ten, np.array([0, 1]))
     for fraction in (0.0, 1.0):
         assert [len(part) for part in holdout(pair, seed=0, fraction=fraction)] == [1, 1]
-    with pytest.raises(InputError, match="2 images or more, found 1"):
+    with pytest.raises(InputError, match="at least 2 images, found 1"):
         holdout(Subset(ten, np.array([0])), seed=0)
 
 

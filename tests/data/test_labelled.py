@@ -91,7 +91,7 @@ def test_parts_that_name_different_classes_are_refused(copy: Callable[[str], Pat
         (folder / f"{split}.json").unlink()
     open_both(f"inat:{folder}")
     shutil.rmtree(sorted((folder / "val").iterdir())[3])
-    with pytest.raises(InputError, match=r"different classes .class.: 10 to train with, 9 to test"):
+    with pytest.raises(InputError, match=r"classes .class.: 10 for training, 9 for testing"):
         open_both(f"inat:{folder}")
 
 
@@ -135,7 +135,7 @@ def test_scenes_are_embedded_and_have_a_val_split(size: int, held_out: int) -> N
 
 
 def test_scenes_are_square() -> None:
-    with pytest.raises(InputError, match=r"scenes are square, .* found 32 x 48"):
+    with pytest.raises(InputError, match=r"scenes are square: .* found 32 x 48"):
         open_source("scenes", split="train", size=600, image_size=(32, 48), seed=0)
 
 

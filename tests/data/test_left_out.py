@@ -34,9 +34,9 @@ def test_what_is_left_out_of_a_folder_is_counted_by_kind(tmp_path: Path) -> None
     assert names(folder) == read
     assert all(folder.image(n).shape == (3, 4, 4) for n in range(len(read)))
     assert folder.notes == (
-        f"3 of 10 files in {tmp_path} are left out, which are not images of a format that is read: "
-        "2 .heic, 1 without an ending",
-        f"1 links in {tmp_path} lead nowhere, such as gone.png",
+        f"3 of 10 files in {tmp_path} are left out, because they are not images in a "
+        "supported format: 2 .heic, 1 without an extension",
+        f"1 links in {tmp_path} are broken, such as gone.png",
     )
     assert Subset(folder, np.array([0])).notes == folder.notes
     assert notes_of(folder, *holdout(folder, seed=0)) == folder.notes
@@ -56,11 +56,11 @@ def test_images_without_a_class_do_not_take_the_labels_of_the_others(tmp_path: P
     assert val.labels["class"].tolist() == [0]
     assert train.classes == val.classes == {"class": ("a", "b")}
     assert train.notes == (
-        f"1 of 3 images in {tmp_path}/train lie in no class folder, such as stray.png: "
+        f"1 of 3 images in {tmp_path}/train are in no class folder, such as stray.png: "
         "they are left out",
     )
     assert val.notes == (
-        f"1 of 2 images in {tmp_path}/val lie in no folder that {tmp_path}/train has, such as "
+        f"1 of 2 images in {tmp_path}/val are in no folder that {tmp_path}/train has, such as "
         "c/4.png: they are left out",
     )
     everything = ImageFolder(tmp_path, "train")

@@ -117,7 +117,7 @@ def test_a_damaged_trimap_is_a_bad_image_and_a_missing_one_an_error(copy: Folder
     name = Path(source.name(0)).stem
     path = folder / "annotations" / "trimaps" / f"{name}.png"
     Image.fromarray(np.full(source.image(0).shape[1:], 4, np.uint8)).save(path)
-    with pytest.raises(BadImage, match="expected one number a pixel, 1 to 3"):
+    with pytest.raises(BadImage, match="expected one number per pixel, 1 to 3"):
         source.objects(0)
     Image.fromarray(np.full((5, 5), 1, np.uint8)).save(path)
     with pytest.raises(BadImage, match=r"it is \(5, 5\), its image \(64, 64\)"):

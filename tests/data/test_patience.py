@@ -134,7 +134,7 @@ def test_what_is_being_read_can_be_asked_while_it_is_read(workers: int) -> None:
     while not began:
         threading.Event().wait(0.01)
     try:
-        assert loader.reading() == "reading number 6 (failed 2 times, will be read again)"
+        assert loader.reading() == "reading number 6 (failed 2 times, will be retried)"
     finally:
         go_on[0] = 1
         reader.join()
@@ -172,5 +172,5 @@ def test_a_fingerprint_is_patient_and_says_which_file_has_gone(
     assert folder.fingerprint() == calm
     assert len(seen) == 3
     (tmp_path / "b.png").unlink()
-    with pytest.raises(ValueError, match=r"cannot read .*b\.png, which was there before: No such"):
+    with pytest.raises(ValueError, match=r"cannot read .*b\.png, which existed before: No such"):
         folder.fingerprint()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from dseqjepa.data import scenes
+from dseqjepa.data.layouts import TORSOS, draw_layout
 from dseqjepa.data.scenes import (
     CATEGORIES,
     COLOURS,
@@ -20,6 +23,7 @@ from dseqjepa.data.scenes import (
     Scenes,
     render_scene,
 )
+from dseqjepa.data.solids import SHAPES as SHAPE
 from dseqjepa.errors import InputError
 
 COUNT = 150
@@ -201,3 +205,38 @@ def test_maps_of_class_and_depth_are_those_of_the_scene() -> None:
         assert np.isinf(depth_HW[~near_HW]).all()
     with pytest.raises(IndexError):
         scenes.label_map(6)
+
+
+def test_figures_are_heads_on_the_torso_that_belongs_to_them() -> None:
+    """All that a class shows is its head; a torso says no more than which two heads it may have."""
+    fine = Scenes(60, size=64, seed=5, split="train", fine=True)
+    plain = Scenes(60, size=64, seed=5, split="train")
+    assert fine.fingerprint() != plain.fingerprint()
+    for task in plain.labels:
+        assert (fine.labels[task] == plain.labels[task]).all()
+    pairs = Counter(zip(fine.labels["torso"].tolist(), fine.labels["class"].tolist(), strict=True))
+    assert len(pairs) == 10
+    assert Counter(torso for torso, _ in pairs) == dict.fromkeys(range(5), 2)
+    for index in range(60):
+        scene = fine.scene(index)
+        label = fine.labels["class"][index]
+        assert scene.objects[0].shape == SHAPES[label]
+        assert len(scene.objects) == fine.labels["count"][index] + 1
+        masks_KHW = fine.objects(index).masks_KHW
+        assert len(masks_KHW) == len(scene.objects)
+        seen = set(fine.label_map(index)[masks_KHW[0]].tolist()) - {0, 1}
+        names = SHAPES[label], TORSOS[label % 5]
+        assert seen == {CATEGORIES.index(name) + 1 for name in names}
+
+
+def test_parts_of_a_figure_do_not_part_and_its_torso_tells_nothing_else() -> None:
+    layouts = [draw_layout(5, index, figures=True) for index in range(300)]
+    colours = Counter()
+    for layout in layouts:
+        for head, torso in zip(layout.bodies[::2], layout.bodies[1::2], strict=True):
+            gap = math.dist(head.centre_3, torso.centre_3)
+            assert torso.radius * 0.5 < gap < head.radius + torso.radius
+            assert torso.centre_3[2] - SHAPE[torso.shape].foot * torso.radius == pytest.approx(0)
+            colours[head.colour == torso.colour] += 1
+    share = colours[True] / colours.total()
+    assert share == pytest.approx(1 / len(COLOURS), abs=0.03)

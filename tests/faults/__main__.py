@@ -49,17 +49,17 @@ def page(results: list[Result], seconds: float) -> str:
     """docs/faults.md: what was injected, how often, and what became of it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = [
-        "# What this survives",
+        "# Fault injection",
         "",
         "Every fault is injected for real: real processes, real signals, real files, two ranks",
-        "with gloo. `make faults` does it and writes this page; the tests run a shorter form of",
-        "each row.",
+        "with gloo. `make faults` runs the campaign and writes this page; the tests run a shorter",
+        "form of each row.",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes on a machine with "
         f"{os.cpu_count()} cores ({platform.machine()}) and {memory:.0f} GiB, Linux, "
         f"Python {platform.python_version()}, torch {torch.__version__}.",
         "",
-        "| row | fault | tried | survived | seconds |",
+        "| row | fault | injected | survived | seconds |",
         "|---|---|---|---|---|",
     ]
     for result in results:

@@ -165,7 +165,7 @@ def assert_kept(out: Path, before: dict[str, bytes], said: str) -> None:
     assert "resume=true" in said
 
 
-@fault(3, "Disk full while saving; going on once there is space", quick=2, full=20)
+@fault(3, "Disk full while saving; resumes once there is space", quick=2, full=20)
 def disk_full(attempts: Attempts) -> None:
     whole = train(run_config(), attempts.folder / "whole")
     sizes = random.Random(0)
@@ -183,7 +183,7 @@ def disk_full(attempts: Attempts) -> None:
             assert_same_run(whole, out)
 
 
-@fault(3, "A small disk that is full, then read-only, then mended", quick=1, full=3)
+@fault(3, "A small disk that is full, then read-only, then repaired", quick=1, full=3)
 def small_disk(attempts: Attempts) -> None:
     """A tmpfs of its own where this may be mounted; elsewhere a folder without write permission."""
     whole = train(run_config(), attempts.folder / "whole")
@@ -251,10 +251,15 @@ def assert_refused(out: Path, file: Path) -> None:
             open_checkpoint(out)
     assert str(file.parent) in str(caught.value)
     assert file.name in str(caught.value)
-    assert "resume=5 goes on from there" in str(caught.value)
+    assert "use resume=5" in str(caught.value)
 
 
-@fault(4, "Truncated at every boundary and at random lengths; one bit flipped", quick=60, full=600)
+@fault(
+    4,
+    "Checkpoint truncated at every boundary and at random lengths; one bit flipped",
+    quick=60,
+    full=600,
+)
 def damaged(attempts: Attempts) -> None:
     places = random.Random(0)
     out = attempts.folder / "run"
@@ -286,7 +291,7 @@ def damaged(attempts: Attempts) -> None:
         assert open_checkpoint(out).step == 7
 
 
-@fault(4, "A damaged checkpoint: refused, and an older one taken when it is named", quick=1, full=5)
+@fault(4, "A damaged checkpoint: refused; an older one is used if named", quick=1, full=5)
 def fall_back(attempts: Attempts) -> None:
     whole = train(run_config(), attempts.folder / "whole")
     for number in range(attempts.count):
@@ -355,7 +360,9 @@ CHANGED = {
 }
 
 
-@fault(6, "Another config on resume: shown, refused, accepted by name", quick=len(CHANGED), full=6)
+@fault(
+    6, "A different config on resume: shown, refused, accepted by name", quick=len(CHANGED), full=6
+)
 def other_config(attempts: Attempts) -> None:
     out = attempts.folder / "run"
     stop_early(out, 7)
@@ -370,7 +377,7 @@ def other_config(attempts: Attempts) -> None:
         changed = run_config("dseq", "optim.lr=0.002")
         train(changed, out, resume=True, allow_changed=["config"])
         said = (out / "log.txt").read_text()
-        assert "another config than before: optim.lr was 0.001, is 0.002" in said
+        assert "changed config: optim.lr was 0.001, is 0.002" in said
         assert next(line["lr"] for line in metrics(out) if line["step"] == 9) > 0.001
     changed = run_config("dseq", "model.depth=3")
     with attempts.attempt("misfit"), pytest.raises(InputError, match=r"missing blocks\.2"):
@@ -385,7 +392,7 @@ def newer_format(attempts: Attempts) -> None:
         path = open_checkpoint(out).path / "state.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps(state | {"format": 2}))
-        with pytest.raises(InputError, match="expected format 1, found 2; it is of a newer ver"):
+        with pytest.raises(InputError, match="expected format 1, found 2; it was written by"):
             train(run_config(), out, resume=True)
 
 
@@ -395,7 +402,7 @@ def train_slowly(out: Path, workers: int, resume: bool) -> None:
 
 
 @fault(
-    7, "Two processes in one folder: one is refused; a dead one is no hindrance", quick=2, full=10
+    7, "Two processes in one folder: one is refused; a dead one does not block", quick=2, full=10
 )
 def two_processes(attempts: Attempts) -> None:
     for number in range(attempts.count):
@@ -431,7 +438,12 @@ def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@fault(8, "Retention: whatever lies about, the newest whole one stays", quick=20, full=500)
+@fault(
+    8,
+    "Retention: whatever else is in the folder, the newest intact checkpoint is kept",
+    quick=20,
+    full=500,
+)
 def retention(attempts: Attempts) -> None:
     choice = random.Random(0)
     for number in range(attempts.count):
@@ -480,14 +492,14 @@ def on_another_disk(out: Path) -> contextlib.AbstractContextManager[object]:
 
 
 ODD_DISKS = {
-    "cannot be removed": (cannot_be_removed, "is of no more use and cannot be removed"),
-    "without links": (without_links, "does not lead to step-"),
+    "cannot be removed": (cannot_be_removed, "is obsolete and cannot be deleted"),
+    "without links": (without_links, "does not point to step-"),
     "on another disk": (on_another_disk, ""),
 }
 
 
 @fault(
-    33, "Old checkpoints that stay, a disk without links, checkpoints as a link", quick=3, full=9
+    33, "Undeletable old checkpoints, a disk without links, checkpoints as a link", quick=3, full=9
 )
 def odd_disks(attempts: Attempts) -> None:
     config = run_config("ijepa", "checkpoint.keep=1", "optim.epochs=2")
@@ -510,7 +522,7 @@ def save_without_end(folder: Path) -> None:
         save(folder, step, keep=1)
 
 
-@fault(8, "Read while a run saves and drops the one before", quick=300, full=3000)
+@fault(8, "Checkpoint read while a run saves the next and deletes it", quick=300, full=3000)
 def read_while_saving(attempts: Attempts) -> None:
     folder = attempts.folder / "checkpoints"
     save(folder, 0)

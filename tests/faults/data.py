@@ -133,7 +133,7 @@ def many_scans(count: int) -> bytes:
     return content[:-2] + content[last:-2] * count + content[-2:]
 
 
-@fault(16, "broken and odd image files, one of each kind", quick=35, full=70)
+@fault(16, "Broken and unusual image files, one of each kind", quick=35, full=70)
 def image_files(attempts: Attempts) -> None:
     """One run sees them all, with and without worker processes: what is broken is in
     bad_files.jsonl once, with path and reason, and everything else was trained on."""
@@ -157,7 +157,7 @@ def image_files(attempts: Attempts) -> None:
                 assert f"{len(BROKEN)} images could not be decoded" in said.out
 
 
-@fault(16, "more bad files than data.max_bad allows", quick=2, full=4)
+@fault(16, "More bad files than data.max_bad allows", quick=2, full=4)
 def too_many_bad_files(attempts: Attempts) -> None:
     """At the limit the run goes on; with one more it stops, and the count is exact."""
     for workers in (0, 2) if attempts.full else (0,):
@@ -221,7 +221,7 @@ BOMBS: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-@fault(17, "decompression bombs, memory measured", quick=1, full=7)
+@fault(17, "Decompression bombs, memory measured", quick=1, full=7)
 def bombs(attempts: Attempts) -> None:
     """None takes more than 150 MiB over a run without them, though each claims 0.5 to 11 GiB; the
     largest picture that is allowed takes less than four times its pixels."""
@@ -247,7 +247,9 @@ def bombs(attempts: Attempts) -> None:
             assert most - usual < 4 * 9_000 * 9_000 * 3 / 2**20, f"{most:.0f}, usual {usual:.0f}"
 
 
-@fault(17, "empty folder, one class, link loop, odd names, files that go away", quick=6, full=6)
+@fault(
+    17, "Empty folder, one class, link loop, unusual names, files that disappear", quick=6, full=6
+)
 def folders(attempts: Attempts) -> None:
     decode = images.decode_reduced
     with attempts.attempt("an empty folder"):
@@ -306,7 +308,7 @@ def folders(attempts: Attempts) -> None:
             assert "No such file" in line["reason"]
 
 
-@fault(27, "a disk that fails now and then, and one that hangs", quick=3, full=8)
+@fault(27, "Transient disk errors, and a disk that hangs", quick=3, full=8)
 def flaky_disk(attempts: Attempts) -> None:
     """Reads that fail one time in four change nothing in the run; where one hangs, the log says
     which file is waited for while it hangs."""
@@ -333,7 +335,7 @@ def flaky_disk(attempts: Attempts) -> None:
                 with mock.patch.object(images, "decode_reduced", fail_once), short:
                     said = pretrain(folder, out, f"data.workers={workers}", "data.cache=none")
                 assert said.code == 0, said
-                assert "images had to be read again, such as" in said.out
+                assert "images had to be re-read, such as" in said.out
                 assert not (out / "bad_files.jsonl").exists()
                 ours, theirs = (lines(run / "metrics.jsonl") for run in (out, calm))
                 assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
@@ -359,10 +361,10 @@ def flaky_disk(attempts: Attempts) -> None:
             ]
             assert waiting, said
             assert any("good-011.png" in line for line in waiting), waiting
-            assert "data came after" in said.out
+            assert "data arrived after" in said.out
 
 
-@fault(31, "A disk without room for the features of an evaluation, then with", quick=1, full=3)
+@fault(31, "Disk full for the features of an evaluation, then not", quick=1, full=3)
 def full_cache(attempts: Attempts) -> None:
     """On a tmpfs of its own, which can be mounted where the campaign runs as root."""
     for name in ("a", "b"):

@@ -49,7 +49,7 @@ def nobody_listens(attempts: Attempts) -> None:
             assert "accuracy" in json.loads(out.read_text())["metrics"]
 
 
-@fault(31, "Pictures removed while they are evaluated: said in the result", quick=1, full=3)
+@fault(31, "Pictures removed during an evaluation: noted in the result", quick=1, full=3)
 def changed_meanwhile(attempts: Attempts) -> None:
     measure = knn.evaluate
     for number in range(attempts.count):
@@ -69,7 +69,7 @@ def changed_meanwhile(attempts: Attempts) -> None:
                 assert command(*typed_of(folder / "pictures", out)).code == 0
             warnings = json.loads(out.read_text())["warnings"]
             assert warnings
-            assert "changed while they were evaluated" in warnings[0]
+            assert "changed during the evaluation" in warnings[0]
 
 
 def train_and_stay(folder: Path) -> None:
@@ -85,7 +85,7 @@ def train_and_stay(folder: Path) -> None:
 
 
 @fault(
-    31, "Two evaluations in one folder: one is refused; a dead one is no hindrance", quick=1, full=6
+    31, "Two evaluations in one folder: one is refused; a dead one does not block", quick=1, full=6
 )
 def two_evaluations(attempts: Attempts) -> None:
     whole = trained(attempts.folder / "whole")

@@ -81,7 +81,7 @@ WRONG = {
 }
 
 
-@fault(22, "wrong configs: refused by name before any file exists", quick=49, full=49)
+@fault(22, "Invalid configs: refused by name before any file exists", quick=49, full=49)
 def wrong_configs(attempts: Attempts) -> None:
     folder = pictures(attempts.place("pictures"), 12)
     out = attempts.folder / "out"
@@ -107,7 +107,7 @@ class Execute:
         return os.mkdir, (str(self.path),)
 
 
-@fault(23, "a malicious pickle wherever a checkpoint is expected", quick=14, full=14)
+@fault(23, "A malicious pickle wherever a checkpoint is expected", quick=14, full=14)
 def malicious_pickles(attempts: Attempts) -> None:
     folder = pictures(attempts.place("pictures"), 12)
     run, executed = attempts.folder / "run", attempts.folder / "executed"
@@ -182,7 +182,7 @@ def yaml_tags(attempts: Attempts) -> None:
                 assert not out.exists()
 
 
-@fault(26, "shells, pickles and archives in the source", quick=100, full=100)
+@fault(26, "Source code free of shells, pickles and archive extraction", quick=100, full=100)
 def sources(attempts: Attempts) -> None:
     """Every file of the package, the benchmarks and the tests, by its syntax tree. No code here
     unpacks an archive; what torch's own hold is checked before it is read."""

@@ -74,7 +74,7 @@ def train_with_fault_on_one_rank(
         train(config, out)
 
 
-@fault(18, "NaN, Inf or a jump on one rank of two: both leave the step out", quick=2, full=14)
+@fault(18, "NaN, Inf or a spike on one rank of two: both skip the step", quick=2, full=14)
 def on_one_rank(attempts: Attempts) -> None:
     """The images of both ranks are written down, the state is bit for bit what it was, and the run
     goes on to its end. With whole parameters on each rank, and with spread ones."""
@@ -96,7 +96,7 @@ def on_one_rank(attempts: Attempts) -> None:
             assert [line["step"] for line in metrics(out)][-1] == 20
 
 
-@fault(19, "a loss or a gradient that jumps", quick=2, full=20)
+@fault(19, "A spike in the loss or the gradient", quick=2, full=20)
 def spikes(attempts: Attempts) -> None:
     """With a window of 12 steps: a step fifty times as large is left out and counted."""
     for number in range(attempts.count):
@@ -126,7 +126,7 @@ def half_and_half(index: int) -> np.ndarray:
     return image
 
 
-@fault(20, "constant images, flat saliency, one region, grids that are not square", quick=5, full=9)
+@fault(20, "Constant images, flat saliency, one region, non-square grids", quick=5, full=9)
 def nothing_to_see(attempts: Attempts) -> None:
     """The loss stays finite, and images without regions are counted."""
     cases: dict[str, tuple[Callable[[int], np.ndarray], list[str]]] = {
@@ -188,7 +188,7 @@ def nothing_to_see(attempts: Attempts) -> None:
 TINY_HEALTH = (*health.SIZE, "data.batch_size=32", "model.depth=2")
 
 
-@fault(21, "collapse: raised where it is, not raised where it is not", quick=2, full=16)
+@fault(21, "Collapse: alarm if and only if there is one", quick=2, full=16)
 def collapse(attempts: Attempts) -> None:
     """EMA momentum 0 without stop-gradient raises the alarm; five healthy seeds of both methods
     raise none. `make faults` also runs the other ways to break a run of docs/health.md."""
@@ -210,8 +210,8 @@ def collapse(attempts: Attempts) -> None:
             assert bool(alarms) == bool(health.KINDS[kind].broken), [str(v) for v in told.values()]
 
 
-EASY_TO_SEE = ("no-stop-gradient", "momentum-0", "lr-too-high", "no-regulariser-batch-8",
-               "no-regulariser", "blind-target")  # fmt: skip
+EASY_TO_SEE = ("no-stop-gradient", "momentum-0", "lr-too-high", "no-regularizer-batch-8",
+               "no-regularizer", "blind-target")  # fmt: skip
 
 
 def resident_mib() -> float:

@@ -66,7 +66,7 @@ def train_and_signal(out: Path, where: str, numbers: list[int], number: int, pau
 PLACES = [("step", 1), ("step", 9), ("evaluation", 1), ("evaluation", 3), ("save", 3), ("save", 17)]
 
 
-@fault(13, "SIGTERM in a step, in an evaluation, during a save: 143, resumable", quick=3, full=18)
+@fault(13, "SIGTERM during a step, an evaluation, a save: exit 143, resumable", quick=3, full=18)
 def terminated(attempts: Attempts) -> None:
     whole = attempts.folder / "whole"
     train_here(whole, False)
@@ -88,7 +88,7 @@ def terminated(attempts: Attempts) -> None:
             assert_same_run(whole, out)
 
 
-@fault(13, "A second SIGTERM, or SIGINT: at once, nothing torn", quick=4, full=24)
+@fault(13, "A second SIGTERM, or SIGINT: immediate exit, no partial files", quick=4, full=24)
 def at_once(attempts: Attempts) -> None:
     whole = attempts.folder / "whole"
     train_here(whole, False)
@@ -128,7 +128,7 @@ def train_and_lose(out: Path, what: str, number: int) -> None:
     pretrain(run_config("dseq", *CONFIG), out, source=Pictures(), probe=probe)
 
 
-@fault(13, "A closed terminal, a closed pipe: saved, or not ended at all", quick=2, full=12)
+@fault(13, "A closed terminal, a closed pipe: saved, or unaffected", quick=2, full=12)
 def terminal_lost(attempts: Attempts) -> None:
     whole = attempts.folder / "whole"
     train_here(whole, False)
@@ -144,7 +144,7 @@ def terminal_lost(attempts: Attempts) -> None:
                 train_here(out, True)
             else:
                 assert ends([child], 240) == [0], log.read_text()
-                assert "the console is gone (Broken pipe)" in (out / "log.txt").read_text()
+                assert "the console is closed (Broken pipe)" in (out / "log.txt").read_text()
             assert_same_run(whole, out)
 
 
@@ -192,7 +192,7 @@ FATES = [
 
 @fault(
     14,
-    "A rank is stopped, killed, frozen, late or broken: none hangs, it is named",
+    "A rank is stopped, killed, frozen, late or broken: it is named, none hangs",
     quick=5,
     full=20,
 )
@@ -218,7 +218,7 @@ def one_rank(attempts: Attempts) -> None:
             assert code == [1], text
             assert took < WAIT_S + 5, f"{took:.1f} s"
             assert said in text.splitlines()[-1], text
-            assert "resume=true goes on from the last checkpoint" in text
+            assert "resume=true continues from the last checkpoint" in text
             open_checkpoint(out)
 
 
@@ -244,7 +244,7 @@ def rank_unlike(out: Path, setting: str) -> None:
     train(run_config("dseq", "runtime.timeout_s=60", *own), out)
 
 
-@fault(14, "Ranks started with unlike settings: named by key and rank", quick=1, full=8)
+@fault(14, "Ranks started with different settings: named by key and rank", quick=1, full=8)
 def unlike_ranks(attempts: Attempts) -> None:
     for attempt in range(attempts.count):
         setting = UNLIKE[attempt % len(UNLIKE)]
@@ -287,7 +287,7 @@ def readers(attempts: Attempts) -> None:
             assert ends([start(train_with_readers, out, fate, log=log)], 240) == [1]
             text = log.read_text()
             if fate == "killed":
-                said = r"a process that reads images has died \(process \d+ by signal 9\)"
+                said = r"a data loader worker died \(process \d+ by signal 9\)"
                 assert re.search(said, text.splitlines()[-1]), text
             else:
                 assert "ZeroDivisionError: a bug in image 11" in text

@@ -86,7 +86,7 @@ def log_of(log: Path) -> str:
 
 @fault(
     9,
-    f"Cut at {STEPS} steps, also between micro-batches; workers 0 and 2, ranks 1 and 2",
+    f"Interrupted at {STEPS} steps, also between micro-batches; workers 0 and 2, ranks 1 and 2",
     quick=4,
     full=4 * STEPS,
 )
@@ -136,7 +136,7 @@ def seen_in_epochs(seen: Path) -> list[list[int]]:
     return epochs
 
 
-@fault(10, "Another number of workers on resume: identical", quick=2, full=12)
+@fault(10, "A different number of workers on resume: identical", quick=2, full=12)
 def other_workers(attempts: Attempts) -> None:
     whole = train(config_of(0), attempts.folder / "whole")
     pairs = [(0, 2), (2, 1), (1, 0), (3, 2)]
@@ -153,7 +153,9 @@ def other_workers(attempts: Attempts) -> None:
             assert_same_run(whole, out)
 
 
-@fault(10, "Two ranks, then one, and back: every sample once an epoch, and said", quick=1, full=6)
+@fault(
+    10, "Two ranks, then one, and back: every sample once per epoch, and logged", quick=1, full=6
+)
 def other_ranks(attempts: Attempts) -> None:
     whole = train(config_of(0), attempts.folder / "whole")
     for number in range(attempts.count):
@@ -198,7 +200,7 @@ def train_and_die(config: Config, out: Path, number: int) -> None:
     train(config, out)
 
 
-@fault(33, "Killed before and in the first save: resume=auto starts it again", quick=2, full=10)
+@fault(33, "Killed before and during the first save: resume=auto restarts it", quick=2, full=10)
 def killed_at_the_start(attempts: Attempts) -> None:
     config = config_of(0)
     whole = train(config, attempts.folder / "whole")
@@ -237,7 +239,7 @@ def other_data(attempts: Attempts) -> None:
                 pretrain(config, out, resume=True, console=quiet())
             assert (open_checkpoint(out).step, len(metrics(out))) == (step, before)
             pretrain(config, out, resume=True, allow_changed=["data"], console=quiet())
-            assert "other images than before" in (out / "log.txt").read_text()
+            assert "changed images" in (out / "log.txt").read_text()
             assert open_checkpoint(out).step > step
 
 

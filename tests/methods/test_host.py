@@ -81,7 +81,9 @@ CASES = [
     ("dseq_vitt8_64", "predictor.attention=cross", "target.blocks=2"),
     ("ijepa_vitt8_64",),
     ("ijepa_vitt8_64", "method.regularizer=sigreg", "data.photometric=0.2"),
+    ("dseq_vitt8_64", "data.context_window=0.5"),
     ("ijepa_vitt8_64", "method.blocks.kind=scattered"),
+    ("ijepa_vitt8_64", "method.blocks.truncate=batch"),
     ("cjepa_vitt8_64", "method.vicreg.projector_width=8"),
 ]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import dseqjepa as dj
 from dseqjepa.methods import build_method
 from dseqjepa.model.look import Look, target_features
+from dseqjepa.model.windows import draw_windows, sample_tokens, sample_windows
 from dseqjepa.plans.blocks import sample_blocks
 from dseqjepa.plans.plan import Plan
 from dseqjepa.plans.regions import rank_regions
@@ -340,8 +341,29 @@ def test_photometric_changes_reach_both_encoders_and_the_plan_stays(views: str):
         tiny_config("ijepa_vitt8_64", "data.photometric=0.5", f"data.photometric_views={views}")
     )
     images, keys = float_images(4), torch.arange(4)
-    context, target = method._views(images, keys)
+    context, sight = method._views(images, keys)
     assert not torch.equal(context, images)
-    assert torch.equal(context, target) == (views == "shared")
-    assert torch.equal(method._views(images[1:3], keys[1:3])[1], target[1:3])
+    seen = method.look(context).patches_BND
+    assert torch.equal(seen, sight.patches_BND) == (views == "shared")
+    part = method._views(images[1:3], keys[1:3])[1]
+    torch.testing.assert_close(part.patches_BND, sight.patches_BND[1:3])
     assert method(images, progress=0.0, keys_B=keys).loss.isfinite()
+
+
+@pytest.mark.parametrize("preset", ["ijepa_vitt8_64", "dseq_vitt8_64"])
+def test_targets_of_a_context_window_are_features_at_its_places(preset: str):
+    method = dj.build_method(tiny_config(preset, "data.context_window=0.2"))
+    images, keys = float_images(6), torch.arange(6)
+    grid, whole = method.target.grid_of(images), method.look(images)
+    context, sight = method._views(images, keys)
+    window_B23 = draw_windows(keys, 0.2)
+    assert torch.equal(context, sample_windows(images, window_B23))
+    for found, features in (
+        (sight.patches_BND, whole.patches_BND),
+        (sight.content_BND, whole.content_BND),
+    ):
+        if features is not None:
+            assert torch.equal(found, sample_tokens(features, grid, window_B23))
+    assert (sight.saliency_BN is None) == (whole.saliency_BN is None)
+    assert not torch.allclose(sight.patches_BND, method.look(context).patches_BND)
+    assert method(images, progress=1.0, keys_B=keys).loss.isfinite()

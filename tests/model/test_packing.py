@@ -48,7 +48,7 @@ def models(class_token: bool) -> tuple[VisionTransformer, Predictor]:
     ).double()
     predictor = Predictor(grid=GRID, encoder_width=16, width=8, depth=2, heads=2).double()
     for module in (encoder, predictor):
-        for parameter in module.parameters():  # far from the small values of the initialisation
+        for parameter in module.parameters():  # far from the small values of the initialization
             torch.nn.init.normal_(parameter, std=0.3)
     return encoder, predictor
 

@@ -220,3 +220,21 @@ def test_areas_that_no_block_has_are_refused(limits: tuple[float, float]) -> Non
 def test_aspects_that_no_block_has_are_refused(limits: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="aspect"):
         rectangles(1, (4, 4), aspect=limits)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (6, 11), (2, 3)])
+def test_truncated_contexts_are_the_first_patches_of_one_length(grid: Grid) -> None:
+    keys_B = keys(64)
+    blocks = sample_blocks(keys_B, grid, truncate=True)
+    size_BM = blocks.target_BMN.sum(dim=2)
+    assert (size_BM == size_BM[0, 0]).all()  # one size of target in the whole batch
+    wide = sample_blocks(keys_B, grid, truncate=False)
+    assert blocks.target_BMN[0, 0].sum() == wide.target_BMN[0, 0].sum()  # that of the first image
+    length_B = blocks.context_BN.sum(dim=1)
+    kept = int(length_B.max())
+    assert set(length_B.tolist()) <= {0, kept}
+    assert kept > 0
+    assert not (blocks.context_BN & blocks.target_BMN.any(dim=1)).any()
+    alone = sample_blocks(keys_B[:1], grid, truncate=True)  # a batch of one loses nothing
+    assert torch.equal(alone.target_BMN, blocks.target_BMN[:1])
+    assert torch.equal(alone.context_BN.nonzero()[:kept], blocks.context_BN[:1].nonzero())

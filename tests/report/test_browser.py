@@ -193,7 +193,7 @@ def test_the_numbers_of_the_curves_are_those_of_the_metrics(page: Page, made: Ru
     lines = logged(made[0])
     keys = {
         "prediction": "prediction_loss", "predicting the mean": "mean_prediction_loss",
-        "with regulariser": "loss",
+        "with regularizer": "loss",
     }  # fmt: skip
     at_end = {name: f"{lines[-1][key]:.4g}" for name, key in keys.items()}
     assert legend(page, "Prediction loss") == at_end

@@ -17,7 +17,7 @@ from tests.report.test_words import run_of
 KEYS = {
     "prediction": "prediction_loss",
     "predicting the mean": "mean_prediction_loss",
-    "with regulariser": "loss",
+    "with regularizer": "loss",
     "skill": "skill",
     "kNN probe": "probe_knn",
     "RankMe": "rank_me",
@@ -27,7 +27,7 @@ KEYS = {
     "by image": "variance_image",
     "left over": "variance_rest",
     "size": "region_area",
-    "regulariser": "regularizer",
+    "regularizer": "regularizer",
     "regions": "regions",
     "steps": "steps_per_image",
     "ranked": "ranked_share",
@@ -88,7 +88,7 @@ def test_several_runs_share_a_chart(made: tuple[Path, Path]):
     assert [series["colour"] for series in skill] == [0, 1]
     for series, run in zip(skill, made, strict=True):
         assert series["y"] == [line["skill"] for line in logged(run) if "loss" in line]
-    assert [series["name"] for series in found["Regions of an image"]["series"]] == [RUN]
+    assert [series["name"] for series in found["Regions per image"]["series"]] == [RUN]
     assert {f"Loss by prediction step: {name}" for name in (RUN, "second")} < found.keys()
 
 
@@ -134,4 +134,4 @@ def test_runs_that_differ_in_their_seed_are_one_line_with_a_band():
         "low": [3, 1], "high": [5, 1],
     }  # fmt: skip
     assert alone == {"name": "run2", "colour": 2, "x": [0, 1], "y": [7, 7]}
-    assert chart["meaning"].endswith("A band reaches from the lowest to the highest seed.")
+    assert chart["meaning"].endswith("Bands span the lowest to the highest seed.")

@@ -109,7 +109,7 @@ def test_a_strangers_run_shows_no_pictures_of_the_folder_that_it_names(runs: Run
     redirect(runs[1], str(tmp_path / "private"))
     lens = build_lens(read(runs[1]), 2, DEFAULT)
     assert lens.content is None
-    assert "holds other images than the run saw" in lens.notes[0]
+    assert "contains other images than the run saw" in lens.notes[0]
 
 
 def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
@@ -127,14 +127,14 @@ def test_what_cannot_be_shown_is_said(runs: Runs, tmp_path: Path):
         (folder / "state.json").write_text("{")
     assert build_lens(run, 2, DEFAULT).content is None
     shutil.rmtree(runs[0] / "checkpoints")
-    assert build_lens(read(runs[0]), 2, DEFAULT).notes == [
-        "There is no checkpoint to look through."
-    ]
+    assert build_lens(read(runs[0]), 2, DEFAULT).notes == ["There is no checkpoint to show."]
 
     redirect(runs[1], "gone")
     lens = build_lens(read(runs[1]), 2, DEFAULT)
     assert lens.content is None
-    assert lens.notes[0].startswith("The images are not there any more (the images that ")
+    assert lens.notes[0].startswith(
+        "The images are no longer available (cannot find the images that "
+    )
 
 
 def test_no_more_checkpoints_than_can_be_scrubbed(made: Runs, monkeypatch: pytest.MonkeyPatch):

@@ -102,7 +102,7 @@ def test_what_was_typed_wrongly_is_refused_before_anything_is_written(runs: Runs
     (tmp_path / "folder.html").mkdir()
     new = tmp_path / "new" / "a.html"
     for paths, out, images, part in (
-        ([runs[0]], tmp_path, 1, "is a folder: name a file, such as"),
+        ([runs[0]], tmp_path, 1, "is a folder: give a file, such as"),
         ([runs[0]], tmp_path / "folder.html", 1, "is a folder"),
         ([runs[0]], tmp_path / "a.pdf", 1, "must end in .html"),
         ([runs[0]], runs[0] / "metrics.jsonl", 1, "must end in .html"),
@@ -140,7 +140,7 @@ def test_a_run_with_nothing_in_it_has_a_page(runs: Runs, tmp_path: Path):
     (runs[0] / "evaluations").rename(tmp_path / "other")
     text = write_report([runs[0]], tmp_path / "a.html").read_text()
     assert "nothing was logged yet" in text
-    assert "There is no checkpoint to look through" in text
+    assert "There is no checkpoint to show" in text
     assert 'id="lens"' not in text
     assert 'id="curves"' not in text
 

@@ -32,7 +32,7 @@ def test_every_number_of_the_metrics_is_there(made: Runs):
         for number, loss in enumerate(by_step, start=1):
             assert line.get(step_loss(number)) == loss
     assert run.notes == []
-    assert run.start == "random initialisation"
+    assert run.start == "random initialization"
     assert run.total_steps == run.steps[-1]["step"] == 15
     assert [path.name for path in run.checkpoints] == [f"step-{3 * n:08d}" for n in range(6)]
 
@@ -110,7 +110,7 @@ def test_what_is_no_run_is_refused(runs: Runs, tmp_path: Path):
         ([], "found none"),
         ([tmp_path / "gone"], "no such run"),
         ([tmp_path / "file"], "found the file"),
-        ([tmp_path / "empty"], "holds no config.yaml"),
+        ([tmp_path / "empty"], "has no config.yaml"),
         ([tmp_path], "did you mean"),
         ([runs[0], runs[0]], "given twice"),
     ):

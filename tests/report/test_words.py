@@ -71,7 +71,7 @@ def test_the_verdict_is_the_monitors():
     found = verdict(run_of(steps=steps))
     sentence = str(verdicts(steps)[30])
     assert f"{found.sentence[:-1]} [{found.figures}]" == sentence[0].upper() + sentence[1:]
-    assert (found.tone, found.more) == ("bad", "It is judged so from step 30 on.")
+    assert (found.tone, found.more) == ("bad", "This has been the verdict since step 30.")
     assert verdict(run_of(steps=lines(GOOD, GOOD))).tone == "good"
     fine = "No sign of collapse, and better than predicting the mean target."
     assert verdict(run_of(steps=lines(GOOD, GOOD))).more == fine
@@ -79,9 +79,7 @@ def test_the_verdict_is_the_monitors():
     assert verdict(run_of()).tone == "none"
     passed = verdict(run_of(steps=lines(GOOD, *[COLLAPSED] * 3, GOOD, *[COLLAPSED] * 2, GOOD)))
     assert passed.tone == "good"
-    assert passed.more == (
-        f"{fine} It was judged otherwise before: an alarm at steps 30 to 40 and step 70."
-    )
+    assert passed.more == (f"{fine} There was an alarm earlier, at steps 30 to 40 and step 70.")
 
 
 @pytest.mark.parametrize(

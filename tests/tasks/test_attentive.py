@@ -161,6 +161,6 @@ def test_only_images_of_the_limit_are_read(tmp_path: Path) -> None:
 
 def test_a_single_patch_is_refused(tmp_path: Path) -> None:
     job = make_job(Pixels(SIZE), Cards(20), Cards(10), tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="raw pixels gives one patch an image, expected several"):
+    with pytest.raises(InputError, match="raw pixels has one patch per image, expected several"):
         evaluate(job, config_of())
     assert list(tmp_path.iterdir()) == []

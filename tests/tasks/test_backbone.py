@@ -204,7 +204,7 @@ def test_pixels_are_the_normalised_image() -> None:
         ("timm:vit_tiny_patch16_225", {}, "has no model .* did you mean 'vit_tiny_patch16_224'"),
         ("random:dseq_vitt_dem", {}, "did you mean"),
         ("random:vitt_demo", {"image_size": (63, 64)}, "63 x 64 is not a multiple of the patch"),
-        ("pixels", {"pretrained": True}, "pretrained=true belongs to timm:NAME"),
+        ("pixels", {"pretrained": True}, "pretrained=true is only for timm:NAME"),
     ],
 )
 def test_what_is_no_backbone_is_one_line(spec: str, settings: Any, message: str) -> None:

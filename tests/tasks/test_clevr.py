@@ -95,7 +95,7 @@ def test_the_classifier_is_a_linear_layer_by_adamw() -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     feature_MD = torch.ones(4, 2)
     feature_MD[0, 0] = torch.inf
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="non-finite"):
         fit_linear(
             feature_MD, torch.zeros(4, dtype=torch.int64),
             classes=2, config=ClevrConfig(), device=torch.device("cpu"),

@@ -180,7 +180,7 @@ def test_standardised_features_are_those_of_batch_norm() -> None:
 def test_features_that_are_not_finite_are_refused() -> None:
     feature_MD, _ = make_data()
     feature_MD[3, 2] = torch.nan
-    with pytest.raises(InputError, match="training features are not finite"):
+    with pytest.raises(InputError, match="training features are non-finite"):
         Standardized.by(as_rows(feature_MD), columns(6))
 
 
@@ -201,7 +201,7 @@ def test_a_hold_out_has_its_share_of_every_class(share: float) -> None:
 def test_a_hold_out_is_never_empty() -> None:
     fit_M, held_M = split_by_class(torch.arange(7), 0.1, seed=0)
     assert (len(fit_M), len(held_M)) == (6, 1)
-    with pytest.raises(InputError, match="2 images or more"):
+    with pytest.raises(InputError, match="at least 2 images"):
         split_by_class(torch.zeros(1, dtype=torch.int64), 0.1, seed=0)
 
 

@@ -209,7 +209,7 @@ def test_bad_input_is_named() -> None:
     one_MD, label_M = torch.ones(1, 2), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(InputError, match="at least 2 labelled images, found 1"):
         knn_predict(one_MD, label_M, one_MD, classes=1, exclude_self=True)
-    with pytest.raises(InputError, match="1 of 1 test features are not finite"):
+    with pytest.raises(InputError, match="1 of 1 test features are non-finite"):
         knn_predict(one_MD, label_M, one_MD / 0, classes=1)
     with pytest.raises(InputError, match="k >= 1, found 0"):
         knn_predict(one_MD, label_M, one_MD, classes=1, k=0)

@@ -156,7 +156,7 @@ def test_a_sweep_tries_what_the_backbone_has() -> None:
     found = features_for(every, Seer("noise"))
     assert found == ["block0", "block1", "block2", "block3"]  # `last` is block3
     assert all_pieces(found, Seer("noise")) == LAST4
-    with pytest.raises(InputError, match=r"all read a \[CLS\], which noise has not"):
+    with pytest.raises(InputError, match=r"all need \[CLS\], which noise lacks"):
         features_for(SweepConfig(features=("cls",)), Seer("noise"))
 
 

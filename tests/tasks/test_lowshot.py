@@ -53,6 +53,6 @@ def test_a_list_says_which_images(tmp_path: Path) -> None:
 def test_one_label_is_too_few(tmp_path: Path) -> None:
     alike = Cards(50)
     alike.labels = {"class": 0 * alike.labels["class"]}
-    with pytest.raises(InputError, match="2 labelled images or more, found 1"):
+    with pytest.raises(InputError, match="at least 2 labelled images, found 1"):
         run(alike, tmp_path, "fraction=0.01")
     assert run(Cards(50), tmp_path, "fraction=0.01", "draws=1").n_train == CLASSES

@@ -67,8 +67,8 @@ def test_without_data_a_run_is_tested_on_its_own_wherever_one_stands(
     assert evaluate("knn", "../runs/0") == 2  # its namesake here has other files
     said = capsys.readouterr().err
     assert "no such folder" in said
-    assert "pictures holds other images than the run saw" in said
-    assert "name them by data=PATH" in said
+    assert "pictures contains other images than the run saw" in said
+    assert "give their path as data=PATH" in said
     shutil.rmtree(other / "pictures")
     shutil.copytree(here / "gone", other / "pictures")
     assert evaluate("knn", "../runs/0") == 0  # moved along with the working directory
@@ -232,9 +232,9 @@ def test_other_weights_and_backbones(here: Path) -> None:
     [
         (
             ["knn", "pixels", "data=pictures"],
-            "out=FILE.json is missing: pixels has no run's folder",
+            "out=FILE.json is missing: pixels is not a run",
         ),
-        (["knn", "pixels", "out=a.json"], "data=PATH is missing: pixels does not say"),
+        (["knn", "pixels", "out=a.json"], "data=PATH is missing: pixels does not record"),
         (["knn", "runs/0", "out=runs"], "out=runs is a folder: name a file"),
         (["finetune", "pixels", "data=pictures", "out=a.json"], "no transformer blocks to train"),
         (["linear", "runs/0", "batch_size=64"], "48 training images are fewer than a batch of 64"),
@@ -245,12 +245,12 @@ def test_other_weights_and_backbones(here: Path) -> None:
         (["knn", "runs/0", "features=last+"], "unknown feature ''"),
         (
             ["attentive", "pixels", "data=pictures", "out=a.json"],
-            "raw pixels gives one patch an image, expected several to look at",
+            "raw pixels has one patch per image, expected several to attend to",
         ),
         (["attentive", "runs/0", "task=count"], "expected labels for task 'count'"),
         (["attentive", "runs/0", "pooling=max"], "pooling must be 'attention' or 'mean'"),
         (["dense", "runs/0"], "dense needs the class or depth of every pixel, which this data"),
-        (["dense", "pixels", "data=scenes", "size=10", "out=a.json"], "dense needs a grid of them"),
+        (["dense", "pixels", "data=scenes", "size=10", "out=a.json"], "dense needs a grid of"),
         (["knn", "runs/0", "center=image"], "center must be 'none' or 'place', found 'image'"),
     ],
 )
@@ -337,7 +337,7 @@ def test_a_picture_removed_in_between_costs_no_result(
     assert evaluate("knn", "runs/0", "baselines=false") == 0
     found = json.loads((here / "runs/0/evaluations/knn.json").read_text())
     (warning,) = found["warnings"]
-    assert warning.startswith("warning: the test images changed while they were evaluated: cannot")
+    assert warning.startswith("warning: the test images changed during the evaluation: cannot")
     assert "pictures/val/b/3.png" in warning
     assert warning in capsys.readouterr().out
     assert [line["encoder"] for line in found["results"]] == ["majority", "dseq, step 5"]

@@ -21,10 +21,10 @@ def test_a_list_names_images_by_the_end_of_their_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("999.png\n", "1 of 1 lines are no image of the training split: 999.png"),
-        ("7.png\n9/8.png\n998.png\n", "2 of 3 lines are no image .*: 9/8.png and 1 more"),
-        ("", "0 of 0 lines are no image"),
-        ("7.png\n0/7.png\n", "names an image twice"),
+        ("999.png\n", "1 of 1 lines match no image of the training split: 999.png"),
+        ("7.png\n9/8.png\n998.png\n", "2 of 3 lines match no image .*: 9/8.png and 1 more"),
+        ("", "0 of 0 lines match no image"),
+        ("7.png\n0/7.png\n", "lists an image twice"),
     ],
 )
 def test_a_list_that_does_not_fit_is_one_line(tmp_path: Path, text: str, said: str) -> None:

@@ -122,7 +122,7 @@ def test_features_of_something_else_are_refused(
 ) -> None:
     keep(tmp_path / "a", Cards(IMAGES))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    with pytest.raises(InputError, match=f"{said}: name another cache=DIR"):
+    with pytest.raises(InputError, match=f"{said}: give another cache=DIR"):
         keep(tmp_path / "a", **{"source": Cards(IMAGES), **changes})
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
@@ -163,7 +163,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         keep(folder, source)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
-    with pytest.raises(InputError, match="holds other files"):
+    with pytest.raises(InputError, match="contains other files"):
         keep(tmp_path / "full", source)
 
 

@@ -105,7 +105,7 @@ def test_what_is_no_result_is_passed_over_or_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         collect([tmp_path / "gone"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no results below"):
+    with pytest.raises(InputError, match="no results in"):
         collect([tmp_path / "empty"])
 
 

@@ -74,7 +74,7 @@ def evaluate(folder: Path, task: str, *settings: str) -> None:
     test = Everything(own / "test", task, 7, "val")
     config = TASKS[task].from_settings([*(SETTINGS | FROZEN)[task], "max_bad=0.5", *settings])
     job = job_of(folder, train, test, ranks=ranks)
-    # What is dropped, and what is normalised, depends on the parts; the latter must not on ranks.
+    # What is dropped, and what is normalized, depends on the parts; the latter must not on ranks.
     if task == "segmentation":
         whole = segmentation.Segmenter
         segmentation.Segmenter = lambda *a, **k: without_dropout(whole(*a, **k))  # type: ignore

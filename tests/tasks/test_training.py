@@ -250,7 +250,7 @@ def test_a_stop_that_is_asked_for_in_the_last_step_is_not_lost(tmp_path: Path) -
 
 def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> None:
     first = trained(tmp_path)
-    with pytest.raises(InputError, match="resume=true goes on with it, overwrite=true"):
+    with pytest.raises(InputError, match="resume=true to continue it, overwrite=true"):
         trained(tmp_path)
     assert_equal(trained(tmp_path, resume=True), first)  # finished: nothing is left to do
     with pytest.raises(InputError, match="another config: overwrite=true"):
@@ -426,7 +426,7 @@ def test_a_test_set_is_read_once_in_its_order(workers: int) -> None:
 
 def test_a_loss_that_is_not_finite_ends_it_before_anything_is_saved(tmp_path: Path) -> None:
     recipe = Recipe(**{**RECIPE.__dict__, "lr": 1e30, "clip": None})
-    with pytest.raises(RunError, match="not finite at step"):
+    with pytest.raises(RunError, match="non-finite at step"):
         trained(tmp_path, recipe)
     assert not (tmp_path / "checkpoints").exists()
 

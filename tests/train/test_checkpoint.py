@@ -267,7 +267,7 @@ def test_what_cannot_be_removed_is_said_and_stops_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", refuse)
         write(3)
-    assert said == [f"{tmp_path}/step-00000002 is of no more use and cannot be removed: "
+    assert said == [f"{tmp_path}/step-00000002 is obsolete and cannot be deleted: "
                     "Permission denied"]  # fmt: skip
     assert open_checkpoint(tmp_path).step == 3
     write(4)
@@ -286,7 +286,7 @@ def test_a_disk_without_links_can_be_trained_on(
         save_checkpoint(tmp_path, step, {"one": {"x": torch.zeros(3)}}, {}, 2, said.append)
     assert names(tmp_path) == {"step-00000001", "step-00000002"}
     assert open_checkpoint(tmp_path).step == 2
-    assert said[0].startswith(f"{tmp_path}/last does not lead to step-00000001")
+    assert said[0].startswith(f"{tmp_path}/last does not point to step-00000001")
 
 
 def test_a_step_that_is_written_again_takes_the_place_of_the_old_one_at_once(
@@ -410,7 +410,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 4)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 2}))
-    assert f"{folder}: expected format 1, found 2; it is of a newer version" in refusal(folder)
+    assert f"{folder}: expected format 1, found 2; it was written by a newer version" in refusal(
+        folder
+    )
     (folder / "state.json").write_text(json.dumps(state | {"format": 0}))
     assert refusal(folder).endswith(f"{folder}: expected format 1, found 0")
 

@@ -28,11 +28,11 @@ def test_a_long_wait_is_told_while_it_lasts_and_less_and_less_often(impatient: N
         during = list(said)
     time.sleep(0.1)
     watch.close()
-    line = re.compile(r"waiting for data since (\d+) s: reading x\.png")
+    line = re.compile(r"waiting for data for (\d+) s: reading x\.png")
     assert all(map(line.fullmatch, during))
     assert 2 <= len(during) <= 4  # at 0.1, 0.2, 0.4 and 0.8 seconds, or later
     assert [entry for entry in said if not line.fullmatch(entry)] == [said[-1]]
-    assert said[-1].startswith("data came after ")
+    assert said[-1].startswith("data arrived after ")
     assert clock.waited >= 0.95
 
 

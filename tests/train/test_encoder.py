@@ -123,9 +123,9 @@ def test_images_of_every_kind_are_prepared_alike(encoder: TrainedEncoder) -> Non
     assert encoder.preprocess(array, (16, 48)).shape == (1, 3, 16, 48)
     assert encoder(encoder.preprocess(array)).patches_BND.shape == (1, 16, 32)
     for wrong in (array / 255, array[..., :2], torch.zeros(3, 4, 4)):
-        with pytest.raises(ValueError, match="expected a picture of Pillow, bytes"):
+        with pytest.raises(ValueError, match="expected a Pillow image, bytes"):
             encoder.preprocess([wrong])
-    with pytest.raises(ValueError, match="expected an image, found none"):
+    with pytest.raises(ValueError, match="expected at least one image, found none"):
         encoder.preprocess([])
 
 

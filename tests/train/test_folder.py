@@ -105,7 +105,7 @@ def test_a_run_that_cannot_be_removed_is_named(
 
     out = a_run(tmp_path / "run")
     monkeypatch.setattr(folder, "remove", refuse)
-    with pytest.raises(InputError, match=rf"old run in {out} cannot be removed: .*: Permission"):
+    with pytest.raises(InputError, match=rf"old run in {out} cannot be deleted: .*: Permission"):
         claimed(out, True, None).__enter__()
 
 

@@ -192,7 +192,7 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     state["norm.weight"] = torch.zeros(WIDTH, dtype=torch.int64)
     state["pos_embed"] = torch.zeros(1).expand(1, 1 << 40, WIDTH)
     said = refused(tmp_path, state)
-    assert "norm.bias is not finite" in said
+    assert "norm.bias has non-finite values" in said
     assert "norm.weight is torch.int64" in said
     assert "pos_embed claims more bytes than the file has" in said
 
@@ -203,7 +203,10 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
         ([1, 2], "holds no state dict: found list"),
         ({}, "holds no state dict: found dict"),
         ({"encoder": 3}, "file.pth holds no state dict: found int"),
-        ({"a": torch.zeros(2)}, "no plain ViT with timm's names: missing patch_embed.proj.weight"),
+        (
+            {"a": torch.zeros(2)},
+            "not a plain ViT with timm's names: missing patch_embed.proj.weight",
+        ),
         (
             {
                 "patch_embed.proj.weight": torch.zeros(8, 3),
@@ -231,7 +234,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
     "sparse": (lambda: plain(norm__bias=torch.zeros(WIDTH).to_sparse()), "norm.bias has no"),
     "zero patch": (
         lambda: plain(patch_embed__proj__weight=torch.zeros(WIDTH, 3, 0, 0)),
-        "expected square patches of 3 colours",
+        "expected square patches with 3 channels",
     ),
     "no positions": (lambda: plain(pos_embed=torch.zeros(1, 0, WIDTH)), "expected square patches"),
     "very many": (lambda: {f"k{n}": torch.zeros(1) for n in range(5001)}, "holds 5001 tensors"),
@@ -264,7 +267,7 @@ def test_a_file_that_was_fetched_in_the_wrong_way_says_so(
 def test_no_message_tells_to_run_the_file(tmp_path: Path) -> None:
     for n, content in enumerate((Touch(tmp_path / "executed"), {"model": nn.Linear(2, 2)})):
         torch.save(content, tmp_path / f"{n}.pth")
-        with pytest.raises(InputError, match="nothing in it was run") as raised:
+        with pytest.raises(InputError, match="no code in it was run") as raised:
             import_encoder(tmp_path / f"{n}.pth", tmp_path / "out", AUTO)
         assert "weights_only" not in str(raised.value)
         assert "safe_globals" not in str(raised.value)
@@ -278,7 +281,7 @@ def test_a_classifier_is_left_out_and_named(tmp_path: Path) -> None:
     torch.save({f"_orig_mod.{key}": v for key, v in model.state_dict().items()}, tmp_path / "x.pth")
     said: list[str] = []
     import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO, tell=said.append)
-    assert said == ["left out, as no part of an encoder: head.bias, head.weight"]
+    assert said == ["left out, not part of an encoder: head.bias, head.weight"]
     assert_same_features(tmp_path / "out", model)
 
 
@@ -324,7 +327,7 @@ def test_float_images_that_are_not_normalised_are_refused(tmp_path: Path, scale:
     import_encoder(tmp_path / "x.pth", tmp_path / "out", AUTO)
     images_BCHW = torch.rand(2, 3, *SIZE) * scale
     for encoder in (load_encoder(tmp_path / "out"), open_backbone(str(tmp_path / "out"))):
-        with pytest.raises(ValueError, match="float images are taken as normalised, found values"):
+        with pytest.raises(ValueError, match="expected normalized float images, found values"):
             encoder(images_BCHW)
         encoder(images_BCHW / scale * 4 - 2)
         encoder(torch.zeros(1, 3, *SIZE))
@@ -347,7 +350,7 @@ class Touch:
 def test_a_pickle_that_runs_something_runs_nothing(tmp_path: Path, saver: Any) -> None:
     executed = tmp_path / "executed"
     saver({**vit(0).state_dict(), "epoch": Touch(executed)}, tmp_path / "evil.pth")
-    with pytest.raises(InputError, match=r"nothing in it was run: .*GLOBAL .*posix\.system"):
+    with pytest.raises(InputError, match=r"no code in it was run: .*GLOBAL .*posix\.system"):
         import_encoder(tmp_path / "evil.pth", tmp_path / "out", AUTO)
     assert not executed.exists()
     assert not (tmp_path / "out").exists()
@@ -366,7 +369,7 @@ def test_an_archive_that_grows_or_climbs_out_is_refused(tmp_path: Path) -> None:
         path.write_bytes((tmp_path / "good.pth").read_bytes())
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(member, bytes(1 << 24), compress_type=kind)
-        with pytest.raises(InputError, match="not an archive that torch wrote"):
+        with pytest.raises(InputError, match="not an archive written by torch"):
             import_encoder(path, tmp_path / "out", AUTO)
 
 
@@ -376,7 +379,7 @@ def test_a_torn_file_is_refused(tmp_path: Path, saver: Any, length: int) -> None
     path = tmp_path / "torn.pth"
     saver(vit(0).state_dict(), path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(InputError, match=r"torn\.pth is not read, and nothing in it was run"):
+    with pytest.raises(InputError, match=r"torn\.pth was not read, and no code in it was run"):
         import_encoder(path, tmp_path / "out", AUTO)
     for name in ("random.pth", "random.safetensors"):
         (tmp_path / name).write_bytes(torch.randint(256, (length,)).to(torch.uint8).numpy())
@@ -400,10 +403,10 @@ def test_the_command_imports_and_refuses(
         "import jepa.pth.tar out=x heads=3": "model.width (128) must be a multiple of the heads",
         "import jepa.pth.tar out=x heads=0": "heads must be",
         "import jepa.pth.tar out=jepa.pth.tar": "is a file: give a folder",
-        "import evil.pth out=x": "nothing in it was run",
+        "import evil.pth out=x": "no code in it was run",
         "evaluate knn jepa.pth.tar data=scenes": "out=FILE.json is missing",
-        "evaluate knn evil.pth data=scenes out=r.json": "nothing in it was run",
-        "pretrain vitt8_64 data=scenes out=x init_from=evil.pth": "`dseqjepa import` brings in",
+        "evaluate knn evil.pth data=scenes out=r.json": "no code in it was run",
+        "pretrain vitt8_64 data=scenes out=x init_from=evil.pth": "use `dseqjepa import` for",
     }.items():
         assert run(monkeypatch, *typed.split()) == 2
         shown = capsys.readouterr()
@@ -413,9 +416,9 @@ def test_the_command_imports_and_refuses(
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x") == 0
     assert capsys.readouterr().out == (
         "imported to x: width 128, depth 3, 2 heads, patches of 8 px, 32 x 32 px, without [CLS]\n"
-        "taken as given: 2 heads, GELU, LayerNorm with epsilon 1e-6, and images less "
-        "[0.485, 0.456, 0.406] over [0.229, 0.224, 0.225]; heads=N, mean=[R,G,B] and std=[R,G,B] "
-        "say otherwise\n"
+        "assumed: 2 heads, GELU, LayerNorm with epsilon 1e-6, and images normalized with mean "
+        "[0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]; override with heads=N, "
+        "mean=[R,G,B] and std=[R,G,B]\n"
     )
     assert_same_features(tmp_path / "x", model)
     assert run(monkeypatch, "import", "jepa.pth.tar", "out=x") == 2
@@ -438,7 +441,7 @@ def test_a_run_starts_from_an_import_and_none_resumes_one(
     assert "start: init_from" in capsys.readouterr().out
     assert_same_features(tmp_path / "next/checkpoints/step-00000000", model)
     assert run(monkeypatch, *typed, "out=imported", "resume=true") == 2
-    assert "imported is an imported encoder, no run: start a run with init_from=imported" in (
+    assert "imported is an imported encoder, not a run: start a run with init_from=imported" in (
         capsys.readouterr().err
     )
     assert run(monkeypatch, *typed, "model.heads=4", "out=other", "init_from=imported") == 2

@@ -82,7 +82,7 @@ def test_what_is_not_finite_does_not_enter_the_window() -> None:
     guard = Guard(GuardConfig(window=4))
     for bad in (math.nan, math.inf, -math.inf):
         assert guard.judge(bad, 1.0) == f"the loss is {bad}"
-        assert guard.judge(1.0, bad) == f"the norm of the gradient is {bad}"
+        assert guard.judge(1.0, bad) == f"the gradient norm is {bad}"
     assert (guard.skipped, guard.in_a_row) == (6, 6)
     assert guard.to_json()["losses"] == guard.to_json()["norms"] == []
     assert guard.judge(1.0, 1.0) == ""
@@ -147,8 +147,8 @@ def bad_gradient(loss: Tensor, method: Method) -> Tensor:
 FAULTS = {
     "nan loss": (changed_loss(lambda loss, _: loss * math.nan), "the loss is nan"),
     "inf loss": (changed_loss(lambda loss, _: loss + math.inf), "the loss is inf"),
-    "gradient": (changed_loss(bad_gradient), "the norm of the gradient is nan"),
-    "huge gradient": (changed_loss(lambda loss, _: loss * 1e38), "the norm of the gradient is "),
+    "gradient": (changed_loss(bad_gradient), "the gradient norm is nan"),
+    "huge gradient": (changed_loss(lambda loss, _: loss * 1e38), "the gradient norm is "),
     "saliency": (broken_saliency, "the loss is nan"),
 }
 
@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(
     assert [line["skipped"] for line in told] == [1, 1, 1, 1, 1, 2, 2, 2]
     assert all(math.isfinite(line["loss"]) for line in told)
     log = (out / "log.txt").read_text()
-    assert f"2 steps were not taken: {out}/skipped.jsonl" in log
+    assert f"2 steps were skipped: {out}/skipped.jsonl" in log
 
 
 def test_a_projector_remembers_nothing_of_a_step_that_was_not_taken(
@@ -219,14 +219,14 @@ def test_steps_that_are_never_finite_stop_the_run(
     with pytest.raises(RunError) as caught:
         train(run_config("ijepa", "guard.patience=3", "checkpoint.every_steps=1"), out)
     assert str(caught.value) == (
-        "3 steps in a row were not finite, the last at step 8: lower optim.lr, or look at the "
-        f"images that {out}/skipped.jsonl names"
+        "3 consecutive non-finite steps, the last at step 8: lower optim.lr, or check the "
+        f"images listed in {out}/skipped.jsonl"
     )
     assert [line["step"] for line in skipped(out)] == [3, 4, 6, 7, 8]
     assert open_checkpoint(out).step == 7
 
 
-@pytest.mark.parametrize("what", ["the loss", "the norm of the gradient"])
+@pytest.mark.parametrize("what", ["the loss", "the gradient norm"])
 def test_a_spike_is_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

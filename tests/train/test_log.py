@@ -218,7 +218,8 @@ def test_a_console_that_is_gone_is_given_up_and_the_log_goes_on(
         monkeypatch.undo()
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert lines == [
-        f"the console is gone ({error.strerror}): what follows stands here alone", "one", "two"
+        f"the console is closed ({error.strerror}): from here on, the log is only in this file",
+        "one", "two",
     ]  # fmt: skip
     assert steps_in(tmp_path) == [1]
 
@@ -257,6 +258,6 @@ def test_lines_that_a_full_disk_refuses_wait_and_none_is_torn(
         journal.close()
     said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.rpartition("metrics.jsonl ")[2] for line in said[:2]] == [
-        "cannot be written, lines wait: No space left on device"
+        "cannot be written, lines are queued: No space left on device"
     ] * 2
     assert said[2:] == [f"1 lines of {tmp_path}/metrics.jsonl are lost"]

@@ -145,7 +145,7 @@ def test_a_logger_that_fails_is_named_once_and_training_goes_on(
     monkeypatch.setitem(loggers.OPENERS, "wandb", lambda *_: broken)
     out = run_with(tmp_path / "run", BOARD, "wandb")
     said = (out / "log.txt").read_text().splitlines()
-    assert sum("wandb is given up, training goes on" in line for line in said) == 1
+    assert sum("wandb is abandoned, training continues" in line for line in said) == 1
     assert broken.heard == 3
     found = {event.step: event.value for event in scalars(out).Scalars("loss")}
     assert found == pytest.approx(told(out), rel=1e-6)
@@ -167,8 +167,8 @@ def test_a_logger_that_cannot_be_opened_or_hangs_ends_no_run(
     out = train(config_with("wandb", "mlflow"), tmp_path / "run")
     waiting.set()
     said = (out / "log.txt").read_text()
-    assert "wandb is given up, training goes on: no key; see metrics.jsonl" in said
-    assert "mlflow is given up, training goes on: it did not end within" in said
+    assert "wandb is abandoned, training continues: no key; see metrics.jsonl" in said
+    assert "mlflow is abandoned, training continues: it did not finish within" in said
     assert max(told(out)) == STEPS
 
 

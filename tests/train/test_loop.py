@@ -94,7 +94,7 @@ def test_metrics_say_what_was_promised(finished: Path) -> None:
 
 def test_the_log_says_how_it_began_and_how_it_is(finished: Path) -> None:
     lines = (finished / "log.txt").read_text().splitlines()
-    assert lines[0] == "start: random initialisation"
+    assert lines[0] == "start: random initialization"
     assert "dseq on memory: 40 images, vit_nano/8 at 32 x 32 px" in lines[1]
     assert "4 epochs of 5 steps, global batch 8" in lines[2]
     assert "effective learning rate 0.001" in lines[2]
@@ -346,6 +346,9 @@ def test_a_closed_pipe_ends_no_run(tmp_path: Path) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     assert ends([start(train_into_a_closed_pipe, out, log=log)], 240) == [0], log.read_text()
     lines = (out / "log.txt").read_text().splitlines()
-    assert lines[0] == "the console is gone (Broken pipe): what follows stands here alone"
+    assert (
+        lines[0]
+        == "the console is closed (Broken pipe): from here on, the log is only in this file"
+    )
     assert lines[-1].startswith("done: 5 steps")
     assert open_checkpoint(out).step == 5

@@ -29,7 +29,7 @@ def test_damaged_lines_are_numbered_and_say_what_is_wrong(tmp_path: Path) -> Non
     lines, damaged = read_metrics(path)
     assert lines == [{"step": 1, "loss": 2}, {"step": 2}]
     assert list(damaged) == [2, 3, 4, 5]
-    assert damaged[2].startswith("is no JSON")
+    assert damaged[2].startswith("is not JSON")
     assert damaged[3] == damaged[4] == "has no step"
 
 

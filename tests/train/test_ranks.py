@@ -48,6 +48,7 @@ def assert_same_curves(one: Path, other: Path) -> None:
         ("dseq", [*PAPER, "method.regularizer=vicreg", "method.regularizer_weight=0.1"]),
         ("ijepa", ["method.regularizer=sigreg", "data.photometric=0.2", "optim.clip_norm=0.05"]),
         ("ijepa", ["optim.accumulate=2", "method.loss_weighting=region"]),
+        ("ijepa", ["data.context_window=0.5"]),
         ("cjepa", ["method.regularizer_weight=0.1"]),
     ],
 )

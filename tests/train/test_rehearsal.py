@@ -117,7 +117,9 @@ def test_a_model_is_refused_by_what_it_needs_and_not_by_a_limit(
     for there, is_refused in ((needed - 1, True), (needed, False), (0, False)):
         monkeypatch.setattr(module, "available_memory", lambda there=there: there)
         if is_refused:
-            with pytest.raises(InputError, match=r"the model needs .* GB are there: lower model"):
+            with pytest.raises(
+                InputError, match=r"the model needs .* GB are available: lower model"
+            ):
                 fitting(config, source)
         else:
             assert fitting(config, source).model == config.model

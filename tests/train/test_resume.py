@@ -126,6 +126,7 @@ def test_a_run_stopped_again_and_again_is_the_run_never_stopped(
         ["method.curriculum.unit=region", "method.context=causal", "checkpoint.keep=1"],
         ["method.curriculum.unit=batch", "method.saliency.kind=grad_cam", "runtime.precision=bf16"],
         ["method.regularizer=sigreg", "predictor.attention=cross", "target.blocks=2"],
+        ["data.context_window=0.5", "method.order=inverse"],
         ["target.centring=place", "data.photometric=0.2", "optim.clip_norm=0.05", *PAPER],
     ],
 )
@@ -331,7 +332,7 @@ def test_auto_starts_and_starts_again_and_resumes(
     assert all(value.equal(before[key]) for key, value in tensors(out).items())
     starts = [json.loads(line)["start"] for line in (out / "run.jsonl").read_text().splitlines()]
     assert [start.partition(" (")[0] for start in starts] == [
-        "random initialisation", "resume step 5", "resume step 11", "resume step 20"
+        "random initialization", "resume step 5", "resume step 11", "resume step 20"
     ]  # fmt: skip
 
 
@@ -341,12 +342,12 @@ def test_nothing_to_resume_is_told_from_nothing_worth_keeping(tmp_path: Path) ->
     with pytest.raises(Killed):
         train(config, out)
     patch.undo()
-    with pytest.raises(InputError, match="died before its first one, and there is nothing to res"):
+    with pytest.raises(InputError, match="died before its first one, so there is nothing to res"):
         train(config, out, resume=True)
     with pytest.raises(InputError, match="or resume=auto: the run in it died before its first"):
         train(config, out)
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(InputError, match="resume=true to go on with the run in it"):
+    with pytest.raises(InputError, match="resume=true to continue the run in it"):
         train(config, out, resume="auto")
     first = train(config, tmp_path / "first")
     init = open_checkpoint(first).path

@@ -17,7 +17,7 @@ from PIL import Image
 from dseqjepa.errors import InputError
 from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.runtime import StopRequest, connect, place
+from dseqjepa.train.runtime import StopRequest, connect, on_this_machine, place
 from tests.children import ends, start
 from tests.train.test_ranks import assert_same_curves
 from tests.train.tiny_runs import Pictures, metrics, run_config, train
@@ -120,6 +120,22 @@ def test_a_deterministic_run_asks_for_one_order_of_sums() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize(
+    ("found", "precision"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32")],
+)
+def test_precision_is_chosen_by_the_cpu_and_kept_by_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    config = run_config("dseq", "runtime.precision=auto", "optim.epochs=1", "optim.warmup_epochs=0")
+    assert on_this_machine(config).runtime.precision == precision
+    train(config, tmp_path / "run")
+    assert open_checkpoint(tmp_path / "run").config.runtime.precision == precision
+    fixed = config.with_(runtime={"precision": "fp32"})
+    assert on_this_machine(fixed) == fixed
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends(tmp_path: Path) -> None:

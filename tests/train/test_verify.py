@@ -38,7 +38,7 @@ def test_the_same_config_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = compare_resumed(run_config("dseq", *SCENES), 5)
     assert all(row.same for row in rows)
     assert [row.name for row in rows][-2:] == ["position", "metrics.jsonl"]
-    assert rows[-1].compared == "5 lines but for their times"
+    assert rows[-1].compared == "5 lines except times"
 
 
 def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,5 +44,5 @@ def test_of_many_classes_the_worst_are_shown() -> None:
     assert_legible(figure)
     (axes,) = [axes for axes in figure.axes if axes.images]
     assert axes.images[0].get_array().shape[:2] == (MOST, MOST)
-    assert any("the 30 of which most images are taken for another" in word.replace("\n", " ")
+    assert any("the 30 classes with the most confused images" in word.replace("\n", " ")
                for word in [" ".join(words(figure))])  # fmt: skip

@@ -68,7 +68,7 @@ def test_two_runs_share_the_charts_and_differ_in_dashes(runs: dict[str, Path]) -
     assert one.get_linestyle() != other.get_linestyle()
     assert one.get_color() != other.get_color()
     assert {"DSeq-JEPA", "I-JEPA"} <= set(words(figure))
-    assert set(lines_of(figure)["Regions of an image"]) == {"DSeq-JEPA/regions"}  # I-JEPA has none
+    assert set(lines_of(figure)["Regions per image"]) == {"DSeq-JEPA/regions"}  # I-JEPA has none
 
 
 def test_a_probe_has_its_chart_and_gaps_stay_gaps() -> None:
@@ -99,13 +99,13 @@ def test_a_line_cut_short_is_left_out_and_other_damage_is_named(tmp_path: Path) 
     path.write_text("\n".join(lines) + '\n{"step": 3, "lo')
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     path.write_text("{broken\n" + lines[0] + "\n")
-    with pytest.raises(InputError, match="line 1 is no JSON"):
+    with pytest.raises(InputError, match="line 1 is not JSON"):
         read_metrics(tmp_path)
     path.write_text("[1]\n" + lines[0] + "\n")
     with pytest.raises(InputError, match="line 1 has no step"):
         read_metrics(tmp_path)
     path.write_text("")
-    with pytest.raises(InputError, match="holds no metrics"):
+    with pytest.raises(InputError, match="contains no metrics"):
         read_metrics(tmp_path)
     path.unlink()
     with pytest.raises(InputError, match=r"has no metrics\.jsonl"):

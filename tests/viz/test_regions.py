@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_is_named() -> None:
     images_BCHW, saliency_BN, rank_BN = make_batch((4, 4), 2)
     with pytest.raises(InputError, match=r"saliency of 2 images on a 4 x 5 grid must be \(2, 20\)"):
         draw_regions(images_BCHW, saliency_BN, rank_BN, (4, 5))
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="non-finite"):
         draw_regions(images_BCHW, saliency_BN / 0, rank_BN, (4, 4))
     with pytest.raises(InputError, match="found none"):
         draw_regions(images_BCHW[:0], saliency_BN[:0], rank_BN[:0], (4, 4))

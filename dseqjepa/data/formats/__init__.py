@@ -1,1 +1,1 @@
-"""The benchmarks' own formats, one file a family: what is on disk -> a `Source`."""
+"""Benchmark formats, one file per family: from files on disk to a `Source`."""

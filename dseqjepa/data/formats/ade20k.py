@@ -1,4 +1,4 @@
-"""ADE20K: scenes of which every pixel is labelled.
+"""ADE20K: scenes with a label for every pixel.
 
 Suffixes: N images, H and W pixels.
 """
@@ -34,19 +34,19 @@ STUFF = (
     62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123, 129, 132,
     141, 142, 146,
 )  # fmt: skip
-"""The 50 classes of which the benchmark's instance task has no objects: wall, sky, grass, ..."""
+"""The 50 stuff classes, without objects in the benchmark's instance task: wall, sky, grass, ..."""
 
 
 class ADE20K(ListedFiles):
     """The scene parsing benchmark of ADE20K (Zhou et al., 2017), from `ADEChallengeData2016` or the
-    folder above it: 20,210 images to train with, 2,000 of the validation split ("val").
+    folder above it: 20,210 training images and 2,000 of the validation split ("val").
 
-    `label_map` gives the class of every pixel, 1 to 150, 0 for none; `objectInfo150.txt` has their
-    names. `labels["class"]` is the kind of scene, where `sceneCategories.txt` is there. An image
-    lies as its label map does: as it is stored, unless only the upright one has the map's size.
+    `label_map` returns the class of every pixel, 1 to 150, 0 for none; `objectInfo150.txt` has
+    their names. `labels["class"]` is the scene category, if `sceneCategories.txt` exists. Images
+    have the orientation of their label map: as stored, unless only the upright image has its size.
 
     Raises:
-        InputError: a file is missing, or images, label maps and scenes do not fit together.
+        InputError: a file is missing, or images, label maps and scenes are inconsistent.
     """
 
     located_by: ClassVar[Literal["masks"]] = "masks"
@@ -100,8 +100,8 @@ class ADE20K(ListedFiles):
         return read_map(self._map(index), self.path(index), 0, len(self.categories))
 
     def objects(self, index: int) -> Objects:
-        """The 8-connected parts of every class that is a thing; pixels without a label are not
-        known. Neighbours of one class are one object here: the label maps do not part them."""
+        """The 8-connected components of every thing class; unlabelled pixels are unknown. Adjacent
+        objects of one class count as one, since label maps do not separate them."""
         label_HW = self.label_map(index).numpy()
         masks = [np.zeros((0, *label_HW.shape), bool)]
         for label in np.setdiff1d(label_HW, (0, *_stuff(self.categories))):
@@ -111,7 +111,7 @@ class ADE20K(ListedFiles):
 
 
 def _stuff(categories: tuple[str, ...]) -> tuple[int, ...]:
-    """The labels that are background. Of other than ADE20K's own classes, the ground."""
+    """The background labels: ADE20K's stuff classes, or the ground for other classes."""
     if len(categories) == CLASSES:
         return STUFF
     return tuple(label for label, name in enumerate(categories, start=1) if name == "ground")
@@ -122,7 +122,7 @@ def _map_of(path: str) -> Path:
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    """The classes' names in the order of their numbers; numbers where there are no names."""
+    """The class names in order of their numbers, or the numbers if there are no names."""
     if not path.exists():
         return tuple(str(number) for number in range(1, CLASSES + 1))
     names: list[str] = []

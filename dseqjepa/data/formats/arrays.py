@@ -1,4 +1,4 @@
-"""Small images that a benchmark keeps in one array: Fashion-MNIST and CIFAR.
+"""Benchmarks of small images stored in one array: Fashion-MNIST and CIFAR.
 
 Suffixes: N images, H and W pixels.
 """
@@ -39,14 +39,14 @@ FASHION_CLASSES = (
 )
 FASHION_SIDE = 28
 MOST_BYTES = 2**30
-"""Of a file when it is unpacked: more than any data set of small images has."""
+"""Maximum unpacked size of a file: more than any data set of small images has."""
 CIFAR_SIDE = 32
 RECONSTRUCT = np.empty(0).__reduce__()[0]
-"""What a pickled array is built with; its module has had several names."""
+"""The functions that build a pickled array; their module has had several names."""
 
 
 class ImageArray:
-    """Images in memory; `id` names the data set and its part."""
+    """Images in memory; `id` names the data set and split."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class FashionMNIST(ImageArray):
 
     The files may be gzipped or not, and named `train-images-idx3-ubyte` or
     `train-images.idx3-ubyte`. "val" is the test split of 10,000 images. Images are grey, 28 x 28,
-    given as three equal channels; `labels["class"]` are the 10 articles.
+    returned as three equal channels; `labels["class"]` are the 10 articles.
 
     Raises:
-        InputError: a file is missing, damaged or not what its name says.
+        InputError: a file is missing, damaged or inconsistent with its name.
     """
 
     origin: ClassVar[str] = (
@@ -103,7 +103,7 @@ class FashionMNIST(ImageArray):
                 f"{len(images_NHW)} images and {len(label_N)} labels in the {part} files"
             )
         check_labels(label_N, len(FASHION_CLASSES), 0, folder / f"{part}-labels")
-        # Three channels that are the same memory.
+        # Three channels that share memory.
         images_N3HW = torch.from_numpy(images_NHW)[:, None].expand(-1, 3, -1, -1)
         super().__init__(
             f"fashion-mnist {id}", images_N3HW, {"class": label_N}, {"class": FASHION_CLASSES}
@@ -111,7 +111,7 @@ class FashionMNIST(ImageArray):
 
 
 def _read_idx(folder: Path, stem: str, *shape: int) -> UInt8[np.ndarray, "N *shape"]:
-    """Read `stem`-idxD-ubyte, D dimensions of unsigned bytes, with `shape` behind the first."""
+    """Read `stem`-idxD-ubyte, D dimensions of unsigned bytes, with `shape` after the first."""
     dimensions = 1 + len(shape)
     path = _find(folder, stem, f"idx{dimensions}-ubyte")
     content = read_bytes(path)
@@ -144,7 +144,7 @@ def _read_idx(folder: Path, stem: str, *shape: int) -> UInt8[np.ndarray, "N *sha
             f"{path}: expected {promised} bytes after the header, "
             f"found {len(content) - header.size}"
         )
-    # A copy, because tensors are made of it and memory of `bytes` is read-only.
+    # A copy, because tensors are made from it and `bytes` are read-only.
     return np.frombuffer(content, np.uint8, offset=header.size).reshape(count, *shape).copy()
 
 
@@ -161,7 +161,7 @@ class CIFAR10(ImageArray):
     the one above it. "val" is the test split of 10,000 images.
 
     Raises:
-        InputError: a file is missing, damaged or holds something else than arrays and names.
+        InputError: a file is missing, damaged or contains anything but arrays and names.
     """
 
     origin: ClassVar[str] = "www.cs.toronto.edu/~kriz/cifar.html has it (the Python version)"
@@ -172,7 +172,7 @@ class CIFAR10(ImageArray):
         "val": ("test_batch",),
     }
     tasks: ClassVar[dict[str, tuple[str, str]]] = {"class": ("labels", "label_names")}
-    """Task -> where its labels and their names stand."""
+    """Task -> the keys of its labels and their names."""
 
     def __init__(self, path: Path, split: Split) -> None:
         folder = inner(path, self.folder, self.meta)
@@ -215,7 +215,7 @@ class CIFAR10(ImageArray):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100 likewise, from `cifar-100-python`: 100 classes, and the task "coarse" with the 20
+    """The same for CIFAR-100, from `cifar-100-python`: 100 classes, and the task "coarse" with 20
     superclasses."""
 
     folder = "cifar-100-python"
@@ -228,15 +228,15 @@ class CIFAR100(CIFAR10):
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A pickled dictionary of arrays, numbers and names, as Python 2 wrote it.
+    """A pickled dictionary of arrays, numbers and names, as written by Python 2.
 
-    A pickle is a program. This one may build arrays and nothing else, so nothing foreign is run.
+    A pickle is a program. This unpickler only builds arrays, so no foreign code is run.
     """
     try:
         content = _Arrays(io.BytesIO(read_bytes(first_of(path))), encoding="latin1").load()
     except InputError:
         raise
-    except Exception as error:  # on broken bytes it raises whatever its machine ran into
+    except Exception as error:  # on broken bytes it raises whatever its machine encounters
         raise InputError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a dictionary, found {type(content).__name__}")
@@ -250,4 +250,4 @@ class _Arrays(pickle.Unpickler):
                 return RECONSTRUCT
         elif module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, expected arrays alone")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, expected only arrays")

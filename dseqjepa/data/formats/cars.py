@@ -23,25 +23,25 @@ from dseqjepa.errors import InputError
 class Cars(ListedFiles):
     """Stanford Cars (Krause et al., 2013) from its archives, in `stanford_cars` or above.
 
-    8,144 images to train with (`cars_train`, `devkit/cars_train_annos.mat`), 8,041 to test ("val":
-    `cars_test`, `cars_test_annos_withlabels.mat` in the folder or in `devkit`).
+    8,144 training images (`cars_train`, `devkit/cars_train_annos.mat`) and 8,041 test images
+    ("val": `cars_test`, `cars_test_annos_withlabels.mat` in the folder or in `devkit`).
 
-    The images lie as they are stored, because the boxes beside them do.
+    Images keep their stored orientation, like the boxes.
 
-    The tree that others made of it, `train/CLASS` and `test/CLASS`, is an ordinary folder.
+    The copies arranged as `train/CLASS` and `test/CLASS` are ordinary folders.
 
     Raises:
-        InputError: a file is missing or damaged, or names images that are not there.
+        InputError: a file is missing or damaged, or names images that do not exist.
     """
 
     lies = "stored"
     origin: ClassVar[str] = (
-        "its page at ai.stanford.edu/~jkrause/cars is gone, Kaggle and others have copies"
+        "its page at ai.stanford.edu/~jkrause/cars is offline, Kaggle and others have copies"
     )
 
     def __init__(self, path: Path, split: Split) -> None:
         if (path / "train").is_dir() and (path / "test").is_dir():
-            raise InputError(f"{path} is an ordinary folder of folders: data={path} reads it")
+            raise InputError(f"{path} is an ordinary folder of class folders: use data={path}")
         folder = inner(path, "stanford_cars", "devkit")
         part, file = "cars_train", folder / "devkit" / "cars_train_annos.mat"
         if split == "val":

@@ -1,4 +1,4 @@
-"""CLEVR: rendered scenes of which everything is known; VTAB's two tasks about them."""
+"""CLEVR: rendered scenes with full ground truth, and VTAB's two tasks on them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DISTANCES = ("to 8", "8 to 8.5", "8.5 to 9", "9 to 9.5", "9.5 to 10", "from 10")
 
 
 class Clevr(ListedFiles):
-    """CLEVR v1.0 (Johnson et al., 2017) from `CLEVR_v1.0` or the folder above it: 70,000 scenes to
-    train with, 15,000 of the validation split ("val").
+    """CLEVR v1.0 (Johnson et al., 2017) from `CLEVR_v1.0` or the folder above it: 70,000 training
+    scenes and 15,000 of the validation split ("val").
 
-    Tasks: "count", 3 to 10 objects; "distance", how far from the camera the nearest object is (the
-    smallest `pixel_coords[2]`), in six parts, of which each includes its upper edge as in VTAB.
+    Tasks: "count", 3 to 10 objects; "distance", the distance of the nearest object from the camera
+    (the smallest `pixel_coords[2]`) in six bins, each including its upper edge as in VTAB.
 
     Raises:
-        InputError: a file is missing or damaged, or names images that are not there.
+        InputError: a file is missing or damaged, or names images that do not exist.
     """
 
     origin: ClassVar[str] = "cs.stanford.edu/people/jcjohns/clevr has it (CLEVR_v1.0)"

@@ -1,4 +1,4 @@
-"""COCO 2017: photographs with the boxes and outlines of their objects.
+"""COCO 2017: photographs with boxes and masks of their objects.
 
 Suffixes: N images, A annotations, K annotations of one image, H and W pixels.
 """
@@ -28,28 +28,28 @@ from dseqjepa.data.source import Instances, Objects, Split
 from dseqjepa.errors import InputError
 
 PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
-"""Of an image; a larger one would not be decoded."""
+"""Maximum number of pixels of an image; a larger one would not be decoded."""
 MOST_GROUPS = 7
-"""Of five bits each, in a compressed run length: 2^34 pixels."""
+"""Maximum number of five-bit groups in a compressed run length: 2^34 pixels."""
 
 
 class Coco(ListedFiles):
     """COCO 2017 (Lin et al., 2014): `annotations/instances_{train,val}2017.json` and the folders
-    `train2017` and `val2017`; any data set that has this form.
+    `train2017` and `val2017`, or any data set in this format.
 
-    Images stand in the order of their ids, the categories' labels (1 to 80) in that of theirs. To
-    pre-train on: all 118,287 training images. "train" are those with an object that is no crowd,
-    "val" all 5,000. There are no `labels`; `instances` gives the objects of an image.
+    Images are ordered by id, and so are the categories' labels (1 to 80). Pre-training uses all
+    118,287 training images. "train" are those with a non-crowd object,
+    "val" all 5,000. There are no `labels`; `instances` returns the objects of an image.
 
-    Boxes are COCO's own, even where they are empty. Of the outlines only their places in the file
-    are kept in memory; they are read and drawn when asked for, and have been checked by then: no
-    library meets an outline that does not fit its image.
+    Boxes are COCO's own, even if empty. Only the file positions of the masks are kept in memory;
+    masks are read and rasterized on demand. They have been validated before, so no
+    library sees a mask that does not fit its image.
 
-    An image lies as its annotations do: as it is stored, unless only the upright one has the height
-    and width that the file gives.
+    Images have the orientation of their annotations: as stored, unless only the upright image has
+    the height and width given in the file.
 
     Raises:
-        InputError: a file is missing or damaged, or its parts do not agree.
+        InputError: a file is missing, damaged or inconsistent.
     """
 
     located_by: ClassVar[Literal["masks"]] = "masks"
@@ -138,14 +138,14 @@ class Coco(ListedFiles):
         return slice(int(self._first_N[index]), int(self._last_N[index]))
 
     def objects(self, index: int) -> Objects:
-        """Masks of all objects that are no crowd; what only a crowd covers is not known."""
+        """Masks of all non-crowd objects; pixels covered only by a crowd are unknown."""
         found = self.instances(index)
         masks_KHW = found.masks_KHW[~found.crowd_K]
         crowd_HW = found.masks_KHW[found.crowd_K].any(0)
         return Objects(masks_KHW, ~crowd_HW | masks_KHW.any(0))
 
     def _again(self, its: slice) -> list[dict[str, Any]]:
-        """Annotations that have been read before."""
+        """Re-read annotations."""
         found = []
         with open(self.annotations, "rb") as file:
             for number, (start, end) in zip(self._number_A[its], self._span_A2[its], strict=True):
@@ -155,7 +155,7 @@ class Coco(ListedFiles):
                 except (ValueError, RecursionError):
                     annotation = None
                 if not isinstance(annotation, dict) or annotation.get("id") != number:
-                    raise InputError(f"{self.annotations} is not the file any more that was opened")
+                    raise InputError(f"{self.annotations} has changed since it was opened")
                 found.append(annotation)
         return found
 
@@ -167,7 +167,7 @@ class Coco(ListedFiles):
 
 
 class _Columns:
-    """What is kept of the annotations: plain numbers, not a million objects."""
+    """The annotations kept in memory: plain arrays, not a million objects."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -183,11 +183,11 @@ class _Columns:
                 self.file, element, id=int, file_name=str, height=int, width=int
             )
             if id in self.images:
-                raise InputError(f"{self.file}: image {id} is there twice")
+                raise InputError(f"{self.file}: duplicate image {id}")
             if min(height, width) < 1 or height * width > PIXELS:
                 raise InputError(
                     f"{self.file}: image {id} is of {height} x {width} pixels, "
-                    f"expected 1 to {PIXELS} in all"
+                    f"expected 1 to {PIXELS} in total"
                 )
             self.images[id] = name, height, width
         elif element.member == "categories":
@@ -223,8 +223,8 @@ class _Columns:
 
 
 def _checked(outline: Any) -> tuple[Size, tuple[float, float]]:
-    """What an outline says of itself: height and width that run lengths are for, -1 for polygons;
-    the smallest and the largest coordinate of polygons, 0 for run lengths.
+    """The extent of a mask: height and width of run lengths, -1 for polygons; the smallest and
+    largest coordinate of polygons, 0 for run lengths.
 
     `ValueError` if it is neither, or damaged.
     """
@@ -245,27 +245,27 @@ def _checked(outline: Any) -> tuple[Size, tuple[float, float]]:
     low = high = 0.0
     for polygon in outline:
         if not isinstance(polygon, list) or len(polygon) % 2:
-            raise ValueError("a polygon that is no list of points")
+            raise ValueError("a polygon that is not a list of points")
         points = _numbers(polygon)
         low, high = min(low, *points, 0.0), max(high, *points, 0.0)
     return (-1, -1), (low, high)
 
 
 def _numbers(values: list[Any]) -> list[float]:
-    """The values, all finite numbers; `ValueError` where one is something else, such as text."""
+    """The values, all finite numbers; `ValueError` for anything else, such as text."""
     if {type(value) for value in values} <= {int, float}:
         with suppress(OverflowError):  # a whole number may have any size
             if math.isfinite(math.fsum(values)):
                 return values
-    raise ValueError("something else than finite numbers")
+    raise ValueError("values that are not finite numbers")
 
 
 def run_lengths(text: str) -> list[int]:
-    """What COCO's compressed form of run lengths says. `ValueError` if it is not whole.
+    """Decode COCO's compressed run lengths; `ValueError` if truncated.
 
-    A number is written in groups of five bits, the lowest first, as characters from `0` on; 32 says
-    that another group follows, and the highest bit of the last is its sign. From the fourth on it
-    is the difference from the number before the previous one (maskApi.c of cocoapi, rleToString).
+    A number is written in groups of five bits, lowest first, as characters from `0` on; bit 32
+    means that another group follows, and the highest bit of the last is the sign. From the fourth
+    number on, the difference from the one two before is stored (maskApi.c of cocoapi, rleToString).
     """
     groups_G = np.frombuffer(text.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
     is_last_G = (groups_G & 32) == 0
@@ -287,7 +287,7 @@ def run_lengths(text: str) -> list[int]:
 
 
 def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.ndarray:
-    """Where each id stands among the known ones, which are sorted."""
+    """The index of each id among the sorted known ones."""
     place_A = np.searchsorted(known_N, id_A)
     found_A = np.append(known_N, 0)[place_A] == id_A if len(known_N) else np.zeros(len(id_A), bool)
     found_A &= place_A < len(known_N)
@@ -298,7 +298,7 @@ def _places(id_A: np.ndarray, known_N: np.ndarray, file: Path, what: str) -> np.
 
 
 def mask_tools() -> ModuleType:
-    """`encode`, `decode` and what else COCO's libraries do with masks; `InputError` without one."""
+    """COCO's mask library (`encode`, `decode`, ...); `InputError` if none is installed."""
     try:
         from pycocotools import mask  # decodes masks faster than the other
     except ImportError:
@@ -306,19 +306,19 @@ def mask_tools() -> ModuleType:
             from faster_coco_eval import mask
         except ImportError:
             raise InputError(
-                "COCO's masks are drawn by faster-coco-eval or pycocotools: "
+                "COCO's masks need faster-coco-eval or pycocotools: "
                 "pip install 'dseqjepa[detection]'"
             ) from None
     return mask
 
 
 def _draw(outlines: list[Any], height: int, width: int) -> Bool[Tensor, "K H W"]:
-    """Polygons, or run lengths in either of their forms, as pixels."""
+    """Polygons, or run lengths in either encoding, as pixels."""
     mask_of = mask_tools()
     codes = []
     for outline in outlines:
         if isinstance(outline, list):
-            # Two points have no area; the libraries would take them for a box.
+            # Two points have no area; the libraries would interpret them as a box.
             areas = [polygon for polygon in outline if len(polygon) >= 6] or [[0] * 6]
             codes.append(mask_of.merge(mask_of.frPyObjects(areas, height, width)))
         elif isinstance(outline["counts"], list):

@@ -17,11 +17,11 @@ from dseqjepa.errors import InputError
 class CUB(ListedFiles):
     """CUB-200-2011 (Wah et al., 2011) from `CUB_200_2011` or the folder above it.
 
-    5,994 images to train with, 5,794 to test ("val"), by `train_test_split.txt`. They lie as they
-    are stored, because the boxes and parts beside them do.
+    5,994 training and 5,794 test images ("val"), by `train_test_split.txt`. Images keep their
+    stored orientation, like the boxes and parts.
 
     Raises:
-        InputError: a file is missing, or two of them do not agree: it names file and line.
+        InputError: a file is missing, or two files disagree; the message names file and line.
     """
 
     lies = "stored"
@@ -63,7 +63,7 @@ class CUB(ListedFiles):
         )
 
     def objects(self, index: int) -> Objects:
-        """The one bird, as its filled box. `InputError` where `bounding_boxes.txt` is missing or
+        """The bird, as its filled box. `InputError` if `bounding_boxes.txt` is missing or
         damaged."""
         _, height, width = self.image(index).shape
         x, y, across, down = self._box_of_id[self._ids[index]]
@@ -97,7 +97,7 @@ def _table(path: Path, form: str) -> dict[int, tuple[str, str]]:
     for line in read_lines(path, form):
         id = line.integer(0)
         if id in table:
-            raise InputError(f"{line.where}: {id} is there twice, see {table[id][0]}")
+            raise InputError(f"{line.where}: duplicate {id}, see {table[id][0]}")
         table[id] = line.where, line.fields[1]
     return table
 
@@ -112,7 +112,7 @@ def _of_images(
         if id not in images:
             raise InputError(f"{line.where}: image {id} is not in {folder / 'images.txt'}")
         if id in found:
-            raise InputError(f"{line.where}: image {id} is there twice, see {found[id][0]}")
+            raise InputError(f"{line.where}: duplicate image {id}, see {found[id][0]}")
         found[id] = line.where, line.integer(1)
     for id, (where, _) in images.items():
         if id not in found:

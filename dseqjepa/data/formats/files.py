@@ -1,4 +1,4 @@
-"""What the formats share: finding files, reading tables, one clear error for what is wrong.
+"""Shared by the formats: finding files, reading tables, and clear errors.
 
 Suffixes: N images, H and W pixels.
 """
@@ -24,7 +24,7 @@ from dseqjepa.errors import InputError, printable
 
 
 class ListedFiles(ImageFiles):
-    """Image files whose labels come from elsewhere than their paths: they count for the hash."""
+    """Image files with labels from other files, which are therefore part of the fingerprint."""
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
@@ -34,7 +34,7 @@ class ListedFiles(ImageFiles):
 
 
 class Line(NamedTuple):
-    """The fields of a line, and how a message names it."""
+    """The fields of a line, and its location for messages."""
 
     where: str
     fields: list[str]
@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
 
 def inner(path: Path, folder: str, marker: str) -> Path:
-    """`path`, or the `folder` in it that the archive unpacks to: the one that holds `marker`."""
+    """`path`, or the `folder` in it that the archive unpacks to, whichever contains `marker`."""
     root = existing_folder(path)
     for candidate in (root, root / folder):
         if (candidate / marker).exists():
@@ -73,9 +73,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_lines(path: Path, form: str) -> Iterator[Line]:
-    """The lines of a text file that are not empty, in the fields that `form` names.
+    """The non-empty lines of a text file, split into the fields named by `form`.
 
-    The last field takes what is left of its line, spaces included.
+    The last field takes the rest of its line, including spaces.
     """
     try:
         text = read_bytes(path).decode()
@@ -97,24 +97,24 @@ def open_map(path: Path) -> Image.Image:
 
 
 def read_map(path: Path, of: Path, low: int, high: int) -> Int64[Tensor, "H W"]:
-    """One number, `low` to `high`, for every pixel of the image `of`, from a picture beside it.
+    """The label map of the image `of`: a number from `low` to `high` for every pixel.
 
     Raises:
         InputError: there is no such file.
-        BadImage: it cannot be decoded, has another size than the image, or holds something else.
+        BadImage: it cannot be decoded, its size differs from the image's, or values are invalid.
     """
     if not path.is_file():
-        raise InputError(f"expected {path} beside {of}, found no such file")
+        raise InputError(f"expected {path} for {of}, found no such file")
     try:
         with open_map(path) as picture:
             stored, upright = frames(of)
             if picture.size[::-1] not in (stored, upright):
                 raise ValueError(f"it is {picture.size}, its image {stored[::-1]}")
             values = np.array(picture)
-    except Exception as error:  # on broken bytes Pillow raises whatever its parsers ran into
+    except Exception as error:  # on broken bytes Pillow raises whatever its parsers encounter
         raise BadImage(f"the label map {path}: {error}") from error
     if values.ndim != 2 or values.min() < low or values.max() > high:
-        raise BadImage(f"the label map {path}: expected one number a pixel, {low} to {high}")
+        raise BadImage(f"the label map {path}: expected one number per pixel, {low} to {high}")
     return torch.from_numpy(values.astype(np.int64))
 
 
@@ -147,7 +147,7 @@ def mat_fields(path: Path, table: np.ndarray, *names: str) -> list[list[Any]]:
 
 
 def check_there(root: Path, paths: Sequence[str], named_by: Path) -> None:
-    """Raise `InputError` unless all `paths` lie below `root` and are there; every folder is read
+    """Raise `InputError` unless all `paths` are below `root` and exist; every folder is read
     once. Links are followed."""
     if not paths:
         raise InputError(f"{named_by}: expected at least one image, found none")
@@ -155,7 +155,7 @@ def check_there(root: Path, paths: Sequence[str], named_by: Path) -> None:
     missing = []
     for path in paths:
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
-            raise InputError(f"{named_by} names {printable(path)}, which lies outside of {root}")
+            raise InputError(f"{named_by} names {printable(path)}, which is outside {root}")
         folder, name = os.path.split(path)
         if folder not in there:
             found = root / folder

@@ -18,11 +18,11 @@ class Flowers102(ListedFiles):
     """Flowers-102 (Nilsback and Zisserman, 2008): `jpg`, `imagelabels.mat` and `setid.mat`, in
     `flowers-102` or the folder above it.
 
-    To train with: the 1,020 images for training and the 1,020 for validation, as the field's
-    transfer results are reported; "val" are the 6,149 of the test split.
+    Training uses the 1,020 training and the 1,020 validation images, as is usual for
+    transfer results; "val" are the 6,149 of the test split.
 
     Raises:
-        InputError: a file is missing or damaged, or names images that are not there.
+        InputError: a file is missing or damaged, or names images that do not exist.
     """
 
     origin: ClassVar[str] = "www.robots.ox.ac.uk/~vgg/data/flowers/102 has it"

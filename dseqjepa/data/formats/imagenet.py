@@ -23,14 +23,14 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 class ImageNet(ListedFiles):
     """ILSVRC2012: `train/WNID/*.JPEG`, and `val/` with such folders or flat, as the archive has it.
 
-    Labels are the places of the WordNet ids (wnids) in the alphabet, as usual; not the numbers of
-    the development kit. Flat validation images get theirs from the kit (`meta.mat` and the ground
+    Labels number the sorted WordNet ids (wnids), as usual, unlike the development kit. Flat
+    validation images get theirs from the kit (`meta.mat` and the ground
     truth, in the folder, in `devkit` or in `ILSVRC2012_devkit_t12/data`) or from Kaggle's
-    `LOC_val_solution.csv`. Kaggle's tree is found below `ILSVRC/Data/CLS-LOC`. Names of classes
-    come from `meta.mat` or `LOC_synset_mapping.txt` where there is one.
+    `LOC_val_solution.csv`. Kaggle's tree is found below `ILSVRC/Data/CLS-LOC`. Class names
+    come from `meta.mat` or `LOC_synset_mapping.txt` if there is one.
 
     Raises:
-        InputError: a part is missing, or images, folders and labels do not fit together.
+        InputError: a part is missing, or images, folders and labels are inconsistent.
     """
 
     origin: ClassVar[str] = (
@@ -81,7 +81,7 @@ def _places(root: Path, name: str) -> list[Path]:
 
 
 def _meta(root: Path) -> tuple[list[int], list[str], list[str]] | None:
-    """Numbers, wnids and names of the kit's classes; the wider terms above them are left out."""
+    """Numbers, wnids and names of the kit's classes, without their hypernyms."""
     for path in _places(root, "meta.mat"):
         if path.exists():
             table = read_mat(path, "synsets")

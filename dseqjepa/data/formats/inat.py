@@ -16,13 +16,14 @@ from dseqjepa.errors import InputError
 
 class INat(ListedFiles):
     """iNaturalist 2021: `train.json`, `val.json` and the folders of images that they name, or these
-    folders alone (`train` and `val`, or `2021_train` and `2021_valid`, with a folder a species).
+    folders alone (`train` and `val`, or `2021_train` and `2021_valid`, with one folder per
+    species).
 
-    2,686,843 images to train with, 100,000 of the validation split ("val"). Labels are the places
-    of the categories' ids in their order, which is that of the folders' names.
+    2,686,843 training images and 100,000 of the validation split ("val"). Labels follow the order
+    of the category ids, which is that of the folder names.
 
     Raises:
-        InputError: a file or folder is missing, damaged, or does not agree with another.
+        InputError: a file or folder is missing, damaged, or inconsistent with another.
     """
 
     origin: ClassVar[str] = "github.com/visipedia/inat_comp/tree/master/2021 has it"
@@ -52,7 +53,7 @@ class INat(ListedFiles):
 
 
 class INatMini(INat):
-    """The same with the 500,000 training images of `train_mini`, 50 a species."""
+    """The same with the 500,000 training images of `train_mini`, 50 per species."""
 
     training = "train_mini"
 

@@ -1,8 +1,8 @@
 """Annotations in one large JSON file, read element by element.
 
-COCO's training annotations are 450 MB of text, which as a whole would be several gigabytes of
-objects. Here one element is in memory at a time, and where it stands in the file is known: a source
-keeps the places and reads a few elements again when they are asked for.
+COCO's training annotations are 450 MB of text, which would be several gigabytes of
+objects. Here one element is in memory at a time, and its position in the file is known: a source
+keeps the positions and re-reads elements on demand.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ def scan(path: Path, *members: str) -> Iterator[Element]:
     """The elements of the lists `members` at the top level of a JSON file, in the file's order.
 
     Raises:
-        InputError: the file is no JSON object, ends too early, or does not have these lists of
-            objects.
+        InputError: the file is not a JSON object, is truncated, or lacks these lists of objects.
     """
-    # A byte is a character in Latin-1: so places in the text are places in the file.
+    # In Latin-1 a byte is a character, so positions in the text are positions in the file.
     text = read_bytes(path).decode("latin-1")
     try:
         found = yield from _elements(text, members)
@@ -47,7 +46,7 @@ def scan(path: Path, *members: str) -> Iterator[Element]:
 
 
 def taken(path: Path, element: Element, **kinds: type | UnionType) -> list[Any]:
-    """The values of an element's fields; `InputError` where one is missing or of another kind."""
+    """The values of an element's fields; `InputError` if one is missing or has another type."""
     value = element.value
     for name, kind in kinds.items():
         found = value.get(name)
@@ -66,7 +65,7 @@ def _elements(text: str, members: tuple[str, ...]) -> Generator[Element, None, s
     ascii = text.isascii()
 
     def after(at: int, expected: str) -> int:
-        """The place behind one of the `expected` characters, and behind white space."""
+        """The position after one of the `expected` characters and any white space."""
         if at >= len(text) or text[at] not in expected:
             raise json.JSONDecodeError(f"expected {' or '.join(expected)}", text, at)
         return skip(at + 1)

@@ -20,13 +20,13 @@ class Pets(ListedFiles):
     """Oxford-IIIT Pets (Parkhi et al., 2012): `images` and `annotations`, in `oxford-iiit-pet` or
     the folder above it.
 
-    3,680 images to train with (`trainval.txt`), 3,669 to test ("val": `test.txt`). Tasks: "class",
-    the breed; "species", cat or dog. The images lie as they are stored, because the trimaps and
-    boxes beside them do.
+    3,680 training images (`trainval.txt`) and 3,669 test images ("val": `test.txt`). Tasks:
+    "class", the breed; "species", cat or dog. Images keep their stored orientation, like the
+    trimaps and boxes.
 
     Raises:
-        InputError: a file is missing, says two things of one breed, or names images that are not
-            there.
+        InputError: a file is missing, contradicts itself about a breed, or names images that do not
+            exist.
     """
 
     lies = "stored"
@@ -71,11 +71,11 @@ class Pets(ListedFiles):
         )
 
     def objects(self, index: int) -> Objects:
-        """The one animal, by its trimap; the rim, which that leaves open, is not known.
+        """The animal according to its trimap; its undecided rim counts as unknown.
 
         Raises:
-            InputError: the trimap is not there.
-            BadImage: it is no trimap, or of another size than the image.
+            InputError: the trimap does not exist.
+            BadImage: it is not a trimap, or differs in size from the image.
         """
         path = self._trimaps / f"{self.path(index).stem}.png"
         trimap_HW = read_map(path, self.path(index), ANIMAL, RIM)

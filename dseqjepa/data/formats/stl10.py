@@ -27,11 +27,11 @@ PARTS: dict[Split, str] = {"pretrain": "unlabeled", "train": "train", "val": "te
 class STL10:
     """STL-10 (Coates, Lee and Ng, 2011) from its binary files, in `stl10_binary` or above.
 
-    To pre-train on: the 100,000 images without labels. "train" are the 5,000 labelled ones, "val"
-    the 8,000 of the test split. Every image is read from the disk when it is asked for.
+    Pre-training uses the 100,000 unlabelled images. "train" are the 5,000 labelled ones, "val"
+    the 8,000 of the test split. Images are read from disk on demand.
 
     Raises:
-        InputError: a file is missing, or its size or labels are not what they should be.
+        InputError: a file is missing, or its size or labels are wrong.
     """
 
     origin: ClassVar[str] = "cs.stanford.edu/~acoates/stl10 has it (the binary files)"
@@ -67,7 +67,7 @@ class STL10:
         offset = range(self._count)[index] * BYTES
         pixels = np.fromfile(self._file, np.uint8, BYTES, offset=offset)
         if len(pixels) != BYTES:
-            raise BadImage(f"{self._file} has become shorter since it was opened")
+            raise BadImage(f"{self._file} was truncated since it was opened")
         # They are kept column by column.
         return torch.from_numpy(pixels.reshape(3, SIDE, SIDE)).transpose(1, 2)
 

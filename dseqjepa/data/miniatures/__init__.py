@@ -1,1 +1,1 @@
-"""The embedded scenes in the benchmarks' own formats: small, complete, and the truth is known."""
+"""Rendered scenes in benchmark formats: small, complete, with known ground truth."""

@@ -1,4 +1,4 @@
-"""Miniatures of data sets that say what is where in a picture: CLEVR, COCO and ADE20K.
+"""Miniatures of data sets with localized annotations: CLEVR, COCO and ADE20K.
 
 Suffixes: H and W pixels, C classes.
 """
@@ -19,7 +19,7 @@ from dseqjepa.data.miniatures.part import Part, save, write_lines
 from dseqjepa.data.scenes import CATEGORIES, DISTANCE_EDGES, SHAPES, Scene, class_map
 
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
-"""With gaps, as COCO's."""
+"""With gaps, like COCO's."""
 RANGE = (CLEVR_EDGES[-1] - CLEVR_EDGES[0]) / (DISTANCE_EDGES[-1] - DISTANCE_EDGES[0])
 
 
@@ -89,7 +89,7 @@ def write_coco(folder: Path, train: Part, val: Part) -> None:
 
 
 def coco_regions(scene: Scene) -> list[tuple[str, Bool[np.ndarray, "H W"], bool]]:
-    """What is annotated of a scene: shape, mask, and whether it is a crowd."""
+    """The annotations of a scene: shape, mask, and whether it is a crowd."""
     often = Counter(thing.shape for thing in scene.objects[1:])
     regions = []
     for number, thing in enumerate(scene.objects):
@@ -132,5 +132,5 @@ def write_ade20k(folder: Path, train: Part, val: Part) -> None:
 
 
 def ade_labels(scene: Scene) -> np.ndarray:
-    """The label map of a scene, one byte a pixel: 1 the ground, 2 to 11 the shapes, 0 the sky."""
+    """The label map of a scene, one byte per pixel: 1 ground, 2 to 11 shapes, 0 sky."""
     return class_map(scene.instance_HW, scene.depth_HW, [thing.shape for thing in scene.objects])

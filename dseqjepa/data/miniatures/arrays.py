@@ -67,7 +67,7 @@ def write_cifar100(folder: Path, train: Part, val: Part) -> None:
 
 
 def write_stl10(folder: Path, train: Part, val: Part) -> None:
-    """As many images without labels as with: further scenes."""
+    """As many unlabelled images as labelled ones, from further scenes."""
     folder = folder / "stl10_binary"
     folder.mkdir()
     for part, name in ((train, "train"), (val, "test"), (train.following(), "unlabeled")):
@@ -92,8 +92,8 @@ def _batch(name: str, pixels: np.ndarray, **labels: list[int]) -> dict[str, Any]
 
 
 class _Python2(pickle._Pickler):
-    """Writes text and bytes as Python 2 wrote its strings, which is what CIFAR's files hold: they
-    read as text with encoding="latin1" and as bytes with encoding="bytes"."""
+    """Writes text and bytes like Python 2 strings, as in CIFAR's files: they are read as text with
+    encoding="latin1" and as bytes with encoding="bytes"."""
 
     def save_string(self, value: str | bytes) -> None:
         data = value.encode("latin-1") if isinstance(value, str) else value

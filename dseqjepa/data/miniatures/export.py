@@ -1,4 +1,4 @@
-"""`dseqjepa scenes export`: the embedded scenes written in a benchmark's own format."""
+"""`dseqjepa scenes export`: rendered scenes written in a benchmark's format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dseqjepa.errors import InputError, did_you_mean
 
 
 class Writer(NamedTuple):
-    """How a miniature is written. `side`: the format's own size; `cycle`, `least`: see `Part`."""
+    """How a miniature is written. `side`: the format's fixed size; `cycle`, `least`: see `Part`."""
 
     write: Callable[[Path, Part, Part], None]
     side: int | None = None
@@ -57,13 +57,13 @@ WRITERS = {
 def export(
     name: str, folder: Path, *, size: int | None = None, count: int, val_count: int, seed: int
 ) -> None:
-    """Write `count` scenes to train with and `val_count` to test as the format `name`.
+    """Write `count` training and `val_count` test scenes in the format `name`.
 
     Args:
         name: a key of `WRITERS`.
-        folder: a new or an empty one.
-        size: pixels of a side, 64 if not given; CIFAR, Fashion-MNIST and STL-10 have their own.
-        count, val_count: at least as many as there are classes, so that each part has them all.
+        folder: a new or empty folder.
+        size: side in pixels, 64 by default; CIFAR, Fashion-MNIST and STL-10 have fixed sizes.
+        count, val_count: at least the number of classes, so that each split has them all.
         seed: of the scenes.
 
     Raises:
@@ -73,16 +73,16 @@ def export(
         raise InputError(f"unknown format {name!r}{did_you_mean(name, WRITERS)}")
     writer = WRITERS[name]
     if size is not None and writer.side is not None:
-        raise InputError(f"{name} has images of a size of its own: leave out size={size}")
+        raise InputError(f"{name} has a fixed image size: leave out size={size}")
     for key, number in (("count", count), ("val_count", val_count)):
         if number < len(SHAPES):
-            raise InputError(f"{key}: expected {len(SHAPES)} or more, found {number}")
+            raise InputError(f"{key}: expected at least {len(SHAPES)}, found {number}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"expected a new or an empty folder, found {folder}")
+        raise InputError(f"expected a new or empty folder, found {folder}")
     side = writer.side or size or 64
     train = Part("train", count, side, seed, cycle=writer.cycle, least=writer.least)
     val = Part("val", val_count, side, seed, cycle=writer.cycle, least=writer.least)
     for part in (train, val):
-        next(part.scenes())  # a size that scenes cannot have is told before anything is written
+        next(part.scenes())  # an invalid size is reported before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     writer.write(folder, train, val)

@@ -68,7 +68,7 @@ class Part:
 
 
 def save(path: Path, image_HWC: UInt8[np.ndarray, "H W *C"]) -> str:
-    """Write an image (colours, or one number a pixel) as what the path's ending says."""
+    """Write an image (colours, or one number per pixel) in the format of the path's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lossy = path.suffix.lower() in (".jpg", ".jpeg")
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if lossy else {}

@@ -1,6 +1,6 @@
-"""Miniatures of data sets for classification that keep their images in folders.
+"""Miniatures of classification data sets that store images in folders.
 
-The class of a picture is the shape of its main object.
+The class of an image is the shape of its main object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dseqjepa.data.scenes import SHAPES
 
 WNIDS = tuple(f"n9{number:07}" for number in range(len(SHAPES)))
 NUMBERS = tuple(7 * label % len(SHAPES) + 1 for label in range(len(SHAPES)))
-"""Of the development kit, which does not count in the order of the wnids."""
+"""Class numbers of the development kit, which are not in wnid order."""
 
 
 def write_imagenet(folder: Path, train: Part, val: Part) -> None:

@@ -1,4 +1,4 @@
-"""What single patches of a frozen encoder say of their pixels."""
+"""Dense probes: what single patches of a frozen encoder know about their pixels."""
 
 from dseqjepa.tasks.dense.task import evaluate
 

@@ -1,4 +1,4 @@
-"""What is said of a patch: by a linear classifier, by its nearest neighbours, by a regression.
+"""Readouts of patches: a linear classifier, nearest neighbours, and ridge regression.
 
 Suffixes: M training images, P patches of an image, R patches of many images, D width of a patch, C
 numbers said of a patch, G ridges.
@@ -26,10 +26,10 @@ Targets = Float[Tensor, "M P C"]
 def linear(
     patches: Patches, target_MPC: Targets, config: DenseConfig, device: torch.device
 ) -> tuple[Answer, dict[str, Any]]:
-    """Logits of the classes, by the head that a hold-out of images chooses, and how it was chosen.
+    """Class logits from the head selected on held-out images, and how it was selected.
 
-    It is trained on the share of each class among a patch's pixels: that is the cross-entropy of
-    the pixels, each of which is given its patch's logits.
+    It is trained on the class shares among a patch's pixels, which equals the cross-entropy of
+    the pixels if each is assigned its patch's logits.
     """
     rows, target_RC, split = _known(patches, target_MPC, config)
     settings = Setting.all_of(patches.columns, config.lrs, config.weight_decays)
@@ -58,17 +58,17 @@ def voting(
     patches: Patches, target_MPC: Targets, config: DenseConfig, device: torch.device
 ) -> Answer:
     """The share of each class in the vote of the nearest training patches, each of which has the
-    class of most of its pixels. Of the first feature."""
+    class of most of its pixels. Uses the first feature."""
     rows, target_RC, _ = _known(patches, target_MPC, config)
     bank_R = drawn(len(rows), config.bank, config.seed).sort().values
     columns = patches.columns[next(iter(patches.columns))]
     place_PD = _place_means(patches) if config.center == "place" else None
 
     def of(rows: Rows) -> Tensor:
-        """These rows in memory, less what is usual at their place."""
+        """These rows in memory, minus the mean at their position."""
         rows_RD = rows[:]
         if place_PD is not None:
-            # Rows of patches count through all images: what is left over is the place.
+            # Rows count patches through all images: the remainder is the position.
             rows_RD = rows_RD - place_PD[rows.index_M % patches.count]
         return torch.cat([rows_RD[:, part] for part in columns], dim=1)
 
@@ -84,8 +84,8 @@ def voting(
 def regression(
     patches: Patches, target_MPC: Targets, config: DenseConfig
 ) -> tuple[Answer, dict[str, Any]]:
-    """Log depth by ridge regression on standardised features, and how feature and ridge were
-    chosen: by the mean squared error on the hold-out's patches."""
+    """Log depth by ridge regression on standardized features, and how feature and ridge penalty
+    were selected: by the mean squared error on held-out patches."""
     rows, target_RC, (fit_R, held_R) = _known(patches, target_MPC, config)
     grid: list[dict[str, Any]] = []
     for feature in patches.columns:
@@ -110,7 +110,7 @@ def regression(
 def _ridge(
     data: Standardized, target_RC: Tensor, feature: str, ridges: tuple[float, ...]
 ) -> Float[Tensor, "G _"]:
-    """Weights and, last, the intercept, which is not shrunk, in double precision. A ridge is a
+    """Weights and, last, the unpenalized intercept, in double precision. A ridge penalty is a
     share of the features' variance, which is 1."""
     count = len(target_RC)
     mean = target_RC[:, 0].double().mean()
@@ -149,8 +149,8 @@ def _place_means(patches: Patches) -> Float[Tensor, "P D"]:
 def _known(
     patches: Patches, target_MPC: Targets, config: DenseConfig
 ) -> tuple[Rows, Float[Tensor, "R C"], Split]:
-    """The training patches of which something is known, what is to be said of them, and which are
-    to be fitted and held out: all patches of an image on one side."""
+    """The training patches with known truth, that truth, and which are fitted or held out; patches
+    of an image are never split."""
     images, count, width = target_MPC.shape
     known_R = target_MPC[:, :, 0].isfinite().flatten().nonzero()[:, 0]
     one_class_M = torch.zeros(images, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What can be asked of patches, and how an answer is judged at the pixels.
+"""The dense targets, class and depth, and how predictions are scored at the pixels.
 
 Suffixes: N images, P patches of an image, C numbers said of a patch (classes, or one: log depth),
 Q pixels, J counts of an image, R resamples, h and w rows and columns of patches, H and W pixels.
@@ -25,7 +25,7 @@ Grid = tuple[int, int]
 
 @runtime_checkable
 class Kind(Protocol):
-    """A question that has an answer for every pixel."""
+    """A target defined for every pixel."""
 
     name: ClassVar[str]
 
@@ -39,19 +39,19 @@ class Kind(Protocol):
         ...
 
     def target(self, truth_HW: Tensor, grid: Grid) -> Float[Tensor, "P C"]:
-        """What is to be said of each patch; NaN where nothing is known of it."""
+        """The target of each patch; NaN if unknown."""
         ...
 
     def shown(self, said_CHW: Tensor) -> Tensor:
-        """An answer (H, W) in the form of the truth."""
+        """A prediction (H, W) in the form of the truth."""
         ...
 
     def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Tensor:
-        """Counts of one image, which can be summed over images."""
+        """Counts for one image, which can be summed over images."""
         ...
 
     def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
-        """Over all pixels of all images; intervals over resampled images."""
+        """Metrics over all pixels of all images; intervals over resampled images."""
         ...
 
     def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]: ...
@@ -59,7 +59,7 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Classes:
-    """The class of every pixel, 1, 2, ...; 0 is not judged."""
+    """The class of every pixel, 1, 2, ...; 0 is not scored."""
 
     name: ClassVar[str] = "segmentation"
     categories: tuple[str, ...]
@@ -103,7 +103,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class LogDepth:
-    """The logarithm of the depth of every pixel; what is infinitely far is not judged."""
+    """The logarithm of the depth of every pixel; infinite depth is not scored."""
 
     name: ClassVar[str] = "depth"
 

@@ -1,4 +1,4 @@
-"""The patches of training and test images, with what is true of them.
+"""The patches of training and test images, with their ground truth.
 
 Suffixes: M training images, N test images, B images of a batch, P patches of an image, D width of a
 patch (of several blocks side by side), C numbers said of a patch, R patches of many images, J
@@ -30,31 +30,31 @@ from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import features_of
 
 AT_ONCE = 32
-"""Test images that are answered together."""
+"""Number of test images predicted at a time."""
 PICTURES = 6
 Answer = Callable[[Rows], Tensor]
-"""What is said, (R, C), of the patches of whole images, one image after the other."""
+"""Predictions (R, C) for the patches of whole images, image after image."""
 Example = tuple[str, Tensor, Tensor, Tensor]
-"""An image's name, its pixels, the truth (H, W) and what was said (H, W)."""
+"""An image's name, its pixels, the truth (H, W) and the prediction (H, W)."""
 
 
 @dataclass(frozen=True, eq=False)
 class PatchRows:
-    """The images of one part of the data that could be decoded, patch by patch."""
+    """The decodable images of one split, patch by patch."""
 
     source: Source
-    """Of all images of the part, of which these may be some."""
+    """Source of the whole split, of which these images may be a subset."""
     place_M: Int64[Tensor, " M"]
-    """Where in the source each image is."""
+    """Index of each image in the source."""
     rows: Rows
     """R = M * P rows, image by image."""
     asked: int
-    """Images that were to be read."""
+    """Number of images requested."""
     bad: dict[str, str] = field(default_factory=dict)
-    """Those that cannot be, or whose truth cannot, and why."""
+    """Images that cannot be read, or whose truth cannot, with reasons."""
 
     def truths(self, kind: Kind, transform: EvalTransform) -> Iterator[tuple[int, Tensor]]:
-        """The truth (H, W) of each image, brought to the size of the backbone's images."""
+        """The truth (H, W) of each image, resized to the size of the backbone's images."""
         for number, index in enumerate(self.place_M.tolist()):
             try:
                 truth_HW = patiently(lambda i=index: kind.read(self.source, i))  # type: ignore[misc]
@@ -66,13 +66,13 @@ class PatchRows:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Both parts, by one backbone."""
+    """Both splits, for one backbone."""
 
     train: PatchRows
     test: PatchRows
     grid: Grid
     columns: Mapping[str, list[slice]]
-    """Where each feature stands in the rows."""
+    """The columns of each feature in the rows."""
     transform: EvalTransform
 
     @staticmethod
@@ -113,19 +113,19 @@ class Patches:
         return self.grid[0] * self.grid[1]
 
     def targets(self, kind: Kind) -> Float[Tensor, "M P C"]:
-        """What is to be said of the training patches, NaN where nothing is known; float16."""
+        """The targets of the training patches, NaN if unknown; float16."""
         images = len(self.train.place_M)
         target_MPC = torch.full((images, self.count, kind.width), torch.nan, dtype=torch.float16)
         for number, truth_HW in self.train.truths(kind, self.transform):
             target_MPC[number] = kind.target(truth_HW, self.grid)
         if not bool(target_MPC.isfinite().any()):
-            raise InputError(f"no training image says anything of its pixels ({kind.name})")
+            raise InputError(f"no training image has labelled pixels ({kind.name})")
         return target_MPC
 
     def judged(
         self, kind: Kind, answers: Mapping[str, Answer], shown: str
     ) -> tuple[dict[str, Tensor], list[Example]]:
-        """Counts (N, J) of every answer on the test images, and some images with one of them."""
+        """Counts (N, J) of every readout on the test images, and some example predictions."""
         examples: list[Example] = []
         counts: dict[str, list[Tensor]] = {name: [] for name in answers}
         truths = self.test.truths(kind, self.transform)
@@ -167,15 +167,15 @@ def grid_of(backbone: Backbone) -> tuple[Grid, int]:
     grid = height // size, width // size
     if count < 2 or count != grid[0] * grid[1] or height % size or width % size:
         raise InputError(
-            f"{backbone.name} gives {count} patches of an image of {height} x {width}: dense needs "
-            f"a grid of them, {grid[0]} x {grid[1]}"
+            f"{backbone.name} has {count} patches for an image of {height} x {width}: dense needs "
+            f"a grid of {grid[0]} x {grid[1]}"
         )
     return grid, wide
 
 
 def _tokens(backbone: Backbone, feature: str) -> tuple[str, ...]:
-    """The pieces that hold the patches of a feature's blocks."""
+    """The pieces with the patches of a feature's blocks."""
     pieces = backbone.pieces(feature)
     if any(not piece.startswith("mean") for piece in pieces):
-        raise InputError(f"features {feature}: dense reads patches: last, last4, block7, ...")
+        raise InputError(f"features {feature}: dense reads patches; use last, last4, block7, ...")
     return tuple(piece.replace("mean", "tokens") for piece in pieces)

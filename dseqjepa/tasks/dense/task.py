@@ -1,4 +1,4 @@
-"""`dseqjepa evaluate dense`: class and depth of pixels, by what is frozen (docs/evaluations.md).
+"""`dseqjepa evaluate dense`: class and depth of pixels from frozen patches (docs/evaluations.md).
 
 Suffixes: M training images, N test images, P patches of an image, R patches of many images, C
 numbers said of a patch, J counts of an image.
@@ -21,7 +21,7 @@ from dseqjepa.tasks.results import MAJORITY, Metric, Result
 from dseqjepa.tasks.run import Job
 
 PLACE = "place alone"
-"""The row of what is usual at each place, whatever the image."""
+"""The row for predicting what is usual at each position, regardless of the image."""
 LINEAR = "linear"
 
 
@@ -29,8 +29,8 @@ def evaluate(job: Job, config: DenseConfig) -> Result:
     """mIoU of a linear classifier and of neighbours; RMSE and delta1 of a regression of depth.
 
     Raises:
-        InputError: the data knows neither class nor depth of its pixels, or not what `task` asks;
-            the backbone gives no grid of patches; nothing can be read.
+        InputError: the data has neither class nor depth of its pixels, or not what `task` needs;
+            the backbone has no grid of patches; nothing can be read.
         RunError: more images than `max_bad` cannot be decoded.
     """
     kinds = kinds_of(job, config)
@@ -84,8 +84,8 @@ def evaluate(job: Job, config: DenseConfig) -> Result:
 
 
 def kinds_of(job: Job, config: DenseConfig) -> list[Kind]:
-    """What of `config.task` the data knows; `InputError` where that is nothing, or one is missing
-    that was asked for by name."""
+    """The targets of `config.task` that the data has; `InputError` if there are none, or if one
+    requested by name is missing."""
     train, test = job.train, job.test
     kinds: list[Kind] = []
     if isinstance(train, Segmentations) and isinstance(test, Segmentations):
@@ -96,17 +96,18 @@ def kinds_of(job: Job, config: DenseConfig) -> list[Kind]:
     if not wanted:
         asked = "class or depth" if config.task == "all" else config.task
         raise InputError(
-            f"dense needs the {asked} of every pixel, which this data does not say: data=scenes "
+            f"dense needs the {asked} of every pixel, which this data does not have: data=scenes "
             "has both, data=ade20k:PATH the class"
         )
     return wanted
 
 
 def usual(target_MPC: Tensor) -> dict[str, Answer]:
-    """What looks at no image: the same everywhere, and what is usual at each place."""
+    """Baselines that ignore the image: the same prediction everywhere, and the usual one at each
+    position."""
     mean_PC = target_MPC.float().nanmean(dim=0)
     mean_1C = target_MPC.float().flatten(0, 1).nanmean(dim=0, keepdim=True)
-    mean_PC = mean_PC.where(mean_PC.isfinite(), mean_1C)  # at some places nothing was ever known
+    mean_PC = mean_PC.where(mean_PC.isfinite(), mean_1C)  # some positions were never labelled
     return {
         MAJORITY: lambda rows: mean_1C.expand(len(rows), -1),
         PLACE: lambda rows: mean_PC.repeat(len(rows) // len(mean_PC), 1),
@@ -118,6 +119,6 @@ def _categories(kinds: list[Kind]) -> tuple[str, ...]:
 
 
 def _protocol(config: DenseConfig) -> dict[str, Any]:
-    """All that must be equal for two results to be comparable, beside the data."""
+    """Everything besides the data that must be equal for two results to be comparable."""
     own = config.model_dump(mode="json", exclude={*FrozenConfig.model_fields} - {"task"})
     return own | {"seed": config.seed, "judged": "pixels of the centre crop, patches bilinearly"}

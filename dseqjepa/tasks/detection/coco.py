@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, by faster-coco-eval, or by pycocotools in its place.
+"""COCO's average precision, computed by faster-coco-eval, or else by pycocotools.
 
 Suffixes: R resamples, N images.
 """
@@ -19,15 +19,15 @@ from dseqjepa.tasks.bootstrap import draw_again
 
 RESAMPLES = 200
 NAMES = ("", "_50", "_75", "_small", "_medium", "_large")
-"""What the first six of COCO's numbers are: the mean over IoU thresholds 0.5 to 0.95, those at two
-of them, and the mean for objects below 32 x 32, below 96 x 96, and larger."""
+"""The first six of COCO's numbers: the mean over IoU thresholds 0.5 to 0.95, the values at two of
+them, and the mean for objects below 32 x 32, below 96 x 96, and larger."""
 Kind = Literal["bbox", "segm"]
 
 
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """Average precisions by the endings in `NAMES`, as shares of 1. One of which there are no
-    objects is left out."""
+    """Average precisions by the suffixes in `NAMES`, as shares of 1; those without objects are left
+    out."""
 
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
@@ -47,12 +47,11 @@ def average_precision(
 ) -> Precision:
     """AP of boxes or masks over some images of an annotation file.
 
-    The intervals draw images with replacement, with what was matched in each, and accumulate
-    again.
+    Intervals resample images with replacement, including their matches, and accumulate again.
 
     Args:
-        results: as `as_results` returns them; 100 of an image and category count, the best.
-        image_ids: the images that were looked at; nothing else counts.
+        results: from `as_results`; the best 100 per image and category count.
+        image_ids: the evaluated images; all others are ignored.
 
     Raises:
         InputError: neither of the two libraries is installed.
@@ -71,7 +70,7 @@ def average_precision(
 
 
 class _Evaluator:
-    """COCO's evaluation of one kind, matched once, and accumulated over any choice of images."""
+    """COCO's evaluation of boxes or masks, matched once, accumulated over any set of images."""
 
     def __init__(
         self,
@@ -83,7 +82,7 @@ class _Evaluator:
         self.library, api = _library()
         with contextlib.redirect_stdout(io.StringIO()):
             truth = api.COCO(str(annotations))
-            # A result's area is that of its mask only where it has no box.
+            # A result's area is that of its mask only if it has no box.
             unused = "segmentation" if kind == "bbox" else "bbox"
             rows = [{k: v for k, v in row.items() if k != unused} for row in results]
             found = truth.loadRes(rows) if rows else _nothing(api, truth)
@@ -96,10 +95,10 @@ class _Evaluator:
         self.categories = {number: truth.cats[number]["name"] for number in self.coco.params.catIds}
 
     def accumulated(self, drawn_N: np.ndarray | None = None) -> dict[str, float]:
-        """The numbers over all images, or over those drawn, some of them more than once."""
+        """The numbers over all images, or over drawn ones, possibly repeated."""
         coco = self.coco
         if drawn_N is not None:
-            # Matches lie by category and area, and in these by image.
+            # Matches are ordered by category and area, then by image.
             blocks = range(0, len(self.matches), self.images)
             drawn = drawn_N.tolist()
             chosen = [self.matches[first + at] for first in blocks for at in drawn]
@@ -123,7 +122,7 @@ class _Evaluator:
         }
 
     def by_category(self) -> dict[str, float | None]:
-        """AP of each category; None where there are no objects of it."""
+        """AP of each category; None if it has no objects."""
         precision = self.coco.eval["precision"][:, :, :, 0, -1]
         found: dict[str, float | None] = {}
         for place, name in enumerate(self.categories.values()):
@@ -137,7 +136,7 @@ class _Api:
     COCO: Any
     evaluator: Any
     matches: str
-    """The attribute in which the evaluator keeps what it matched."""
+    """The attribute in which the evaluator keeps its matches."""
 
 
 def _library() -> tuple[str, _Api]:
@@ -158,13 +157,13 @@ def _library() -> tuple[str, _Api]:
     except ImportError:
         raise InputError(
             "detection needs faster-coco-eval (pip install 'dseqjepa[detection]'), or pycocotools "
-            "where that has no wheel"
+            "if that has no wheel"
         ) from None
     return "pycocotools", _Api(COCO, COCOeval, "evalImgs")
 
 
 def _nothing(api: _Api, truth: Any) -> Any:
-    """Results without a single object, which `loadRes` does not take."""
+    """Results without any object, which `loadRes` does not accept."""
     found = api.COCO()
     found.dataset = {
         "images": truth.dataset["images"],

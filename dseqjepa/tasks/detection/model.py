@@ -1,8 +1,8 @@
 """torchvision's Mask R-CNN on a plain ViT.
 
-Maps of four blocks in four sizes go through a feature pyramid (Lin et al., 2017); the blocks
-between attend in windows, as in ViTDet (Li et al., 2022). Images are normalised by the backbone,
-and by nothing else.
+Maps of four blocks at four scales go through a feature pyramid (Lin et al., 2017); the blocks
+in between attend in windows, as in ViTDet (Li et al., 2022). Images are normalized only by the
+backbone.
 
 Suffixes: B images, C colours, D channels, H and W pixels, K objects.
 """
@@ -25,11 +25,11 @@ from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.maps import WINDOW, DropPath, Rescale, maps_of
 
 ANCHOR = 8
-"""An anchor's side, in steps of its map: 32 pixels where the finest has steps of 4."""
+"""An anchor's side in strides of its map: 32 pixels if the finest stride is 4."""
 
 
 class Pyramid(nn.Module):
-    """Normalised images to the five maps that torchvision's detectors read, by their names."""
+    """Normalized images to the five maps that torchvision's detectors read, by their names."""
 
     def __init__(self, backbone: Backbone, width: int, window: int, drop_path: float) -> None:
         super().__init__()
@@ -49,27 +49,27 @@ class Pyramid(nn.Module):
 
 
 class FullPrecisionCoder(BoxCoder):
-    """Boxes from what a head says of them, in float32. torchvision's coder would round the boxes
-    to the head's precision: in bfloat16 to multiples of 4 pixels beyond 512."""
+    """Decodes boxes in float32. torchvision's coder would round them to the head's precision: in
+    bfloat16 to multiples of 4 pixels beyond 512."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         return super().decode_single(rel_codes.float(), boxes.float())
 
 
 class Detector(nn.Module):
-    """Images of any size, uint8, to objects with boxes and masks.
+    """uint8 images of any size to objects with boxes and masks.
 
     Args:
-        classes: of objects; label 0 is none of them.
+        classes: number of object classes; label 0 is background.
         width: channels of the pyramid.
-        head_width: of the two layers that classify boxes.
-        mask_width: channels of the layers that draw masks.
-        longest_side: to which images are brought, in pixels.
-        window: side in patches of the windows of the blocks that are not read.
-        drop_path: of the last block.
-        detections: the most objects of an image.
-        proposals: regions of an image that the heads are trained on.
-        score_threshold: below it an object is not reported.
+        head_width: width of the two layers of the box head.
+        mask_width: channels of the mask head.
+        longest_side: of the resized images, in pixels.
+        window: side, in patches, of the attention windows of the blocks that are not read.
+        drop_path: rate of the last block.
+        detections: maximum number of detections per image.
+        proposals: regions per image on which the heads are trained.
+        score_threshold: minimum score of a reported object.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Detector(nn.Module):
             box_predictor=FastRCNNPredictor(head_width, classes + 1),
             mask_head=MaskRCNNHeads(width, (mask_width,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(mask_width, mask_width, classes + 1),
-            min_size=longest_side,  # the shorter side can only come that far if both are equal
+            min_size=longest_side,  # the shorter side reaches this only if both are equal
             max_size=longest_side,
-            # What comes in is normalised: (x - 0) / 1.
+            # What comes in is normalized: (x - 0) / 1.
             image_mean=[0.0] * 3,
             image_std=[1.0] * 3,
             size_divisible=divisor(backbone.patch_size),
@@ -124,8 +124,8 @@ class Detector(nn.Module):
         return self.rcnn(self._normalized(images), [dict(target) for target in targets])
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Of each image `boxes`, `labels`, `scores` and `masks` (K, 1, H, W), probabilities, in the
-        image's own pixels, best first."""
+        """For each image `boxes`, `labels`, `scores` and `masks` (K, 1, H, W), as probabilities in
+        the image's own pixels, best first."""
         return self.rcnn(self._normalized(images))
 
     def _normalized(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -133,11 +133,11 @@ class Detector(nn.Module):
 
 
 def divisor(patch_size: int) -> int:
-    """What the sides of padded images are multiples of: 32 where that makes whole patches of the
-    coarsest map too, else two patches."""
+    """The divisor of the sides of padded images: 32 if that gives whole patches on the coarsest map
+    too, else two patches."""
     return 32 if 32 % (2 * patch_size) == 0 else 2 * patch_size
 
 
 def _layer_norm(channels: int) -> nn.Module:
-    """Over the channels of each place, which suits small batches."""
+    """Layer norm over the channels at each position, which suits small batches."""
     return LayerNorm2d(channels, eps=1e-6)

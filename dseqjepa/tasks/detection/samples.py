@@ -1,4 +1,4 @@
-"""What Mask R-CNN learns from, and what it found in the form of COCO's results.
+"""Training samples of Mask R-CNN, and its detections in COCO's format.
 
 Suffixes: C colours, H and W pixels, K objects.
 """
@@ -19,20 +19,20 @@ from dseqjepa.data.source import BadImage, Detections, Instances
 from dseqjepa.keyed import Stream, uniforms
 
 SURE = 0.5
-"""The probability from which on a pixel belongs to a mask."""
+"""Probability above which a pixel belongs to a mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionSample:
-    """An image and its objects, as torchvision's detectors take them."""
+    """An image and its objects, in the format of torchvision's detectors."""
 
     image_CHW: Tensor
     target: Mapping[str, Tensor]
 
 
 def read_labelled(source: Detections, index: int) -> tuple[Tensor, Instances]:
-    """An image and its objects. `BadImage` where the objects are those of another size: data that
-    was scaled without its annotations."""
+    """An image and its objects. `BadImage` if the objects refer to another size, as in data that
+    was resized without its annotations."""
     image_CHW, found = source.image(index), source.instances(index)
     size, labelled = tuple(image_CHW.shape[-2:]), tuple(found.masks_KHW.shape[-2:])
     if size != labelled:
@@ -41,8 +41,8 @@ def read_labelled(source: Detections, index: int) -> tuple[Tensor, Instances]:
 
 
 def read_sample(source: Detections, index: int, key: int) -> DetectionSample:
-    """An image, mirrored for half of the keys, with the objects that can be learnt: neither crowds
-    nor boxes without extent."""
+    """An image, flipped for half of the keys, with its trainable objects: no crowds, and no boxes
+    without extent."""
     image_CHW, found = read_labelled(source, index)
     boxes_K4, masks_KHW = found.boxes_K4, found.masks_KHW
     keep_K = ~found.crowd_K & (boxes_K4[:, 2:] > boxes_K4[:, :2]).all(1)
@@ -61,8 +61,8 @@ def read_sample(source: Detections, index: int, key: int) -> DetectionSample:
 
 
 def lost_objects(source: Detections, bad: Mapping[str, str]) -> dict[str, tuple[int, int]]:
-    """Of each category that `bad` images show, by name: how many of them, and of how many images.
-    Those of images without an object stand under a name of their own."""
+    """For each category shown by `bad` images, by name: how many of them, and of how many images.
+    Images without objects have their own entry."""
     gone, there = Counter[int](), Counter[int]()
     for index in range(len(source)) if bad else ():
         labels = set(source.labels_of(index).tolist()) or {0}
@@ -74,7 +74,7 @@ def lost_objects(source: Detections, bad: Mapping[str, str]) -> dict[str, tuple[
 
 
 def as_instances(output: Mapping[str, Tensor], image_id: int) -> tuple[Instances, Tensor]:
-    """What the detector found in an image, on the CPU, and the scores."""
+    """The detections in an image, on the CPU, and their scores."""
     masks_KHW = (output["masks"][:, 0] >= SURE).cpu()
     boxes_K4 = output["boxes"].float().cpu()
     return (

@@ -1,4 +1,4 @@
-"""`dseqjepa evaluate detection`: Mask R-CNN on a backbone, trained and measured as COCO does.
+"""`dseqjepa evaluate detection`: Mask R-CNN on a backbone, evaluated with COCO's metrics.
 
 Suffixes: K objects.
 """
@@ -36,7 +36,7 @@ OF_MODEL = (
     "width", "head_width", "mask_width", "longest_side", "window", "drop_path", "detections",
     "proposals", "score_threshold",
 )  # fmt: skip
-"""Settings that are the model's own."""
+"""Settings of the model itself."""
 
 
 def evaluate(job: Job, config: DetectionConfig) -> Result:
@@ -56,7 +56,7 @@ def evaluate(job: Job, config: DetectionConfig) -> Result:
         )
     if train.category_ids != test.category_ids:
         raise InputError("training and test images have different categories")
-    mask_tools()  # so that what is missing is said before hours of training
+    mask_tools()  # to report missing packages before hours of training
     per_epoch = len(train) / config.batch_size
     recipe = Recipe.of(
         config,
@@ -124,7 +124,7 @@ def losses(model: Detector, samples: list[DetectionSample]) -> dict[str, Tensor]
 def scores_of(
     test: Detections, results: list[dict[str, Any]], image_ids: list[int], seed: int
 ) -> tuple[dict[str, Metric], dict[str, Any], str]:
-    """AP of boxes and of masks, each by category too, in per cent; and by which library."""
+    """AP of boxes and masks, overall and by category, in per cent, and the library used."""
     metrics, by_category, evaluator = {}, {}, ""
     kinds: dict[str, Kind] = {"ap_box": "bbox", "ap_mask": "segm"}
     for name, kind in kinds.items():
@@ -148,15 +148,15 @@ def predict(
     config: DetectionConfig,
     device: torch.device,
 ) -> tuple[Instances, Tensor]:
-    """What is found in an image, and the scores. One image at a time, so that no other one decides
-    how it is padded."""
+    """The detections in an image, and their scores. One image at a time, so that its padding does
+    not depend on others."""
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         (output,) = model([image_CHW.to(device)])
     return as_instances(output, image_id)
 
 
 def protocol(config: DetectionConfig, job: Job) -> dict[str, object]:
-    """All that must be equal for two results to be comparable, beside the data."""
+    """Everything besides the data that must be equal for two results to be comparable."""
     return {
         **config.recipe(),
         "schedule": "linear warm-up, then cosine to 0",

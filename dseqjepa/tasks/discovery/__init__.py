@@ -1,3 +1,3 @@
-"""Do saliency and regions find the objects of an image? Measured by masks or boxes, untrained."""
+"""Unsupervised object discovery: saliency and regions compared with masks or boxes."""
 
 from dseqjepa.tasks.discovery.task import evaluate as evaluate

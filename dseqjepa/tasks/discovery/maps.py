@@ -1,4 +1,4 @@
-"""What is measured: the maps of an encoder, and those that anybody has without one.
+"""The maps to evaluate: those of an encoder, and baselines that need none.
 
 Suffixes: B images, P patches of a grid (row-major), D features of a patch, C colours, H and W
 pixels.
@@ -23,7 +23,7 @@ from dseqjepa.tasks.backbone import Backbone, OwnBackbone
 
 
 class SaliencyMap(NamedTuple):
-    """A map, and the features that clusters of it are made of."""
+    """A map, and the features used for its clusters."""
 
     saliency_BP: Float[Tensor, "B P"]
     features_BPD: Float[Tensor, "B P D"]
@@ -37,19 +37,19 @@ MapReader = Callable[[Tensor], Mapping[str, SaliencyMap]]
 
 
 def cut_of(config: Config | None) -> CutConfig:
-    """Where a run looks and how it cuts; where its method does neither, rarity and clusters."""
+    """A run's saliency and regions; rarity and clusters if its method has none."""
     return (config.method.cut if config is not None else None) or CutConfig()
 
 
 def kinds_of(backbone: Backbone) -> tuple[str, ...]:
-    """The saliency kinds that a backbone allows: a foreign one gives its patches alone."""
+    """The saliency kinds that a backbone supports: third-party ones only provide patches."""
     if not isinstance(backbone, OwnBackbone):
         return ("rarity",)
     return tuple(kind for kind in KINDS if backbone.has_cls or kind not in READS_CLS)
 
 
 def look_of(backbone: Backbone) -> MapReader:
-    """All maps of a backbone, read as its run reads them."""
+    """All maps of a backbone, computed as in its run."""
     if not isinstance(backbone, OwnBackbone):
         return lambda images_BCHW: {"rarity": foreign_rarity(backbone, images_BCHW)}
     config = backbone.config
@@ -61,8 +61,8 @@ def look_of(backbone: Backbone) -> MapReader:
 def own_look(
     encoder: VisionTransformer, kinds: tuple[str, ...], cut: CutConfig, target_blocks: int
 ) -> MapReader:
-    """`cut` says how [CLS] is queried, which block its own kind reads (the other kinds read
-    theirs), and what clusters are of."""
+    """`cut` defines the [CLS] query, the block of its own kind (others use their defaults), and the
+    features to cluster."""
     own, features = cut.saliency, cut.regions.features
 
     def look(images_BCHW: Tensor) -> dict[str, SaliencyMap]:
@@ -86,7 +86,7 @@ def own_look(
 
 
 def foreign_rarity(backbone: Backbone, images_BCHW: Tensor) -> SaliencyMap:
-    """Rarity of the patches of any backbone, less those of a blank image at the same place."""
+    """Rarity of the patches of any backbone, minus those of a blank image at the same position."""
     normal_BCHW = backbone.normalized(images_BCHW)
     normal_BCHW = torch.cat([normal_BCHW, torch.zeros_like(normal_BCHW[:1])])
     with torch.no_grad():
@@ -103,15 +103,15 @@ def baselines(
     features_BPD: Float[Tensor, "B P D"],
     seed: int,
 ) -> dict[str, SaliencyMap]:
-    """The maps that need no encoder; `random` and `centre` cut clusters of the encoder's features.
+    """The maps that need no encoder; `random` and `centre` use clusters of the encoder's features.
 
-    `random` are independent uniform numbers, a function of the seed and the image's place. `centre`
-    is the nearness to the centre. `pixels` is the rarity of the patches' own pixels: what of a
-    map's success is contrast.
+    `random` are independent uniform numbers, a function of the seed and the image's index. `centre`
+    is the nearness to the centre. `pixels` is the rarity of the patches' own pixels, which shows
+    how much of a map's success is contrast.
 
     Args:
-        images_BCHW: normalised.
-        index_B: the images' places in the data.
+        images_BCHW: normalized.
+        index_B: the images' indices in the data.
     """
     rows, columns = grid
     device = images_BCHW.device
@@ -129,11 +129,11 @@ def baselines(
 
 
 def grid_of(backbone: Backbone) -> tuple[int, int]:
-    """Rows and columns of its patches; `InputError` for what has none."""
+    """Rows and columns of its patches; `InputError` if it has none."""
     rows, columns = backbone.grid()
     if backbone.patch_size == 1 or rows * columns < 2:
         raise InputError(
-            f"{backbone.name} has no patches to part: take an encoder (raw pixels are measured "
-            "beside each)"
+            f"{backbone.name} has no patches to divide: use an encoder (raw pixels are always "
+            "measured as a baseline)"
         )
     return rows, columns

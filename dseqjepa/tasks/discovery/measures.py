@@ -1,4 +1,4 @@
-"""From maps and truth to numbers: of every image, then of a test set with intervals.
+"""From maps and truth to metrics: per image, then for a test set with intervals.
 
 Suffixes: B or N images (N where they are those of a test set), P patches of a grid, T thresholds,
 K ranks, R resamples.
@@ -27,10 +27,10 @@ REGION_METRICS = (
     "one_patch_regions",
 )  # fmt: skip
 PLAIN = frozenset({"regions", "best_iou_rank"})
-"""What is a number and no share in per cent."""
+"""Metrics that are not in per cent."""
 
 Measures = dict[str, Tensor]
-"""What is measured of each image of a batch, the images first."""
+"""Measurements of each image of a batch, with images as the first axis."""
 Weights = Float64[Tensor, "R N"]
 
 
@@ -83,7 +83,7 @@ def measure_regions(
 
 
 def summarise(names: Sequence[str], found: Measures, weight_RN: Weights) -> dict[str, Metric]:
-    """These metrics of a test set, shares in per cent; those that no image defines are left out."""
+    """Metrics of a test set, shares in per cent; those defined for no image are left out."""
     special: Mapping[str, Callable[[Measures, Weights], Tensor]] = {
         "max_f": lambda found, weight: _means(found["max_f"], weight).amax(1),
         "ece": _calibration_error,
@@ -101,7 +101,7 @@ def summarise(names: Sequence[str], found: Measures, weight_RN: Weights) -> dict
 
 
 def _means(values_N: Tensor, weight_RN: Weights) -> Tensor:
-    """Over the images that define the value, in every weighting; trailing axes stay."""
+    """The weighted mean over images for which the value is defined; trailing axes are kept."""
     known_N = values_N.isfinite().double()
     return weight_RN @ values_N.double().nan_to_num(0.0) / (weight_RN @ known_N)
 

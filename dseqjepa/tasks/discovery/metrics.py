@@ -1,8 +1,8 @@
-"""How well a map marks objects, and how well regions part them: formulas on tensors.
+"""How well maps mark objects, and how well regions separate them: formulas on tensors.
 
-Everything is at the resolution of patches. An *object patch* is covered by objects for more than
-half of what is known of it; patches of which at most half is known are not judged (`judged_BN`).
-A metric of an image for which it is not defined is NaN.
+Everything is at patch resolution. In an *object patch*, objects cover more than half of the known
+area; patches with at most half of their area known are not scored (`judged_BN`).
+Undefined metrics are NaN.
 
 Suffixes: B or N images (N where they are those of a test set), P patches of a grid (row-major),
 T thresholds, K regions, O objects of one image, R resamples, 4 (top, left, bottom, right) in
@@ -20,10 +20,10 @@ from torch import Tensor
 
 THRESHOLDS = 256
 BETA_SQUARED = 0.3
-"""Of the F-measure, as in salient-object detection (Achanta et al., 2009)."""
+"""Beta squared of the F-measure, as in salient-object detection (Achanta et al., 2009)."""
 BINS = 10
 FOUND = 0.5
-"""The IoU from which on a box is that of an object (CorLoc, Deselaers et al., 2010)."""
+"""Minimum IoU of a box that counts as an object's (CorLoc, Deselaers et al., 2010)."""
 
 Map = Float[Tensor, "B P"]
 Mask = Bool[Tensor, "B P"]
@@ -31,16 +31,16 @@ PerImage = Float64[Tensor, " B"]
 
 
 def scaled(map_BP: Map) -> Float64[Tensor, "B P"]:
-    """Each map brought to [0, 1]; a flat one is 0."""
+    """Each map scaled to [0, 1]; a flat map becomes 0."""
     low_B1, high_B1 = map_BP.double().aminmax(dim=1, keepdim=True)
     return (map_BP.double() - low_B1) / torch.where(high_B1 > low_B1, high_B1 - low_B1, 1.0)
 
 
 def auc(map_BP: Map, object_BP: Mask, judged_BP: Mask) -> PerImage:
-    """The share of pairs of an object patch and another in which the first has the higher value;
-    equal values count half. NaN where an image has only one of the two kinds."""
+    """The share of (object patch, other patch) pairs in which the object patch has the higher
+    value; ties count half. NaN if an image has only one kind."""
     positive_BP, negative_BP = object_BP & judged_BP, ~object_BP & judged_BP
-    # Patches that are not judged come last and so change no rank of the others.
+    # Unscored patches come last and so do not change the ranks of the others.
     value_BP = map_BP.double().masked_fill(~judged_BP, torch.inf)
     sorted_BP = value_BP.sort(dim=1).values
     below_BP = torch.searchsorted(sorted_BP, value_BP)
@@ -52,8 +52,8 @@ def auc(map_BP: Map, object_BP: Mask, judged_BP: Mask) -> PerImage:
 
 
 def pointing(map_BP: Map, object_BP: Mask, judged_BP: Mask) -> PerImage:
-    """Whether the highest patch is an object patch (the pointing game, Zhang et al., 2016); of
-    several highest, the share that is. NaN without an object patch."""
+    """Whether the highest patch is an object patch (the pointing game, Zhang et al., 2016); for
+    ties, the share that is. NaN without object patches."""
     value_BP = map_BP.double().masked_fill(~judged_BP, -torch.inf)
     highest_BP = (value_BP == value_BP.amax(dim=1, keepdim=True)) & judged_BP
     hit_B = (highest_BP & object_BP).sum(1).double() / highest_BP.sum(1)
@@ -79,14 +79,14 @@ def f_curve(
 def _counts_from(
     scaled_BP: Float64[Tensor, "B P"], chosen_BP: Mask, at_T: Float64[Tensor, " T"]
 ) -> Float64[Tensor, "B T"]:
-    """How many of the chosen patches lie at or above each threshold."""
+    """How many of the selected patches are at or above each threshold."""
     sorted_BP = scaled_BP.masked_fill(~chosen_BP, -1.0).sort(dim=1).values
     at_BT = at_T.expand(len(sorted_BP), -1).contiguous()
     return (sorted_BP.shape[1] - torch.searchsorted(sorted_BP, at_BT)).double()
 
 
 def overlap(found_BP: Mask, object_BP: Mask, judged_BP: Mask) -> PerImage:
-    """IoU of the patches that were found and the object patches; NaN without an object patch."""
+    """IoU of the found patches and the object patches; NaN without object patches."""
     both_B = (found_BP & object_BP & judged_BP).sum(1).double()
     either_B = ((found_BP | object_BP) & judged_BP).sum(1)
     return _where_objects(both_B / either_B, object_BP & judged_BP)
@@ -98,7 +98,7 @@ def corloc(
     boxes: list[Float[Tensor, "_ 4"]],
     grid: tuple[int, int],
 ) -> PerImage:
-    """Whether the box around the foreground's component that holds the map's highest patch has an
+    """Whether the box around the foreground component with the map's highest patch has an
     IoU of at least 0.5 with the box of some object; 0 without foreground, NaN without objects."""
     found = []
     for foreground_P, map_P, boxes_O4 in zip(foreground_BP, map_BP, boxes, strict=True):
@@ -115,7 +115,7 @@ def corloc(
 def seed_box(
     foreground_P: Bool[Tensor, " P"], map_P: Float[Tensor, " P"], grid: tuple[int, int]
 ) -> Float[Tensor, " 4"] | None:
-    """The box of the 8-connected component that holds the highest patch; None if it is not
+    """The box of the 8-connected component with the highest patch; None if that is not
     foreground."""
     label_HW, _ = ndimage.label(foreground_P.view(grid).cpu().numpy(), structure=np.ones((3, 3)))
     label = int(label_HW.reshape(-1)[int(map_P.argmax())])
@@ -134,14 +134,14 @@ def box_ious(box_4: Float[Tensor, " 4"], boxes_O4: Float[Tensor, "O 4"]) -> Floa
 
 
 def areas(rank_BP: Int64[Tensor, "B P"], most: int) -> Float64[Tensor, "B K"]:
-    """The share of the grid that each rank has, 0 for ranks that an image lacks."""
+    """The share of the grid that each rank covers, 0 for ranks that an image lacks."""
     return F.one_hot(rank_BP, most).double().mean(1)
 
 
 def on_object(
     rank_BP: Int64[Tensor, "B P"], cover_BP: Map, known_BP: Map, rank: int = 0
 ) -> PerImage:
-    """The share of a region's known area that objects cover; NaN where none of it is known, or an
+    """The share of a region's known area that objects cover; NaN if none of it is known, or the
     image has no object."""
     inside_BP = rank_BP == rank
     share_B = (cover_BP * inside_BP).double().sum(1) / (known_BP * inside_BP).double().sum(1)
@@ -155,7 +155,7 @@ def best_region(
 
     Args:
         object_BP: the share of each patch that the object covers.
-        known_BP: the share of which it is known.
+        known_BP: the share of which this is known.
     """
     inside_BPK = F.one_hot(rank_BP, most).double()
     both_BK = (inside_BPK * object_BP.double()[:, :, None]).sum(1)
@@ -180,14 +180,14 @@ def calibration_error(
     weight_RN: Float64[Tensor, "R N"],
     bins: int = BINS,
 ) -> Float64[Tensor, " R"]:
-    """Expected calibration error (Naeini et al., 2015) with bins of equal width, for each weighting
-    of the images: the mean distance of a bin's confidence to how often it was right."""
+    """Expected calibration error (Naeini et al., 2015) with equal-width bins, for each weighting
+    of the images: the mean distance between a bin's confidence and its accuracy."""
     bin_N = (confidence_N * bins).long().clamp(0, bins - 1)
     gap_NK = F.one_hot(bin_N, bins).double() * (confidence_N - right_N)[:, None]
     return (weight_RN @ gap_NK).abs().sum(1) / weight_RN.sum(1)
 
 
 def _where_objects(values: Tensor, object_BP: Mask) -> Tensor:
-    """NaN for images in which there is nothing to be found."""
+    """NaN for images without anything to find."""
     any_B = object_BP.any(1)
     return values.masked_fill(~any_B.view(-1, *[1] * (values.ndim - 1)), torch.nan)

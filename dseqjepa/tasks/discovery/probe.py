@@ -1,4 +1,4 @@
-"""Whether a run finds objects, seen while it trains.
+"""Object discovery as a probe during training.
 
 Suffixes: B images of a batch.
 """
@@ -25,11 +25,11 @@ FOUND = ("auc", "pointing", "best_iou", "regions")
 def discovery_probe(
     config: Config, source: Source
 ) -> Callable[[VisionTransformer], dict[str, float]] | None:
-    """A function of the target encoder; None where it is not known where the objects are.
+    """A function of the target encoder; None for data without known objects.
 
-    It measures the run's own saliency and regions (rarity and clusters where the method has none)
-    on 200 images: of `scenes` those that follow the training scenes in the same stream, so that no
-    validation scene is used up; of other data training images, whose objects no training sees.
+    It measures the run's own saliency and regions (rarity and clusters if the method has none)
+    on 200 images: for `scenes` those that follow the training scenes in the same stream, so that no
+    validation scene is used; for other data training images, whose objects training ignores.
     """
     if not isinstance(source, Located):
         return None
@@ -38,7 +38,7 @@ def discovery_probe(
     samples: list[LocatedImage] = []
 
     def measure(encoder: VisionTransformer) -> dict[str, float]:
-        if not samples:  # read once, by the rank that measures
+        if not samples:  # read once, by the measuring rank
             samples.extend(_held_out(config, source))
         look = own_look(encoder, (kind,), cut, config.target.blocks)
         batches = []

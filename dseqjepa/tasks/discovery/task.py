@@ -1,4 +1,4 @@
-"""`dseqjepa evaluate discovery`: every map and every kind of regions against the objects.
+"""`dseqjepa evaluate discovery`: every map and kind of regions compared with the objects.
 
 The metrics are defined in docs/evaluations.md.
 
@@ -64,7 +64,7 @@ HEADINGS = {
 
 
 class RowKey(NamedTuple):
-    """What a line of the tables is of; `regions` is empty where it is the map alone."""
+    """The subject of a table row; `regions` is empty for a map alone."""
 
     encoder: str
     saliency: str
@@ -72,10 +72,11 @@ class RowKey(NamedTuple):
 
 
 def evaluate(job: Job, config: DiscoveryConfig) -> Result:
-    """Of every map and kind of regions, beside an untrained encoder's and those that need none.
+    """Metrics of every map and kind of regions, with baselines: the untrained encoder, and no
+    encoder.
 
     Raises:
-        InputError: the data has neither masks nor boxes, the backbone has no patches, or not the
+        InputError: the data has neither masks nor boxes, the backbone has no patches, or lacks the
             map that `saliency` names.
         RunError: more images than `max_bad` cannot be decoded, none can, or none has an object.
     """
@@ -151,8 +152,8 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
 
 
 def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> CutConfig:
-    """As the settings say, else as the run does; a map that the encoder lacks is an error only
-    where it was asked for."""
+    """From the settings, else from the run; a map that the encoder lacks is an error only if it was
+    requested."""
     own, kinds = cut_of(backbone.config), kinds_of(backbone)
     kind = own.saliency.kind if own.saliency.kind in kinds else "rarity"
     kind = kind if config.saliency == "auto" else config.saliency
@@ -165,7 +166,7 @@ def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> 
     )
     if kind not in kinds:
         raise InputError(
-            f"saliency={kind} cannot be read from {backbone.name}: choose one of {', '.join(kinds)}"
+            f"saliency={kind} is not available for {backbone.name}: use one of {', '.join(kinds)}"
         )
     if cut.regions.count > grid[0] * grid[1]:
         raise InputError(
@@ -176,7 +177,7 @@ def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> 
 
 
 def _looks(job: Job, config: DiscoveryConfig) -> dict[str, MapReader]:
-    """Of the backbone and of its untrained self, by the names that the tables give them."""
+    """The maps of the backbone and of its untrained self, by their names in the tables."""
     looks = {job.backbone.name: look_of(job.backbone)}
     untrained = _untrained(job.backbone, config)
     if untrained is not None:
@@ -185,7 +186,7 @@ def _looks(job: Job, config: DiscoveryConfig) -> dict[str, MapReader]:
 
 
 def _untrained(backbone: Backbone, config: DiscoveryConfig) -> Backbone | None:
-    """The encoder as it was before it was trained; None for one that is not trained."""
+    """The encoder before training; None for an untrained one."""
     if backbone.weights == "random":
         return None
     if not isinstance(backbone, OwnBackbone):
@@ -204,7 +205,7 @@ def _see(
     index_B: Tensor,
     grid: tuple[int, int],
 ) -> dict[tuple[str, str], SaliencyMap]:
-    """Every map of a batch on the CPU, by encoder and kind; `index_B` are the images' places."""
+    """Every map of a batch on the CPU, by encoder and kind; `index_B` are the images' indices."""
     images_BCHW, seen = images_BCHW.to(job.device), dict[tuple[str, str], SaliencyMap]()
     with torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for name, look in looks.items():
@@ -213,7 +214,7 @@ def _see(
     features_BPD = seen[backbone.name, "rarity"].features_BPD
     if features_BPD.shape[1] != grid[0] * grid[1]:
         raise InputError(
-            f"{backbone.name} gives {features_BPD.shape[1]} patches, expected the {grid[0]} x "
+            f"{backbone.name} has {features_BPD.shape[1]} patches, expected the {grid[0]} x "
             f"{grid[1]} of its images: discovery needs an encoder that keeps them"
         )
     normal_BCHW = backbone.normalized(images_BCHW)
@@ -235,7 +236,7 @@ def _measure(
 
 
 def _flat(measured: Mapping[RowKey, Measures]) -> dict[str, Tensor]:
-    """By one text each, as ranks exchange tensors."""
+    """Keyed by one string each, since ranks exchange tensors."""
     return {
         "\n".join((*line, name)): values
         for line, measures in measured.items()
@@ -246,10 +247,10 @@ def _flat(measured: Mapping[RowKey, Measures]) -> dict[str, Tensor]:
 def _gathered(
     found: Sequence[Mapping[str, Tensor]], part: Subset, bad: dict[str, str], ranks: Ranks
 ) -> dict[RowKey, Measures]:
-    """The batches of all ranks, in the order of the images; `bad` gets what all met.
+    """The batches of all ranks, in image order; `bad` receives the bad images of all.
 
     Raises:
-        RunError: nothing was found anywhere.
+        RunError: there are no results.
     """
     mine = {key: torch.cat([batch[key] for batch in found]) for key in (found[0] if found else ())}
     for theirs in ranks.share(bad):
@@ -257,7 +258,7 @@ def _gathered(
     shares = [share for share in ranks.share_tensors(mine) if share]
     if not shares:
         raise RunError(f"none of the {len(part)} test images can be read")
-    keys = mine or shares[0]  # in the order of the tables, which exchanged tensors lose
+    keys = mine or shares[0]  # restore the order of the tables, which exchanging tensors loses
     whole = {key: torch.cat([share[key] for share in shares]) for key in keys}
     order_N = whole.pop(PLACE).argsort()
     lines: dict[RowKey, Measures] = {}
@@ -297,7 +298,7 @@ def _examples(
 def _protocol(
     config: DiscoveryConfig, cut: CutConfig, test: Located, backbone: Backbone
 ) -> dict[str, Any]:
-    """All that must be equal for two results to be comparable, beside the data."""
+    """Everything besides the data that must be equal for two results to be comparable."""
     return {
         "saliency": cut.saliency.kind,
         "regions": cut.regions.kind,
@@ -324,18 +325,18 @@ def _row(line: RowKey, metrics: Mapping[str, Metric], **more: Any) -> dict[str, 
 def _print(
     job: Job, summaries: Mapping[RowKey, Mapping[str, Metric]], images: int, cut: CutConfig
 ) -> None:
-    """Two tables: the maps, and the regions that are cut from them."""
+    """Two tables: the maps, and the regions cut from them."""
     size = f"at most {cut.regions.count}, each {cut.regions.min_area:g} of the grid or more"
     for names, what in (
         (MAP_METRICS, "maps against objects, %"),
         (
             REGION_METRICS,
-            f"regions against objects ({size}), %, but for their number and the rank of the best "
+            f"regions against objects ({size}), %, except their number and the rank of the best, "
             "from 0",
         ),
     ):
         table = Table(
-            title=f"{job.backbone.name}: {what}; {images} images, half a 95 % interval behind ±",
+            title=f"{job.backbone.name}: {what}; {images} images, ± half a 95 % interval",
             box=SIMPLE_HEAD,
             padding=(0, 0, 0, 1),
         )

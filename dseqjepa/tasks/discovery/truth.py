@@ -1,4 +1,4 @@
-"""Where the objects of an image are, in its patches.
+"""The objects of an image at patch resolution.
 
 Suffixes: C colours, H and W pixels, O objects of one image, B images, P patches of a grid
 (row-major), h and w its rows and columns, L layers of one image, 4 (top, left, bottom, right).
@@ -18,14 +18,14 @@ from dseqjepa.data.source import BadImage, Located
 from dseqjepa.data.transforms import EvalTransform
 
 MOST = 0.5
-"""A patch is of an object where that covers more of it."""
+"""An object patch is covered by objects to more than this share."""
 
 
 @dataclass(frozen=True, eq=False)
 class LocatedImage:
-    """An image as the encoder sees it, and the shares of its patches: `known_P`, of which it is
-    known whether an object covers them; `cover_P`, which any does; `main_P`, which the largest
-    does. `boxes_O4` are the objects' boxes in patches."""
+    """An image as the encoder sees it, and shares of its patches: `known_P`, for which the truth is
+    known; `cover_P`, covered by any object; `main_P`, covered by the largest. `boxes_O4` are the
+    objects' boxes in patches."""
 
     image_CHW: UInt8[Tensor, "3 H W"]
     known_P: Float[Tensor, " P"]
@@ -37,10 +37,10 @@ class LocatedImage:
 def read_sample(
     source: Located, index: int, image_size: tuple[int, int], grid: tuple[int, int]
 ) -> LocatedImage:
-    """An image and its objects, both brought to `image_size` by the one `EvalTransform`.
+    """An image and its objects, both resized to `image_size` by the same `EvalTransform`.
 
     Raises:
-        BadImage: it cannot be decoded, or its objects are those of another size.
+        BadImage: it cannot be decoded, or its objects refer to another size.
     """
     found, image_CHW = source.objects(index), source.image(index)
     if image_CHW.shape[-2:] != found.known_HW.shape:
@@ -65,7 +65,7 @@ def read_sample(
 
 
 def _boxes(masks_OHW: Bool[Tensor, "_ H W"], grid: tuple[int, int]) -> Float[Tensor, "O 4"]:
-    """Tight boxes in patches, of the objects that the transform has left anything of."""
+    """Tight boxes, in patches, of the objects still visible after the transform."""
     boxes = []
     scale_2 = torch.tensor(grid) / torch.tensor(masks_OHW.shape[1:])
     for mask_HW in masks_OHW:
@@ -77,7 +77,7 @@ def _boxes(masks_OHW: Bool[Tensor, "_ H W"], grid: tuple[int, int]) -> Float[Ten
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The shares of a batch of samples, and what follows from them."""
+    """The shares of a batch of samples, and derived values."""
 
     known_BP: Float[Tensor, "B P"]
     cover_BP: Float[Tensor, "B P"]
@@ -99,5 +99,5 @@ class Truth:
 
     @property
     def object_BP(self) -> Bool[Tensor, "B P"]:
-        """Patches of which objects cover more than half of what is known."""
+        """Patches in which objects cover more than half of the known area."""
         return self.judged_BP & (self.cover_BP > MOST * self.known_BP)

@@ -1,4 +1,4 @@
-"""What a segmentation model is trained and tested on: images and label maps of one size.
+"""Samples for segmentation: images with label maps of the same size.
 
 Training: a random scale, a crop that no class fills, a flip, photometric distortion, as in mmseg's
 pipeline for ADE20K. Suffixes: C colours, H and W pixels.
@@ -18,12 +18,12 @@ from dseqjepa.tasks.reading import seeded
 
 CROP_TRIES = 10
 MOST_OF_ONE_CLASS = 0.75
-"""A crop of which one class takes more is drawn again, while there are tries left."""
+"""A crop in which one class covers more than this is redrawn, up to a number of tries."""
 DISTORTION = v2.RandomPhotometricDistort(
     brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
     hue=(-0.05, 0.05), p=0.5,
 )  # fmt: skip
-"""Each of brightness, contrast, saturation and hue for half of the images."""
+"""Brightness, contrast, saturation and hue, each applied to half of the images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Labelled:
 
 
 def read_labelled(source: Segmentations, index: int) -> Labelled:
-    """Raises `BadImage` where the two cannot be read or do not have one size."""
+    """Raises `BadImage` if either cannot be read or their sizes differ."""
     image_CHW, label_HW = source.image(index), source.label_map(index)
     if image_CHW.shape[-2:] != label_HW.shape:
         raise BadImage(
@@ -62,8 +62,8 @@ class TrainCrops:
     Args:
         size: side of the crops in pixels.
         scale: (longer, shorter) side that an image is fitted into before it is scaled.
-        factors: the smallest and the largest further factor.
-        fill: colour (3 bytes) of what a crop has beyond the image.
+        factors: the smallest and largest further scaling.
+        fill: colour (3 bytes) of the part of a crop outside the image.
     """
 
     size: int
@@ -106,7 +106,7 @@ class TrainCrops:
 def padded(
     image_CHW: Tensor, label_HW: Tensor, size: int, fill: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Grown to at least `size` a side at the right and below, with a colour and label 0."""
+    """Padded at the right and bottom to at least `size`, with a colour and label 0."""
     height, width = label_HW.shape
     if height >= size and width >= size:
         return image_CHW.contiguous(), label_HW.contiguous()

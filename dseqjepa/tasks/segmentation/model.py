@@ -1,7 +1,7 @@
 """UPerNet (Xiao et al., 2018) on a plain ViT, with an auxiliary FCN head.
 
-The heads' parameters have the names of transformers' `UperNetHead` and `UperNetFCNHead`, and the
-same weights give the same maps.
+The heads' parameters have the names of transformers' `UperNetHead` and `UperNetFCNHead`, and
+equal weights give equal maps.
 
 Suffixes: B images, K classes, D width of the ViT, H and W pixels, h and w of a map.
 """
@@ -20,7 +20,7 @@ from dseqjepa.tasks.segmentation.norm import BatchNorm2d
 
 POOLS = (1, 2, 3, 6)
 AUXILIARY_MAP = 2
-"""The third map: its size is the ViT's own."""
+"""The third map, which has the size of the ViT's grid."""
 AUXILIARY_WEIGHT = 0.4
 
 
@@ -42,8 +42,8 @@ class UPerHead(nn.Module):
     Args:
         inputs: channels of the maps, finest first.
         classes: K.
-        width: channels inside.
-        dropout: of whole channels before the classifier.
+        width: internal channels.
+        dropout: rate for whole channels before the classifier.
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class Segmenter(nn.Module):
             initialize(module)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, K, H, W) at the size of the images, uint8 or normalised."""
+        """Logits (B, K, H, W) at the size of the images, uint8 or normalized."""
         maps = self.rescale(maps_of(self.backbone, images_BCHW, self.drop_path))
         return resized(self.head(maps), images_BCHW.shape[-2:])
 
     def losses(self, images_BCHW: Tensor, label_BHW: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy over the pixels that are not ignored, of both heads."""
+        """Cross-entropy of both heads over the labelled pixels."""
         maps = self.rescale(maps_of(self.backbone, images_BCHW, self.drop_path))
         return {
             "loss_decode": pixel_loss(self.head(maps), label_BHW),
@@ -129,14 +129,14 @@ class Segmenter(nn.Module):
 
 
 def pixel_loss(logits_BKhw: Tensor, label_BHW: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled pixels; 0 where there are none."""
+    """Mean cross-entropy over the labelled pixels; 0 if there are none."""
     logits_BKHW = resized(logits_BKhw, label_BHW.shape[-2:]).float()
     total = F.cross_entropy(logits_BKHW, label_BHW - 1, ignore_index=-1, reduction="sum")
     return total / (label_BHW > 0).sum().clamp(min=1)
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, corners not aligned."""
+    """Bilinear resizing without aligned corners."""
     if x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
@@ -144,7 +144,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """He's initialisation for what a ReLU follows, 0.01 for classifiers; biases zero."""
+    """He initialization for layers before a ReLU, 0.01 for classifiers; zero biases."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             if part.bias is None:

@@ -1,4 +1,4 @@
-"""Batch norm over the images of all ranks, on any device (torch's SyncBatchNorm knows no CPU).
+"""Batch norm over the images of all ranks, on any device (torch's SyncBatchNorm needs CUDA).
 
 Suffixes: B images, C channels, H and W pixels, R ranks.
 """
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from dseqjepa.ranks import gather_rows, world_size
 
 MOMENTUM = 0.1
-"""Torch's default: the weight of each new batch in the running mean and variance."""
+"""torch's default: the weight of each new batch in the running mean and variance."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """In training several ranks normalise by the mean and variance of all their images, as one rank
-    with all of them would; gradients flow through both. Alone it is torch's."""
+    """In training, ranks normalize by the mean and variance over all their images, as a single rank
+    with all of them would; gradients flow through both. With one rank it is torch's."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
@@ -35,7 +35,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _remember(self, mean_C: Tensor, var_C: Tensor) -> None:
-        """For eval mode, where the variance is that of a sample."""
+        """Update the running statistics for eval mode, with the sample variance."""
         self.get_buffer("num_batches_tracked").add_(1)
         self.get_buffer("running_mean").lerp_(mean_C, MOMENTUM)
         self.get_buffer("running_var").lerp_(var_C, MOMENTUM)

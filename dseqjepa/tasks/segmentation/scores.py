@@ -1,4 +1,4 @@
-"""mIoU by counts of pixels, and how sure it is.
+"""mIoU from pixel counts, with intervals.
 
 Suffixes: N images, K classes, H and W pixels, R resamples, J the three counts of a class (right,
 predicted, true).
@@ -18,36 +18,36 @@ from dseqjepa.tasks.bootstrap import RESAMPLES, interval, resample_weights
 def confusion(
     predicted_HW: Int64[Tensor, "H W"], label_HW: Int64[Tensor, "H W"], classes: int
 ) -> Int64[Tensor, "K K"]:
-    """Pixels by true class (row) and predicted class (column), both 1 to K; where the label is 0
-    nothing counts."""
+    """Pixel counts by true class (row) and predicted class (column), both 1 to K; label 0 is
+    ignored."""
     known = label_HW > 0
     pair = (label_HW[known] - 1) * classes + predicted_HW[known] - 1
     return pair.bincount(minlength=classes**2).view(classes, classes)
 
 
 def counts_of(confusion_KK: Int64[Tensor, "K K"]) -> Int64[Tensor, "J K"]:
-    """Of each class the pixels that are rightly predicted, predicted, and there: all that IoU
-    needs, and little enough to be kept for every image."""
+    """Per class the numbers of correctly predicted, predicted and true pixels: all that IoU needs,
+    and small enough to keep for every image."""
     return torch.stack([confusion_KK.diagonal(), confusion_KK.sum(0), confusion_KK.sum(1)])
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Of a test set, as shares of 1; (low, high) are 95 % bootstrap intervals over its images."""
+    """Scores of a test set, as shares of 1; (low, high) are 95 % bootstrap intervals."""
 
     miou: float
     miou_interval: tuple[float, float]
     accuracy: float
     accuracy_interval: tuple[float, float]
     iou_K: Float[Tensor, " K"]
-    """NaN for a class that does not occur."""
+    """IoU per class; NaN for a class that does not occur."""
 
 
 def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMPLES) -> Scores:
-    """IoU of each class over all pixels of all images, and its mean over classes that occur: which
-    some image has, or a prediction claims, in a pixel that is not ignored.
+    """IoU of each class over all pixels of all images, and its mean over the classes that occur in
+    the truth or the prediction of some labelled pixel.
 
-    The intervals resample images with replacement and add up their counts.
+    Intervals resample images with replacement and sum their counts.
     """
     flat_RX = resampled(counts_NJK.flatten(1), seed, resamples)
     counts_RJK = flat_RX.unflatten(1, counts_NJK.shape[1:])
@@ -66,8 +66,8 @@ def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMP
 def resampled(
     counts_NX: Num[Tensor, "N X"], seed: int, resamples: int = RESAMPLES
 ) -> Float64[Tensor, "R X"]:
-    """Sums over as many images as there are, drawn with replacement; a function of the seed."""
-    # Whole numbers below 2**53 are exact in float64.
+    """Sums over resampled images, drawn with replacement; a function of the seed."""
+    # Integers below 2**53 are exact in float64.
     return resample_weights(len(counts_NX), seed, resamples) @ counts_NX.double()
 
 

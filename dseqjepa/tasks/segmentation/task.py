@@ -1,6 +1,6 @@
-"""`dseqjepa evaluate segmentation`: UPerNet on a backbone, trained and measured.
+"""`dseqjepa evaluate segmentation`: UPerNet on a backbone, trained and evaluated.
 
-The protocol stands in docs/evaluations.md.
+docs/evaluations.md describes the protocol.
 
 Suffixes: C colours, K classes, N test images, J counts, H and W pixels.
 """
@@ -59,8 +59,8 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         )
     if config.batch_size == config.accumulate:
         raise InputError(
-            f"accumulate={config.accumulate} leaves one image at a time, batch norm needs two: "
-            f"accumulate at most {config.batch_size // 2}"
+            f"accumulate={config.accumulate} leaves one image per part, but batch norm needs "
+            f"two: use at most {config.batch_size // 2}"
         )
     recipe = Recipe.of(
         config, steps=config.steps, warmup_steps=config.warmup_steps, schedule="poly"
@@ -149,7 +149,7 @@ def predict(
 
 
 def protocol(config: SegmentationConfig) -> dict[str, object]:
-    """All that must be equal for two results to be comparable, beside the data."""
+    """Everything besides the data that must be equal for two results to be comparable."""
     return {
         **config.recipe(),
         "schedule": "linear warm-up, then poly 1.0",

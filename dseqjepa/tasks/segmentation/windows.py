@@ -1,4 +1,4 @@
-"""Logits of an image of any size, from a model that takes one: windows that overlap.
+"""Sliding-window inference: logits of an image of any size from a model with a fixed size.
 
 Suffixes: C colours, K classes, H and W pixels.
 """
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AT_ONCE = 8
-"""Windows that the model sees at a time."""
+"""Number of windows per forward pass."""
 
 
 def starts(length: int, window: int, stride: int) -> Iterator[int]:
-    """Where windows begin along a side: at every stride, the last one moved back to end with it."""
+    """Offsets of windows along a side: every stride, with the last one moved back to fit."""
     count = max(-(-(length - window) // stride), 0) + 1
     for number in range(count):
         yield max(min(number * stride, length - window), 0)
@@ -28,9 +28,9 @@ def sliding_logits(
     """Mean over all windows of a pixel's logits (K, H, W), float32.
 
     Args:
-        model: (B, C, window, window) normalised images to (B, K, window, window) logits.
-        image_CHW: a normalised image; where it is smaller than a window it is seen with a border
-            of zeros to the right and below.
+        model: (B, C, window, window) normalized images to (B, K, window, window) logits.
+        image_CHW: a normalized image, padded with zeros at the right and bottom if it is smaller
+            than a window.
     """
     height, width = image_CHW.shape[-2:]
     more_high, more_wide = max(window - height, 0), max(window - width, 0)

@@ -83,8 +83,8 @@ def test_a_damaged_map_is_a_bad_image(copy: Folder) -> None:
     file = folder / MAP
     good = np.array(Image.open(file))
     for content, message in (
-        (good + 100, "expected one number a pixel, 0 to 11"),
-        (np.stack([good] * 3, 2), "expected one number a pixel, 0 to 11"),
+        (good + 100, "expected one number per pixel, 0 to 11"),
+        (np.stack([good] * 3, 2), "expected one number per pixel, 0 to 11"),
         (good[:-1], r"it is \(64, 63\), its image \(64, 64\)"),
     ):
         Image.fromarray(content).save(file)

@@ -203,7 +203,7 @@ def test_a_file_that_changed_meanwhile_is_noticed(copy: Folder) -> None:
     text = (folder / TRAIN).read_text()
     for other in (" " * 40 + text, text.replace('"id": 900', '"id": 700'), text[:10]):
         (folder / TRAIN).write_text(other)
-        with pytest.raises(InputError, match="is not the file any more that was opened"):
+        with pytest.raises(InputError, match="has changed since it was opened"):
             source.instances(1)
 
 
@@ -244,11 +244,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "a path that climbs": (
         lambda content: content["images"][2].update(file_name="../../etc/hosts"),
-        "names ../../etc/hosts, which lies outside of .*train2017",
+        "names ../../etc/hosts, which is outside .*train2017",
     ),
     "a path from the root": (
         lambda content: content["images"][2].update(file_name="/etc/hosts"),
-        "names /etc/hosts, which lies outside of .*train2017",
+        "names /etc/hosts, which is outside .*train2017",
     ),
     "no outline": (first(segmentation=[]), "annotation 9000 is damaged .no segmentation"),
     "half a point": (first(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "9000 is .*no list of points"),
@@ -265,7 +265,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "run lengths without counts": (first(segmentation={"size": [64, 64]}), "9000 is damaged"),
     "an image twice": (
         lambda content: content["images"].append(content["images"][2]),
-        "image 23 is there twice",
+        "duplicate image 23",
     ),
     "an image gone": (
         lambda content: content["images"][2].update(file_name="gone.jpg"),

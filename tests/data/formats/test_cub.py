@@ -39,7 +39,7 @@ DAMAGE = {
         "99 7\n",
         r"labels.txt line 7: image 99 is not in .*images",
     ),
-    "a label twice": (LABELS, "7 7\n", "6 7\n", r"line 7: image 6 is there twice"),
+    "a label twice": (LABELS, "7 7\n", "6 7\n", r"line 7: duplicate image 6"),
     "a class that is not there": (
         LABELS,
         "7 7\n",
@@ -55,7 +55,7 @@ DAMAGE = {
     "no label": (LABELS, "7 7\n", "", r"images.txt line 7: image 7 is not in .*class"),
     "no split": (SPLIT, "7 1\n", "", r"images.txt line 7: image 7 is not in .*split"),
     "a split of three": (SPLIT, "7 1\n", "7 2\n", r"split.txt line 7: expected 1 .*2"),
-    "an image twice": (IMAGES, "\n7 007", "\n6 007", r"images.txt line 7: 6 is there twice, see"),
+    "an image twice": (IMAGES, "\n7 007", "\n6 007", r"images.txt line 7: duplicate 6, see"),
     "words": (IMAGES, "\n7 007", "\nseven 007", r"images.txt line 7: expected a number.*'seven'"),
     "half a line": (IMAGES, "\n7 007.Ring/Ring_0007.jpg", "\n7", r"line 7: expected 'ID PATH'"),
 }

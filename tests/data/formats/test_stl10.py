@@ -61,7 +61,7 @@ def test_damaged_files_are_named(copy: Folder) -> None:
     refused(
         "stl10", folder, "train", "train_X.bin: expected images of 27648 bytes each, found 829435"
     )
-    with pytest.raises(BadImage, match="has become shorter"):
+    with pytest.raises(BadImage, match="was truncated"):
         source.image(29)
     images.write_bytes(b"")
     refused("stl10", folder, "train", "train_X.bin: expected images of 27648 bytes each, found 0")

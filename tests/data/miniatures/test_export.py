@@ -45,11 +45,11 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "name": ({"name": "coca"}, r"unknown format 'coca'; did you mean 'coco'\?"),
     "fixed size": (
         {"name": "cifar10", "size": 64},
-        "cifar10 has images of a size of its own: leave",
+        "cifar10 has a fixed image size: leave",
     ),
     "size": ({"size": 20}, "expected scenes of 32 to 512 pixels, found 20"),
-    "count": ({"count": 9}, "count: expected 10 or more, found 9"),
-    "val_count": ({"val_count": 0}, "val_count: expected 10 or more, found 0"),
+    "count": ({"count": 9}, "count: expected at least 10, found 9"),
+    "val_count": ({"val_count": 0}, "val_count: expected at least 10, found 0"),
 }
 
 

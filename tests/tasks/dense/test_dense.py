@@ -211,10 +211,10 @@ class OnlyMaps(Cards):
 @pytest.mark.parametrize(
     ("data", "settings", "said"),
     [
-        (Plain, [], "dense needs the class or depth of every pixel, which this data does not say"),
+        (Plain, [], "dense needs the class or depth of every pixel, which this data does not have"),
         (OnlyMaps, ["task=depth"], "dense needs the depth of every pixel"),
         (Flats, ["features=[cls]"], r"feature cls: this encoder has no \[CLS\]"),
-        (Flats, ["features=[moments]"], "features moments: dense reads patches: last, last4"),
+        (Flats, ["features=[moments]"], "features moments: dense reads patches; use last, last4"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(
@@ -226,7 +226,7 @@ def test_what_cannot_be_asked_is_one_line(
 
 
 def test_patches_that_are_no_grid_are_refused() -> None:
-    with pytest.raises(InputError, match="raw pixels gives 1 patches of an image of 8 x 8"):
+    with pytest.raises(InputError, match="raw pixels has 1 patches for an image of 8 x 8"):
         grid_of(Pixels((8, 8)))
     assert grid_of(Pixels((8, 16), side=4)) == ((2, 4), 48)
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN sees images that are normalised once, and learns from what can be learnt."""
+"""Mask R-CNN sees images that are normalized once, and learns from what can be learnt."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SceneObjects:
 def test_what_reaches_the_blocks_is_normalised_exactly_once(
     spec: str, source: SceneObjects
 ) -> None:
-    """The tokens before the first block are those of the backbone's own normalised images, to the
-    last bit; a second normalisation, or none, would be seen."""
+    """The tokens before the first block are those of the backbone's own normalized images, to the
+    last bit; a second normalization, or none, would be seen."""
     model = detector(spec).eval()
     backbone = model.backbone
     seen: list[Tensor] = []
@@ -58,7 +58,7 @@ def test_what_reaches_the_blocks_is_normalised_exactly_once(
     with torch.no_grad():
         model([image_CHW])
         (found,) = seen
-        wanted, _ = real(image_CHW[None])  # bytes: the backbone normalises them
+        wanted, _ = real(image_CHW[None])  # bytes: the backbone normalizes them
         once = normalize(image_CHW[None], backbone.mean, backbone.std)
         assert torch.equal(found, wanted)
         assert torch.equal(found, real(once)[0])

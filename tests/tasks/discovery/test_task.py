@@ -218,13 +218,13 @@ def test_a_foreign_backbone_gives_rarity(tmp_path: Path, monkeypatch: pytest.Mon
     ("words", "said"),
     [
         (["run", "data=pictures"], "discovery needs the masks or boxes of objects: data=scenes"),
-        (["pixels", "data=scenes", "out=a.json"], "raw pixels has no patches to part"),
+        (["pixels", "data=scenes", "out=a.json"], "raw pixels has no patches to divide"),
         (["run", "count=17"], "count=17 regions are more than the 4 x 4 patches"),
         (["run", "min_area=2"], "min_area"),
         (["run", "saliency=cls"], "saliency must be"),
         (
             ["timm:test_vit", "data=scenes", "out=a.json", "image_size=64", "saliency=grad_cam"],
-            "saliency=grad_cam cannot be read from timm:test_vit: choose one of rarity",
+            "saliency=grad_cam is not available for timm:test_vit: use one of rarity",
         ),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
         stop_after(patch, 4)
         with pytest.raises(Stopped):
             evaluate(job_of(tmp_path, TRAIN, TEST, "cut"), config())
-    with pytest.raises(InputError, match="holds an earlier training: resume=true"):
+    with pytest.raises(InputError, match="contains an earlier training: use resume=true"):
         evaluate(job_of(tmp_path, TRAIN, TEST, "cut"), config())
     with pytest.raises(InputError, match="trained with another config"):
         evaluate(job_of(tmp_path, TRAIN, TEST, "cut", resume=True), config("lr=0.5"))
