@@ -360,7 +360,7 @@ def read_one(url: str) -> None:
 def test_a_process_killed_while_it_fetches_leaves_nothing_wrong(
     packed: Path, files: Files, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    files.faults["000000.tar"] = ["silent"]
+    files.faults["000000.tar"] = ["frozen"]
     log = tmp_path / "said.txt"
     child = start(read_one, files.url, log=log)
     deadline = time.monotonic() + 100
