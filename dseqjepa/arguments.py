@@ -7,27 +7,46 @@ from typing import Any, Literal
 
 from dseqjepa.errors import InputError
 
+TAKES_SETTINGS = ("settings", "words")
+"""Names of arguments that hold `key=value` words."""
+
 
 def as_options(command: Any, words: list[str]) -> list[str]:
-    """The words of a command line, `name=value` written as `--name value` wherever the command
-    that they name has such an option: both spellings are one.
+    """The words of a command line, each in the spelling that its command declares.
 
-    `command` is the whole program as `typer.main.get_command` gives it.
+    `name=value` and `--name value` (or `--name=value`) are the same: the former becomes the latter
+    if the command has that option, and the latter the former if it has not and takes settings.
+    `--name` without a value is `name=true`.
+
+    `command` is the whole program, as returned by `typer.main.get_command`.
     """
     done: list[str] = []
     rest = list(words)
     while rest and rest[0] in getattr(command, "commands", {}):
         command = command.commands[rest[0]]
         done.append(rest.pop(0))
+    options = {option: p for p in command.params for option in p.opts if option.startswith("--")}
     valued = {
-        option.removeprefix("--").replace("-", "_"): option
-        for parameter in command.params
-        if parameter.param_type_name == "option" and not parameter.is_flag
-        for option in parameter.opts
+        option[2:].replace("-", "_"): option
+        for option, parameter in options.items()
+        if not parameter.is_flag
     }
-    for word in rest:
+    takes_settings = any(parameter.name in TAKES_SETTINGS for parameter in command.params)
+    while rest:
+        word = rest.pop(0)
         key, equals, value = word.partition("=")
-        done += [valued[key], value] if equals and key in valued else [word]
+        if equals and key in valued:
+            done += [valued[key], value]
+        elif word in valued.values():
+            done += [word, *rest[:1]]
+            del rest[:1]
+        elif word.startswith("--") and key not in {"--", "--help", *options} and takes_settings:
+            if not equals:
+                is_value = rest and not rest[0].startswith("--") and "=" not in rest[0]
+                value = rest.pop(0) if is_value else "true"
+            done.append(f"{key[2:].replace('-', '_')}={value}")
+        else:
+            done.append(word)
     return done
 
 

@@ -28,7 +28,7 @@ def run(app: Callable[..., Any], arguments: list[str]) -> None:
     except InputError as error:
         fail(error, 2)
     except typer.TyperException as error:
-        fail(f"{error.format_message()}{_hint(error)} (--help shows the usage)", 2)
+        fail(f"{error.format_message()} (--help shows the usage)", 2)
     except (RunError, OSError) as error:  # such as a disk that is full
         fail(error, 1)
     if code:
@@ -50,12 +50,3 @@ def fail(message: object, code: int) -> NoReturn:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _hint(error: typer.TyperException) -> str:
-    """A hint for a setting typed as an option."""
-    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    takes = [parameter.name for parameter in context.command.params] if context else []
-    if option is None or "settings" not in takes:
-        return ""
-    return f"; settings have no dashes: {option.lstrip('-').replace('-', '_')}=VALUE"

@@ -136,7 +136,7 @@ SETTINGS = {
     "optim.warmup_epochs=2": "warmup_epochs (2.0) must not exceed epochs (1)",
     "ema.start=1.1": "ema.start must be less than or equal to 1",
     "runtime.seed=-1": "runtime.seed must be greater than or equal to 0",
-    "runtime.precision=fp64": "runtime.precision must be 'fp32' or 'bf16'",
+    "runtime.precision=fp64": "runtime.precision must be 'auto', 'fp32' or 'bf16'",
     "model.name=vit_giant": "model.name must be 'vit_nano', ",
     "method.saliency.kind=cls_attention model.class_token=false": "or keep the token",
     "method.name=mae": "method.name must be 'dseq' or 'ijepa' or 'cjepa'",
@@ -154,7 +154,9 @@ SETTINGS = {
     "batch_size=4": "unknown key 'batch_size'; did you mean data.batch_size?",
     "every_steps=4": "did you mean checkpoint.every_steps or log.every_steps?",
     "optim.min_area=1": "did you mean method.regions.min_area?",
-    "--data pictures": "No such option: --data; settings have no dashes: data=VALUE",
+    "--batch-size 4": "unknown key 'batch_size'; did you mean data.batch_size?",
+    "--data.batch_size=64": "fewer than data.batch_size=64: lower it to 12",
+    "--data.batch_size 64 --data.workers": "data: workers must not be True",
     "data.workers=100000": "data.workers must be less than or equal to 256, found 100000",
     "model.width=1e9": "model.width must be less than or equal to 65536",
     "predictor.depth=1e6": "predictor.depth must be less than or equal to 1000",
@@ -473,4 +475,14 @@ def test_every_option_is_understood_without_its_dashes() -> None:
                 words = [*names, "first", f"{option[2:].replace('-', '_')}=a=b", "section.out=1"]
                 expected = [*names, "first", option, "a=b", "section.out=1"]
                 assert as_options(program, words) == expected
+                assert as_options(program, expected) == expected
     assert seen > 10
+
+
+def test_every_setting_is_understood_with_dashes() -> None:
+    program = typer.main.get_command(app)
+    typed = "pretrain vitt8_64 --data my_pictures --out=a=b --optim.lr 1e-3 --init-from x --resume"
+    meant = "pretrain vitt8_64 data=my_pictures out=a=b optim.lr=1e-3 init_from=x resume=true"
+    assert as_options(program, typed.split()) == meant.split()
+    for same in ("pretrain --help", "pretrain vitt8_64 --print-config data=x", "show --nonsense"):
+        assert as_options(program, same.split()) == same.split()
