@@ -77,7 +77,7 @@ class Remote:
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         return cache_folder() / digest
 
-    def open(self, name: str, size: int) -> int:
+    def descriptor(self, name: str, size: int) -> int:
         """A descriptor of a file of `size` bytes, which is fetched where it is not here.
 
         Raises:
@@ -134,7 +134,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Found:
+class Entry:
     """A file as its server lists it."""
 
     name: str
@@ -159,12 +159,12 @@ def is_folder(pattern: str) -> bool:
     return not _split(pattern)[1]
 
 
-def listed(pattern: str, ending: str) -> tuple[Remote, list[Found]]:
+def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
     """The files that a URL holds or a pattern matches (`*`, `?`, or `{000..012}`)."""
     base, last = _split(pattern)
     names = _expanded(last) if BRACES.search(last) else []
 
-    def found(fs: Any, path: str) -> list[Found]:
+    def found(fs: Any, path: str) -> list[Entry]:
         paths = [f"{path}/{name}" for name in names]
         if not paths:
             there = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
@@ -175,7 +175,7 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Found]]:
             if info.get("size") is None:
                 raise InputError(f"{printable(pattern)}: the server tells no size of {name}")
         return [
-            Found(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
+            Entry(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
             for name, info in infos
         ]
 
