@@ -54,7 +54,7 @@ def serving(folder: Path) -> Iterator[Files]:
             if fault in ("silent", "frozen"):
                 self.wfile.write(half)
                 self.wfile.flush()
-                time.sleep(3 if fault == "silent" else 300)
+                time.sleep(12 if fault == "silent" else 300)
             elif fault == "flipped":
                 self.wfile.write(half + bytes(255 - byte for byte in content[len(half) :]))
             elif fault in ("page", "long"):

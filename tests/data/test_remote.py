@@ -49,7 +49,7 @@ def files(packed: Path) -> Iterator[Files]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(FOLDER, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "SILENCE", 0.5)
+    monkeypatch.setattr(remote, "SILENCE", 4.0)
     monkeypatch.setattr(patience, "WAITS", (0.0,) * len(WAITS))
     return tmp_path / "cache"
 
@@ -372,7 +372,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_wrong(
     source = Shards(files.url, "train")
     # What it left takes part of the room until somebody needs it.
     set_limit(monkeypatch, max(s.size for s in source.shards))
-    source.content(source._start_S.tolist()[1])
+    read_image(source, source._start_S.tolist()[1])
     assert not left.exists()
     monkeypatch.delenv(GIGABYTES)
     same(source, packed)
