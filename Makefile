@@ -1,6 +1,6 @@
-# `make demo` and `make test` do all the set-up on a fresh machine.
-# SETTINGS passes section.key=value on to the demo, FAULTS parts of names to `make faults` (none: all
-# of them, an hour and a half); VENV names another environment.
+# `make demo` and `make test` set up everything on a fresh machine.
+# SETTINGS passes section.key=value to the demo; FAULTS selects faults by parts of their names (by
+# default all, an hour and a half); VENV names another environment.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-# The report is tested in a browser: Debian's, where this may install it.
+# The report is tested in a browser: Debian's, installed here if permitted.
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \

@@ -508,8 +508,7 @@ class RuntimeConfig(Section):
     """Whether a GPU sums in a fixed order, so that runs can be repeated and resumed bit for bit, as
     on a CPU; slower."""
     devices: int = Field(1, ge=1, le=1024)
-    """Processes on this machine, one per device; ignored under `torchrun` and `srun`, which set
-    it."""
+    """Processes on this machine, one per device; `torchrun` and `srun` set their own number."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """`fsdp`: shard parameters, EMA and optimizer state over the ranks, for models that do not fit
     on one device."""

@@ -65,7 +65,7 @@ def test_images_without_a_class_do_not_take_the_labels_of_the_others(tmp_path: P
     )
     everything = ImageFolder(tmp_path, "train")
     assert len(everything) == 3
-    assert everything.notes[0].endswith("such as stray.png: so no image has a label")
+    assert everything.notes[0].endswith("such as stray.png, so no image has a label")
 
 
 def test_a_name_is_one_line_of_plain_text(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def fall_back(attempts: Attempts) -> None:
             before, lines = contents(out), metrics(out)
             file = sorted(open_checkpoint(out).path.iterdir())[number]
             os.truncate(file, file.stat().st_size // 2)
-            with pytest.raises(InputError, match=r"step 5 is whole: resume=5 goes on"):
+            with pytest.raises(InputError, match=r"step 5 is intact: use resume=5"):
                 train(run_config(), out, resume=True)
             assert metrics(out) == lines
             assert set(contents(out)) == set(before)

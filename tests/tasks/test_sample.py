@@ -43,7 +43,7 @@ def test_a_name_that_fits_two_images_is_not_enough(tmp_path: Path) -> None:
 
     file = tmp_path / "list.txt"
     file.write_text("3.png")
-    with pytest.raises(InputError, match=r"3.png fits 2 images, such as /cards/0/3.png and /cards"):
+    with pytest.raises(InputError, match=r"3.png matches 2 images, such as /cards/0/3.png and"):
         listed(Twins(20), file)
     file.write_text("1/3.png")
     assert listed(Twins(20), file).tolist() == [7]

@@ -253,7 +253,7 @@ def test_a_training_is_not_overwritten_or_taken_for_another(tmp_path: Path) -> N
     with pytest.raises(InputError, match="resume=true to continue it, overwrite=true"):
         trained(tmp_path)
     assert_equal(trained(tmp_path, resume=True), first)  # finished: nothing is left to do
-    with pytest.raises(InputError, match="another config: overwrite=true"):
+    with pytest.raises(InputError, match="another config: use overwrite=true"):
         Place(tmp_path, {"config": {"pair": (1, 3)}}, resume=True, console=QUIET).start()
     assert_equal(trained(tmp_path, overwrite=True), first)
 

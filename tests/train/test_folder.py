@@ -74,7 +74,7 @@ def test_a_run_of_which_there_is_nothing_to_keep_is_told_from_one_that_has_somet
         keep(a_run(tmp_path / name))
         assert not is_worthless(tmp_path / name)
         with pytest.raises(
-            InputError, match=r"is not empty: give another folder, (resume=true|it holds)"
+            InputError, match=r"is not empty: give another folder, (resume=true|it contains)"
         ):
             claimed(tmp_path / name, False, None, unless_kept=True).__enter__()
 
@@ -93,7 +93,7 @@ def test_checkpoints_on_another_disk_are_replaced_with_the_run(tmp_path: Path) -
         assert {path.name for path in out.iterdir()} == {LOCK, "checkpoints"}
         assert [path.name for path in disk.iterdir()] == ["mine.txt"]
     remove(disk)
-    with pytest.raises(InputError, match="run/checkpoints leads nowhere"):
+    with pytest.raises(InputError, match="run/checkpoints is a broken link"):
         claimed(out, True, None).__enter__()
 
 

@@ -445,4 +445,4 @@ def test_a_run_starts_from_an_import_and_none_resumes_one(
         capsys.readouterr().err
     )
     assert run(monkeypatch, *typed, "model.heads=4", "out=other", "init_from=imported") == 2
-    assert "another encoder: model.heads 2 there, 4 here" in capsys.readouterr().err
+    assert "different encoder: model.heads 2 there, 4 here" in capsys.readouterr().err
