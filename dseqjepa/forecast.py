@@ -46,8 +46,8 @@ REACHED = 778 / 989
 """What a product of 8192 x 8192 matrices reached of the data sheet's rate: docs/gpu.md."""
 PLANNED = 16
 """Images whose plans are counted."""
-KEPT = {"bf16": 36, "fp32": 64}
-"""Bytes that autograd keeps for a number of a token in a block. In bf16: the inputs of two norms 4
+KEPT = 36
+"""Bytes that autograd keeps for a number of a token in a block, in bf16: the inputs of two norms 4
 each, what they give to matrix products 2 each, queries, keys and values 6, what attention gives 2,
 the hidden layer before and after its activation 8 each."""
 
@@ -103,10 +103,13 @@ def forecast(
     """What a run would cost; `data` are the number of images and the bytes of one.
 
     Raises:
-        InputError: there is no such device, or the batch cannot be divided among so many.
+        InputError: there is no such device, the batch cannot be divided among so many, or the run
+            is in fp32, whose rate was not measured.
     """
     if on not in DEVICES:
         raise InputError(f"unknown device {on!r}{did_you_mean(on, DEVICES)}")
+    if config.runtime.precision == "fp32":
+        raise InputError("--on knows what steps in bf16 take: add runtime.precision=bf16")
     device, (images, image_bytes) = DEVICES[on], data
     at_a_time, left = divmod(config.data.batch_size, devices * config.optim.accumulate)
     if left:
@@ -125,7 +128,7 @@ def forecast(
     steps_images = config.optim.epochs * (images // config.data.batch_size) * config.data.batch_size
     hours = steps_images / rate_of_all / 3600
     state = state_bytes(method)
-    kept = at_a_time * max(activations(method, t, config) for t in tokens)
+    kept = at_a_time * max(activations(method, t) for t in tokens)
     trained = sum(4 * p.numel() for p in method.parameters() if p.requires_grad)
     target = sum(4 * p.numel() for p in method.target.parameters())
     block = max(sum(4 * p.numel() for p in b.parameters()) for b in method.encoder.blocks)
@@ -194,15 +197,14 @@ def _block(method: dict[str, object], section: str, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def activations(method: Method, tokens: Tokens, config: Config) -> float:
+def activations(method: Method, tokens: Tokens) -> float:
     """Bytes kept for one image from the forward to the backward pass."""
-    number = KEPT[config.runtime.precision]
     encoder, predictor = method.encoder, method.predictor
     numbers = tokens.encoder * encoder.width * len(encoder.blocks)
     numbers += tokens.predictor * predictor.embed.out_features * len(predictor.blocks)
     # The target keeps nothing, but what one of its blocks computes is there at once.
     patches = encoder.grid[0] * encoder.grid[1] + encoder.prefix
-    return number * (numbers / tokens.images + patches * encoder.width)
+    return KEPT * (numbers / tokens.images + patches * encoder.width)
 
 
 def table(config: Config, on: str, found: Forecast) -> Table:

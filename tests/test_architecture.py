@@ -123,7 +123,7 @@ def swallowed(source: str) -> list[int]:
     return lines
 
 
-NO_TEXT = ("Image", "gzip", "tarfile", "store", "self", "os")
+NO_TEXT = ("Image", "gzip", "tarfile", "store", "self", "os", "fs")
 """What opens other things than text files."""
 
 

@@ -51,10 +51,10 @@ def serving(folder: Path) -> Iterator[Files]:
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             half = content[: len(content) // 2]
-            if fault == "silent":
+            if fault in ("silent", "frozen"):
                 self.wfile.write(half)
                 self.wfile.flush()
-                time.sleep(3)
+                time.sleep(12 if fault == "silent" else 300)
             elif fault == "flipped":
                 self.wfile.write(half + bytes(255 - byte for byte in content[len(half) :]))
             elif fault in ("page", "long"):

@@ -30,7 +30,7 @@ import numpy as np
 from dseqjepa.data.decode import ENDINGS
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.processes import end_with_parent
-from dseqjepa.data.shards.remote import Found, Remote, is_url, listed, matching
+from dseqjepa.data.shards.remote import Entry, Remote, is_url, listed, matching
 from dseqjepa.errors import InputError, RunError, printable
 from dseqjepa.files import remove, sync, write_whole
 
@@ -51,7 +51,7 @@ class Local:
 
     folder: Path
 
-    def open(self, name: str, size: int) -> int:
+    def descriptor(self, name: str, size: int) -> int:
         """A descriptor of a file."""
         return os.open(self.folder / name, os.O_RDONLY)
 
@@ -277,12 +277,12 @@ def write_index(
     return open_index(str(place))
 
 
-def _found(place: Path | str) -> tuple[Home, list[Found]]:
+def _found(place: Path | str) -> tuple[Home, list[Entry]]:
     """Where tar files lie, and which there are."""
     if not is_url(place):
         paths = shard_paths(str(place))
         return Local(paths[0].parent), [
-            Found(path.name, status.st_size, str(status.st_mtime_ns))
+            Entry(path.name, status.st_size, str(status.st_mtime_ns))
             for path, status in ((path, path.stat()) for path in paths)
         ]
     try:
@@ -319,7 +319,7 @@ def _classes(label_of_shards: Sequence[np.ndarray], names: dict[int, str]) -> tu
 
 
 def _read(
-    home: Home, files: Sequence[Found], workers: int, tell: Callable[[str], None]
+    home: Home, files: Sequence[Entry], workers: int, tell: Callable[[str], None]
 ) -> Iterator[_Part]:
     """The parts of all shards in order, read side by side."""
 
@@ -336,7 +336,7 @@ def _read(
         yield from told(pool.map(_part, homes, files))
 
 
-def _part(home: Home, found: Found) -> _Part:
+def _part(home: Home, found: Entry) -> _Part:
     """What a shard holds: read, or as it was read before."""
     file = home.folder / PARTS / f"{found.name}-{found.size}-{found.version}.bin"
     said = file.with_suffix(".json")
@@ -344,7 +344,7 @@ def _part(home: Home, found: Found) -> _Part:
         told = json.loads(said.read_text(encoding="utf-8"))
         names = {int(label): name for label, name in told["names"].items()}
         return _Part(Shard(**told["shard"]), np.fromfile(file, RECORD), names)
-    descriptor = patiently(lambda: home.open(found.name, found.size))
+    descriptor = patiently(lambda: home.descriptor(found.name, found.size))
     with os.fdopen(descriptor, "rb") as tar:
         part = read_shard(tar, found.name)
     part.records_N.tofile(file)
@@ -381,6 +381,8 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name} is no whole tar file: {error}") from error
+    except OSError as error:  # also for a header that leads nowhere
+        raise InputError(f"{name} cannot be read: {error}") from error
     if not records:
         raise InputError(f"{name} holds no image: expected names that end in {' '.join(ENDINGS)}")
     return _Part(Shard(name, size, len(records), without), np.array(records, dtype=RECORD), names)

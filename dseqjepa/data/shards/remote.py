@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Remote:
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         return cache_folder() / digest
 
-    def open(self, name: str, size: int) -> int:
+    def descriptor(self, name: str, size: int) -> int:
         """A descriptor of a file of `size` bytes, which is fetched where it is not here.
 
         Raises:
@@ -133,7 +134,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Found:
+class Entry:
     """A file as its server lists it."""
 
     name: str
@@ -158,12 +159,12 @@ def is_folder(pattern: str) -> bool:
     return not _split(pattern)[1]
 
 
-def listed(pattern: str, ending: str) -> tuple[Remote, list[Found]]:
+def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
     """The files that a URL holds or a pattern matches (`*`, `?`, or `{000..012}`)."""
     base, last = _split(pattern)
     names = _expanded(last) if BRACES.search(last) else []
 
-    def found(fs: Any, path: str) -> list[Found]:
+    def found(fs: Any, path: str) -> list[Entry]:
         paths = [f"{path}/{name}" for name in names]
         if not paths:
             there = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
@@ -174,7 +175,7 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Found]]:
             if info.get("size") is None:
                 raise InputError(f"{printable(pattern)}: the server tells no size of {name}")
         return [
-            Found(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
+            Entry(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
             for name, info in infos
         ]
 
@@ -219,17 +220,21 @@ def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
     except (InputError, _NoRoom):
         raise
     except Exception as error:  # each library has kinds of its own
-        if isinstance(error, FileNotFoundError) and not _is_refused(error.__cause__):
+        # A web server's library says of every failed question for a size that there is no file.
+        of_web = type(error.__cause__).__module__.startswith("aiohttp")
+        if isinstance(error, FileNotFoundError) and not (of_web and not _is_no(error.__cause__)):
             raise
-        if isinstance(error, PermissionError) or _is_refused(error, 400, 500):
+        if isinstance(error, PermissionError) or _is_no(error):
             raise PermissionError(errno.EACCES, f"{url} is refused: {_said(error)}") from error
         raise OSError(errno.EIO, f"{url}: {_said(error)}") from error
 
 
-def _is_refused(error: BaseException | None, low: int = 500, high: int = 600) -> bool:
-    """Whether an error stands for an answer whose status is one of these, and not "later"."""
+def _is_no(error: BaseException | None) -> bool:
+    """Whether an error stands for an answer that another try will not change."""
     status = getattr(error, "status", None)
-    return isinstance(status, int) and low <= status < high and status not in (408, 429)
+    if not isinstance(status, int):
+        return False
+    return status == 501 or (400 <= status < 500 and status not in (408, 429))
 
 
 def _said(error: Exception) -> str:
@@ -275,7 +280,8 @@ def _fetch(url: str, file: Path, size: int) -> None:
     """Make a file hold what a URL gives, if that is `size` bytes."""
     unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
-        _set_apart(unfinished, size)
+        while not _set_apart(unfinished, size):
+            time.sleep(0.1)
         _asked(url, lambda fs, path: _copy(fs, path, unfinished, size))
         unfinished.replace(file)
     finally:
@@ -304,12 +310,14 @@ def _write(out: BinaryIO, part: bytes) -> None:
         raise _NoRoom(error.strerror) from error
 
 
-def _set_apart(unfinished: Path, size: int) -> None:
-    """Have the disk hold `size` bytes for a file, in the place of what was not used longest."""
+def _set_apart(unfinished: Path, size: int) -> bool:
+    """Have the disk hold `size` bytes for a file, in the place of what was not used longest; False
+    where what other processes are fetching right now takes all of the room."""
     limit = cache_limit()
     if size > limit:
         raise _NoRoom(f"it has {size:,} bytes, and {GIGABYTES} allows {limit:,}")
     with _locked(cache_folder() / ".lock"):
+        unfinished.unlink(missing_ok=True)  # of a process that was killed
         oldest_first = sorted(_kept(), key=lambda kept: kept[1].st_mtime)
         used = sum(status.st_size for _, status in oldest_first)
         while True:
@@ -318,12 +326,12 @@ def _set_apart(unfinished: Path, size: int) -> None:
                     with unfinished.open("wb") as file:
                         os.posix_fallocate(file.fileno(), 0, max(size, 1))
                         os.ftruncate(file.fileno(), size)
-                    return
+                    return True
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not oldest_first:
                         raise _NoRoom(error.strerror) from error
             if not oldest_first:
-                raise _NoRoom(f"other processes are filling its {limit:,} bytes")
+                return False
             path, status = oldest_first.pop(0)
             if _is_idle(path):
                 path.unlink(missing_ok=True)
@@ -331,10 +339,8 @@ def _set_apart(unfinished: Path, size: int) -> None:
 
 
 def _kept() -> Iterator[tuple[Path, os.stat_result]]:
+    """The tar files that lie there, those that are being fetched among them."""
     for path in cache_folder().glob("*/*.tar"):
-        with suppress(FileNotFoundError):
-            yield path, path.stat()
-    for path in cache_folder().glob(f"*/{UNFINISHED}*.tar"):
         with suppress(FileNotFoundError):
             yield path, path.stat()
 

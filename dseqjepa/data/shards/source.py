@@ -131,7 +131,9 @@ class Shards(ImageFiles):
         if shard not in self._open:
             if len(self._open) >= OPEN_AT_ONCE:
                 os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = self.home.open(self.shards[shard].name, self.shards[shard].size)
+            self._open[shard] = self.home.descriptor(
+                self.shards[shard].name, self.shards[shard].size
+            )
         return os.pread(self._open[shard], size, offset)
 
     def _fetched(self, shard: int) -> int:
@@ -142,7 +144,7 @@ class Shards(ImageFiles):
             tried = f"(tried {len(failures)} times)"
             raise BadImage(f"{name} cannot be fetched: {failures[-1]} {tried}")
         try:
-            descriptor = self.home.open(name, self.shards[shard].size)
+            descriptor = self.home.descriptor(name, self.shards[shard].size)
         except OSError as error:
             failures += [str(error)] * (1 if passing(error) else len(WAITS) + 1 - len(failures))
             raise
