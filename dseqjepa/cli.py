@@ -615,9 +615,9 @@ STUDY_KEYS = (
 
 @app.command(
     epilog=examples(
-        "study plan table5",
-        "study table5 out=studies/order jobs=2",
-        "study mine.yaml out=studies/mine",
+        "study plan studies.yaml",
+        "study studies.yaml out=studies/order jobs=2",
+        "study table5 out=studies/table5 jobs=20 --slurm",
     )
 )
 def study(
