@@ -64,10 +64,10 @@ def loader(source: Shards | ImageFolder, images: int, window: int = 0) -> Loader
     return Loader(source, transform, batch_size=size, seed=0, workers=0, window=window)
 
 
-def cut(transform: TrainTransform, content: bytes, index: int) -> torch.Tensor:
+def cut(transform: TrainTransform, content: bytes | bytearray, index: int) -> torch.Tensor:
     """What a worker of ours does with the bytes of an image."""
     (crop,) = transform.cuts(sample_keys(0, 0, torch.tensor([index])))
-    return crop(decode_reduced(content, transform.reduction))
+    return crop(decode_reduced(bytes(content), transform.reduction))
 
 
 def against_folder(name: str, effort: Effort) -> Row:
