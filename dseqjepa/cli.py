@@ -169,7 +169,7 @@ def pretrain(
         runtime.ranks.close()
         sys.exit(143)
     except KeyboardInterrupt:
-        fail("interrupted; resume=true goes on from the last checkpoint", 130)
+        fail("interrupted; resume=true continues from the last checkpoint", 130)
     runtime.ranks.close()
 
 

@@ -348,7 +348,7 @@ def test_a_run_that_fails_ends_with_1_and_one_line(
     ("error", "code", "said"),
     [
         (Stopped(), 143, ""),
-        (KeyboardInterrupt(), 130, "dseqjepa: interrupted; resume=true goes on from the last"),
+        (KeyboardInterrupt(), 130, "dseqjepa: interrupted; resume=true continues from the last"),
         (OSError(28, "No space left on device"), 1, "dseqjepa: [Errno 28] No space left on device"),
     ],
 )

@@ -123,7 +123,7 @@ def test_a_damaged_trimap_is_a_bad_image_and_a_missing_one_an_error(copy: Folder
     with pytest.raises(BadImage, match=r"it is \(5, 5\), its image \(64, 64\)"):
         source.objects(0)
     path.unlink()
-    with pytest.raises(InputError, match=rf"expected \S+{name}.png beside \S+{name}.jpg"):
+    with pytest.raises(InputError, match=rf"expected \S+{name}.png for \S+{name}.jpg"):
         source.objects(0)
 
 

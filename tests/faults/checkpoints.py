@@ -305,7 +305,7 @@ def fall_back(attempts: Attempts) -> None:
                 train(run_config(), out, resume=True)
             assert metrics(out) == lines
             assert set(contents(out)) == set(before)
-            with pytest.raises(InputError, match=r"no finished checkpoint of step 6, but of 7, 5"):
+            with pytest.raises(InputError, match=r"no finished checkpoint of step 6, only of 7, 5"):
                 train(run_config(), out, resume=6)
             train(run_config(), out, resume=5)
             assert_same_run(whole, out)

@@ -83,7 +83,7 @@ def terminated(attempts: Attempts) -> None:
             )
             last = (out / "log.txt").read_text().splitlines()[-1]
             step = open_checkpoint(out).step
-            assert last == f"stopped by SIGTERM at step {step}; resume=true goes on"
+            assert last == f"stopped by SIGTERM at step {step}; resume=true continues"
             train_here(out, True)
             assert_same_run(whole, out)
 
@@ -140,7 +140,7 @@ def terminal_lost(attempts: Attempts) -> None:
             if what == "terminal":
                 assert ends([child], 240) == [143], log.read_text()
                 last = (out / "log.txt").read_text().splitlines()[-1]
-                assert last == f"stopped by SIGHUP at step {number}; resume=true goes on"
+                assert last == f"stopped by SIGHUP at step {number}; resume=true continues"
                 train_here(out, True)
             else:
                 assert ends([child], 240) == [0], log.read_text()
@@ -205,7 +205,7 @@ def one_rank(attempts: Attempts) -> None:
             other = children[1 - rank]
             if fate == "SIGTERM":
                 assert ends(children, 240) == [143, 143], log_of(log)
-                stopped = [f"stopped by SIGTERM at step {step + 1}; resume=true goes on"]
+                stopped = [f"stopped by SIGTERM at step {step + 1}; resume=true continues"]
                 assert (out / "log.txt").read_text().splitlines()[-1:] == stopped
                 assert open_checkpoint(out).step == step + 1
                 continue

@@ -174,7 +174,7 @@ def test_another_choice_of_images_is_found(tmp_path: Path) -> None:
     done = json.loads(path.read_text())
     for altered in ({**done, "kept": [*done["kept"][:-1], 17]}, {**done, "bad": []}, {}, []):
         path.write_text(json.dumps(altered))
-        with pytest.raises(InputError, match=r"mean1-00000002.json is damaged .*made anew"):
+        with pytest.raises(InputError, match=r"mean1-00000002.json is damaged .*recompute"):
             keep(folder, source)
     path.unlink()
     assert_same(keep(folder, source), in_memory(source))

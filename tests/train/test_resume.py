@@ -250,7 +250,7 @@ def test_the_last_step_is_saved_on_whatever_line_the_signal_comes(tmp_path: Path
         finally:
             sys.settrace(None)
         stops.append(open_checkpoint(out).step)
-        assert last_words(out) == f"stopped by SIGTERM at step {stops[-1]}; resume=true goes on"
+        assert last_words(out) == f"stopped by SIGTERM at step {stops[-1]}; resume=true continues"
     assert set(stops) == {2, 3}
 
 
@@ -267,7 +267,7 @@ def test_a_stopped_run_gives_the_signal_back(tmp_path: Path) -> None:
         patch.undo()
         signal.signal(signal.SIGTERM, before)
     assert open_checkpoint(tmp_path / "run").step == 3
-    assert last_words(tmp_path / "run") == "stopped by SIGTERM at step 3; resume=true goes on"
+    assert last_words(tmp_path / "run") == "stopped by SIGTERM at step 3; resume=true continues"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(
         patch.undo()
         signal.signal(signal.SIGHUP, before)
     assert open_checkpoint(tmp_path / "run").step == 3
-    assert last_words(tmp_path / "run") == f"stopped by {name} at step 3; resume=true goes on"
+    assert last_words(tmp_path / "run") == f"stopped by {name} at step 3; resume=true continues"
 
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_process_killed_and_then_terminated_ends_as_if_nothing_had_been(tmp_pa
     process.terminate()
     assert process.wait() == 143, process.communicate()[1].decode()
     stopped_at = open_checkpoint(out).step
-    assert last_words(out) == f"stopped by SIGTERM at step {stopped_at}; resume=true goes on"
+    assert last_words(out) == f"stopped by SIGTERM at step {stopped_at}; resume=true continues"
     assert killed_at < stopped_at < 80
 
     config = load_config(path, [f"data.source={folder}"])

@@ -204,7 +204,7 @@ def test_devices_alone_start_the_ranks_and_a_sigterm_reaches_them(files: Path) -
     assert process.returncode == 143, said
     step = open_checkpoint(files / "devices").step
     assert log.read_text().splitlines()[-1] == (
-        f"stopped by SIGTERM at step {step}; resume=true goes on"
+        f"stopped by SIGTERM at step {step}; resume=true continues"
     )
 
 

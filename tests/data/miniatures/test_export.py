@@ -67,7 +67,7 @@ def test_what_is_there_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for place in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
-        with pytest.raises(InputError, match="expected a new or an empty folder, found "):
+        with pytest.raises(InputError, match="expected a new or empty folder, found "):
             export("coco", place, count=10, val_count=10, seed=0)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
     (tmp_path / "empty").mkdir()
