@@ -625,7 +625,7 @@ def study(
         list[str],
         typer.Argument(
             metavar="[plan] NAME|FILE.yaml [KEY=VALUE]...",
-            help="table4, headline, ... or a file; out=DIR jobs=2 scale=laptop data=PATH seeds=0,1",
+            help="A built-in study or a file, after `plan` if only its cost is wanted; then settings.",
         ),
     ],
     slurm: Annotated[

@@ -314,7 +314,7 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "scenes export coco new count=5": "count must be greater than or equal to 10, found 5",
         "scenes export coco new size=20": "expected scenes of 32 to 512 pixels, found 20",
         "scenes export coco new colour=1": "unknown key 'colour'; did you mean 'count'?",
-        "scenes export coco full": "expected a new or an empty folder, found full",
+        "scenes export coco full": "expected a new or empty folder, found full",
         "report": "Missing argument 'RUN...'",
         "report run": "Missing option '--out'",
         "report nothing --out a.html": "no such run: nothing",

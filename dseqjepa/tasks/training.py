@@ -486,7 +486,7 @@ class _Fitting:
         if batch is None:
             name, reason = next(iter(unread.items()))
             raise RunError(
-                f"at step {self.step} {SUBSTITUTES + 1} consecutive images cannot be "
+                f"step {self.step}: {SUBSTITUTES + 1} consecutive images cannot be "
                 f"decoded, such as {name}: {reason}"
             )
         return batch

@@ -153,7 +153,8 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     # Nothing is left of what it would have resumed from.
     encoded_anew = task == "attentive" and not quick
     features = [] if encoded_anew else ["features"]
-    assert kept == sorted([*features, f"{task}.json", f"{task}.png"])
+    heads = [f"{task}-head.safetensors"] if task in ("linear", "lowshot", "attentive") else []
+    assert kept == sorted([*features, *heads, f"{task}.json", f"{task}.png"])
     encoders = ["majority", "raw pixels", "untrained", "dseq, step 5"]
     assert [line["encoder"] for line in found["results"]] == encoders
     assert "cannot decode" in printed
@@ -236,7 +237,7 @@ def test_other_weights_and_backbones(here: Path) -> None:
             "out=FILE.json is missing: pixels is not a run",
         ),
         (["knn", "pixels", "out=a.json"], "data=PATH is missing: pixels does not record"),
-        (["knn", "runs/0", "out=runs"], "out=runs is a folder: name a file"),
+        (["knn", "runs/0", "out=runs"], "out=runs is a folder: give a file"),
         (["finetune", "pixels", "data=pictures", "out=a.json"], "no transformer blocks to train"),
         (["linear", "runs/0", "batch_size=64"], "48 training images are fewer than a batch of 64"),
         (["linear", "runs/0", "sweep.lr=1"], "unknown key 'sweep.lr'"),
@@ -289,7 +290,13 @@ def test_two_ranks_find_what_one_finds(
     run_ranks(2, evaluate_on_ranks, here, task, settings, log=here / "log")
     one, two = (json.loads((here / name).read_text()) for name in ("one.json", "two.json"))
     assert two["ranks"] == 2
-    different: dict[str, Any] = {"wall_s": 0, "ranks": 0, "config": {}, "versions": {}}
+    different: dict[str, Any] = {
+        "wall_s": 0,
+        "ranks": 0,
+        "threads": 0,
+        "config": {},
+        "versions": {},
+    }
     assert {**two, **different} == {**one, **different}
 
 

@@ -153,7 +153,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         file.seek(CHUNK * 8 * 4)
         file.write(b"\1\2\3\4")
     with pytest.raises(
-        InputError, match=r"mean2.f32 is damaged in chunk 1: remove .*00000001.json"
+        InputError, match=r"mean2.f32 is damaged in chunk 1: delete .*00000001.json"
     ):
         keep(folder, source)
     (folder / "done" / "mean2-00000001.json").unlink()

@@ -407,7 +407,9 @@ def test_bad_images_are_replaced_and_named(tmp_path: Path) -> None:
     def broken(index: int, key: int) -> Tensor:
         raise BadImage("torn")
 
-    with pytest.raises(RunError, match=r"at step 0 9 images .* cannot be decoded, such as .: torn"):
+    with pytest.raises(
+        RunError, match=r"step 0: 9 consecutive images cannot be decoded, such as .: torn"
+    ):
         trained(tmp_path / "none", reader=broken)
 
 

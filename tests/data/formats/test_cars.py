@@ -53,7 +53,7 @@ def test_the_tree_of_folders_is_an_ordinary_folder(copy: Folder, tmp_path: Path)
     train, val = open_splits(tree, size=1, image_size=(32, 32), seed=0)
     assert (len(train), len(val)) == (30, 13)
     assert train.classes == val.classes
-    refused("cars", tmp_path / "tree", "train", "an ordinary folder .*: data=.*tree reads")
+    refused("cars", tmp_path / "tree", "train", "an ordinary folder .*: use data=.*tree")
 
 
 def test_damaged_files_are_named(copy: Folder) -> None:
