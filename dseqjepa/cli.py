@@ -625,7 +625,7 @@ def study(
         list[str],
         typer.Argument(
             metavar="[plan] NAME|FILE.yaml [KEY=VALUE]...",
-            help="A built-in study or a file, after `plan` if only its cost is wanted; then settings.",
+            help="A built-in study or a file, after `plan` for its cost alone; then settings.",
         ),
     ],
     slurm: Annotated[
