@@ -184,7 +184,7 @@ def test_no_rank_listens_to_all_interfaces(tmp_path: Path) -> None:
     ("environment", "said"),
     [
         ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK must be a whole number, found 'a'"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "do not fit"),
     ],
 )

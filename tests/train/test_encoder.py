@@ -145,7 +145,7 @@ def test_a_picture_of_pillow_is_what_its_file_is(encoder: TrainedEncoder, tmp_pa
     for path in sorted(tmp_path.iterdir()):
         wanted = EvalTransform((32, 32))(decode(path))
         assert torch.equal(encoder.preprocess(Image.open(path))[0], wanted), path.name
-    with pytest.raises(ValueError, match="32-bit pixels have no agreed white"):
+    with pytest.raises(ValueError, match="white point of 32-bit pixels is undefined"):
         encoder.preprocess(Image.fromarray(array[..., 0].astype(np.float32)))
 
 

@@ -120,9 +120,9 @@ def test_pictures_of_a_run_alone_need_no_image(
         (["dseq", "pictures", "--beside", "dseq"], "is the checkpoint itself"),
         (["dseq", "pictures", "--only", "neighbours", "--data", "gone"], "no such folder: gone"),
         (["dseq", "pictures", "--format", "bmp"], "expected a format of png, pdf, svg"),
-        (["dseq", "pictures", "--limit", "0"], "expected --limit of 1 or more"),
-        (["dseq", "pictures", "--sample", "1"], "expected --sample of 2 or more"),
-        (["dseq", "pictures", "--checkpoints", "0"], "expected --checkpoints of 1 or more"),
+        (["dseq", "pictures", "--limit", "0"], "expected --limit of at least 1"),
+        (["dseq", "pictures", "--sample", "1"], "expected --sample of at least 2"),
+        (["dseq", "pictures", "--checkpoints", "0"], "expected --checkpoints of at least 1"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(
