@@ -133,7 +133,7 @@ def against_library(name: str, effort: Effort) -> Row:
 
 
 def made_index(root: Path, images: int) -> Path:
-    """An index of so many images, in shards of 100,000, that are all links to one tar file."""
+    """An index of this many images, in shards of 100,000, that are all links to one tar file."""
     few = next(root.glob("*.tar"))
     with few.open("rb") as file:
         found = read_shard(file, few.name)

@@ -207,7 +207,7 @@ def verify_resume(
             "unless runtime.deterministic=true)",
             1,
         )
-    print("exact: a run that was stopped goes on as if it had not been")
+    print("exact: a stopped run resumes as if it had not been stopped")
 
 
 @app.command(
@@ -228,7 +228,7 @@ def preflight(
         str | None,
         typer.Option("--on", help="Compute for another device: a100, h100, h200 or l40s."),
     ] = None,
-    devices: Annotated[int, typer.Option(help="Count so many of them.", min=1)] = 1,
+    devices: Annotated[int, typer.Option(help="The number of devices.", min=1)] = 1,
     print_config: PrintConfig = False,
 ) -> None:
     """Estimate the cost of a run before it starts.
@@ -553,16 +553,16 @@ def show(
         str | None,
         typer.Option(metavar="ROW,COL", help="Draw the similarity to this patch, from 0,0."),
     ] = None,
-    clusters: Annotated[int, typer.Option(help="Cut images into so many clusters.")] = 4,
+    clusters: Annotated[int, typer.Option(help="The number of clusters.")] = 4,
     checkpoints: Annotated[
-        int, typer.Option(help="Draw clusters, pca and similarity of at most so many checkpoints.")
+        int, typer.Option(help="The most checkpoints drawn by clusters, pca and similarity.")
     ] = 5,
     data: Annotated[
         str | None,
         typer.Option(help="Find neighbours, and scatter, in this data set, not in the run's own."),
     ] = None,
-    sample: Annotated[int, typer.Option(help="Take at most so many images of --data.")] = 2000,
-    limit: Annotated[int, typer.Option(help="Take at most so many images of a folder.")] = 8,
+    sample: Annotated[int, typer.Option(help="The most images taken from --data.")] = 2000,
+    limit: Annotated[int, typer.Option(help="The most images taken from a folder.")] = 8,
     ending: Annotated[str, typer.Option("--format", help="Write png, pdf or svg.")] = "png",
 ) -> None:
     """Draw what an encoder sees in images.
@@ -599,7 +599,7 @@ def show(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folders of runs.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page to write.")],
-    images: Annotated[int, typer.Option(help="Show so many images of each run.")] = 6,
+    images: Annotated[int, typer.Option(help="The number of images shown per run.")] = 6,
 ) -> None:
     """Write an HTML report on one or several runs."""
     from dseqjepa.report.page import write_report
@@ -728,9 +728,7 @@ app.add_typer(shards, name="shards")
 def pack_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any folder of images.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or an empty folder.")],
-    size: Annotated[
-        int, typer.Option(help="Fill a tar file up to so many megabytes.", min=1)
-    ] = 500,
+    size: Annotated[int, typer.Option(help="The most megabytes in a tar file.", min=1)] = 500,
     is_shuffled: Annotated[
         bool,
         typer.Option("--shuffled", help="Write them in random order, for a small data.window."),
@@ -758,7 +756,7 @@ def index_shards(
     place: Annotated[
         str, typer.Argument(metavar="FOLDER|URL", help="Where tar files lie, or files of images.")
     ],
-    workers: Annotated[int, typer.Option(help="Read so many tar files at once.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="The number of tar files read at once.", min=1)] = 1,
 ) -> None:
     """Index tar files that others wrote, once.
 

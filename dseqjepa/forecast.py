@@ -103,7 +103,7 @@ def forecast(
     """What a run would cost; `data` are the number of images and the bytes of one.
 
     Raises:
-        InputError: there is no such device, the batch cannot be divided among so many, or the run
+        InputError: there is no such device, the batch cannot be divided among them, or the run
             is in fp32, whose rate was not measured.
     """
     if on not in DEVICES:

@@ -1,7 +1,7 @@
 """`dseqjepa embed`: the features of a folder as a table, and what can be read off them.
 
 Features are kept chunk by chunk beside the table until it is written, so that a command that was
-stopped goes on where it was, and several ranks share the work.
+stopped resumes where it was, and several ranks share the work.
 
 Suffixes: M images that could be decoded, R rows of a block, P patches, D width of a feature.
 """

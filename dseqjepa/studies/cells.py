@@ -26,7 +26,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyCell:
-    """A run, by where it stands in the study."""
+    """A run, identified by its place in the study."""
 
     study: Study
     out: Path

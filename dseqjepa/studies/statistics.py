@@ -16,7 +16,7 @@ from scipy import optimize, special, stats
 
 LEVEL, POWER = 0.05, 0.8
 MOST_FLIPS = 2**16
-"""Up to 16 seeds every pattern of signs is counted; of more seeds so many are drawn."""
+"""Up to 16 seeds, every pattern of signs is counted; for more seeds this many are drawn."""
 QUANTILES = 4096
 Floats = NDArray[np.float64]
 
@@ -68,7 +68,7 @@ def hedges(freedom: int) -> float:
 
 
 def least_p_signs(count: int) -> float:
-    """The smallest value that the sign-flip test can give with so many seeds."""
+    """The smallest p-value that the sign-flip test can give with `count` seeds."""
     return float(2.0 ** (1 - count))
 
 

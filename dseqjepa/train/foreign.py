@@ -352,7 +352,7 @@ def _is_beside(name: str) -> bool:
 
 
 def _plain(file: Path, state: Mapping[str, Any], size: int) -> dict[str, Tensor]:
-    """The tensors of an encoder, in float32, out of so many bytes."""
+    """The tensors of an encoder, in float32, read from a file of this many bytes."""
     plain: dict[str, Tensor] = {}
     problems = []
     for name, value in state.items():

@@ -75,7 +75,7 @@ class Loggers:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             for name in config.log.to:
-                tell(f"{name} is given up, training goes on: {folder} is damaged ({reason})")
+                tell(f"{name} is disabled and training continues: {folder} is damaged ({reason})")
             return
         for name in config.log.to:
             opened = partial(OPENERS[name], config, folder, names[name], step)

@@ -184,7 +184,7 @@ def test_a_folder_of_loggers_that_is_damaged_ends_no_run(tmp_path: Path, what: s
         shutil.rmtree(out / "loggers")
         (out / "loggers").write_text("mine", encoding="utf-8")
     run_with(out, BOARD, resume=True)
-    assert f"{BOARD} is given up, training goes on: " in (out / "log.txt").read_text()
+    assert f"{BOARD} is disabled and training continues: " in (out / "log.txt").read_text()
     assert max(told(out)) == STEPS
 
 
