@@ -33,6 +33,8 @@ def test_windows_lie_inside_and_hold_the_share_that_was_asked_for(area: float) -
     assert 0.99 < share_B.max() <= 1
     assert share_B.mean() == pytest.approx((1 + area) / 2, abs=0.02)
     assert (shift_B2.abs() / (1 - side_B[:, None])).mean() == pytest.approx(0.5, abs=0.02)
+    places_2B = (shift_B2 / (1 - side_B[:, None])).T
+    assert torch.corrcoef(torch.cat([places_2B, side_B[None]])).triu(1).abs().max() < 0.1
     assert torch.equal(draw_windows(KEYS[5:9], area), window_B23[5:9])
 
 

@@ -222,9 +222,10 @@ def test_aspects_that_no_block_has_are_refused(limits: tuple[float, float]) -> N
         rectangles(1, (4, 4), aspect=limits)
 
 
-@pytest.mark.parametrize("grid", [(8, 8), (6, 11), (2, 3)])
-def test_truncated_contexts_are_the_first_patches_of_one_length(grid: Grid) -> None:
-    keys_B = keys(64)
+@pytest.mark.parametrize("epoch", range(4))
+@pytest.mark.parametrize("grid", [(14, 14), (6, 11), (2, 3)])
+def test_truncated_contexts_are_the_first_patches_of_one_length(grid: Grid, epoch: int) -> None:
+    keys_B = keys(64, epoch)
     blocks = sample_blocks(keys_B, grid, truncate=True)
     size_BM = blocks.target_BMN.sum(dim=2)
     assert (size_BM == size_BM[0, 0]).all()  # one size of target in the whole batch

@@ -134,6 +134,7 @@ def test_precision_is_chosen_by_the_cpu_and_kept_by_the_run(
     assert on_this_machine(config).runtime.precision == precision
     train(config, tmp_path / "run")
     assert open_checkpoint(tmp_path / "run").config.runtime.precision == precision
+    train(config, tmp_path / "run", resume=True)  # `auto` is what the run has
     fixed = config.with_(runtime={"precision": "fp32"})
     assert on_this_machine(fixed) == fixed
 
