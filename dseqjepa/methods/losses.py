@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dseqjepa.config import SigregConfig, VicregConfig
 from dseqjepa.keyed import Stream, uniforms
+from dseqjepa.model.rows import cut
 from dseqjepa.ranks import gather_rows, sum_over_ranks
 
 
@@ -73,13 +74,13 @@ class Vicreg(nn.Module):
         if hidden:
             # Nothing reads running statistics, and a skipped step must leave no trace.
             self.projector = nn.Sequential(
-                nn.Linear(width, hidden),
+                cut(nn.Linear(width, hidden)),
                 nn.BatchNorm1d(hidden, track_running_stats=False),
                 nn.ReLU(),
-                nn.Linear(hidden, hidden),
+                cut(nn.Linear(hidden, hidden)),
                 nn.BatchNorm1d(hidden, track_running_stats=False),
                 nn.ReLU(),
-                nn.Linear(hidden, hidden, bias=False),
+                cut(nn.Linear(hidden, hidden, bias=False)),
             )
 
     def forward(

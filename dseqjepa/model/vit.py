@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Colours, Config
 from dseqjepa.model.attention import attend
 from dseqjepa.model.linear import Linear, linear
 from dseqjepa.model.packing import Contexts, Queries, pack_queries
+from dseqjepa.model.rows import cut, fill
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import Plan
 
@@ -178,15 +179,20 @@ class PatchEmbed(nn.Module):
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
     """Truncated normal 0.02, zero biases; output projections of block i divided by sqrt(2 i)."""
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=0.02)
+    divisor: dict[nn.Module, float] = {}
     blocks = [part for part in module.modules() if isinstance(part, Block)]
     for index, block in enumerate(blocks, start=1):
-        block.attn.proj.weight.div_((2 * index) ** 0.5)
-        block.mlp.fc2.weight.div_((2 * index) ** 0.5)
+        divisor[block.attn.proj] = divisor[block.mlp.fc2] = (2 * index) ** 0.5
+
+    def draw(weight: Tensor, divide_by: float) -> None:
+        nn.init.trunc_normal_(weight, std=0.02).div_(divide_by)
+
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim > 1:
+                fill(layer, name, partial(draw, divide_by=divisor.get(layer, 1.0)))
 
 
 def draw_unused(*shape: int) -> None:
@@ -235,7 +241,7 @@ class VisionTransformer(nn.Module):
         positions_ND = position_scale * sincos_positions(width, self.grid)
         nothing = positions_ND.new_zeros(self.prefix, width)  # [CLS] has no position
         self.register_buffer("pos_embed", torch.cat([nothing, positions_ND])[None])
-        self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
+        self.blocks = nn.ModuleList(cut(Block(width, heads, mlp)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if not class_token:
             draw_unused(1, width)
@@ -416,7 +422,7 @@ class AnyPredictor(nn.Module, ABC):
         self.has_mask_token = mask_token
         self.output_norm = output_norm
         self.register_buffer("positions_ND", sincos_positions(width, grid), persistent=False)
-        self.blocks = nn.ModuleList(self.block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(cut(self.block(width, heads)) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.proj = Linear(width, encoder_width)
         if not mask_token:

@@ -388,7 +388,7 @@ class _Fitting:
             whole = self.model.state_dict()
             frozen = {name: whole[name] for name in whole.keys() - trained_state(self.model).keys()}
             tensors = frozen | start.tensors("model")
-            load_into(self.model, tensors, f"{start.path}/model.safetensors")
+            load_into(whole, tensors, f"{start.path}/model.safetensors")
             load_optimizer_state(self.optimizer, self.model, start.tensors("optimizer"))
             self.step, self.bad = start.step, dict(start.state["bad"])
             self._check_bad()

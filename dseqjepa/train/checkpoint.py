@@ -4,6 +4,9 @@ A checkpoint is a folder `step-XXXXXXXX` of safetensors files and `state.json`, 
 resolved config, the position, the length and SHA-256 of every tensor file, and its own SHA-256. It
 is written under a temporary name, synced to disk and renamed; `last` is a link that is replaced
 atomically. Nothing is unpickled.
+
+Tensors are in `NAME.safetensors`, or, in a sharded checkpoint, in one `NAME/RANK.safetensors` per
+rank with that rank's rows: the layout of torch.distributed.checkpoint's `HuggingFaceStorageReader`.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dseqjepa.config import Config, validate
 from dseqjepa.errors import InputError, RunError
@@ -29,9 +34,12 @@ from dseqjepa.files import UNFINISHED, json_digest, remove, sync
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
 from dseqjepa.model.vit import VisionTransformer, encoder_settings
+from dseqjepa.ranks import Ranks
 from dseqjepa.train.encoder import TrainedEncoder
+from dseqjepa.train.sharding import copy_into, first_row
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2
+"""Of a checkpoint of whole files, and of a sharded one."""
 STEP_NAME = re.compile(r"step-(\d{8,})")
 AGAIN = 20
 """How often to retry if a run that is still training removes the checkpoint being opened."""
@@ -68,12 +76,42 @@ class Checkpoint:
         return self.path.parent.parent if inside else self.path
 
     def tensors(self, name: str) -> dict[str, Tensor]:
+        """All tensors of a file, whole."""
+        with self.reading(name) as tensors:
+            return dict(tensors)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[TensorFiles]:
+        """The tensors of a file, to be read one by one."""
+        found = sorted(f for f in self.state["files"] if Path(f).parts[0] == name)
         try:
-            return load_file(self.path / f"{name}.safetensors")
-        except (OSError, RuntimeError, SafetensorError):  # it checks, then opens
+            yield TensorFiles([self.path / f for f in found or [f"{name}.safetensors"]])
+        except (OSError, RuntimeError, SafetensorError):  # they were checked, then opened
             if not (self.path / "state.json").exists():
                 raise Dropped(self.path) from None
             raise
+
+
+class TensorFiles(Mapping[str, Tensor]):
+    """Whole tensors by name, read from their file on access; rows that several ranks have written
+    are joined, in the order of the files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files: dict[str, list[Any]] = {}
+        for path in paths:
+            file = safe_open(path, "pt")
+            for key in file.keys():  # noqa: SIM118, it is not a mapping
+                self._files.setdefault(key, []).append(file)
+
+    def __getitem__(self, key: str) -> Tensor:
+        parts = [file.get_tensor(key) for file in self._files[key]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class Dropped(InputError):
@@ -107,6 +145,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     say: Callable[[str], None] = log.warning,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep` and step
     0, the baseline of comparisons.
@@ -115,46 +154,111 @@ def save_checkpoint(
     that was resumed from an earlier one, are deleted. Nothing is deleted before the new checkpoint
     is on disk; what cannot be deleted stays, and `say` reports it. `RunError` if the new one cannot
     be written; the old ones are then unchanged.
+
+    With `ranks` the checkpoint is sharded: all of them call this, each writes its rows, and none
+    waits for a file longer than for its own.
     """
     final = folder / f"step-{step:08d}"
-    try:
+    temporary = folder / f"{UNFINISHED}{final.name}"
+    everyone = ranks or Ranks.by_itself()
+
+    def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _drop(_unfinished(folder), say)
-        _write(folder / f"{UNFINISHED}{final.name}", final, step, tensors, state)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        if folder.is_dir():
+        temporary.mkdir()
+
+    def finish() -> None:
+        manifest = {"format": SHARDED if ranks else FORMAT, "step": step, **state, "files": files}
+        _finish(temporary, final, manifest)
+
+    try:
+        _all_of(everyone, begin, only_first=True)
+        written = _all_of(everyone, lambda: _write(temporary, tensors, ranks))
+        files = {name: what for part in everyone.share(written) for name, what in part.items()}
+        _all_of(everyone, finish, only_first=True)
+    except InputError as error:
+        if everyone.first and folder.is_dir():
+            _drop(_unfinished(folder), say)
+        everyone.wait()
+        if folder.is_dir():  # of a rank whose disk the first one does not see
             _drop(_unfinished(folder), say)
         raise RunError(
-            f"cannot write the checkpoint {final}: {reason}; the previous one is intact: fix this, "
+            f"cannot write the checkpoint {final}: {error}; the previous one is intact: fix this, "
             "then use resume=true to continue from it"
         ) from error
-    _point_at(final, say)
-    steps = _steps(folder)
-    kept = {0, *sorted(number for number in steps if number <= step)[-keep:]}
-    _drop([path for number, path in steps.items() if number not in kept], say)
+    if everyone.first:
+        _point_at(final, say)
+        steps = _steps(folder)
+        kept = {0, *sorted(number for number in steps if number <= step)[-keep:]}
+        _drop([path for number, path in steps.items() if number not in kept], say)
     return final
 
 
+def _all_of(ranks: Ranks, do: Callable[[], T], only_first: bool = False) -> T | None:
+    """The result of `do` on this rank; if one rank cannot write, all raise its `InputError`."""
+
+    def attempt() -> T | None:
+        try:
+            return do() if ranks.first or not only_first else None
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise InputError(reason) from error
+
+    return ranks.together(attempt)
+
+
 def _write(
-    temporary: Path,
-    final: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-) -> None:
-    folder = final.parent
-    temporary.mkdir()
+    temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], ranks: Ranks | None
+) -> dict[str, dict[str, Any]]:
+    """Write tensors, or this rank's rows of them; lengths and hashes of the files."""
     files = {}
     for name, values in tensors.items():
-        path = temporary / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        file = f"{name}/{ranks.rank:05d}.safetensors" if ranks else f"{name}.safetensors"
+        path = temporary / file
+        if ranks:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows, described = _rows(values, ranks.first)
+            save_file(rows, path, described)
+        else:
+            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, path)
+        files[file] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         sync(path)
-    manifest = {"format": FORMAT, "step": step, **state, "files": files}
+    return files
+
+
+def _rows(
+    tensors: Mapping[str, Tensor], is_first: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a rank writes: its rows of sharded tensors and, on the first one, all others; and the
+    metadata by which torch.distributed.checkpoint places them."""
+    rows, places = {}, {}
+    for key, value in tensors.items():
+        first = 0
+        if isinstance(value, DTensor):
+            first, value = first_row(value), value.to_local()
+        elif not is_first:
+            continue
+        if value.numel() or is_first:
+            rows[key] = value.detach().cpu().contiguous()
+            places[key] = {"saved_offsets": [first, *[0] * (value.ndim - 1)][: value.ndim]}
+    return rows, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(places)}
+
+
+def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest and give a checkpoint its name, once all its files are on disk."""
+    folder = final.parent
+    absent = [name for name in manifest["files"] if not (temporary / name).is_file()]
+    if absent:
+        raise InputError(
+            f"{absent[0]}, which another rank has written, is not there: a sharded checkpoint "
+            "needs a folder that all machines share; use checkpoint.format=whole"
+        )
     manifest["sha256"] = json_digest(manifest)
     (temporary / "state.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     sync(temporary / "state.json")
+    for part in temporary.iterdir():
+        if part.is_dir():
+            sync(part)
     sync(temporary)
     if final.exists():  # renamed first, which is atomic; deletion is not
         final.rename(folder / f"{UNFINISHED}old-{final.name}")
@@ -292,11 +396,11 @@ def described(folder: Path) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint {folder}: state.json is damaged ({error})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in (FORMAT, SHARDED):
         found = state.get("format") if isinstance(state, dict) else None
-        newer = isinstance(found, int) and found > FORMAT
+        newer = isinstance(found, int) and found > SHARDED
         raise InputError(
-            f"checkpoint {folder}: expected format {FORMAT}, found {found}"
+            f"checkpoint {folder}: expected format {FORMAT} or {SHARDED}, found {found}"
             + ("; it was written by a newer version of dseqjepa: update" if newer else "")
         )
     if state.pop("sha256", None) != json_digest(state):
@@ -330,20 +434,20 @@ def _compared(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Strict loading: report all missing, unknown and misshaped keys at once, and change nothing
-    unless all fit."""
-    own = module.state_dict()
+def load_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Strict loading into a state dict, whose tensors may be sharded: report all missing, unknown
+    and misshaped keys at once, and change nothing unless all fit."""
     problems = [f"missing {key}" for key in own if key not in tensors]
     problems += [f"unknown {key}" for key in tensors if key not in own]
     problems += [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+        f"{key} is {tuple(found)}, expected {tuple(value.shape)}"
         for key, value in own.items()
-        if key in tensors and tensors[key].shape != value.shape
+        if key in tensors and (found := tensors[key].shape) != value.shape
     ]
     if problems:
         raise InputError(f"{where} does not fit the model: {'; '.join(problems)}")
-    module.load_state_dict(dict(tensors))
+    for key, value in own.items():
+        copy_into(value, tensors[key])
 
 
 def load_method(run_or_checkpoint: str | Path) -> Method:
@@ -365,18 +469,23 @@ def method_of(checkpoint: Checkpoint) -> Method:
 def load_encoders(method: Method, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's context and target encoder into a method."""
     for name, module in (("target", method.target), ("context", method.encoder)):
-        load_into(module, checkpoint.tensors(name), f"{checkpoint.path}/{name}.safetensors")
+        _load_part(checkpoint, name, module.state_dict())
 
 
 def load_predictor(method: Method, checkpoint: Checkpoint) -> None:
     """Copy the other parts of a method: the predictor, and the projector if any."""
-    encoders = {
-        key: value
-        for key, value in method.state_dict().items()
-        if key.startswith(("encoder.", "target."))
-    }
-    rest = checkpoint.tensors("predictor")
-    load_into(method, encoders | rest, f"{checkpoint.path}/predictor.safetensors")
+    _load_part(checkpoint, "predictor", state_but_encoders(method))
+
+
+def _load_part(checkpoint: Checkpoint, name: str, own: Mapping[str, Tensor]) -> None:
+    with checkpoint.reading(name) as tensors:
+        load_into(own, tensors, f"{checkpoint.path}/{name}.safetensors")
+
+
+def state_but_encoders(method: Method) -> dict[str, Tensor]:
+    """The tensors of a method other than the two encoders."""
+    state = method.state_dict()
+    return {k: v for k, v in state.items() if not k.startswith(("encoder.", "target."))}
 
 
 def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> TrainedEncoder:
@@ -392,7 +501,7 @@ def load_encoder(run_or_checkpoint: str | Path, *, weights: str = "target") -> T
 def encoder_of(checkpoint: Checkpoint, weights: str) -> TrainedEncoder:
     """The `target` or `context` encoder of an open checkpoint, in eval mode."""
     encoder = TrainedEncoder(**encoder_settings(checkpoint.config))
-    load_into(encoder, checkpoint.tensors(weights), f"{checkpoint.path}/{weights}.safetensors")
+    _load_part(checkpoint, weights, encoder.state_dict())
     return encoder.eval().requires_grad_(False)
 
 

@@ -235,7 +235,7 @@ def _built(file: Path, settings: ImportConfig, names: tuple[str, ...]) -> _Built
     for name, state in found.items():
         encoders[name] = build_encoder(config).eval()
         whole = _with_class_position(folded(state))
-        load_into(encoders[name], whole, f"the {name} encoder of {file}")
+        load_into(encoders[name].state_dict(), whole, f"the {name} encoder of {file}")
     return _Built(file, encoders, config, sorted(left_out), first, folder)
 
 

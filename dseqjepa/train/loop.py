@@ -35,6 +35,7 @@ from dseqjepa.train.checkpoint import (
     load_encoders,
     load_predictor,
     save_checkpoint,
+    state_but_encoders,
 )
 from dseqjepa.train.clock import Clock, Watch, duration
 from dseqjepa.train.guard import Guard, loss_and_norm
@@ -54,11 +55,9 @@ from dseqjepa.train.runtime import (
     StopRequest,
     connect,
     on_this_machine,
-    own_parts,
-    whole_module,
-    whole_tensors,
 )
 from dseqjepa.train.schedules import Schedule
+from dseqjepa.train.sharding import own_parts, whole_module, whole_tensors
 
 WORTH_SAYING = 0.2
 """Share of time spent waiting for data above which the log mentions it."""
@@ -117,7 +116,11 @@ class Trainer:
         self.fingerprint = source.fingerprint()
         self.data_path = located(config.data.source)
         runtime = runtime or connect(config)
-        self.fabric, self.ranks = runtime.fabric, runtime.ranks
+        self.fabric, self.ranks, self.is_sharded = (
+            runtime.fabric,
+            runtime.ranks,
+            runtime.is_sharded,
+        )
         rank, world = self.ranks.rank, self.ranks.world
         self.micro_batches = config.optim.accumulate
         self.loader = Loader(
@@ -137,7 +140,7 @@ class Trainer:
         self.journal = Journal(out, console or Console(), quiet=rank != 0)
         torch.manual_seed(config.runtime.seed)
 
-        self.method: Method = build_method(config)
+        self.method: Method = runtime.build(config)
         set_attention(self.method, config.runtime.attention)
         self.step = 0
         self.loggers: Loggers | None = None
@@ -147,14 +150,13 @@ class Trainer:
         self.monitor = Monitor()
         self.bad: dict[str, str] = {}
         self.new_bad: dict[str, str] = {}
+        self.module = runtime.setup(self.method)
+        self.optimizer = build_optimizer(self.method)
         if start.init_from is not None:
             load_encoders(self.method, start.init_from)
         if start.resume is not None:
             load_encoders(self.method, start.resume)
             load_predictor(self.method, start.resume)
-        self.module = runtime.setup(self.method)
-        self.optimizer = build_optimizer(self.method)
-        if start.resume is not None:
             self._load_position(start.resume)
         self.start = start
 
@@ -472,22 +474,19 @@ class Trainer:
         tensors = {
             "target": self.method.target.state_dict(),
             "context": self.method.encoder.state_dict(),
-            "predictor": self._rest(),
+            "predictor": state_but_encoders(self.method),
             "optimizer": optimizer_state(self.optimizer, self.method),
             "rng": {"torch": torch.get_rng_state()},
         }
-        whole = {name: whole_tensors(values, self.ranks) for name, values in tensors.items()}
-        state = self._state()
-        if self.ranks.first:
-            keep = self.config.checkpoint.keep
-            folder, say = self.out / "checkpoints", self.journal.say
-            save_checkpoint(folder, self.step, whole, state, keep, say)
+        checkpoint, say, state = self.config.checkpoint, self.journal.say, self._state()
+        where = (self.out / "checkpoints", self.step)
+        if self.is_sharded and checkpoint.format == "auto":
+            save_checkpoint(*where, tensors, state, checkpoint.keep, say, self.ranks)
+        else:
+            whole = {name: whole_tensors(values, self.ranks) for name, values in tensors.items()}
+            if self.ranks.first:
+                save_checkpoint(*where, whole, state, checkpoint.keep, say)
         self.ranks.wait()
-
-    def _rest(self) -> dict[str, Tensor]:
-        """The method's tensors other than the two encoders."""
-        state = self.method.state_dict()
-        return {k: v for k, v in state.items() if not k.startswith(("encoder.", "target."))}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -504,7 +503,8 @@ class Trainer:
         }
 
     def _load_position(self, checkpoint: Checkpoint) -> None:
-        load_optimizer_state(self.optimizer, self.method, checkpoint.tensors("optimizer"))
+        with checkpoint.reading("optimizer") as state:
+            load_optimizer_state(self.optimizer, self.method, state)
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])
         self.step = checkpoint.step
         self.window = Window.of_rank(checkpoint.state["windows"], self.ranks)

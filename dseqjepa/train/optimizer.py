@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dseqjepa.errors import InputError
+from dseqjepa.train.sharding import sharded_like
 
 
 def build_optimizer(method: nn.Module) -> torch.optim.AdamW:
@@ -36,7 +38,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, method: nn.Module) -> dict
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, method: nn.Module, state: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, method: nn.Module, state: Mapping[str, Tensor]
 ) -> None:
     """The inverse of `optimizer_state`; `InputError` lists every key that does not fit."""
     parameters = dict(method.named_parameters())
@@ -47,12 +49,6 @@ def load_optimizer_state(
         if parameter is None or (value.ndim and value.shape != parameter.shape):
             wrong.append(key)
             continue
-        # A copy, because tensors read from a file are views into it, which would keep it open.
-        value = value.to(parameter.device, copy=True)
-        if isinstance(parameter, DTensor) and value.ndim:
-            value = distribute_tensor(
-                value, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-        optimizer.state[parameter][slot] = value
+        optimizer.state[parameter][slot] = sharded_like(value, parameter)
     if wrong:
         raise InputError(f"optimizer state does not fit the model: {', '.join(wrong)}")

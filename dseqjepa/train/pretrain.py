@@ -231,8 +231,8 @@ def _memory(runtime: RuntimeConfig) -> int:
     if runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
         ranks = here.world if runtime.strategy == "fsdp" else 1
         return ranks * torch.cuda.get_device_properties(0).total_memory
-    ranks = 1 if runtime.strategy == "fsdp" else here.on_node
-    return available_memory() // ranks
+    nodes = here.world // here.on_node
+    return available_memory() * nodes if runtime.strategy == "fsdp" else available_memory() // here.on_node
 
 
 def _check_some_decode(source: Source, name: str) -> None:

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -25,18 +25,19 @@ from lightning_fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.errors import InputError
+from dseqjepa.methods import build_method
+from dseqjepa.methods.base import Method
+from dseqjepa.model.rows import keeping_rows
 from dseqjepa.provenance import code_digest
 from dseqjepa.ranks import Ranks
 from dseqjepa.rendezvous import meet
+from dseqjepa.train.sharding import shard
 
-M = TypeVar("M", bound=nn.Module)
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -100,6 +101,15 @@ class Runtime:
 
     fabric: Fabric
     ranks: Ranks
+    is_sharded: bool
+    """Whether parameters are sharded over the ranks."""
+
+    def build(self, config: Config) -> Method:
+        """The method of a config; if it is to be sharded, with this rank's rows only."""
+        if not self.is_sharded:
+            return build_method(config)
+        with keeping_rows(self.ranks.rank, self.ranks.world):
+            return build_method(config)
 
     def setup(self, method: nn.Module) -> Any:
         """The method on its device, its gradients averaged over the ranks."""
@@ -151,7 +161,8 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
     precision = {"fp32": "32-true", "bf16": "bf16-mixed"}[runtime.precision]
     timeout = timedelta(seconds=runtime.timeout_s)
     strategy: Any = "auto"
-    if here.world > 1 and runtime.strategy == "fsdp":
+    is_sharded = here.world > 1 and runtime.strategy == "fsdp"
+    if is_sharded:
         strategy = ModelParallelStrategy(shard, here.world, 1, timeout=timeout)
     elif here.world > 1:
         # Buffers are constants. The name of the setting depends on the version of torch.
@@ -170,7 +181,7 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
     if here.world > 1:
         _init_group(fabric, here, store, timeout)
     fabric.launch()
-    return Runtime(fabric, Ranks(runtime.timeout_s, here.on_node == here.world))
+    return Runtime(fabric, Ranks(runtime.timeout_s, here.on_node == here.world), is_sharded)
 
 
 def on_this_machine(config: Config) -> Config:
@@ -240,45 +251,6 @@ def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) ->
 def device_name(device: torch.device) -> str:
     """The kind of device, and which model of it where there are several."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def shard(method: nn.Module, mesh: Any) -> nn.Module:
-    """Shard the parameters over the ranks, block by block; a block is gathered while it runs."""
-    for block in (b for part in method.children() for b in getattr(part, "blocks", ())):
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(method, mesh=mesh["data_parallel"])
-    return method
-
-
-def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shards of tensors that are sharded over the ranks."""
-    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
-
-
-def whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Full tensors. Sharded ones are gathered on rank 0, one by one; the other ranks only
-    participate."""
-    whole = {}
-    for key, value in tensors.items():
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-            value = value.cpu() if ranks.first else value.new_empty(0)
-        whole[key] = value
-    return whole
-
-
-def whole_module(module: M, ranks: Ranks, build: Callable[[], M]) -> M:
-    """The full module on rank 0. If it is sharded, all ranks must call this, and the parameters are
-    copied into the result of `build`."""
-    state = module.state_dict()
-    if not any(isinstance(value, DTensor) for value in state.values()):
-        return module
-    device = next(module.parameters()).device
-    state = whole_tensors(state, ranks)
-    copy = build().to(device)
-    if ranks.first:
-        copy.load_state_dict(state)
-    return copy
 
 
 class StopRequest:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.tensor import DTensor
 
 from dseqjepa.config import Config
 from dseqjepa.methods.base import Method
 from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.train.checkpoint import open_checkpoint
+from dseqjepa.train.checkpoint import load_encoder, open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS
 from dseqjepa.train.runtime import Runtime, Stopped
 from tests.children import run_ranks
@@ -86,13 +87,20 @@ def train_spread(config: Config, out: Path, resume: bool, stop_after: int | None
         train(config, out, resume=resume, **settings)
 
 
-@pytest.mark.parametrize("kind", ["cls_similarity", "grad_cam"])
-def test_spread_parameters_learn_what_whole_ones_learn(tmp_path: Path, kind: str) -> None:
-    """FSDP2: the same curve; a run that stops and goes on is the run that does not; and one process
-    goes on from what two have written."""
+def train_from(config: Config, out: Path, before: Path) -> None:
+    train(config, out, init_from=before)
+
+
+@pytest.mark.parametrize(("kind", "form"), [("cls_similarity", "auto"), ("grad_cam", "whole")])
+def test_spread_parameters_learn_what_whole_ones_learn(
+    tmp_path: Path, kind: str, form: str
+) -> None:
+    """FSDP2: the same curve; a run that stops and goes on is the run that does not, whatever the
+    form of its checkpoint; and one process goes on from what two have written."""
     settings = ["log.every_steps=1", "probe.every_epochs=1", f"method.saliency.kind={kind}"]
     config = run_config("dseq", *settings, "ema.start=0.9")
     sharded = config.with_(runtime={"strategy": "fsdp"})
+    stopping = sharded.with_(checkpoint={"format": form})
     alone, spread, cut = (tmp_path / name for name in ("alone", "spread", "cut"))
     log = tmp_path / "log"
     train(config, alone, probe=probe_of)
@@ -100,11 +108,35 @@ def test_spread_parameters_learn_what_whole_ones_learn(tmp_path: Path, kind: str
     assert_same_curves(alone, spread)
     first, second = tensors(alone), tensors(spread)
     assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in second.items()}
+    start = tensors(spread, step=0)
+    assert all(torch.equal(value, start[key]) for key, value in tensors(alone, step=0).items())
+    assert sorted(path.name for path in (open_checkpoint(spread).path / "target").iterdir()) == [
+        "00000.safetensors", "00001.safetensors",
+    ]  # fmt: skip
+    encoder = load_encoder(spread)
+    assert all(
+        torch.equal(value, second[f"target/{key}"]) for key, value in encoder.state_dict().items()
+    )
 
-    run_ranks(2, train_spread, sharded, cut, False, 7, log=log)
+    run_ranks(2, train_spread, stopping, cut, False, 7, log=log)
+    assert (open_checkpoint(cut).path / "target.safetensors").exists() == (form == "whole")
     whole_from = shutil.copytree(cut, tmp_path / "one")
     run_ranks(2, train_spread, sharded, cut, True, None, log=log)
     assert_same_run(spread, cut)
     train(config, whole_from, resume=True, probe=probe_of)
     assert_same_curves(alone, whole_from)
     assert "1 ranks instead of 2" in (whole_from / "log.txt").read_text()
+    assert (open_checkpoint(whole_from).path / "target.safetensors").exists()
+
+
+def test_sharded_parameters_start_from_another_run(tmp_path: Path) -> None:
+    """init_from, in whole files and in parts, copies to each rank its rows."""
+    config = run_config("ijepa", "optim.epochs=1", "optim.warmup_epochs=0")
+    sharded, log = config.with_(runtime={"strategy": "fsdp"}), tmp_path / "log"
+    alone = train(config, tmp_path / "alone")
+    for name, before in (("second", alone), ("third", tmp_path / "second")):
+        run_ranks(2, train_from, sharded, tmp_path / name, before, log=log)
+        start, end = tensors(tmp_path / name, step=0), tensors(before)
+        encoders = [key for key in start if key.startswith(("target/", "context/"))]
+        assert encoders
+        assert all(torch.equal(start[key], end[key]) for key in encoders)

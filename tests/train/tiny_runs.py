@@ -79,9 +79,9 @@ def timeless(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in CLOCK_KEYS} for line in metrics(out)]
 
 
-def tensors(out: Path) -> dict[str, Tensor]:
-    """Every tensor of a run's last checkpoint, as `file/name`."""
-    checkpoint = open_checkpoint(out)
+def tensors(out: Path, step: int | None = None) -> dict[str, Tensor]:
+    """Every tensor of a run's last checkpoint, or of that of a step, as `file/name`."""
+    checkpoint = open_checkpoint(out, step)
     return {
         f"{name}/{key}": value
         for name in TENSOR_FILES
