@@ -491,8 +491,9 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, le=10**6)
     """How many of the newest checkpoints are kept; that of step 0 always is."""
     format: Literal["auto", "whole"] = "auto"
-    """`auto`: whole files, but one part per rank where the model is sharded (`runtime.strategy=fsdp`
-    on several ranks), so that no rank holds all of it; `whole`: rank 0 always gathers it."""
+    """`auto`: whole files, but one part per rank where the model is sharded
+    (`runtime.strategy=fsdp`, several ranks), so that no rank holds all of it; `whole`: always whole
+    files, which rank 0 gathers."""
 
 
 class RuntimeConfig(Section):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from dseqjepa.config import Config
 from dseqjepa.data.images import notes_of
@@ -116,11 +115,8 @@ class Trainer:
         self.fingerprint = source.fingerprint()
         self.data_path = located(config.data.source)
         runtime = runtime or connect(config)
-        self.fabric, self.ranks, self.is_sharded = (
-            runtime.fabric,
-            runtime.ranks,
-            runtime.is_sharded,
-        )
+        self.fabric, self.ranks = runtime.fabric, runtime.ranks
+        self.is_sharded = runtime.is_sharded
         rank, world = self.ranks.rank, self.ranks.world
         self.micro_batches = config.optim.accumulate
         self.loader = Loader(

@@ -226,13 +226,14 @@ def _check_memory(config: Config) -> None:
 
 
 def _memory(runtime: RuntimeConfig) -> int:
-    """Bytes available for one copy of a model's state; 0 if unknown."""
+    """Bytes available for one copy of a model's state, which sharding spreads over all machines; 0
+    if unknown."""
     here = place()
     if runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available():
         ranks = here.world if runtime.strategy == "fsdp" else 1
         return ranks * torch.cuda.get_device_properties(0).total_memory
-    nodes = here.world // here.on_node
-    return available_memory() * nodes if runtime.strategy == "fsdp" else available_memory() // here.on_node
+    copies = here.on_node / here.world if runtime.strategy == "fsdp" else here.on_node
+    return int(available_memory() / copies)
 
 
 def _check_some_decode(source: Source, name: str) -> None:

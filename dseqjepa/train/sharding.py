@@ -1,7 +1,7 @@
 """A model whose parameters are sharded over the ranks (`runtime.strategy=fsdp`).
 
-No rank holds it whole: it is built row by row (`model/rows.py`), and PyTorch's `fully_shard` gathers
-one block at a time while it runs.
+No rank holds all of it: each builds its own rows (`model/rows.py`), and PyTorch's `fully_shard`
+gathers one block at a time while it runs.
 """
 
 from __future__ import annotations
@@ -76,24 +76,6 @@ def copy_into(own: Tensor, whole: Tensor) -> None:
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's shards of tensors that are sharded over the ranks."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
-
-
-def first_row(sharded: DTensor) -> int:
-    """Where this rank's rows begin."""
-    mesh, rows = sharded.device_mesh, len(sharded)
-    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
-
-
-def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a whole tensor on the parameter's device, sharded as it is; a scalar stays whole.
-
-    A copy, because tensors read from a file are views into it, which would keep it open.
-    """
-    value = value.to(parameter.device, copy=True)
-    if isinstance(parameter, DTensor) and value.ndim:
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(value, mesh, placements, src_data_rank=None)
-    return value
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
+import tracemalloc
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -300,6 +302,55 @@ def test_hostile_sizes_are_refused_at_once(tmp_path: Path, facts: dict[str, obje
     with pytest.raises(InputError, match=r"a\.tar"):
         write_index(tmp_path)
     assert not (tmp_path / LIST).exists()
+
+
+def header(kind: bytes, size: int) -> bytes:
+    """Of a file named `././@header`, whatever its size."""
+    member = tarfile.TarInfo("././@header")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+@pytest.mark.parametrize("size", [2**40, 3 * 10**8, -512])
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, kind: bytes, size: int):
+    """The file has that many bytes: they are a hole."""
+    file = tmp_path / "a.tar"
+    file.write_bytes(header(kind, size))
+    os.truncate(file, 2**40 + 10_240)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=rf"a\.tar is no whole tar file: a header claims {size} b"):
+        write_index(tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**22
+
+
+def test_a_thousand_headers_of_one_file_are_refused(tmp_path: Path):
+    pax = b"13 comment=a\n".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes((header(b"x", 13) + pax) * 5000 + bytes(1024))
+    with pytest.raises(InputError, match=r"a\.tar is no whole tar file"):
+        write_index(tmp_path)
+
+
+def test_headers_do_not_pile_up(tmp_path: Path):
+    """Of many files, each with its own header for all that follow."""
+    parts = []
+    for number in range(400):
+        pax = b"100015 c%05d=%b\n" % (number, b"a" * 100_000)
+        parts.append(header(b"g", len(pax)) + pax.ljust(-len(pax) // 512 * -512, b"\0"))
+        member = tarfile.TarInfo(f"{number}.txt")
+        parts.append(member.tobuf(tarfile.GNU_FORMAT))
+    content = jpeg(0)
+    image = tarfile.TarInfo("a.jpg")
+    image.size = len(content)
+    parts += [image.tobuf(tarfile.GNU_FORMAT), content.ljust(-len(content) // 512 * -512, b"\0")]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + bytes(1024))
+    tracemalloc.start()
+    assert len(write_index(tmp_path).records_N) == 1
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**22
 
 
 NAMES = [

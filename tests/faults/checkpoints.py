@@ -16,13 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
+from dseqjepa.ranks import Ranks
 from dseqjepa.train import checkpoint as module
 from dseqjepa.train.checkpoint import (
     load_into,
@@ -31,8 +35,9 @@ from dseqjepa.train.checkpoint import (
     save_checkpoint,
 )
 from dseqjepa.train.runtime import Stopped
-from tests.children import ends, start
+from tests.children import ends, start, start_ranks
 from tests.faults.campaign import Attempts, fault
+from tests.train.tiny_ranks import join_ranks
 from tests.train.tiny_runs import assert_same_run, metrics, run_config, train
 
 
@@ -140,6 +145,74 @@ def killed_between(attempts: Attempts) -> None:
             with warnings() as said:
                 assert assert_whole(folder) == 12
             assert not said
+
+
+def save_parts(folder: Path, dies: int, where: str) -> None:
+    """In a child, one of two ranks: they save steps together, and one of them is killed at one
+    place of the second save, or goes on until it is."""
+    ranks = join_ranks()
+    mesh = init_device_mesh("cpu", (ranks.world,))
+
+    def save_together(step: int) -> None:
+        x = distribute_tensor(torch.full((63,), float(step)), mesh, [Shard(0)])
+        values = {"one": {"x": x}, "two": {"x": x}}
+        save_checkpoint(folder, step, values, {"note": f"å {step / 7}"}, 2, ranks=ranks)
+
+    save_together(4)
+    if where == "anywhere":
+        (folder.parent / f"ready {ranks.rank}").touch()
+        for step in range(5, 10**6):
+            save_together(step)
+    if ranks.rank == dies:
+        owner, name = {
+            "before its part": (module, "save_file"),
+            "after its part": (Ranks, "share"),
+            "before the manifest": (Path, "write_text"),
+            "before the name": (Path, "rename"),
+            "before last": (Path, "symlink_to"),
+        }[where]
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            parts = list(folder.glob(f".tmp-*/two/0000{dies}.safetensors"))
+            return die() if parts or name != "share" else original(*arguments, **settings)
+
+        setattr(owner, name, call)
+    save_together(9)
+
+
+PLACES_OF_RANKS = (
+    (1, "before its part"), (1, "after its part"), (0, "before its part"),
+    (0, "before the manifest"), (0, "before the name"), (0, "before last"),
+)  # fmt: skip
+
+
+@fault(1, "A rank killed while all save their parts", quick=4, full=40)
+def rank_killed_while_saving(attempts: Attempts) -> None:
+    """What is found is the old checkpoint or the new one, with the parts of all ranks; the other
+    rank ends by itself, and the next save clears up."""
+    moments = random.Random(0)
+    fixed = PLACES_OF_RANKS if attempts.full else (*PLACES_OF_RANKS[1:4:2], PLACES_OF_RANKS[5])
+    for number in range(attempts.count):
+        dies, where = fixed[number] if number < len(fixed) else (number % 2, "anywhere")
+        with attempts.attempt(f"rank {dies} {where}"):
+            place = attempts.place(number)
+            folder, log = place / "checkpoints", place / "log"
+            children = start_ranks(2, save_parts, folder, dies, where, log=log)
+            if where == "anywhere":
+                for rank in range(2):
+                    wait_until((place / f"ready {rank}").exists, 240)
+                time.sleep(moments.random())
+                os.kill(children[dies].pid, signal.SIGKILL)
+            codes = ends(children, 240)
+            assert codes[dies] == -signal.SIGKILL, codes
+            assert codes[1 - dies] == 1, codes
+            found = assert_whole(folder)
+            assert found >= 4 if where == "anywhere" else found == (9 if "last" in where else 4)
+            save(folder, found + 1, keep=1)
+            assert sorted(path.name for path in folder.iterdir()) == [
+                "last", f"step-{found + 1:08d}",
+            ]  # fmt: skip
 
 
 def go_on_with_limit(out: Path, largest: int) -> None:

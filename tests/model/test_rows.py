@@ -1,4 +1,4 @@
-"""A model of which a rank keeps its rows is the whole model, cut; and never lies whole in memory."""
+"""A model of which a rank keeps its rows is the whole model, cut, and is never whole in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from dseqjepa.config import Config
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
-from dseqjepa.model.rows import cut, fill, kept_rows, keeping_rows, own_rows
+from dseqjepa.model.rows import cut, fill, keeping_rows, kept_rows, own_rows
 from dseqjepa.train.rehearsal import peak, reset_peak, resident
 from tests.children import ends, start
 from tests.tiny import PAPER, tiny_config
@@ -26,7 +26,10 @@ def build_rows(config: Config, rank: int, world: int) -> Method:
     ("preset", "settings"),
     [
         ("dseq_vitt_demo", [*PAPER, "model.patch_init_scale=0.3"]),
-        ("ijepa_vitt_demo", ["predictor.attention=cross", "predictor.mask_token=false", "model.class_token=false"]),
+        (
+            "ijepa_vitt_demo",
+            ["predictor.attention=cross", "predictor.mask_token=false", "model.class_token=false"],
+        ),
         ("cjepa_vitt_demo", ["method.vicreg.projector_width=24"]),
     ],
 )

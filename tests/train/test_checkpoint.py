@@ -410,8 +410,9 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 4)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"format": 3}))
-    assert f"{folder}: expected format 1 or 2, found 3; it was written by a newer version" in refusal(
-        folder
+    assert (
+        f"{folder}: expected format 1 or 2, found 3; it was written by a newer version"
+        in refusal(folder)
     )
     (folder / "state.json").write_text(json.dumps(state | {"format": 0}))
     assert refusal(folder).endswith(f"{folder}: expected format 1 or 2, found 0")

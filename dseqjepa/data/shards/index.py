@@ -42,6 +42,8 @@ UNKNOWN = -1
 LARGEST = 2**32 - 1
 MOST_TEXT = 2**20
 """Bytes of a .json or .cls that are looked at."""
+MOST_HEADER = 2**18
+"""Bytes of one of a tar file's headers, such as a long name or what pax adds to a file."""
 MOST_CLASSES = 2**20
 
 
@@ -357,7 +359,7 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
     records, names, without = [], {}, 0
     size = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
             for key, members in _samples(tar):
                 images = [m for m in members if m.name.lower().endswith(ENDINGS)]
                 if len(images) > 1:
@@ -377,7 +379,7 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
                 records.append((image.offset_data, label, image.size, crc))
                 if class_name:
                     names[label] = class_name
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # what its parser runs into
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{name} is no whole tar file: {error}") from error
@@ -386,6 +388,18 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
     if not records:
         raise InputError(f"{name} holds no image: expected names that end in {' '.join(ENDINGS)}")
     return _Part(Shard(name, size, len(records), without), np.array(records, dtype=RECORD), names)
+
+
+class _Headers:
+    """A tar file as its parser sees it, which takes a header of any size into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MOST_HEADER:
+            raise ValueError(f"a header claims {size} bytes, expected at most {MOST_HEADER}")
+        return self.file.read(size)
 
 
 def _check_member(shard: str, member: tarfile.TarInfo, size: int) -> None:
@@ -400,7 +414,9 @@ def _check_member(shard: str, member: tarfile.TarInfo, size: int) -> None:
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """The files of a tar file by their key, one sample at a time."""
     key, members = "", list[tarfile.TarInfo]()
-    for member in tar:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # or it would keep all of them, and what headers say of all files
+        tar.pax_headers.clear()
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")

@@ -1,0 +1,96 @@
+"""Memory of a rank that trains a sharded ViT-L with one other, beside what it was before it built
+only its rows and wrote only its part of a checkpoint.
+
+    build   parameters from nothing to sharded / the whole model built first
+    step    a training step on top of it, with the optimizer's first state
+    save    writing a checkpoint, on rank 0 / gathering it there
+
+Peak memory of the process beyond what it held before the model, in MB of 10^6 bytes. Images are
+small: parameters are what counts.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from harness import Effort, Row, main, paired
+from rich.console import Console
+
+from dseqjepa.methods import build_method
+from dseqjepa.presets import load_config
+from dseqjepa.train.loop import Trainer
+from dseqjepa.train.pretrain import open_training_source
+from dseqjepa.train.rehearsal import peak, reset_peak, resident
+from dseqjepa.train.runtime import Runtime, connect
+
+SETTINGS = (
+    "data.source=scenes", "data.size=8", "data.batch_size=4", "data.image_size=96",
+    "data.workers=0", "optim.epochs=1", "optim.warmup_epochs=0", "runtime.precision=fp32",
+    "runtime.accelerator=cpu", "runtime.strategy=fsdp",
+)  # fmt: skip
+PHASES = ("build", "step", "save")
+
+
+def _train(rank: int, port: int, is_smoke: bool, as_before: bool, found: Any) -> None:
+    """In a process of its own: the peaks of the three phases."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    settings = [*SETTINGS, f"checkpoint.format={'whole' if as_before else 'auto'}"]
+    config = load_config("ijepa_vitt_demo" if is_smoke else "ijepa_vitl16_in1k", settings)
+    source = open_training_source(config)
+    config = config.resolved(len(source))
+    if as_before:
+        Runtime.build = lambda self, config: build_method(config)  # type: ignore[method-assign]
+    runtime = connect(config)
+    with tempfile.TemporaryDirectory() as folder:
+        before, peaks = resident(), []
+        reset_peak()
+        quiet = Console(file=io.StringIO())
+        trainer = Trainer(config, source, Path(folder), console=quiet, runtime=runtime)
+        peaks.append(peak() - before)
+        reset_peak()
+        next(trainer.steps())
+        peaks.append(peak() - before)
+        reset_peak()
+        trainer.save()
+        peaks.append(peak() - before)
+        trainer.loader.close()
+    found.put((rank, peaks))
+    runtime.ranks.close()
+
+
+@cache
+def _peaks(is_smoke: bool, as_before: bool) -> dict[str, float]:
+    """MB of rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    ranks = [
+        context.Process(target=_train, args=(rank, port, is_smoke, as_before, found))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    by_rank = dict(found.get(timeout=3600) for _ in ranks)
+    for process in ranks:
+        process.join()
+    return {phase: value / 1e6 for phase, value in zip(PHASES, by_rank[0], strict=True)}
+
+
+def compare(name: str, effort: Effort, *, phase: str) -> Row:
+    ours, other = (_peaks(effort.smoke, as_before)[phase] for as_before in (False, True))
+    pair = (ours, other)
+    return paired(name, [pair], [ours / max(other, 1)], "MB", f"peak memory of rank 0, {phase}")
+
+
+if __name__ == "__main__":
+    main(__doc__, {phase: partial(compare, phase=phase) for phase in PHASES})
