@@ -12,13 +12,13 @@ small: parameters are what counts.
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import socket
 import tempfile
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from harness import Effort, Row, main, paired
 from rich.console import Console
@@ -38,8 +38,8 @@ SETTINGS = (
 PHASES = ("build", "step", "save")
 
 
-def _train(rank: int, port: int, is_smoke: bool, as_before: bool, found: Any) -> None:
-    """In a process of its own: the peaks of the three phases."""
+def _train(rank: int, port: int, is_smoke: bool, as_before: bool, folder: Path) -> None:
+    """In a process of its own: the peaks of the three phases, written to `folder`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     settings = [*SETTINGS, f"checkpoint.format={'whole' if as_before else 'auto'}"]
@@ -49,20 +49,19 @@ def _train(rank: int, port: int, is_smoke: bool, as_before: bool, found: Any) ->
     if as_before:
         Runtime.build = lambda self, config: build_method(config)  # type: ignore[method-assign]
     runtime = connect(config)
-    with tempfile.TemporaryDirectory() as folder:
-        before, peaks = resident(), []
-        reset_peak()
-        quiet = Console(file=io.StringIO())
-        trainer = Trainer(config, source, Path(folder), console=quiet, runtime=runtime)
-        peaks.append(peak() - before)
-        reset_peak()
-        next(trainer.steps())
-        peaks.append(peak() - before)
-        reset_peak()
-        trainer.save()
-        peaks.append(peak() - before)
-        trainer.loader.close()
-    found.put((rank, peaks))
+    before, peaks = resident(), []
+    reset_peak()
+    quiet = Console(file=io.StringIO())
+    trainer = Trainer(config, source, folder / "run", console=quiet, runtime=runtime)
+    peaks.append(peak() - before)
+    reset_peak()
+    next(trainer.steps())
+    peaks.append(peak() - before)
+    reset_peak()
+    trainer.save()
+    peaks.append(peak() - before)
+    trainer.loader.close()
+    (folder / f"{rank}.json").write_text(json.dumps(peaks))
     runtime.ranks.close()
 
 
@@ -73,17 +72,18 @@ def _peaks(is_smoke: bool, as_before: bool) -> dict[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    ranks = [
-        context.Process(target=_train, args=(rank, port, is_smoke, as_before, found))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    by_rank = dict(found.get(timeout=3600) for _ in ranks)
-    for process in ranks:
-        process.join()
-    return {phase: value / 1e6 for phase, value in zip(PHASES, by_rank[0], strict=True)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks = [
+            context.Process(target=_train, args=(rank, port, is_smoke, as_before, folder))
+            for rank in range(2)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        peaks = json.loads((folder / "0.json").read_text())
+    return {phase: value / 1e6 for phase, value in zip(PHASES, peaks, strict=True)}
 
 
 def compare(name: str, effort: Effort, *, phase: str) -> Row:

@@ -113,7 +113,7 @@ class Runtime:
 
     def setup(self, method: nn.Module) -> Any:
         """The method on its device, its gradients averaged over the ranks."""
-        return self.fabric.setup_module(method)
+        return self.fabric.setup_module(method, move_to_device=not self.is_sharded)
 
 
 OWN_OF_A_RANK = {"data.source", "data.workers", "data.cache"}

@@ -312,7 +312,7 @@ def header(kind: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
-@pytest.mark.parametrize("size", [2**40, 3 * 10**8, -512])
+@pytest.mark.parametrize("size", [2**40, 2**28, -512])
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, kind: bytes, size: int):
     """The file has that many bytes: they are a hole."""
     file = tmp_path / "a.tar"
