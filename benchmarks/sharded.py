@@ -1,9 +1,9 @@
-"""Memory of a rank that trains a sharded ViT-L with one other, beside what it was before it built
-only its rows and wrote only its part of a checkpoint.
+"""Memory of a rank that trains a sharded model with one other, ViT-L with half of its blocks, beside
+what it would be if it built the whole model and gathered it for a checkpoint.
 
-    build   parameters from nothing to sharded / the whole model built first
+    build   building it row by row / building the whole model, then sharding it
     step    a training step on top of it, with the optimizer's first state
-    save    writing a checkpoint, on rank 0 / gathering it there
+    save    writing rank 0's part of a checkpoint / gathering and writing all of it
 
 Peak memory of the process beyond what it held before the model, in MB of 10^6 bytes. Images are
 small: parameters are what counts.
@@ -38,15 +38,18 @@ SETTINGS = (
 PHASES = ("build", "step", "save")
 
 
-def _train(rank: int, port: int, is_smoke: bool, as_before: bool, folder: Path) -> None:
+def _train(rank: int, port: int, is_smoke: bool, is_whole: bool, folder: Path) -> None:
     """In a process of its own: the peaks of the three phases, written to `folder`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    settings = [*SETTINGS, f"checkpoint.format={'whole' if as_before else 'auto'}"]
-    config = load_config("ijepa_vitt_demo" if is_smoke else "ijepa_vitl16_in1k", settings)
+    settings = [*SETTINGS, f"checkpoint.format={'whole' if is_whole else 'auto'}"]
+    preset, own = ("ijepa_vitl16_in1k", ["model.depth=12"])
+    if is_smoke:
+        preset, own = ("ijepa_vitt_demo", [])
+    config = load_config(preset, [*settings, *own])
     source = open_training_source(config)
     config = config.resolved(len(source))
-    if as_before:
+    if is_whole:
         Runtime.build = lambda self, config: build_method(config)  # type: ignore[method-assign]
     runtime = connect(config)
     before, peaks = resident(), []
@@ -66,7 +69,7 @@ def _train(rank: int, port: int, is_smoke: bool, as_before: bool, folder: Path) 
 
 
 @cache
-def _peaks(is_smoke: bool, as_before: bool) -> dict[str, float]:
+def _peaks(is_smoke: bool, is_whole: bool) -> dict[str, float]:
     """MB of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +78,7 @@ def _peaks(is_smoke: bool, as_before: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
-            context.Process(target=_train, args=(rank, port, is_smoke, as_before, folder))
+            context.Process(target=_train, args=(rank, port, is_smoke, is_whole, folder))
             for rank in range(2)
         ]
         for process in ranks:
@@ -87,7 +90,7 @@ def _peaks(is_smoke: bool, as_before: bool) -> dict[str, float]:
 
 
 def compare(name: str, effort: Effort, *, phase: str) -> Row:
-    ours, other = (_peaks(effort.smoke, as_before)[phase] for as_before in (False, True))
+    ours, other = (_peaks(effort.smoke, is_whole)[phase] for is_whole in (False, True))
     pair = (ours, other)
     return paired(name, [pair], [ours / max(other, 1)], "MB", f"peak memory of rank 0, {phase}")
 

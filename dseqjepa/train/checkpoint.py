@@ -155,8 +155,7 @@ def save_checkpoint(
     is on disk; what cannot be deleted stays, and `say` reports it. `RunError` if the new one cannot
     be written; the old ones are then unchanged.
 
-    With `ranks` the checkpoint is sharded: all of them call this, each writes its rows, and none
-    waits for a file longer than for its own.
+    With `ranks` the checkpoint is sharded: all of them call this, and each writes its own rows.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{UNFINISHED}{final.name}"
@@ -478,8 +477,9 @@ def load_predictor(method: Method, checkpoint: Checkpoint) -> None:
 
 
 def _load_part(checkpoint: Checkpoint, name: str, own: Mapping[str, Tensor]) -> None:
+    ending = "" if checkpoint.state["format"] == SHARDED else ".safetensors"
     with checkpoint.reading(name) as tensors:
-        load_into(own, tensors, f"{checkpoint.path}/{name}.safetensors")
+        load_into(own, tensors, f"{checkpoint.path}/{name}{ending}")
 
 
 def state_but_encoders(method: Method) -> dict[str, Tensor]:

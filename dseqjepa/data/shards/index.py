@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from multiprocessing import get_context
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -359,7 +359,8 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
     records, names, without = [], {}, 0
     size = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+        headers: Any = _Headers(file)
+        with tarfile.open(fileobj=headers, mode="r:") as tar:
             for key, members in _samples(tar):
                 images = [m for m in members if m.name.lower().endswith(ENDINGS)]
                 if len(images) > 1:
@@ -415,8 +416,9 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]
     """The files of a tar file by their key, one sample at a time."""
     key, members = "", list[tarfile.TarInfo]()
     while (member := tar.next()) is not None:
-        tar.members.clear()  # or it would keep all of them, and what headers say of all files
-        tar.pax_headers.clear()
+        # Or it would keep all of them, and what headers say of all files that follow.
+        tar.members.clear()  # type: ignore[attr-defined]
+        tar.pax_headers.clear()  # type: ignore[attr-defined]
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
