@@ -1,5 +1,5 @@
-"""Memory of a rank that trains a sharded model with one other, ViT-L with half of its blocks, beside
-what it would be if it built the whole model and gathered it for a checkpoint.
+"""Memory of one of two ranks that train a sharded model, ViT-L with half of its blocks, beside what
+it would be if it built the whole model and gathered it for a checkpoint.
 
     build   building it row by row / building the whole model, then sharding it
     step    a training step on top of it, with the optimizer's first state

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field
-
-from dseqjepa.config import RuntimeConfig, Section
+from dseqjepa.commands import PredictConfig
+from dseqjepa.config import RuntimeConfig
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.embeddings.images import data_images, name_of, named_images
@@ -24,25 +23,6 @@ from dseqjepa.tasks.saved import About, SavedHead, encoder_of, load_head
 from dseqjepa.train.runtime import join
 
 ENDINGS = (".parquet", ".csv")
-
-
-class PredictConfig(Section):
-    """`dseqjepa predict`: how many classes are named, and how images are read."""
-
-    top: int = Field(1, ge=1)
-    """The classes that are named of an image, the most probable first."""
-    split: Literal["train", "val"] = "val"
-    """Which part of a benchmark's images; of a folder all are taken."""
-    size: int = Field(2000, ge=1, le=10**9)
-    """Number of training images of `scenes`."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of `scenes`."""
-    batch_size: int = Field(256, ge=1)
-    """Images that the encoder sees at a time."""
-    workers: int = Field(0, ge=0, le=256)
-    """Processes that read and decode images; 0: this one."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The kind of device; `auto` takes a GPU where there is one."""
 
 
 class Predicted(NamedTuple):

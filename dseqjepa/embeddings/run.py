@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from dseqjepa.config import RuntimeConfig, Section, Size
+from dseqjepa.commands import EmbedConfig
+from dseqjepa.config import RuntimeConfig
 from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
@@ -53,37 +53,6 @@ PARTS = ".parts"
 """What a folder's name ends with that holds the features of an unfinished table."""
 VALUES = 2**22
 """Features that are held at a time when the table is written."""
-
-
-class EmbedConfig(Section):
-    """`dseqjepa embed`: which features, of which images, and how they are computed."""
-
-    features: str = "last"
-    """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
-    per: Literal["image", "patch"] = "image"
-    """A row an image, or a row a patch: the patches themselves in place of their mean."""
-    weights: Literal["target", "context"] = "target"
-    """Which encoder of a run is used."""
-    image_size: Literal["auto"] | Size = "auto"
-    """Height and width in pixels; `auto`: those of the pre-training."""
-    split: Literal["train", "val"] = "train"
-    """Which part of a benchmark's images; of a folder all are taken."""
-    size: Annotated[int, Field(ge=1, le=10**9)] = 2000
-    """Number of images of `scenes`."""
-    pretrained: bool = False
-    """Of `timm:NAME`: fetch its weights. Otherwise they are random."""
-    threshold: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
-    """The least cosine of duplicates; `auto`: what 95 % of altered copies have to their image."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of clusters and of a UMAP, and of `scenes`."""
-    batch_size: int = Field(256, ge=1)
-    """Images that the encoder sees at a time."""
-    workers: int = Field(0, ge=0, le=256)
-    """Processes that read and decode images; 0: this one."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The kind of device; `auto` takes a GPU where there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the encoder."""
 
 
 def embed_images(

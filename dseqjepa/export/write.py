@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dseqjepa.config import Section, Size
+from dseqjepa.commands import ExportConfig
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source
@@ -26,15 +26,6 @@ from dseqjepa.train.trained_on import trained_on
 
 SCENES = 16
 """Rendered scenes that an encoder is compared on whose own images are not there."""
-
-
-class ExportConfig(Section):
-    """`dseqjepa export`: which encoder, and at which size."""
-
-    weights: Literal["target", "context"] = "target"
-    """Which encoder of a run leaves."""
-    image_size: Literal["auto"] | Size = "auto"
-    """Height and width in pixels that positions are stored for; `auto`: those of the training."""
 
 
 def export_encoder(

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
@@ -32,7 +33,7 @@ from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
-from dseqjepa.train.foreign import ImportConfig, read_encoder
+from dseqjepa.train.foreign import read_encoder
 from dseqjepa.train.others import (
     CLASS_TOKENS,
     Folder,

@@ -162,19 +162,21 @@ def save_checkpoint(
     everyone = ranks or Ranks.by_itself()
 
     def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _drop(_unfinished(folder), say)
-        temporary.mkdir()
+        if everyone.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop(_unfinished(folder), say)
+            temporary.mkdir()
 
     def finish() -> None:
-        manifest = {"format": SHARDED if ranks else FORMAT, "step": step, **state, "files": files}
-        _finish(temporary, final, manifest)
+        kind = SHARDED if ranks else FORMAT
+        if everyone.first:
+            _finish(temporary, final, {"format": kind, "step": step, **state, "files": files})
 
     try:
-        _all_of(everyone, begin, only_first=True)
+        _all_of(everyone, begin)
         written = _all_of(everyone, lambda: _write(temporary, tensors, ranks))
         files = {name: what for part in everyone.share(written) for name, what in part.items()}
-        _all_of(everyone, finish, only_first=True)
+        _all_of(everyone, finish)
     except InputError as error:
         if everyone.first and folder.is_dir():
             _drop(_unfinished(folder), say)
@@ -193,12 +195,12 @@ def save_checkpoint(
     return final
 
 
-def _all_of(ranks: Ranks, do: Callable[[], T], only_first: bool = False) -> T | None:
+def _all_of(ranks: Ranks, do: Callable[[], T]) -> T:
     """The result of `do` on this rank; if one rank cannot write, all raise its `InputError`."""
 
-    def attempt() -> T | None:
+    def attempt() -> T:
         try:
-            return do() if ranks.first or not only_first else None
+            return do()
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise InputError(reason) from error

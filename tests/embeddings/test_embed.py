@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dseqjepa.commands import EmbedConfig
 from dseqjepa.embeddings import findings, table
 from dseqjepa.embeddings.findings import Asked
-from dseqjepa.embeddings.run import EmbedConfig, embed_images
+from dseqjepa.embeddings.run import embed_images
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks import features

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
+from dseqjepa.commands import ExportConfig
 from dseqjepa.config import ENCODER_SIZES
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.scenes import Scenes
@@ -23,7 +24,7 @@ from dseqjepa.export.check import compare
 from dseqjepa.export.folders import hf_names, hf_settings, timm_settings, write_hf, write_timm
 from dseqjepa.export.formats import FORMATS
 from dseqjepa.export.traced import TracedEncoder, _resizing
-from dseqjepa.export.write import ExportConfig, export_encoder
+from dseqjepa.export.write import export_encoder
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import load_encoder
 from tests.test_cli import contents, pictures, run

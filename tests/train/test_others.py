@@ -15,12 +15,13 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import open_backbone
 from dseqjepa.train.checkpoint import load_encoder
-from dseqjepa.train.foreign import ImportConfig, import_encoder
+from dseqjepa.train.foreign import import_encoder
 from tests.test_cli import pictures, run
 
 AUTO = ImportConfig()

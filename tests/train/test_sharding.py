@@ -127,7 +127,7 @@ def save_on_a_full_disk(folder: Path, full: int, code: int) -> None:
         def save_file(*_: object) -> None:
             raise OSError(code, os.strerror(code))
 
-        module.save_file = save_file
+        module.save_file = save_file  # type: ignore[assignment]
     save_parts(folder, 7)
 
 
