@@ -142,8 +142,8 @@ def _allocate(path: Path, size: int) -> None:
                 file.truncate(size)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be made: {size} bytes are needed ({error.strerror}); free them, or "
-            "name another disk with cache=DIR, or do without with cache=none"
+            f"{path} cannot be created: it needs {size} bytes ({error.strerror}); free some space, "
+            "use another disk with cache=DIR, or set cache=none"
         ) from None
 
 
