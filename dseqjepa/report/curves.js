@@ -16,7 +16,7 @@ const theme = {
     const chosen = document.documentElement.dataset.theme;
     return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   },
-  /** The colour and dash of line `index`: lines that coincide, or are printed, stay apart. */
+  /** The colour and dash of line `index`, distinguishable when lines coincide or are printed. */
   line(colours, index) {
     const lines = colours.lines[theme.isDark() ? "dark" : "light"];
     const dashes = ["solid", "7px,3px", "2px,2px", "7px,2px,2px,2px"];
@@ -91,7 +91,7 @@ function layout(unit, more = {}) {
   };
 }
 
-/** A chart of curves in a `.chart` element. `update(chart)` draws another one, or anew. */
+/** A chart of curves in a `.chart` element. `update(chart)` redraws it, or draws another. */
 class CurveChart {
   constructor(place, chart, colours, { short = false } = {}) {
     this.colours = colours;
