@@ -100,7 +100,7 @@ class Store:
             write_json(self.marker(piece, number), done)
 
     def open(self, pieces: Sequence[str], source: Source) -> Extracted:
-        """Everything, memory-mapped. `InputError` if the disk no longer has what was written."""
+        """All features, memory-mapped; `InputError` if a file was changed after it was written."""
         mapped: dict[str, Tensor] = {}
         dones: list[Any] = []
         for piece in pieces:
