@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 HERE = Path(__file__).parent
-SCRIPTS = ("step_time.py", "peak.py", "regions.py", "loader.py", "scaling.py")
+SCRIPTS = ("step_time.py", "peak.py", "regions.py", "loader.py", "scaling.py", "start.py")
 GOALS = {
     "step_time.py": [
         ("overhead_", "<=", 0.05),
@@ -40,6 +40,7 @@ GOALS = {
     "regions.py": [("share_of_step", "<=", 0.01), ("against_opencv", ">=", 5.0)],
     "loader.py": [("jpeg_500x375_224", ">=", 1.5)],
     "scaling.py": [],
+    "start.py": [("help", "<=", 0.3), ("first_step", "<=", 1.6)],
 }
 """Script -> goals as (part of a name, direction, figure); the first whose part a name contains
 applies. An empty direction means no goal."""
@@ -49,6 +50,7 @@ SECTIONS = {
     "regions.py": "From saliency maps to ranked regions",
     "loader.py": "Image loading in one process: the ratio is other / ours",
     "scaling.py": "Time per token, largest relative to smallest",
+    "start.py": "Starting a process: the ratio is ours / importing torch and torchvision",
 }
 
 NOTES = {
