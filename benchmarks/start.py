@@ -1,8 +1,8 @@
 """Start-up time: the ratio is ours / the time of only importing torch and torchvision.
 
 help         seconds until `dseqjepa pretrain --help` has finished
-first_step   seconds until a run logs its first step (batch 16, a ViT-Ti with one block), on a folder
-             of 10,000 images that an earlier run has listed
+first_step   seconds until a run logs its first step (batch 16, a ViT-Ti with one block), on a
+             folder of 10,000 images that an earlier run has listed
 """
 
 from __future__ import annotations
