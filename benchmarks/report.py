@@ -42,8 +42,8 @@ GOALS = {
     "scaling.py": [],
     "start.py": [("help", "<=", 0.3), ("first_step", "<=", 1.6)],
 }
-"""Of each script, (part of a name, direction, figure): the first that a name holds is its goal;
-without a direction there is none."""
+"""Script -> goals as (part of a name, direction, figure); the first whose part a name contains
+applies. An empty direction means no goal."""
 SECTIONS = {
     "step_time.py": "Whole training steps: the ratio is other / ours",
     "peak.py": "Hardware utilization: FLOP rate relative to matmuls, memory relative to dense",
@@ -71,7 +71,7 @@ predicts. In `ijepa_truncated` both sides truncate (`method.blocks.truncate=batc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
-    parser.add_argument("--smoke", action="store_true", help="do all of them run?")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that all run")
     parser.add_argument("--script", action="append", choices=SCRIPTS, help="only these")
     options = parser.parse_args()
     parts = [head()]
@@ -88,7 +88,7 @@ def measure(script: str, *, smoke: bool) -> list[dict[str, Any]]:
     )
     rows = []
     for name in listed.stdout.split():
-        # A process each: what one benchmark leaves in memory does not slow the next.
+        # One process each, so that leftovers in memory do not slow the next benchmark.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.json"
             command = [sys.executable, str(HERE / script), "--only", name, "--json", str(file)]

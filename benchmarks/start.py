@@ -1,9 +1,8 @@
-"""What a process costs before it does anything: the ratio is ours / that of importing torch and
-torchvision alone.
+"""Start-up time: the ratio is ours / the time of only importing torch and torchvision.
 
-help         seconds until `dseqjepa pretrain --help` has ended
-first_step   seconds until a run on a folder of 10,000 images that an earlier run has listed logs
-             its first step (batch 16, a ViT-Ti of one block)
+help         seconds until `dseqjepa pretrain --help` has finished
+first_step   seconds until a run logs its first step (batch 16, a ViT-Ti with one block), on a
+             folder of 10,000 images that an earlier run has listed
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def until_first_step(process: subprocess.Popen[str]) -> None:
 def pairs_of(
     ours: Callable[[], None], effort: Effort
 ) -> tuple[list[tuple[float, float]], list[float]]:
-    """Seconds of ours and of the imports, in turn."""
+    """Seconds of ours and of the imports, measured alternately."""
     pairs = []
     for turn in range(effort.warmup + effort.repeats):
         began = time.perf_counter()

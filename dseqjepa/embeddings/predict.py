@@ -1,4 +1,4 @@
-"""`dseqjepa predict`: the classes of new images, by a classifier that an evaluation trained.
+"""`dseqjepa predict`: classify new images with a classifier that an evaluation trained.
 
 Suffixes: B images, C classes, K classes that are named.
 """
@@ -26,7 +26,7 @@ ENDINGS = (".parquet", ".csv")
 
 
 class Predicted(NamedTuple):
-    """An image's classes, the most probable first, and their probabilities."""
+    """An image's most probable classes, best first, and their probabilities."""
 
     name: str
     classes: list[str]
@@ -44,25 +44,25 @@ def predict_images(
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the table `out`, or `tell` a line an image; a batch is in memory at a time.
+    """Write the table `out`, or call `tell` once per image; memory holds one batch at a time.
 
     Args:
-        head: a file that an evaluation wrote.
+        head: a classifier that an evaluation saved.
         images: files, folders and lists of paths.
-        data: in their place, what `data=` names.
-        encoder: where the encoder is, if it is no longer where it was.
+        data: a `data=` source, instead of `images`.
+        encoder: path of the encoder, if it has moved.
 
     Raises:
-        InputError: before anything is written; or no image can be decoded.
+        InputError: before anything is written, or if no image can be decoded.
     """
     runtime = join(RuntimeConfig(accelerator=config.accelerator), {})
     if runtime.ranks.world > 1:
-        raise InputError("predict is one process: start it without torchrun or srun")
+        raise InputError("predict runs in one process: start it without torchrun or srun")
     trained, about = load_head(head)
     if config.top > len(about.classes):
-        raise InputError(f"top={config.top}: {head} knows {len(about.classes)} classes")
+        raise InputError(f"top={config.top}: {head} has only {len(about.classes)} classes")
     if bool(images) == (data is not None):
-        raise InputError("name the images: files, folders, a list; or data=, not both")
+        raise InputError("name the images, as files, folders or lists, or give data=, not both")
     if out is not None:
         if out.suffix not in ENDINGS:
             raise InputError(f"out={out} must end in {' or '.join(ENDINGS)}")
@@ -88,7 +88,7 @@ def predict_images(
         for name, reason in bad:
             tell(f"cannot decode {name}: {reason}")
         if not count:
-            raise InputError(f"none of {len(source)} images can be decoded")
+            raise InputError(f"none of the {len(source)} images can be decoded")
     tell(f"{count} of {len(source)} images classified")
 
 
@@ -101,7 +101,7 @@ def _predictions(
     device: Any,
     bad: list[tuple[str, str]],
 ) -> Iterator[list[Predicted]]:
-    """Batch by batch; those that cannot be decoded are added to `bad`."""
+    """Predictions, batch by batch; images that cannot be decoded are added to `bad`."""
     parts = encode(
         backbone,
         source,
@@ -129,7 +129,7 @@ def _predictions(
 
 
 def _columns(batch: Sequence[Predicted], top: int) -> dict[str, list[Any]]:
-    """`class` and `probability`; of the second `class_2` and `probability_2`, and so on."""
+    """`name`, `class` and `probability`, then `class_2`, `probability_2` and so on."""
     found: dict[str, list[Any]] = {"name": [each.name for each in batch]}
     for place in range(top):
         end = f"_{place + 1}" if place else ""

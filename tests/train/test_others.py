@@ -335,7 +335,7 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
         f"hf:{tmp_path}/gone": "transformers cannot load .*: .*nothing",
         f"hf:{tmp_path}/plain": "preprocessor_config.json with image_mean and image_std",
         f"hf:{tmp_path}/short": "lacks weights",
-        f"timm:{tmp_path}/plain": "is of transformers: name it hf:",
+        f"timm:{tmp_path}/plain": "is for transformers: use hf:",
     }.items():
         with pytest.raises(InputError, match=message) as raised:
             open_backbone(spec)

@@ -89,7 +89,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
     cut = _cut(config, backbone, grid)
     left_out = [kind for kind in KINDS if kind not in kinds_of(backbone)]
     if left_out:
-        why = "has no [CLS]" if isinstance(backbone, OwnBackbone) else "gives its patches alone"
+        why = "has no [CLS]" if isinstance(backbone, OwnBackbone) else "provides only patches"
         job.console.print(f"{backbone.name} {why}: without {', '.join(left_out)}")
     looks = _looks(job, config)
 
