@@ -224,7 +224,7 @@ def drawing(mermaid: str) -> str:
             for name in names
         }
         side = {name: i * (-1) ** i for i, name in enumerate(names)}
-        names.sort(key=lambda name: (above[name], side[name]))  # noqa: B023
+        names.sort(key=lambda name: (above[name], side[name]))
         for column, name in enumerate(names):
             x = (column - (len(names) - 1) / 2) * (BOX[0] + GAP[0])
             place[name] = (x, depth * (BOX[1] + GAP[1]))
@@ -240,7 +240,9 @@ def drawing(mermaid: str) -> str:
             f'{to_x:g},{to_y - 5:g}"/>'
         )
     for name, (x, y) in place.items():
-        shapes.append(f'<rect x="{x - BOX[0] / 2:g}" y="{y:g}" width="{BOX[0]}" height="{BOX[1]}"/>')
+        shapes.append(
+            f'<rect x="{x - BOX[0] / 2:g}" y="{y:g}" width="{BOX[0]}" height="{BOX[1]}"/>'
+        )
         shapes.append(f'<text x="{x:g}" y="{y + BOX[1] / 2:g}">{name}</text>')
     return (
         f'<svg class="graph" viewBox="{-half:g} -1 {2 * half:g} {height:g}" role="img" '

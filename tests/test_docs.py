@@ -23,12 +23,13 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs/decisions").glob("*.md")),
+    *sorted((ROOT / "docs").glob("*/*.md")),
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
 ]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHRINK = [
-    "data.batch_size=16", "model.width=32", "model.depth=1", "model.heads=2", "optim.epochs=1",
+    "data.batch_size=16", "model.width=32", "model.depth=1", "model.heads=2",
+    "predictor.width=32", "predictor.depth=1", "predictor.heads=2", "optim.epochs=1",
     "optim.warmup_epochs=0", "data.workers=0",
 ]  # fmt: skip
 """What makes a printed training command a matter of seconds; the command itself stays."""
