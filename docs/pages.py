@@ -10,6 +10,7 @@ import ast
 import json
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 from textwrap import dedent
 
@@ -40,6 +41,8 @@ LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]+)?\)")
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 EXAMPLES = re.compile(r"^\x08?\n?Examples:\n((?:  .*\n?)+)", re.MULTILINE)
 LIST = re.compile(r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", re.MULTILINE)
+ASIDE = "---\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n"
+"""Of pages that show code."""
 SECTION = re.compile(r"(?P<name>\S+)(?: name=(?P<kind>\S+))?: (?P<text>.*)")
 
 
@@ -54,8 +57,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in DOCUMENTS.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         pages[page] = notebook(text) if source.endswith(".ipynb") else text
-    for path in linked_code():
-        pages[page_of(path)] = listing(path) if (ROOT / path).is_dir() else code(path)
+    linked = linked_code()
+    for path in linked:
+        is_folder = (ROOT / path).is_dir()
+        pages[page_of(path)] = listing(path, linked) if is_folder else code(path)
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -72,12 +77,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas become MathML, which browsers draw without a script."""
-    return MATHS.sub(
-        lambda found: latex2mathml.converter.convert(
-            found[2].strip(), display="block" if found[1] == "div" else "inline"
-        ),
-        html,
-    )
+
+    def drawn(found: re.Match[str]) -> str:
+        kind = "block" if found[1] == "div" else "inline"
+        maths = latex2mathml.converter.convert(unescape(found[2]).strip(), display=kind)
+        return f'<{found[1]} class="maths">{maths}</{found[1]}>'
+
+    return MATHS.sub(drawn, html)
 
 
 # Reference, from the code
@@ -121,7 +127,7 @@ def settings() -> str:
 
 
 def presets() -> str:
-    """Every preset's description, and the config of those that do not differ in the method alone."""
+    """Every preset's description, and one config for each backbone."""
     text = (
         "# Presets\n\n`dseqjepa presets` lists them. Those of one backbone differ in `method`; the "
         "config of DSeq-JEPA's is shown. `dseqjepa presets NAME --print-config` prints any.\n"
@@ -151,16 +157,13 @@ def notebook(text: str) -> str:
 
 
 def linked_code() -> set[str]:
-    """Files and folders of code to which documents link, and the modules of such folders."""
+    """The files and folders of code to which documents link."""
     found = set()
     for path in [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]:
         folder = path.parent.relative_to(ROOT).as_posix()
         for target, _ in LINK.findall(path.read_text(encoding="utf-8")):
             found.add(posixpath.normpath(posixpath.join(folder, target)))
-    found = {path for path in found if page_of(path).startswith("source/")}
-    for folder in [path for path in found if (ROOT / path).is_dir()]:
-        found |= {f"{folder}/{each.name}" for each in (ROOT / folder).glob("*.py")}
-    return found
+    return {path for path in found if page_of(path).startswith("source/")}
 
 
 def page_of(path: str) -> str:
@@ -186,18 +189,21 @@ def link(found: re.Match[str], page: str) -> str:
 
 
 def code(path: str) -> str:
-    """A file as a page, which the search leaves out."""
+    """A file as a page."""
     text = (ROOT / path).read_text(encoding="utf-8")
     language = path.rpartition(".")[2] if path.endswith((".py", ".yaml")) else "text"
-    return f"---\nsearch:\n  exclude: true\n---\n# {path}\n\n`````{language}\n{text}`````\n"
+    return f"{ASIDE}# {path}\n\n`````{language}\n{text}`````\n"
 
 
-def listing(path: str) -> str:
-    """The modules of a folder, with the first line of each docstring."""
-    text = f"---\nsearch:\n  exclude: true\n---\n# {path}/\n\n"
+def listing(path: str, linked: set[str]) -> str:
+    """The modules of a folder with the first line of each docstring, and links where there are
+    pages."""
+    text = f"{ASIDE}# {path}/\n\n"
     for file in sorted((ROOT / path).glob("*.py")):
         docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        text += f"- [{file.name}]({posixpath.basename(path)}/{file.name}): {docstring.partition(chr(10))[0]}\n"
+        place = f"{posixpath.basename(path)}/{file.name}"
+        name = f"[{file.name}]({place})" if f"{path}/{file.name}" in linked else f"`{file.name}`"
+        text += f"- {name}: {docstring.splitlines()[0]}\n"
     return text
 
 
