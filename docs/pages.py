@@ -35,9 +35,12 @@ DOCUMENTS = {
     "docs/own_pictures.ipynb": "own_pictures.md",
 }
 """Documents of the repository that mkdocs does not find by itself -> their pages."""
-FENCE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
 DRAWING = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]+)?\)")
+LINK = re.compile(
+    r"^(?P<fence>`{3,})[^`\n]*\n.*?^(?P=fence)$|\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]+)?\)",
+    re.MULTILINE | re.DOTALL,
+)
+"""A link to another file; or a whole block of code, in which there are none."""
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 EXAMPLES = re.compile(r"^\x08?\n?Examples:\n((?:  .*\n?)+)", re.MULTILINE)
 LIST = re.compile(r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", re.MULTILINE)
@@ -70,9 +73,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links as they are in the repository lead to pages of the site; drawings become SVG."""
     uri = page.file.src_uri
     markdown = DRAWING.sub(lambda found: drawing(found[1]), markdown)
-    parts = FENCE.split(markdown)
-    parts[::2] = [LINK.sub(lambda found: link(found, uri), part) for part in parts[::2]]
-    return "".join(parts)
+    return LINK.sub(lambda found: link(found, uri), markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -133,7 +134,8 @@ def presets() -> str:
         "config of DSeq-JEPA's is shown. `dseqjepa presets NAME --print-config` prints any.\n"
     )
     for name in preset_names():
-        text += f"\n## {name}\n\n{describe(name)}\n"
+        method, _, rest = describe(name).partition("\n")
+        text += f"\n## {name}\n\n`{method}`\n\n{rest}\n"
         if name.startswith("dseq_"):
             text += f"\n```yaml\n{preset(name).to_yaml()}```\n"
     return text
@@ -161,8 +163,9 @@ def linked_code() -> set[str]:
     found = set()
     for path in [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]:
         folder = path.parent.relative_to(ROOT).as_posix()
-        for target, _ in LINK.findall(path.read_text(encoding="utf-8")):
-            found.add(posixpath.normpath(posixpath.join(folder, target)))
+        for each in LINK.finditer(path.read_text(encoding="utf-8")):
+            if each["target"]:
+                found.add(posixpath.normpath(posixpath.join(folder, each["target"])))
     return {path for path in found if page_of(path).startswith("source/")}
 
 
@@ -183,9 +186,11 @@ def path_of(page: str) -> str:
 
 def link(found: re.Match[str], page: str) -> str:
     """A link as it is in the repository, made relative to the page that it is on."""
-    path = posixpath.normpath(posixpath.join(posixpath.dirname(path_of(page)), found[1]))
+    if found["fence"]:
+        return found[0]
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(path_of(page)), found["target"]))
     target = posixpath.relpath(page_of(path), posixpath.dirname(page) or ".")
-    return f"]({target}{found[2] or ''})"
+    return f"]({target}{found['anchor'] or ''})"
 
 
 def code(path: str) -> str:
