@@ -1,17 +1,17 @@
-"""The other side of the step benchmarks: the same plan, model and targets, computed plainly.
+"""The reference of the step benchmarks: the same plan, model and targets, computed naively.
 
-`dense_loss` is the way of the authors' release. Every prediction step of every image is one
-full-length sequence: all patches go through the encoder and attention is masked to the step's
+`dense_loss` computes the loss as the authors' release does. Every prediction step of every image is
+one full-length sequence: all patches go through the encoder with attention masked to the step's
 context; the predictor sees all of them again, masked, and the step's queries, padded to the longest
-target of the batch. An image with fewer steps than the batch allows still costs as many, as it does
-in the release. What the masks keep out cannot change the result, so loss and gradients equal those
-of the packed computation (a test holds both to that). `padded_loss` is I-JEPA without loss of
-context: one per image, encoded once, and four targets, all padded to the longest of the batch; what
-the usual code cuts away stands in `truncated.py`.
+target of the batch. An image with fewer steps than the batch allows still costs as many, as in the
+release. Masked tokens cannot change the result, so loss and gradients equal those of the packed
+computation (a test checks both). `padded_loss` is I-JEPA without truncated contexts: one context
+per image, encoded once, and four targets, all padded to the longest of the batch. The usual code,
+which truncates, is in `truncated.py`.
 
-Attention is torch's `scaled_dot_product_attention` with a mask, mixed precision plain autocast.
+Attention is torch's `scaled_dot_product_attention` with a mask; mixed precision is plain autocast.
 
-Suffixes: B images, M steps an image, N patches, C patches of the longest context, L tokens of a
+Suffixes: B images, M steps per image, N patches, C patches of the longest context, L tokens of a
 sequence, S = B * M sequences, Q queries of a step, D width, W the predictor's width.
 """
 
@@ -30,7 +30,7 @@ from dseqjepa.plans.plan import Plan
 def dense_loss(
     method: Method, images_BCHW: Tensor, target_BND: Tensor, plan: Plan, steps: int
 ) -> Tensor:
-    """The prediction loss of a plan; `steps` is how many sequences every image costs."""
+    """The prediction loss of a plan; `steps` is the number of sequences computed per image."""
     context_BMN, target_BMN = _by_image(plan, target_BND, steps)
     context_SN, target_SN = context_BMN.flatten(0, 1), target_BMN.flatten(0, 1)
     all_SN = torch.arange(context_SN.shape[1], device=context_SN.device).expand_as(context_SN)
@@ -42,7 +42,7 @@ def dense_loss(
 def padded_loss(
     method: Method, images_BCHW: Tensor, target_BND: Tensor, plan: Plan, steps: int
 ) -> Tensor:
-    """The prediction loss of a plan in which all steps of an image have one context."""
+    """The prediction loss of a plan in which all steps of an image share one context."""
     context_BMN, target_BMN = _by_image(plan, target_BND, steps)
     patch_BC, real_BC = _padded_indices(context_BMN.any(dim=1))
     width = 3 * method.encoder.patch_size**2
@@ -73,7 +73,7 @@ def pixels_of(method: Method, images_BCHW: Tensor) -> Tensor:
 def encode(
     encoder: VisionTransformer, pixels_SCP: Tensor, patch_SC: Tensor, seen_SC: Tensor
 ) -> Tensor:
-    """Features of all given patches; those outside the context mean nothing."""
+    """Features of all given patches; those outside the context are meaningless."""
     positions_LD = encoder.positions(encoder.grid)
     x_SCD = encoder.patch_embed(pixels_SCP) + positions_LD[patch_SC + encoder.prefix]
     if encoder.prefix:
@@ -95,7 +95,7 @@ def _compare(
     target_BND: Tensor,
     steps: int,
 ) -> Tensor:
-    """Predict each sequence's target from its context; the mean loss over predicted patches."""
+    """The loss of predicting each sequence's target from its context, averaged over patches."""
     query_SQ, wanted_SQ = _padded_indices(target_SN)
     assert isinstance(method.predictor, Predictor)
     values_SQD = _predict(method.predictor, context_SCD, patch_SC, real_SC, query_SQ, wanted_SQ)
@@ -117,7 +117,7 @@ def _predict(
     query_SQW = predictor.mask_token + predictor.positions_ND[query_SQ]
     x_SLW = torch.cat([x_SCW, query_SQW.to(x_SCW.dtype)], dim=1)
     seen_SL = torch.cat([real_SC, wanted_SQ], dim=1)
-    # A step that an image does not have sees nothing, whose softmax would be 0 / 0.
+    # A step that an image lacks would see no token, and its softmax would be 0 / 0.
     seen_SL = seen_SL | ~seen_SL.any(dim=1, keepdim=True)
     for block in predictor.blocks:
         assert isinstance(block, Block)
@@ -137,7 +137,7 @@ def masked_block(block: Block, x_SLD: Tensor, seen_SL: Tensor) -> Tensor:
 
 
 def _padded_indices(mask_SN: Tensor) -> tuple[Tensor, Tensor]:
-    """The true places of each row, padded to the longest row, and which of them are real."""
+    """The indices of each row's true entries, padded to the longest row, and which are real."""
     longest = int(mask_SN.sum(dim=1).max())
     real_first_SN = mask_SN.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     index_SQ = real_first_SN[:, :longest]

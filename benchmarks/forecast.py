@@ -1,7 +1,7 @@
-"""The table of docs/scale.md: what every in1k preset would cost on 64 H100.
+"""The table of docs/scale.md: the cost of every in1k preset on 64 H100.
 
-`python benchmarks/forecast.py` prints it; `--only PRESET` one row. Minutes on two cores, because
-the plans of large images are counted.
+`python benchmarks/forecast.py` prints it, `--only PRESET` a single row. Takes minutes on two cores,
+because the plans of large images are counted.
 """
 
 from __future__ import annotations

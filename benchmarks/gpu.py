@@ -1,16 +1,16 @@
-"""What only a GPU can show, in stages: does it compute what a CPU does, and how fast?
+"""Checks and timings on a GPU, in stages: does it compute what a CPU does, and how fast?
 
-    python benchmarks/gpu.py                        every stage but `train`, in about five minutes
+    python benchmarks/gpu.py                        all stages but `train`, in about five minutes
     python benchmarks/gpu.py --only train           a real run of five minutes, and its evaluations
-    python benchmarks/gpu.py --device cpu --smoke   the same code on tiny sizes, as the tests run it
+    python benchmarks/gpu.py --device cpu --smoke   the same code on tiny sizes, as run by the tests
 
-A stage is a function that yields findings: a name, a value, and what the value must not exceed, if
-anything. Each runs in a process of its own with its own time limit, so that one that hangs or dies
-costs only itself, and says so. Stages that measure no time run beside each other, before the
-others. `--json FILE` gets every finding as soon as it is there, `--table
-FILE` a table in Markdown. The exit code is 1 if anything does not hold.
+A stage is a function that yields findings: a name, a value and, if there is one, its upper limit.
+Each stage runs in its own process with its own time limit, so that one that hangs or crashes is
+reported and does not affect the others. Stages that measure no time run concurrently, before the
+others. `--json FILE` writes each finding as soon as it is available, `--table FILE` a table in
+Markdown. The exit code is 1 if a limit is exceeded or a stage fails.
 
-Nothing here needs a network, data or a recorded result.
+No network, data or recorded result is needed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A value, and the largest that it may have (None: it is only reported)."""
+    """A value and its upper limit (None: it is only reported)."""
 
     name: str
     value: float
@@ -77,7 +77,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage runs, and whether it only has to run."""
+    """The device of a stage, and whether this is only a smoke test."""
 
     device: str
     smoke: bool
@@ -87,7 +87,7 @@ class Place:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """The median of repeated runs after two that do not count."""
+        """The median time of repeated runs, after two warm-up runs."""
         times = []
         for number in range(1 if self.smoke else repeats + 2):
             self.sync()
@@ -105,13 +105,13 @@ def tiny(preset: str, *overrides: str) -> Config:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    """The length of the difference as a share of the length of what is wanted."""
+    """The norm of the difference relative to the norm of the expected values."""
     found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def equality(place: Place) -> Iterator[Finding]:
-    """Plans are the same, patch for patch, and twenty steps of training nearly so."""
+    """Plans are identical, patch for patch; twenty training steps are nearly so."""
     images, side = (4, 8) if place.smoke else (256, 14)
     grid = (side, side)
     saliency_BN = smooth_saliency(images, grid)
@@ -130,7 +130,7 @@ def equality(place: Place) -> Iterator[Finding]:
             for device in ("cpu", place.device)
         ]
         differing = (ranks[0] != ranks[1]).any(dim=1).double().mean().item()
-        yield Finding(f"images cut otherwise into {kind}", differing, "share", 0.0)
+        yield Finding(f"images cut differently into {kind}", differing, "share", 0.0)
     keys_B = sample_keys(0, 0, torch.arange(images))
     settings: dict[str, Any] = {"targets": 4, "target_area": (0.15, 0.2)}
     settings |= {"target_aspect": (0.75, 1.5), "context_area": (0.85, 1.0)}
@@ -171,7 +171,7 @@ def steps_of(preset: str, device: str) -> list[float]:
 
 
 def packed(place: Place) -> Iterator[Finding]:
-    """Packing changes neither loss nor gradients, and nothing outside a context gets in."""
+    """Packing changes neither loss nor gradients, and nothing outside a context leaks in."""
     for precision, limit in (("fp32", 1e-3), ("bf16", 5e-2)):
         config = tiny("dseq_vitt8_64", "method.regularizer=none", f"runtime.precision={precision}")
         bench = Bench(config, 8, place.device)
@@ -203,7 +203,7 @@ def packed(place: Place) -> Iterator[Finding]:
 
 
 def attention(place: Place) -> Iterator[Finding]:
-    """Every backend, forward and backward, against plain attention in float64; and its time."""
+    """Every backend, forward and backward, compared with plain attention in float64, and timed."""
     lengths = [5, 1, 17, 16, 9] if place.smoke else [40, 57, 89, 120, 150, 177, 197] * 16
     total, rank_T = sum(lengths), torch.arange(sum(lengths), device=place.device) * 7 % 3
     generator = torch.Generator().manual_seed(0)
@@ -258,7 +258,7 @@ def plain_attention(qkv_TXHC: Tensor, lengths: list[int], rank_T: Tensor | None)
 
 
 def optimizer(place: Place) -> Iterator[Finding]:
-    """The fused AdamW against the plain one, five steps on the same gradients."""
+    """Fused AdamW compared with the plain one, for five steps on the same gradients."""
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
@@ -272,7 +272,7 @@ def optimizer(place: Place) -> Iterator[Finding]:
 
 
 def waits(place: Place) -> Iterator[Finding]:
-    """How often the host waits for the device in a step; the plan's sizes are one fetch."""
+    """Host-device synchronizations per step; one is needed for the plan's sizes."""
     if place.device != "cuda":
         return
     for preset in ("dseq_vitt8_64", "ijepa_vitt8_64"):
@@ -289,9 +289,9 @@ def waits(place: Place) -> Iterator[Finding]:
             for warning in caught
             if "called a synchronizing" in str(warning.message)
         ]
-        yield Finding(f"waits for the device in a step, {preset}", len(places), "", 1)
+        yield Finding(f"host-device synchronizations per step, {preset}", len(places), "", 1)
         for where, count in Counter(places).items():
-            yield Finding(f"waits at {where}, {preset}", count)
+            yield Finding(f"synchronizations at {where}, {preset}", count)
 
 
 def steps(place: Place) -> Iterator[Finding]:
@@ -319,11 +319,11 @@ def steps(place: Place) -> Iterator[Finding]:
                 yield Finding(f"{name}: dense / packed", dense / seconds, "times")
             del bench
     if place.device == "cuda":
-        yield Finding("largest power of two of a batch, dseq vits16_224", largest_batch(place))
+        yield Finding("largest power-of-two batch, dseq vits16_224", largest_batch(place))
 
 
 def busy(name: str, bench: Bench, seconds: float, place: Place) -> Iterator[Finding]:
-    """How many kernels a step starts, and how much of its time the device works on them."""
+    """The number of kernels per step, and the share of its time during which the device is busy."""
     if place.device != "cuda":
         return
     kinds = [torch.profiler.ProfilerActivity.CUDA]
@@ -331,9 +331,9 @@ def busy(name: str, bench: Bench, seconds: float, place: Place) -> Iterator[Find
         bench.step(bench.packed_loss)
         place.sync()
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    yield Finding(f"{name}: kernels of a step", len(kernels))
+    yield Finding(f"{name}: kernels per step", len(kernels))
     works = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    yield Finding(f"{name}: the device works", works / seconds, "share")
+    yield Finding(f"{name}: device busy", works / seconds, "share")
     dearest: Counter[str] = Counter()
     for event in kernels:
         dearest[event.name[:60]] += event.time_range.elapsed_us()
@@ -376,7 +376,7 @@ def largest_batch(place: Place) -> int:
 
 
 def loader(place: Place) -> Iterator[Finding]:
-    """What the loader brings of 500 x 375 JPEGs against what a step takes."""
+    """Images/s of the loader, for 500 x 375 JPEGs, compared with those of a step."""
     with tempfile.TemporaryDirectory() as folder:
         pictures(Path(folder) / "pictures", 16 if place.smoke else 1000)
         result = Path(folder) / "preflight.json"
@@ -411,7 +411,7 @@ def dseqjepa(*arguments: str) -> str:
 
 
 def evaluate(place: Place) -> Iterator[Finding]:
-    """kNN and linear accuracy on the device less those on the CPU, of one encoder."""
+    """Difference in kNN and linear accuracy of one encoder between the device and the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/run"
         images = 64 if place.smoke else 1000
@@ -434,7 +434,7 @@ def evaluate(place: Place) -> Iterator[Finding]:
 
 
 def resume(place: Place) -> Iterator[Finding]:
-    """A run that is resumed in the middle is the run that was not."""
+    """A run resumed halfway equals the uninterrupted run."""
     more = (*SMALL, "data.size=64", "steps=2")
     if not place.smoke:
         more = ("data.size=512", "data.workers=0", "steps=6", "runtime.precision=bf16")
@@ -453,7 +453,7 @@ def resume(place: Place) -> Iterator[Finding]:
 
 
 def train(place: Place) -> Iterator[Finding]:
-    """ViT-Ti/8 on 100,000 scenes: what five minutes of a GPU teach."""
+    """ViT-Ti/8 on 100,000 scenes: what five minutes of training on a GPU achieve."""
     size, epochs = (64, 1) if place.smoke else (100_000, 30)
     with tempfile.TemporaryDirectory() as folder:
         run = f"{folder}/run"
@@ -493,15 +493,15 @@ STAGES: dict[str, tuple[Stage, int]] = {
     "loader": (loader, 60),
     "train": (train, 480),
 }
-"""Each stage and its limit in seconds."""
+"""Stage -> its function and its time limit in seconds."""
 USUAL = tuple(name for name in STAGES if name != "train")
 TIMED = {"steps", "attention", "loader", "train"}
-"""They run alone."""
+"""Stages that run alone."""
 
 
 def run_stage(options: argparse.Namespace, name: str) -> tuple[list[dict[str, Any]], str, float]:
-    """The findings of a stage in a process of its own, why it ended early, if it did, and how many
-    seconds it took."""
+    """Run a stage in its own process: its findings, why it failed ("" if it did not), and its
+    duration in seconds."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "findings.jsonl"
@@ -531,7 +531,7 @@ def tell(
     results: list[dict[str, Any]],
     file: Path | None,
 ) -> None:
-    """Print what a stage found, and write it with what others did."""
+    """Print the findings of a stage, and write all findings so far."""
     results += [{"stage": name, **row} for row in found]
     if problem:
         results.append({"stage": name, "problem": problem})
@@ -544,7 +544,7 @@ def tell(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Every finding as a line of Markdown."""
+    """All findings as a table in Markdown."""
     lines = ["| stage | what | value | at most | |", "|---|---|---|---|---|"]
     for row in results:
         if row.get("problem"):
@@ -566,9 +566,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", action="append", choices=list(STAGES), metavar="STAGE")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--json", type=Path, help="write every finding there")
-    parser.add_argument("--table", type=Path, help="write a table in Markdown there")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--json", type=Path, help="file for all findings")
+    parser.add_argument("--table", type=Path, help="file for a table in Markdown")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
@@ -580,7 +580,7 @@ def main() -> None:
                 file.flush()
         return
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(2, "no GPU here that torch sees: --device cpu --smoke runs the same code\n")
+        parser.exit(2, "no GPU is visible to torch; --device cpu --smoke runs the same code\n")
     print(head(options.device), flush=True)
     results: list[dict[str, Any]] = []
     names = options.only or USUAL

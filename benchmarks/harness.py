@@ -1,7 +1,7 @@
-"""What all benchmarks share: the command line, measuring two sides in turn, the table, the JSON.
+"""Shared by all benchmarks: command line, alternating measurement of two sides, table and JSON.
 
-A benchmark is a function of an `Effort` that returns a `Row`: two figures taken in one run, and
-their ratio. Machines differ and drift, so the ratio counts and the figures do not.
+A benchmark is a function of an `Effort` that returns a `Row`: two figures measured in one run, and
+their ratio. Machines differ and drift, so only the ratio is meaningful.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure. `smoke` shrinks a benchmark to "does it run", for the tests."""
+    """How much to measure. `smoke` shrinks a benchmark to a check that it runs, for the tests."""
 
     warmup: int
     repeats: int
@@ -30,8 +30,8 @@ SMOKE = Effort(warmup=0, repeats=1, smoke=True)
 
 @dataclass(frozen=True)
 class Row:
-    """One result. `ours` and `other` are medians in `unit`; `ratio` is the figure that counts, and
-    `what` says what it is; `low` and `high` are the smallest and largest of its repeats."""
+    """One result. `ours` and `other` are medians in `unit`; `ratio` is the result, described by
+    `what`; `low` and `high` are the smallest and largest ratio of the repeats."""
 
     name: str
     ours: float
@@ -49,7 +49,7 @@ Benchmark = Callable[[str, Effort], Row]
 def speedup(
     name: str, ours: Callable[[], object], other: Callable[[], object], effort: Effort, what: str
 ) -> Row:
-    """Times both in turn, A B A B; the ratio is other / ours, the median over the pairs."""
+    """Time both alternately, A B A B; the ratio is other / ours, the median over the pairs."""
     for _ in range(effort.warmup):
         ours()
         other()
@@ -79,13 +79,13 @@ def seconds(work: Callable[[], object]) -> float:
 def main(
     description: str, benchmarks: Mapping[str, Benchmark], usual: Sequence[str] | None = None
 ) -> None:
-    """Runs the named benchmarks, or the `usual` ones (all, where not said), printing each row as it
-    comes."""
+    """Run the named benchmarks, or else the `usual` ones (by default all), printing each row when
+    it is ready."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--only", action="append", choices=list(benchmarks), metavar="NAME")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one repeat: does it run?")
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to a file")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that it runs")
+    parser.add_argument("--list", action="store_true", help="print the names and exit")
     options = parser.parse_args()
     if options.list:
         print(*benchmarks, sep="\n")

@@ -1,10 +1,10 @@
-"""Calibrates the health monitor: healthy runs beside runs that are broken on purpose.
+"""Calibrates the health monitor on healthy runs and on deliberately broken ones.
 
-    python benchmarks/health.py run OUT --pictures FOLDER     trains what OUT lacks
+    python benchmarks/health.py run OUT --pictures FOLDER     trains the runs that OUT lacks
     python benchmarks/health.py table OUT                     prints the tables of docs/health.md
 
-Every run is one folder OUT/KIND/SEED with its metrics.jsonl. All have the model and the length
-below and a VICReg term as the small presets have it, unless the kind says otherwise.
+Every run is a folder OUT/KIND/SEED with its metrics.jsonl. All use the model and length below and
+the small presets' VICReg term, unless their kind differs in it.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ SIZE = (
 STEPS, SCENES = 250, 2400
 SEEDS, BROKEN_SEEDS = 5, 2
 LATE = 40
-"""From this step on, when healthy runs have left the state of the start."""
+"""First step considered: by then healthy runs have left their initial state."""
 
 
 class NoStopGradient(Method):
-    """The target is the context encoder itself, and its gradient flows: the textbook collapse."""
+    """The target is the context encoder itself, with gradients: the textbook collapse."""
 
     def look(self, images_BCHW: Images) -> Look:
         x_TD, sequences = self.encoder.embed(images_BCHW)
@@ -71,7 +71,7 @@ class NoStopGradient(Method):
 
 
 class BlindTarget(Method):
-    """The target forgets what the pixels are after every step: it sees positions alone."""
+    """The target sees only positions: its patch embedding is set to zero after every step."""
 
     def update_target(self, momentum: float) -> None:
         super().update_target(momentum)
@@ -80,7 +80,7 @@ class BlindTarget(Method):
 
 
 class OneImage:
-    """A source whose images are all the same one."""
+    """A source whose images are all identical."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -108,7 +108,7 @@ class White(OneImage):
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to train; `broken` says in words what is wrong with it, or nothing."""
+    """A kind of training; `broken` describes the defect, empty if there is none."""
 
     method: str = "ijepa"
     pictures: bool = False
@@ -156,7 +156,7 @@ KINDS = {
     ),
     "pooled": Kind(
         settings=("method.regularizer_over=pooled",),
-        broken="the regularizer sees the mean of an image only",
+        broken="the regularizer sees only the mean of each image",
     ),
     "pooled-dseq": Kind(
         "dseq", settings=("method.regularizer_over=pooled",), broken="the same with DSeq-JEPA"
@@ -179,14 +179,14 @@ KINDS = {
 
 @functools.cache
 def scenes() -> Source:
-    """The same scenes for all runs: the seeds are those of the training."""
+    """The same scenes for all runs; only training is seeded."""
     source = open_training_source(load_config("dseq_vitt_demo", [f"data.size={SCENES}"]))
     prepare(source)
     return source
 
 
 def train(kind: Kind, seed: int, out: Path, pictures: Path | None) -> None:
-    """One run of `STEPS` steps or so; a run that fails leaves `failed.txt`."""
+    """One run of about `STEPS` steps; a failed run leaves `failed.txt`."""
     settings = [f"runtime.seed={seed}", f"data.size={SCENES}"]
     if kind.pictures:
         settings.append(f"data.source={pictures}")
@@ -204,7 +204,7 @@ def train(kind: Kind, seed: int, out: Path, pictures: Path | None) -> None:
 
 
 def jobs(seeds: list[int], only: list[str]) -> Iterator[tuple[str, int]]:
-    """Seed after seed, so that what there is at any time covers all kinds."""
+    """Seed by seed, so that partial results cover all kinds."""
     for seed in seeds:
         for name, kind in KINDS.items():
             if (not only or name in only) and (not kind.broken or seed < BROKEN_SEEDS):
@@ -215,7 +215,7 @@ NUMBERS = ("feature_std", "cosine", "rank_me", "skill", "variance_place", "varia
 
 
 def read(out: Path, name: str) -> list[list[dict[str, Any]]]:
-    """The lines of every finished run of a kind."""
+    """The metrics of every finished run of a kind."""
     files = sorted(path.parent / "metrics.jsonl" for path in out.glob(f"{name}/*/done"))
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
@@ -226,7 +226,7 @@ def spread(values: list[float]) -> str:
 
 
 def table(out: Path) -> str:
-    """Two tables: the numbers of each kind, and what the monitor says of its runs."""
+    """Two tables: the metrics of each kind, and the monitor's verdicts."""
     runs = {name: read(out, name) for name in KINDS}
     numbers = [
         "| kind | seeds | std / start | cosine | RankMe / start | skill | variance by place "
@@ -265,7 +265,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pictures", type=Path, help="a folder of pictures, for half of the kinds")
+    parser.add_argument(
+        "--pictures", type=Path, help="folder of pictures that half of the kinds need"
+    )
     parser.add_argument("--only", action="append", default=[], choices=list(KINDS), metavar="KIND")
     parser.add_argument("--seed", action="append", default=[], type=int, metavar="N")
     options = parser.parse_args()

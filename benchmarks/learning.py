@@ -1,20 +1,20 @@
-"""What does prediction teach beyond its controls, after how many steps?
+"""Does prediction teach more than its controls, and after how many steps?
 
     python benchmarks/learning.py run OUT.jsonl --data fashion-mnist:DIR --steps 8000 --jobs 2
     python benchmarks/learning.py table OUT.jsonl
 
-Each variant of each seed is a process of its own, `--jobs` of them at once. All images lie in the
-device's memory and are cropped there, so that nothing is measured but what training does; method,
-plans, losses, optimizer and schedule are the package's. `--at` says after which steps the target
-encoder is read, beside the last one.
+Each variant and seed runs in its own process, `--jobs` of them at a time. All images are held in
+device memory and cropped there, so that the loader has no influence; method, plans, losses,
+optimizer and schedule are the package's. The target encoder is evaluated after the last step and
+after those given by `--at`.
 
-`--data` is what `data=` is elsewhere: 64 px and patches of 8, of Fashion-MNIST 24 px and patches of
-4.
+`--data` takes the same values as `data=`; images have 64 px and patches 8, for Fashion-MNIST 24 px
+and 4.
 
-How an encoder is read, best by a hold-out of training images: kNN (20 neighbours, cosines) and
-ridge regression of mean features; ridge regression of mean, deviation, maximum and minimum
-(`moments`) and of all patches, each less its place's mean, by 24 principal components (`patches`);
-and an attentive probe, which is the reading that decides.
+Readouts, selected on a hold-out of the training images: kNN (20 neighbours, cosine) and ridge
+regression of mean features; ridge regression of mean, standard deviation, maximum and minimum
+(`moments`) and of all patches, centred by position, by 24 principal components (`patches`); and an
+attentive probe, which decides.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "supervised": ("ijepa_vitt_demo",),
 }
 SIZES = {"fashion-mnist": (24, 4)}
-"""Pixels of an image and of a patch, where they are not 64 and 8."""
+"""Side of an image and of a patch in pixels, if not 64 and 8."""
 CONTROL = "regulariser"
 READINGS = ("knn", "ridge", "moments", "patches", "attentive")
 DECIDES = "attentive"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HOLDOUT, COMPONENTS, NEIGHBOURS, TEMPERATURE = 10, 24, 20, 0.07
 VIEWS = 200_000
-"""Of training images, in the training of an attentive probe."""
+"""Training images shown to an attentive probe."""
 READ = 20_000
-"""The most training images that readings learn from."""
+"""Maximum number of training images for the readouts."""
 PROBE = AttentiveConfig(lrs=(1e-3, 3e-3), weight_decays=(0.1,), batch_size=512)
 
 
@@ -114,7 +114,7 @@ class Pictures:
         return self.train_label_B[:READ]
 
     def fit_and_held(self) -> tuple[Tensor, Tensor]:
-        """Places of the training images that are read: every tenth is held out."""
+        """Indices of training images to fit and to hold out; every tenth is held out."""
         place_B = torch.arange(len(self.read_label_B), device=self.train_BCHW.device)
         return place_B[place_B % HOLDOUT > 0], place_B[place_B % HOLDOUT == 0]
 
@@ -130,8 +130,8 @@ def resized(images_BCHW: Tensor, side: int) -> Tensor:
 def crops(
     images_BCHW: Tensor, keys_B: Tensor, side: int, scale: tuple[float, float], flip: bool
 ) -> Tensor:
-    """Random resized crops by each image's key, bilinear without antialiasing (at most 1.5 times
-    smaller here)."""
+    """Random resized crops by each image's key, bilinear without antialiasing (they shrink images
+    by at most 1.5 here)."""
     area_B, aspect_B, left_B, top_B, mirror_B = (
         uniforms(keys_B, Stream.AUGMENT, 5).float().unbind(1)
     )
@@ -176,7 +176,7 @@ def config_of(
 
 
 class Supervised(nn.Module):
-    """The encoder with a linear classifier of its mean patch, trained by labels."""
+    """The encoder with a linear classifier on its mean patch, trained on labels."""
 
     def __init__(self, encoder: VisionTransformer, classes: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Supervised(nn.Module):
 
 
 def run_one(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The readings of one variant and seed at every step of `at`, as they come."""
+    """The readouts of one variant and seed at every step of `at`."""
     variant, device = options.variant[0], options.device
     seed, batch = options.seeds[0], options.batch
     torch.set_num_threads(1)
@@ -244,7 +244,7 @@ def run_one(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def patches_of(
     encoder: VisionTransformer | None, images_BCHW: Tensor, pictures: Pictures
 ) -> Tensor:
-    """Patch features (B, N, D), or raw patches without an encoder."""
+    """Patch features (B, N, D), or raw patches if there is no encoder."""
     parts = []
     for some_BCHW in images_BCHW.split(1000):
         some_BCHW = resized(some_BCHW, pictures.size)
@@ -256,14 +256,14 @@ def patches_of(
 
 
 def read(encoder: VisionTransformer | None, pictures: Pictures, seed: int) -> dict[str, float]:
-    """The accuracy on the test images, in per cent, by every reading."""
+    """The accuracy of every readout on the test images, in per cent."""
     train_BND = patches_of(encoder, pictures.train_BCHW[:READ], pictures)
     test_BND = patches_of(encoder, pictures.test_BCHW, pictures)
     whole = [x_BND.mean(dim=1) for x_BND in (train_BND, test_BND)]
     moments = [
         torch.cat([x.mean(1), x.std(1), x.amax(1), x.amin(1)], dim=1) for x in (train_BND, test_BND)
     ]
-    # Where all images of a data set show one thing at one place, its pixels are all the places say.
+    # Centred by position, so that the components describe images and not positions.
     mean_ND = train_BND.mean(dim=0)
     basis_DC = _basis(train_BND, mean_ND)
     patches = [((x_BND - mean_ND) @ basis_DC).flatten(1) for x_BND in (train_BND, test_BND)]
@@ -279,7 +279,7 @@ def read(encoder: VisionTransformer | None, pictures: Pictures, seed: int) -> di
 
 
 def _basis(x_BND: Tensor, mean_ND: Tensor) -> Tensor:
-    """The leading principal directions (D, C) of patches less their place's mean."""
+    """The leading principal directions (D, C) of patches centred by position."""
     some_RD = (x_BND[:5000] - mean_ND).flatten(0, 1)
     _, vectors_DD = torch.linalg.eigh((some_RD.T @ some_RD).double())
     return vectors_DD[:, -COMPONENTS:].to(x_BND.dtype)
@@ -309,7 +309,7 @@ def _ridge(train_BD: Tensor, test_BD: Tensor, pictures: Pictures) -> float:
     y_BC = F.one_hot(pictures.read_label_B, pictures.classes).double()
     offset_C = y_BC.mean(dim=0)
     x_MD, y_MC = x_BD[fit_M], y_BC[fit_M] - offset_C
-    is_wide = x_MD.shape[1] > len(x_MD)  # then the same weights come from products of the images
+    is_wide = x_MD.shape[1] > len(x_MD)  # then the dual form gives the same weights faster
     gram_XX = x_MD @ x_MD.T if is_wide else x_MD.T @ x_MD
     rows_XC = y_MC if is_wide else x_MD.T @ y_MC
     eye_XX = torch.eye(len(gram_XX), dtype=torch.float64, device=gram_XX.device)
@@ -326,7 +326,7 @@ def _ridge(train_BD: Tensor, test_BD: Tensor, pictures: Pictures) -> float:
 
 
 def _attentive(train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: int) -> float:
-    """The package's heads, on features that are encoded once."""
+    """The package's attentive heads, on features encoded once."""
     fit_M, held_H = pictures.fit_and_held()
     flat_RD = train_BND[:2000].flatten(0, 1)
     std_D, mean_D = torch.std_mean(flat_RD, dim=0)
@@ -365,7 +365,7 @@ def _attentive(train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: in
 
 
 def run(options: argparse.Namespace) -> None:
-    """Each variant, data set and seed in a process, its readings appended to the file."""
+    """Run each variant, data set and seed in a process that appends its readouts to the file."""
     stored = {data: Path(f"{options.out}.{i}.pt") for i, data in enumerate(options.data)}
     for data, file in stored.items():
         torch.save(Pictures.load(data, options.scenes, os.cpu_count() or 1), file)
@@ -409,12 +409,12 @@ def one(options: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means and deviations over seeds, and each variant against its control of the same seed."""
+    """Means and standard deviations over seeds, and paired differences from the control."""
     cells: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         cells[row["data"], row["variant"], row["step"]][row["seed"]] = row
     lines = [
-        f"| data | what | step | seeds | {' | '.join(READINGS)} | {DECIDES} less {CONTROL}'s |",
+        f"| data | what | step | seeds | {' | '.join(READINGS)} | {DECIDES} minus {CONTROL} |",
         "|" + "---|" * (5 + len(READINGS)),
     ]
     for (data, name, step), of_seed in sorted(cells.items(), key=lambda cell: _place(cell[0])):
@@ -454,7 +454,7 @@ def _interval(gaps: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("action", choices=["run", "table", "one"])
-    parser.add_argument("out", type=Path, help="a file of readings, one JSON object a line")
+    parser.add_argument("out", type=Path, help="file of readouts, one JSON object per line")
     parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,14 +1,14 @@
-"""Reading images: this project's loader against torchvision's ImageFolder with PIL transforms.
+"""Image loading: this project's loader against torchvision's ImageFolder with PIL transforms.
 
-Both sides read the same JPEG files from disk, in one process on one thread, and give the same kind
-of batches: RandomResizedCrop with scale 0.3 to 1, bilinear with antialiasing, and normalized as
-float32. The other side is what most training scripts have: `ImageFolder`, its PIL loader,
-`RandomResizedCrop`, `ToTensor`, `Normalize` and torch's `DataLoader`. Ours normalizes a batch at
-once, as a training step does.
+Both sides read the same JPEG files from disk, in one process on one thread, and produce the same
+kind of batches: RandomResizedCrop with scale 0.3 to 1, bilinear with antialiasing, normalized as
+float32. The other side is what most training scripts use: `ImageFolder`, its PIL loader,
+`RandomResizedCrop`, `ToTensor`, `Normalize` and torch's `DataLoader`. Ours normalizes a whole batch
+at once, as a training step does.
 
-The pictures are made here, of the embedded scenes enlarged, with a texture whose amplitude falls
-with the frequency as it does in photographs, at quality 90 with halved colours (4:2:0). That gives
-0.5 bytes per pixel at 500 x 375, and 0.3 at 2000 x 1500, about what files of these sizes have.
+The pictures are enlarged embedded scenes with a texture whose amplitude falls with frequency as in
+photographs, saved at quality 90 with subsampled colours (4:2:0). They take 0.5 bytes per pixel at
+500 x 375 and 0.3 at 2000 x 1500, which is typical of such files.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ SCALE = (0.3, 1.0)
 
 
 class Setting(NamedTuple):
-    """The files of a benchmark, and the crop."""
+    """Files and crop of a benchmark."""
 
     width: int
     height: int
     texture: float
-    """The exponent by which the texture's amplitude falls with the frequency."""
+    """Exponent with which the texture's amplitude falls with frequency."""
     images: int
     crop: int
 
@@ -102,7 +102,7 @@ def torchvisions(root: Path, setting: Setting) -> DataLoader[tuple[torch.Tensor,
 
 
 def epochs_of(loader: Loader) -> Callable[[], None]:
-    """Reads the next epoch, normalized as the step does it."""
+    """A function that reads the next epoch, normalized as in a training step."""
     epochs = count()
 
     def read() -> None:
@@ -117,7 +117,7 @@ def describe(root: Path, setting: Setting) -> str:
     density = sum(file.stat().st_size for file in files) / len(files)
     density /= setting.width * setting.height
     return (
-        f"{setting.images} JPEGs of {setting.width} x {setting.height}, {density:.2f} bytes a "
+        f"{setting.images} JPEGs of {setting.width} x {setting.height}, {density:.2f} bytes per "
         f"pixel, cropped to {setting.crop}"
     )
 
@@ -136,7 +136,7 @@ def against_no_cache(name: str, effort: Effort) -> Row:
         what = f"{describe(root, setting)}, without the cache / an epoch from it"
         cached = ours(root, setting, cache=True)
         if not cached.cache_bytes:
-            raise SystemExit("too little memory is free here: the cache would not be used")
+            raise SystemExit("too little free memory: the cache would not be used")
         read_cached = epochs_of(cached)
         read_cached()  # fills it
         return speedup(name, read_cached, epochs_of(ours(root, setting)), effort, what)

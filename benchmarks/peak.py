@@ -1,11 +1,11 @@
-"""How much of the machine a step uses: FLOP rate against matmul peak, and memory against dense.
+"""Hardware utilization of a step: FLOP rate relative to matmuls, memory relative to dense.
 
     MODEL_PRECISION         FLOP rate of a whole packed step / of matmuls of the model's shapes
     memory_MODEL_PRECISION  peak memory of a packed step / of a dense step
 
-FLOPs are those of `dseqjepa.model.flops`: matrix products of packed tokens, nothing else, no
-padding. The matmul rate is the mean over the encoder's linear layers, forward and both backward
-products, in the same precision, weighted by their FLOPs.
+FLOPs are counted by `dseqjepa.model.flops`: only matrix products of packed tokens, without padding.
+The matmul rate is the mean over the encoder's linear layers, forward and both backward products, in
+the same precision, weighted by their FLOPs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def of_peak(name: str, effort: Effort, *, model: str, precision: str) -> Row:
 def _products(
     config: Config, tokens: int, dtype: torch.dtype
 ) -> list[tuple[float, Callable[[], object]]]:
-    """(FLOPs, work) of each linear layer of a block: forward, and the products of backward."""
+    """(FLOPs, function) of each linear layer of a block: the forward and backward products."""
     width = config.model.width
     products: list[tuple[float, Callable[[], object]]] = []
     for into, out in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
@@ -64,9 +64,9 @@ def _products(
 
 
 def memory(name: str, effort: Effort, *, model: str, precision: str) -> Row:
-    """Each side in a fresh process; what it held before the model was made is subtracted."""
+    """Measure each side in a fresh process, minus what it held before building the model."""
     batch = batch_of(model, precision, effort)
-    repeats = 1 if effort.smoke else 2  # the same work: only the allocator differs
+    repeats = 1 if effort.smoke else 2  # the work is identical: only the allocator varies
     pairs = [
         (
             _peak_of("packed_loss", model, precision, batch),
@@ -93,14 +93,14 @@ def _step_and_tell(pipe, side: str, model: str, precision: str, batch: int) -> N
     config = benchmark_config("dseq", model, precision)
     before = _mebibytes("VmRSS")
     bench = Bench(config, batch)
-    for _ in range(2):  # the optimizer's state exists from the second step on
+    for _ in range(2):  # optimizer state exists only after the first step
         bench.step(getattr(bench, side))
     pipe.send(_mebibytes("VmHWM") - before)
 
 
 def _mebibytes(what: str) -> float:
-    """Physical memory of this process now (VmRSS) or at most (VmHWM). Linux alone says this of the
-    process itself: what `getrusage` reports begins with the parent's."""
+    """Current (VmRSS) or peak (VmHWM) physical memory of this process. Linux only; `getrusage`
+    would include the parent's peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return int(line.split()[1]) / 1024

@@ -1,11 +1,11 @@
-"""Saliency to ranked regions, batch 256 on a 14 x 14 grid.
+"""From saliency to ranked regions, batch 256 on a 14 x 14 grid.
 
-share_of_step     the paper's components of smooth random maps: their share of a ViT-S/16 step of as
-                  many images at 224 px (bfloat16)
-clusters_share    rarity and clusters together, of random features of that encoder's width: their
-                  share of the same step
-clusters_vitt8    the same at 64 px on an 8 x 8 grid, of a ViT-Ti/8 step (float32)
-against_opencv    components of one batch at once against OpenCV, one image after the other
+share_of_step     the paper's components of smooth random maps: share of a ViT-S/16 step on as many
+                  images at 224 px (bfloat16)
+clusters_share    rarity and clusters of random features of that encoder's width: share of the same
+                  step
+clusters_vitt8    the same at 64 px on an 8 x 8 grid: share of a ViT-Ti/8 step (float32)
+against_opencv    components of a whole batch at once against OpenCV, image by image
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _clusters(
 def _share(
     name: str, effort: Effort, cut: Callable[[], object], label: str, model: tuple[str, str]
 ) -> Row:
-    """A step's time is proportional to its images, so that a small one stands for a large one."""
+    """A step's time is proportional to its images, so a small step is measured and scaled."""
     images = 4 if effort.smoke else BATCH
     step_images = 2 if effort.smoke else STEP_BATCH
     bench = Bench(benchmark_config("dseq", *model), step_images)
@@ -97,8 +97,8 @@ def against_opencv(name: str, effort: Effort) -> Row:
 
 
 def by_opencv(saliency_N: np.ndarray) -> torch.Tensor:
-    """The same regions with OpenCV: its Otsu sees maps rounded to 8 bits, hence rare differences
-    at the threshold."""
+    """The same regions with OpenCV, whose Otsu threshold uses 8-bit maps: ranks rarely differ at
+    the threshold."""
     import cv2
 
     low, high = saliency_N.min(), saliency_N.max()

@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 HERE = Path(__file__).parent
-SCRIPTS = ("step_time.py", "peak.py", "regions.py", "loader.py", "scaling.py")
+SCRIPTS = ("step_time.py", "peak.py", "regions.py", "loader.py", "scaling.py", "start.py")
 GOALS = {
     "step_time.py": [
         ("overhead_", "<=", 0.05),
@@ -40,15 +40,17 @@ GOALS = {
     "regions.py": [("share_of_step", "<=", 0.01), ("against_opencv", ">=", 5.0)],
     "loader.py": [("jpeg_500x375_224", ">=", 1.5)],
     "scaling.py": [],
+    "start.py": [("help", "<=", 0.3), ("first_step", "<=", 1.6)],
 }
-"""Of each script, (part of a name, direction, figure): the first that a name holds is its goal;
-without a direction there is none."""
+"""Script -> goals as (part of a name, direction, figure); the first whose part a name contains
+applies. An empty direction means no goal."""
 SECTIONS = {
     "step_time.py": "Whole training steps: the ratio is other / ours",
     "peak.py": "Hardware utilization: FLOP rate relative to matmuls, memory relative to dense",
     "regions.py": "From saliency maps to ranked regions",
     "loader.py": "Image loading in one process: the ratio is other / ours",
     "scaling.py": "Time per token, largest relative to smallest",
+    "start.py": "Starting a process: the ratio is ours / importing torch and torchvision",
 }
 
 NOTES = {
@@ -69,7 +71,7 @@ predicts. In `ijepa_truncated` both sides truncate (`method.blocks.truncate=batc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
-    parser.add_argument("--smoke", action="store_true", help="do all of them run?")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check that all run")
     parser.add_argument("--script", action="append", choices=SCRIPTS, help="only these")
     options = parser.parse_args()
     parts = [head()]
@@ -86,7 +88,7 @@ def measure(script: str, *, smoke: bool) -> list[dict[str, Any]]:
     )
     rows = []
     for name in listed.stdout.split():
-        # A process each: what one benchmark leaves in memory does not slow the next.
+        # One process each, so that leftovers in memory do not slow the next benchmark.
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.json"
             command = [sys.executable, str(HERE / script), "--only", name, "--json", str(file)]

@@ -1,14 +1,14 @@
-"""Does a step cost what its tokens cost? ViT-Ti, bfloat16, packed, over
+"""Is the time of a step proportional to its tokens? ViT-Ti, bfloat16, packed, over
 
     image_size   64 to 448 px, patches of 16 px
-    regions      at most 2 to 9 regions an image, alpha 0.01, 128 px with patches of 8 px
+    regions      at most 2 to 9 regions per image, alpha 0.01, 128 px with patches of 8 px
     batch        8 to 512 images, 64 px with patches of 8 px
 
-Each prints its points. The ratio is the time per token at the largest point over that at the
-smallest: 1 is linear in the tokens. A token counts as often as it is computed, in encoder forwards:
-1 in the target, 3 in the context encoder (forward and backward), and in the predictor by its width
-and depth. Attention is quadratic in the tokens of one image, so `image_size` also says what the
-ratio of FLOPs per token is: that much is the model's own.
+Each prints its points. The ratio is the time per token at the largest point divided by that at the
+smallest; 1 means linear in the tokens. A token is weighted by its number of encoder forward passes:
+1 in the target, 3 in the context encoder (forward and backward), and in the predictor by width and
+depth. Attention is quadratic in the tokens of an image, so the ratio of FLOPs per token is also
+given: that part is inherent in the model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def point(label: str, batch: int, *overrides: str) -> Point:
 
 
 def sweep(name: str, effort: Effort, points: Sequence[Point], what: str) -> Row:
-    """All points in turn, several times over."""
+    """Time all points in turn, several times."""
     for _ in range(effort.warmup):
         for p in points:
             p.bench.step(p.bench.packed_loss)
@@ -78,7 +78,7 @@ def image_size(name: str, effort: Effort) -> Row:
     sizes = SIZES[:2] if effort.smoke else SIZES
     points = []
     for size in sizes:
-        # About as many patches in each step, so that only the images' size differs.
+        # About equally many patches per step, so that only the image size differs.
         batch = 2 if effort.smoke else max(2, round(32 * (224 / size) ** 2 / 8))
         points.append(point(f"{size} px", batch, f"data.image_size={size}", "model.patch_size=16"))
     return sweep(name, effort, points, f"{sizes[-1]} px / {sizes[0]} px")

@@ -1,11 +1,11 @@
-"""How many regions an image has, by how it is cut: which settings give the five of the paper's
+"""Number of regions per image, by how it is cut: which settings give the five of the paper's
 Fig. 4?
 
     python benchmarks/sequences.py RUN
 
-RUN is a trained encoder with [CLS]; beside it stands its untrained self. Maps are those of crops of
-seven photographs that scikit-image and scikit-learn bring along, and random ones; grids are 8 x 8
-to 28 x 28 (image sizes follow from the grid, positions are interpolated). Writes
+RUN is a trained encoder with [CLS]; it is compared with its untrained initialization. Maps are
+computed on crops of seven photographs included in scikit-image and scikit-learn, or random; grids
+are 8 x 8 to 28 x 28 (image sizes follow from the grid, positions are interpolated). Writes
 docs/pictures/sequences.png and regions-cut.png (`--out`), and prints the tables of docs/regions.md.
 
 Suffixes: B images, N patches, C colours, H and W pixels, 3 colours last.
@@ -60,7 +60,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Maps:
-    """Maps of one kind on one grid, and the features of their patches where there are any."""
+    """Maps of one kind on one grid, and the features of their patches, if any."""
 
     saliency_BN: Tensor
     content_BND: Tensor | None = None
@@ -78,7 +78,7 @@ def photographs() -> list[Tensor]:
 
 
 def crops(photos: Sequence[Tensor], each: int, side: int) -> Tensor:
-    """Random resized crops, 20 to 100 % of the area, as training has them."""
+    """Random resized crops of 20 to 100 % of the area, as in training."""
     transform = TrainTransform((side, side), (0.2, 1.0))
     keys = sample_keys(SEED, 0, torch.arange(each * len(photos))).tolist()
     return torch.stack([transform(photos[i % len(photos)], key) for i, key in enumerate(keys)])
@@ -87,7 +87,7 @@ def crops(photos: Sequence[Tensor], each: int, side: int) -> Tensor:
 def encoder_maps(
     encoder: VisionTransformer, images_BCHW: Tensor, config: Config
 ) -> Iterator[tuple[str, Maps]]:
-    """Maps of every kind, and the features that the run's clusters are made of."""
+    """Maps of every kind, and the features that the run clusters."""
     content = config.method.cut.regions.features
     for kind in KINDS:
         looks = [
@@ -127,7 +127,7 @@ def count_components(maps: Mapping[str, Mapping[int, Maps]]) -> Counts:
 
 
 def table(counts: Counts, cell: Callable[[Tensor], str]) -> str:
-    """One line a kind of map and grid, one column an alpha."""
+    """One line per kind of map and grid, one column per alpha."""
     lines = [f"| map | grid | {' | '.join(f'{alpha:g}' for alpha in ALPHAS)} |"]
     lines.append("|---|---|" + "---|" * len(ALPHAS))
     for kind, by_side in counts.items():
@@ -138,7 +138,7 @@ def table(counts: Counts, cell: Callable[[Tensor], str]) -> str:
 
 
 def others(maps: Mapping[str, Mapping[int, Maps]], min_area: float = 0.03) -> str:
-    """Clusters and bands, where there are features: mean number, and the share with five."""
+    """Clusters and bands of maps with features: mean number, and the share with five."""
     lines = ["| map | grid | clusters: number | with five | bands: number | with five |"]
     lines.append("|---|---|---|---|---|---|")
     for kind, by_side in maps.items():
@@ -173,7 +173,7 @@ def share_with_five(count_B: Tensor) -> float:
 
 
 def chart_of(counts: Counts, title: str, caption: str) -> Figure:
-    """Above, the mean number of regions by alpha; below, the share of images with five; a column a
+    """Top: mean number of regions by alpha; bottom: share of images with five; one column per
     grid."""
     width, height, gap, left = 2.0, 1.7, 0.35, 0.5
     step = height + 0.75
@@ -242,7 +242,7 @@ def examples(encoder: VisionTransformer, images_BCHW: Tensor, side: int, config:
     sheet = tile_table(
         rows, headings, grid, title="The same crops, cut in five ways",
         caption=f"{side} x {side} patches, at most five regions, 1 the most salient; the number "
-        "behind the kind is the smallest area, as a share of the grid.",
+        "after the kind is the smallest area, as a share of the grid.",
     )  # fmt: skip
     for b, axes in enumerate(sheet.axes):
         for place, rank_BN in zip(axes[3:], ranks, strict=True):
@@ -251,7 +251,7 @@ def examples(encoder: VisionTransformer, images_BCHW: Tensor, side: int, config:
 
 
 def shrink(path: Path, width: int = 1120) -> None:
-    """For a document: narrower, and in at most 200 colours."""
+    """Reduce a picture for the documentation: narrower, and at most 200 colours."""
     with Image.open(path) as picture:
         height = round(picture.height * width / picture.width)
         small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
@@ -289,8 +289,8 @@ def main() -> None:
     figure = chart_of(
         shown, "Regions by Otsu's threshold and components",
         f"{wanted.each} crops of each of seven photographs, and as many random maps; at most five "
-        "regions, the left-over included. Alpha is the smallest share of the grid that a component "
-        "may hold; the paper's is 0.15.",
+        "regions, the left-over region included. Alpha is the smallest share of the grid that a "
+        "component may cover; the paper's is 0.15.",
     )  # fmt: skip
     images_BCHW = crops(photos, 1, 14 * patch)
     sheet = examples(trained, images_BCHW, 14, checkpoint.config)

@@ -1,13 +1,13 @@
-"""Reading shards: against a folder, webdataset and litdata; what an index of many images costs.
+"""Reading shards, compared with a folder, webdataset and litdata; the cost of a large index.
 
-Both sides of a comparison read the same JPEG bytes in one process on one thread, in turn, and cut
-the same crops with this project's transform, so that what differs is how a library finds and
-shuffles images; `read_` leaves decoding out. webdataset reads the same tar files with a shuffle
-buffer of 1,000 images, litdata its own chunks of the same images and size, shuffled.
+Both sides of a comparison read the same JPEG bytes in one process on one thread, alternately, and
+crop them with this project's transform, so that only finding and shuffling images differs; `read_`
+omits decoding. webdataset reads the same tar files with a shuffle buffer of 1,000 images, litdata
+its own chunks of the same images and size, shuffled.
 
-`memory` and `start` use an index made for the purpose, whose millions of records all lead to the
-same few images. `entropy` draws orders of 1,281,167 images in 1,000 classes, 4,500 in a shard, and
-reads no image at all.
+`memory` and `start` use an artificial index whose millions of records all refer to the same few
+images. `entropy` draws orders of 1,281,167 images in 1,000 classes, 4,500 per shard, and reads no
+image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.keyed import Stream, sample_keys, shuffled
 
 SHARD = 2_000_000
-"""Bytes of a shard: a hundredth of a usual one, as there are a thousandth of the images."""
+"""Bytes per shard: a hundredth of the usual size, for a thousandth of the images."""
 BATCH, WINDOW, BUFFER, CROP = 64, 4, 1000, 224
 FEW, MANY, STARTED = 10**4, 10**8, 10**7
 IMAGENET, CLASSES, IN_SHARD, STEP = 1_281_167, 1000, 4500, 2048
@@ -48,7 +48,7 @@ IMAGENET, CLASSES, IN_SHARD, STEP = 1_281_167, 1000, 4500, 2048
 
 @contextmanager
 def packed(effort: Effort) -> Iterator[tuple[Path, Path, int]]:
-    """Pictures in a folder, the same in shards, and how many."""
+    """Pictures in a folder, the same in shards, and their number."""
     setting = SETTINGS["jpeg_500x375_224"]
     setting = setting._replace(images=8 if effort.smoke else setting.images)
     torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def loader(source: Shards | ImageFolder, images: int, window: int = 0) -> Loader
 
 
 def cut(transform: TrainTransform, content: bytes | bytearray, index: int) -> torch.Tensor:
-    """What a worker of ours does with the bytes of an image."""
+    """What one of our workers does with the bytes of an image."""
     (crop,) = transform.cuts(sample_keys(0, 0, torch.tensor([index])))
     return crop(decode_reduced(bytes(content), transform.reduction))
 
@@ -109,7 +109,7 @@ LIBRARIES = {"webdataset": webdataset_of, "litdata": litdata_of}
 
 
 def against_library(name: str, effort: Effort) -> Row:
-    """A worker's epoch: read, decode, cut; or read alone."""
+    """A worker's epoch: read, decode and crop, or only read."""
     kind, _, library = name.partition("_")
     with packed(effort) as (_, shards, images):
         theirs = LIBRARIES[library](shards)
@@ -133,7 +133,7 @@ def against_library(name: str, effort: Effort) -> Row:
 
 
 def made_index(root: Path, images: int) -> Path:
-    """An index of this many images, in shards of 100,000, that are all links to one tar file."""
+    """An index of this many images in shards of 100,000, all of them links to one tar file."""
     few = next(root.glob("*.tar"))
     with few.open("rb") as file:
         found = read_shard(file, few.name)
@@ -153,15 +153,15 @@ def made_index(root: Path, images: int) -> Path:
 
 
 def anonymous() -> int:
-    """Bytes of this process that no file stands behind."""
+    """Bytes of anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def start(place: str, batches: int) -> tuple[float, float]:
-    """In a process of its own: seconds to the first batch, and bytes that some batches took."""
+    """Seconds to the first batch and bytes used by some batches; to be run in a new process."""
     torch.set_num_threads(1)
-    warm = torch.arange(2**20).sort()  # what the first use of torch takes is not the index's
+    warm = torch.arange(2**20).sort()  # so that torch's own start-up cost is not counted
     del warm
     before, began = anonymous(), time.perf_counter()
     source = Shards(Path(place), "train")
@@ -175,7 +175,7 @@ def start(place: str, batches: int) -> tuple[float, float]:
 
 
 def of_many(name: str, effort: Effort) -> Row:
-    """Few images and many, each in a new process."""
+    """Compare few images with many, each in a new process."""
     kind = name.partition("_")[0]
     many = STARTED if kind == "start" else MANY
     many = 10 * FEW if effort.smoke else many
@@ -196,7 +196,7 @@ def of_many(name: str, effort: Effort) -> Row:
 
 
 def entropy(name: str, effort: Effort) -> Row:
-    """The mean class entropy of a batch in bits, against that of a full shuffle."""
+    """The mean class entropy of a batch in bits, compared with that of a full shuffle."""
     _, packing, window = name.split("_")
     images = IMAGENET // 50 if effort.smoke else IMAGENET
     label_N = np.arange(images) * CLASSES // images

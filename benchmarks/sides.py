@@ -1,8 +1,8 @@
-"""What the step benchmarks compare: a whole training step, packed or dense, on the same plan.
+"""The two sides of the step benchmarks: a whole training step, packed or dense, on the same plan.
 
 A step is: target forward, saliency, regions, contexts, predictor, backward, optimizer, EMA. The
 saliency map is computed and then replaced by a smooth random one, so that regions do not depend on
-what an untrained encoder happens to look at.
+the saliency of an untrained encoder.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from dseqjepa.train.optimizer import build_optimizer, set_rates
 SEED = 0
 CANDIDATES = 32
 MODELS = {"vitt8_64": "vitt8_64", "vits16_224": "vits16_in1k", "vitb16_224": "vitb16_in1k"}
-"""The benchmarks' names of models -> the presets whose sizes they take."""
+"""Name of a model in the benchmarks -> the preset whose sizes it has."""
 PRESETS = MODELS | {"vith14_224": "vith14_in1k"}
-"""With those that are too large for a CPU."""
+"""The same with models too large for a CPU."""
 
 
 def benchmark_config(method: str, model: str, precision: str, *overrides: str) -> Config:
@@ -61,8 +61,8 @@ def smooth_saliency(batch: int, grid: tuple[int, int], seed: int = SEED) -> Tens
 def typical_saliency(
     batch: int, grid: tuple[int, int], num_regions: int, min_area: float
 ) -> Tensor:
-    """Of many batches of smooth maps, the one whose contexts hold nearest to the mean number of
-    patches: a small batch drawn at random can have half as many or twice as many."""
+    """The batch of smooth maps, among many, whose number of context patches is closest to the mean:
+    a small random batch can have half or twice as many."""
     maps = [smooth_saliency(batch, grid, seed) for seed in range(CANDIDATES)]
     patches = []
     for map_BN in maps:
@@ -81,7 +81,7 @@ class Bench:
         size = (batch, 3, *config.data.image_size)
         self.config = config
         self.progress = 1.0
-        """How far the curriculum has come."""
+        """Position in the curriculum, 0 to 1."""
         images_BCHW = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
         self.device = device
         self.images_BCHW = images_BCHW.to(device)
@@ -104,7 +104,7 @@ class Bench:
         self.method.look = look_elsewhere  # type: ignore[method-assign]
 
     def double(self) -> None:
-        """Every image of the batch twice."""
+        """Repeat every image of the batch."""
         self.images_BCHW = torch.cat([self.images_BCHW] * 2)
         self.keys_B = torch.cat([self.keys_B] * 2)
         self.saliency_BN = torch.cat([self.saliency_BN] * 2)
@@ -118,7 +118,7 @@ class Bench:
             return self.method(self.images_BCHW, progress=self.progress, keys_B=self.keys_B).loss
 
     def dense_loss(self) -> Tensor:
-        """As the authors' release does it: every step of every image at full length."""
+        """As in the authors' release: every step of every image at full length."""
         return self._other_loss(dense_loss)
 
     def padded_loss(self) -> Tensor:
@@ -132,8 +132,8 @@ class Bench:
             return truncated_loss(self.method, self.images_BCHW, target_BND, cut)
 
     def tokens(self) -> dict[str, int]:
-        """Context patches of the batch, as the packed side encodes them: each once; and predicted
-        patches."""
+        """Numbers of context patches, which the packed side encodes once each, and of predicted
+        patches in the batch."""
         look = self.method.look(self.images_BCHW)
         plan = self.method.draw(look, self.grid, self.progress, self.keys_B).plan
         images, encoder = len(self.images_BCHW), self.method.encoder
@@ -151,7 +151,7 @@ class Bench:
             return compute(self.method, self.images_BCHW, target_BND, plan, steps)
 
     def step(self, loss: Callable[[], Tensor]) -> None:
-        """A whole training step on a loss."""
+        """A whole training step with this loss."""
         loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

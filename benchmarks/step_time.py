@@ -1,4 +1,4 @@
-"""Whole training steps: packed against the way of the authors' release, and its relatives.
+"""Whole training steps: packed, compared with the authors' release and with I-JEPA's batching.
 
     MODEL_PRECISION             DSeq-JEPA against full-length, masked sequences; alpha 0.15
     MODEL_PRECISION_a05         the same with alpha 0.05
@@ -7,15 +7,15 @@
     lambda0_MODEL_PRECISION     the same at lambda 0
     MODEL_PRECISION_a05_causal  region-causal contexts against prefix contexts, both packed
     ijepa_MODEL_PRECISION       I-JEPA against contexts and targets padded to the batch's longest
-    ijepa_cut_MODEL_PRECISION   the same against contexts cut to the batch's shortest, as in
+    ijepa_cut_MODEL_PRECISION   the same against contexts truncated to the batch's shortest, as in
                                 facebookresearch's code: less of each image is seen
-    ijepa_token_MODEL_PRECISION the same, the time of each context token
-    ijepa_predicted_MODEL_PRECISION  the same, the time of each predicted token
-    ijepa_truncated_MODEL_PRECISION  I-JEPA with the contexts of both sides cut to the shortest
-                                (method.blocks.truncate=batch)
+    ijepa_token_MODEL_PRECISION the same, time per context token
+    ijepa_predicted_MODEL_PRECISION  the same, time per predicted token
+    ijepa_truncated_MODEL_PRECISION  I-JEPA with the contexts of both sides truncated to the
+                                shortest (method.blocks.truncate=batch)
     overhead_MODEL_PRECISION    the share of a real run's step that is not model arithmetic
 
-The ratio is other / ours; of `overhead` it is the share itself. Without `--only` those of `USUAL`
+The ratio is other / ours; for `overhead` it is the share itself. Without `--only`, those in `USUAL`
 run, in under five minutes on two cores; `--list` names all.
 """
 
@@ -44,7 +44,7 @@ from dseqjepa.train.loop import Trainer
 
 BATCH = {"vitt8_64": 64, "vits16_224": 16, "vitb16_224": 8}
 FULL_PRECISION_BATCH = {"vitt8_64": 64, "vits16_224": 8, "vitb16_224": 4}
-"""Smaller where a dense step would take half a minute."""
+"""Smaller if a dense step would take half a minute."""
 OVERHEAD_STEPS = 16
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 USUAL = (
@@ -122,7 +122,7 @@ def ijepa(name: str, effort: Effort, *, model: str, precision: str) -> Row:
 def truncated(
     name: str, effort: Effort, *, model: str, precision: str, by: str = "", truncate: str = "none"
 ) -> Row:
-    """Against contexts cut to the batch's shortest; `by` says what is counted instead of images."""
+    """Against contexts truncated to the batch's shortest; `by` is the unit, instead of images."""
     batch = 2 * batch_of(model, precision, effort)
     setting = f"method.blocks.truncate={truncate}"
     bench = Bench(benchmark_config("ijepa", model, precision, setting), batch)
@@ -143,10 +143,10 @@ def truncated(
 
 
 def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
-    """A real run on scenes in memory: what is left of its time without the model's arithmetic.
+    """The share of time spent outside model arithmetic in a real run on scenes in memory.
 
-    The arithmetic is forward, backward and optimizer, less drawing plans and packing them. What is
-    left is data, transforms, plans, packing, EMA, logging and Python.
+    The arithmetic is forward, backward and optimizer, minus drawing and packing plans. The rest is
+    data, transforms, plans, packing, EMA, logging and Python.
     """
     batch = batch_of(model, precision, effort)
     steps = 2 if effort.smoke else OVERHEAD_STEPS
@@ -180,7 +180,7 @@ def overhead(name: str, effort: Effort, *, model: str, precision: str) -> Row:
 
 @contextmanager
 def _watched(trainer: Trainer) -> Iterator[dict[str, list[float]]]:
-    """Seconds of each step: whole, in the model and optimizer, and in planning and packing."""
+    """Seconds per step: in total, in model and optimizer, and in planning and packing."""
     spent: dict[str, list[float]] = {"step": [], "arithmetic": [], "planning": []}
 
     def timed(

@@ -1,10 +1,10 @@
-"""I-JEPA as facebookresearch's code batches it: every context cut to the batch's shortest.
+"""I-JEPA as facebookresearch's code batches it: every context truncated to the batch's shortest.
 
-A batch has one size of target block and one of context block; their places are drawn an image.
-Targets are cut out of the context, and what is left has another length in every image. So that a
-batch is one array without a mask, each context keeps its first C patches in raster order, C being
-the length of the shortest; the rest is dropped. The context is encoded once and repeated for the
-four targets. Written from that description, with this project's modules.
+A batch has one size of target blocks and one of context blocks, whose positions are drawn per
+image. Targets are removed from the context, which leaves a different length in every image. To form
+one array without a mask, each context keeps only its first C patches in raster order, where C is
+the shortest length. The context is encoded once and repeated for the four targets. Written from
+this description, with this project's modules.
 
 Suffixes: B images, M targets of an image, N patches, C patches that are kept, Q patches of a
 target, S = B * M sequences, D width, W the predictor's width.
@@ -29,12 +29,12 @@ CANDIDATES = 32
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What is left of a batch's contexts, and its targets."""
+    """The truncated contexts and the targets of a batch."""
 
     context_BC: Tensor
     target_BMQ: Tensor
     drawn: int
-    """Context patches of the batch before they were cut."""
+    """Number of context patches in the batch before truncation."""
 
     @property
     def kept(self) -> int:
@@ -42,14 +42,14 @@ class Cut:
 
 
 def typical_cut(blocks: BlocksConfig, batch: int, grid: tuple[int, int]) -> Cut:
-    """Of many batches the one that keeps nearest to the mean number of context patches."""
+    """The batch, among many, whose number of kept context patches is closest to the mean."""
     cuts = [draw(blocks, batch, grid, seed) for seed in range(CANDIDATES)]
     mean = sum(cut.kept for cut in cuts) / CANDIDATES
     return min(cuts, key=lambda cut: abs(cut.kept - mean))
 
 
 def draw(blocks: BlocksConfig, batch: int, grid: tuple[int, int], seed: int) -> Cut:
-    """A batch's contexts and targets; drawn again where a context would be empty."""
+    """A batch's contexts and targets; redrawn if a context would be empty."""
     generator = torch.Generator().manual_seed(seed)
 
     def between(low: float, high: float) -> float:
@@ -88,7 +88,7 @@ def draw(blocks: BlocksConfig, batch: int, grid: tuple[int, int], seed: int) -> 
 
 
 def truncated_loss(method: Method, images_BCHW: Tensor, target_BND: Tensor, cut: Cut) -> Tensor:
-    """The prediction loss on what was kept."""
+    """The prediction loss with the truncated contexts."""
     pixels_BNP = pixels_of(method, images_BCHW)
     width = pixels_BNP.shape[-1]
     kept_BCP = pixels_BNP.gather(1, cut.context_BC[:, :, None].expand(-1, -1, width))

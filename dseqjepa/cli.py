@@ -370,7 +370,8 @@ def import_(
     run, overrides = split_settings(settings or [], ("out", "overwrite"))
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
-    from dseqjepa.train.foreign import ImportConfig, described, import_encoder
+    from dseqjepa.commands import ImportConfig
+    from dseqjepa.train.foreign import described, import_encoder
 
     config = import_encoder(
         file.expanduser(),
@@ -406,7 +407,8 @@ def export(
     encoder, and image_size=[H,W] the size that positions are stored for.
     """
     own, overrides = split_settings(settings or [], ("data",))
-    from dseqjepa.export.write import ExportConfig, export_encoder
+    from dseqjepa.commands import ExportConfig
+    from dseqjepa.export.write import export_encoder
 
     config = ExportConfig.from_settings(overrides)
     export_encoder(encoder, to, out.expanduser(), config, data=own.get("data"), tell=print)
@@ -457,8 +459,9 @@ def embed(
     images, run, overrides = _images_and_settings(words, ("data", "out", "overwrite"))
     if "out" not in run:
         raise InputError("out=FILE is missing: name the table, such as out=features.parquet")
+    from dseqjepa.commands import EmbedConfig
     from dseqjepa.embeddings.findings import Asked
-    from dseqjepa.embeddings.run import EmbedConfig, embed_images
+    from dseqjepa.embeddings.run import embed_images
 
     written = embed_images(
         encoder,
@@ -507,7 +510,8 @@ def predict(
     and encoder=PATH locates the encoder if it was moved.
     """
     images, run, overrides = _images_and_settings(words, ("data", "out", "overwrite", "encoder"))
-    from dseqjepa.embeddings.predict import PredictConfig, predict_images
+    from dseqjepa.commands import PredictConfig
+    from dseqjepa.embeddings.predict import predict_images
 
     predict_images(
         head.expanduser(),
@@ -811,7 +815,7 @@ def export_scenes(
 
     size=64 count=200 val_count=50 seed=0 say how large and how many. data=FORMAT:DIR reads them.
     """
-    from dseqjepa.config import MiniatureConfig
+    from dseqjepa.commands import MiniatureConfig
 
     config = MiniatureConfig.from_settings(settings or [])
     if print_config:
@@ -829,14 +833,14 @@ def settings(
         str | None,
         typer.Argument(
             metavar="[SECTION]",
-            help="A section, such as data, method.regions or knn; all of them if left out.",
+            help="A section, such as data, method.regions, knn or embed; all if left out.",
             autocompletion=_sections,
         ),
     ] = None,
 ) -> None:
     """Explain settings, with type, range and default.
 
-    Sections are those of a config (`pretrain`) or the names of evaluations (`evaluate`).
+    Sections are those of a config (`pretrain`), or the name of an evaluation or of another command.
     """
     from dseqjepa.describe import describe_settings
 

@@ -544,19 +544,6 @@ class LogConfig(Section):
     """MLflow's tracking URI; `auto`: files in the run's folder."""
 
 
-class MiniatureConfig(Section):
-    """Scenes written in the format of a benchmark (`dseqjepa scenes export`)."""
-
-    size: int | None = Field(None, le=16384)
-    """Side in pixels; 64 unless the format has a fixed size."""
-    count: int = Field(200, ge=10, le=10**7)
-    """Training scenes."""
-    val_count: int = Field(50, ge=10, le=10**7)
-    """Validation scenes."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of the scenes."""
-
-
 class Config(Section):
     """The configuration of a run."""
 

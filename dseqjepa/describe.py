@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from dseqjepa.commands import COMMANDS
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.settings import sections_of
@@ -41,9 +42,9 @@ def section_names() -> list[str]:
 
 def _sections() -> dict[str, list[type[BaseModel]]]:
     known: dict[str, list[type[BaseModel]]] = dict(_walk("", Config))
-    known |= {name: [task] for name, task in TASKS.items()}
-    for name, task in TASKS.items():
-        known |= dict(_walk(f"{name}.", task))
+    for name, model in (TASKS | COMMANDS).items():
+        known[name] = [model]
+        known |= dict(_walk(f"{name}.", model))
     return known
 
 

@@ -1,23 +1,23 @@
-"""`dseqjepa preflight PRESET --on h100 --devices 64`: what a run would cost on machines elsewhere,
-from counted FLOPs and bytes.
+"""`dseqjepa preflight PRESET --on h100 --devices 64`: the cost of a run on other machines,
+estimated from counted FLOPs and bytes.
 
 With P trained and Q target parameters, n devices, b images on each at a time, F FLOPs per image
 (`model.flops`, mean of the plans at the start and at the end of the curriculum):
 
     hours            epochs * images * F / (n * share * rate)
     state            (16 P + 4 Q) bytes: weights, gradient and two moments of AdamW; the target
-    activations      b * sum of (W * width * tokens * blocks) over encoder and predictor, and the
-                     target's of one block; W bytes are what autograd keeps (`KEPT`)
-    memory, ddp      state + 4 P (the buckets in which gradients travel) + activations
+    activations      b * sum of (W * width * tokens * blocks) over encoder and predictor, plus one
+                     block of the target; autograd keeps W bytes (`KEPT`)
+    memory, ddp      state + 4 P (gradient buckets) + activations
     memory, fsdp     state / n + 2 whole blocks with their gradients + activations
-    sent, ddp        2 (n - 1) / n * 4 P bytes per device and step: a ring's all-reduce
+    sent, ddp        2 (n - 1) / n * 4 P bytes per device and step: ring all-reduce
     sent, fsdp       (n - 1) / n * 4 (3 P + Q): trained weights are gathered twice and their
                      gradients scattered, the target's weights gathered once
     checkpoint       (12 P + 4 Q) bytes
-    images read      images/s * bytes of an image's file
+    images read      images/s * bytes per image file
 
-`rate` is what a large matrix product reaches on the device, and `share` what a whole step reached
-of it in docs/gpu.md, by the encoder's width.
+`rate` is the FLOP rate of a large matrix product on the device, and `share` the fraction of it that
+a whole step reached in docs/gpu.md, by encoder width.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.rehearsal import state_bytes
 
 IMAGENET = (1_281_167, 147_897_477_120 // 1_281_167)
-"""Images to train on, and bytes of one, by the size of the archive."""
+"""Number of training images, and bytes per image, from the size of the archive."""
 REACHED = 778 / 989
-"""What a product of 8192 x 8192 matrices reached of the data sheet's rate: docs/gpu.md."""
+"""Share of the data sheet's rate that a product of 8192 x 8192 matrices reached (docs/gpu.md)."""
 PLANNED = 16
-"""Images whose plans are counted."""
+"""Number of images whose plans are counted."""
 KEPT = 36
-"""Bytes that autograd keeps for a number of a token in a block, in bf16: the inputs of two norms 4
-each, what they give to matrix products 2 each, queries, keys and values 6, what attention gives 2,
-the hidden layer before and after its activation 8 each."""
+"""Bytes that autograd keeps per channel of a token in a block, in bf16: the inputs of two norms 4
+each, their outputs 2 each, queries, keys and values 6, the output of attention 2, the hidden layer
+before and after its activation 8 each."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """By its data sheet: FLOP/s of dense bf16 products, bytes of memory."""
+    """Data-sheet values: FLOP/s of dense bf16 products, bytes of memory."""
 
     rate: float
     memory: float
@@ -68,21 +68,21 @@ DEVICES = {
 }
 WIDTHS = (192, 384, 768, 1280)
 SHARES = {"dseq": (0.045, 0.116, 0.198, 0.174), "ijepa": (0.044, 0.144, 0.232, 0.212)}
-"""Of the matrix products' rate, by the encoder's width, with 1024, 256, 128 and 32 images at a
-time: docs/gpu.md. C-JEPA is taken for I-JEPA."""
+"""Shares of the matrix products' rate by encoder width, with 1024, 256, 128 and 32 images at a time
+(docs/gpu.md). C-JEPA is assumed to equal I-JEPA."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a run, or of one step on one device; bytes, seconds and numbers."""
+    """Costs of a run, or of one step on one device; bytes, seconds and numbers."""
 
     devices: int
     batch: int
     flops: float
-    """Of one image."""
+    """Per image."""
     share: float
     images_per_s: float
-    """Of all devices."""
+    """Over all devices."""
     hours: float
     device_hours: float
     state: float
@@ -100,16 +100,16 @@ class Forecast:
 def forecast(
     config: Config, on: str, devices: int, data: tuple[int, int] = IMAGENET, seed: int = 0
 ) -> Forecast:
-    """What a run would cost; `data` are the number of images and the bytes of one.
+    """The cost of a run; `data` is the number of images and the bytes per image.
 
     Raises:
-        InputError: there is no such device, the batch cannot be divided among them, or the run
-            is in fp32, whose rate was not measured.
+        InputError: the device is unknown, the batch cannot be divided among the devices, or the
+            run is in fp32, for which no rates were measured.
     """
     if on not in DEVICES:
         raise InputError(f"unknown device {on!r}{did_you_mean(on, DEVICES)}")
     if config.runtime.precision == "fp32":
-        raise InputError("--on knows what steps in bf16 take: add runtime.precision=bf16")
+        raise InputError("--on only knows the speed of bf16 steps: add runtime.precision=bf16")
     device, (images, image_bytes) = DEVICES[on], data
     at_a_time, left = divmod(config.data.batch_size, devices * config.optim.accumulate)
     if left:
@@ -118,7 +118,7 @@ def forecast(
             f"with optim.accumulate={config.optim.accumulate}"
         )
     config = config.resolved(images)
-    with torch.device("meta"):  # shapes without values
+    with torch.device("meta"):  # shapes suffice
         method = build_method(config)
     tokens = plans(config, seed)
     flops = sum(step_flops(method.encoder, method.predictor, t) / t.images for t in tokens) / 2
@@ -156,16 +156,17 @@ def forecast(
 
 
 def share(config: Config) -> float:
-    """Of the rate of matrix products that steps reach, between the widths that were measured."""
+    """Share of the matrix products' rate that a step reaches, interpolated between the measured
+    widths."""
     shares = SHARES["dseq" if config.method.name == "dseq" else "ijepa"]
     return float(np.interp(config.model.width, WIDTHS, shares))
 
 
 def plans(config: Config, seed: int) -> tuple[Tokens, Tokens]:
-    """What the plans of scenes need at the start and at the end of a run.
+    """Tokens of the plans of scenes at the start and at the end of a run.
 
-    They are looked at by an encoder as shallow as the method's settings allow: where regions lie
-    takes no more, and untrained it is either way.
+    The plans are drawn with an encoder as shallow as the method's settings allow; it is untrained,
+    so deeper blocks would not make them more realistic.
     """
     own = config.method.model_dump()
     depth = 1 + max(_block(own, "saliency", "block"), _block(own, "regions", "features"))
@@ -198,17 +199,17 @@ def _block(method: dict[str, object], section: str, key: str) -> int:
 
 
 def activations(method: Method, tokens: Tokens) -> float:
-    """Bytes kept for one image from the forward to the backward pass."""
+    """Bytes kept per image from the forward to the backward pass."""
     encoder, predictor = method.encoder, method.predictor
     numbers = tokens.encoder * encoder.width * len(encoder.blocks)
     numbers += tokens.predictor * predictor.embed.out_features * len(predictor.blocks)
-    # The target keeps nothing, but what one of its blocks computes is there at once.
+    # The target keeps nothing for a backward pass, but one of its blocks is in memory at a time.
     patches = encoder.grid[0] * encoder.grid[1] + encoder.prefix
     return KEPT * (numbers / tokens.images + patches * encoder.width)
 
 
 def table(config: Config, on: str, found: Forecast) -> Table:
-    """For people."""
+    """The forecast as a readable table."""
     shown = Table("the run", f"{found.devices} x {on}")
     rows = {
         "images at a time, per device": f"{found.batch}",
@@ -220,7 +221,7 @@ def table(config: Config, on: str, found: Forecast) -> Table:
         "device-hours": f"{found.device_hours:,.0f}",
         "memory per device, ddp": _of(found.memory_ddp, found.memory_there),
         "memory per device, fsdp": _of(found.memory_fsdp, found.memory_there),
-        "of it activations": _gb(found.activations),
+        "  activations, included": _gb(found.activations),
         "image files read": f"{found.read_per_s / 1e6:,.0f} MB/s",
         "checkpoint": _gb(found.checkpoint),
         "sent per device and step, ddp": _sent(found.sent_ddp, found.step_s),
@@ -251,7 +252,7 @@ def preflight_on(
     report: Path | None = None,
     console: Console | None = None,
 ) -> Forecast:
-    """Work it out and print it; `report` is a JSON file for the same."""
+    """Compute and print a forecast; `report` is a JSON file for it."""
     found = forecast(config, on, devices)
     (console or Console()).print(table(config, on, found))
     if report is not None:

@@ -1,6 +1,6 @@
-"""`dseqjepa preflight`: what a run will cost on this machine, and what may be wrong with its data.
+"""`dseqjepa preflight`: the cost of a run on this machine, and an audit of its data.
 
-Nothing is written but the files that are asked for.
+Only the requested files are written.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dseqjepa.viz.regions import regions_picture
 
 PICTURES = 12
 WAITING = 0.1
-"""The share of a step spent waiting for data from which on it is worth a warning."""
+"""Share of a step spent waiting for data above which a warning is given."""
 NOTICEABLY = 1.1
-"""A ratio of speeds that is worth a word."""
+"""Ratio of speeds above which another precision is recommended."""
 DUPLICATES = 0.01
 
 
@@ -47,25 +47,26 @@ def preflight(
     report: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure, look and warn; print all of it, and return it as plain values.
+    """Audit the data, time some steps and print costs and warnings; returns them as plain values.
 
     Args:
-        init_from: the run or checkpoint whose weights the run will start from.
-        out: a PNG for some images, their saliency and their regions.
-        report: a JSON file for what is returned.
+        init_from: the run or checkpoint that the run will start from.
+        out: a PNG for some images with their saliency and regions.
+        report: a JSON file for the returned values.
 
     Raises:
-        InputError: whatever `dseqjepa pretrain` would refuse, and files that cannot be written.
+        InputError: anything that `dseqjepa pretrain` would refuse, and files that cannot be
+            written.
     """
     for file in filter(None, (out, report)):
         _check_file(file)
     config = on_this_machine(config)
-    connect(config.with_(runtime={"devices": 1}))  # is there such a device?
+    connect(config.with_(runtime={"devices": 1}))  # fails if there is no such device
     source = open_training_source(config)
     is_timed, config = config.optim.is_timed, fitting(config, source)
     weights = starting_weights(config, init_from)
     console = console or Console()
-    with console.status("looking at the data"):
+    with console.status("auditing the data"):
         prepare(source)
         data = audit(source, config.data.image_size, seed=config.runtime.seed)
     console.print(data_table(config, data))
@@ -84,9 +85,11 @@ def preflight(
         chosen, pace = [line], pace.of_epochs(config.optim.epochs)
     console.print(cost_table(config, pace))
     warnings = list(warn(config, data, pace))
-    lines = chosen + ([f"warning: {warning}" for warning in warnings] or ["nothing to warn of"])
+    lines = chosen + ([f"warning: {warning}" for warning in warnings] or ["no warnings"])
     if weights is None and config.method.cut is not None:
-        lines.insert(0, "The encoder is untrained: its regions, and their tokens, will change.")
+        lines.insert(
+            0, "The encoder is untrained: regions, and thus numbers of tokens, will change."
+        )
     result = {
         "config": config.model_dump(mode="json"),
         "data": asdict(data),
@@ -106,40 +109,40 @@ def preflight(
 
 
 def hours(config: Config, pace: Rehearsal) -> float:
-    """Of the whole run, without probes and checkpoints."""
+    """Duration of the whole run in hours, without probes and checkpoints."""
     epochs = pace.steps // pace.steps_per_epoch
     return pace.epoch_times(config).of_run(epochs) / 3600
 
 
 def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
-    """What a person should know before the run, most harmful first."""
+    """Warnings about data and settings, most harmful first."""
     height, width = config.data.image_size
     if data.bad:
         name, reason = data.bad[0]
         yield (
             f"{len(data.bad)} of {data.sample} images tried cannot be decoded, such as {name} "
-            f"({reason}); up to {data.most_bad:.1%} of all may be so, and the run stops at "
-            f"data.max_bad={config.data.max_bad:.1%}"
+            f"({reason}); up to {data.most_bad:.1%} of all images may be affected, and the run "
+            f"stops above data.max_bad={config.data.max_bad:.1%}"
         )
     yield from data.left_out
     if data.deep:
-        ends = "the least of each file becomes black and the most white"
+        ends = "the smallest value of each file becomes black and the largest white"
         if not isinstance(data.levels, str):
             ends = "{} becomes black and {} white".format(*data.levels)
         yield (
             f"{len(data.deep)} of {data.sample} images tried have 16 bits, such as {data.deep[0]}: "
-            f"of grey ones {ends}, and data.pixel_range=[LOW,HIGH] says otherwise"
+            f"in grey images {ends}; data.pixel_range=[LOW,HIGH] changes this"
         )
     if data.deep_colour:
         yield (
-            f"{len(data.deep_colour)} of {data.sample} images tried have 16 bits a colour, such as "
-            f"{data.deep_colour[0]}: the lower 8 are lost, which leaves 4 where 12 are used"
+            f"{len(data.deep_colour)} of {data.sample} images tried have 16 bits per channel, such "
+            f"as {data.deep_colour[0]}: the lower 8 are dropped, which leaves 4 if only 12 are used"
         )
     if data.several:
         name, pages = data.several[0]
         yield (
-            f"{len(data.several)} of {data.sample} files tried hold several images, of which the "
-            f"first is read, such as {name} ({pages}): save the others as files of their own"
+            f"{len(data.several)} of {data.sample} files tried hold several images, such as {name} "
+            f"({pages}): only the first is read; save the others as separate files"
         )
     if data.smaller > 0:
         yield (
@@ -149,25 +152,23 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
     if len(data.duplicates) > DUPLICATES * data.sample:
         one, other = data.duplicates[0]
         yield (
-            f"{len(data.duplicates)} of {data.sample} images tried have a twin among them, such as "
-            f"{one} and {other}; a whole set has more pairs than its sample shows"
+            f"{len(data.duplicates)} of {data.sample} images tried are duplicates, such as {one} "
+            f"and {other}; the whole data set has more than this sample shows"
         )
     if pace.memory_free and pace.memory > pace.memory_free:
         yield (
-            f"a step needs {_bytes(pace.memory)} and {_bytes(pace.memory_free)} are free: raise "
-            "optim.accumulate, or lower data.batch_size"
+            f"a step needs {_bytes(pace.memory)}, but only {_bytes(pace.memory_free)} are free: "
+            "raise optim.accumulate, or lower data.batch_size"
         )
     cores = os.cpu_count() or 1
     if config.data.workers > cores:
-        yield f"data.workers={config.data.workers}, and this machine has {cores} cores"
+        yield f"data.workers={config.data.workers}, but this machine has {cores} cores"
     waiting = max(pace.start.waiting, pace.end.waiting)
     if waiting > WAITING:
         hint = (
-            "raise data.workers"
-            if config.data.workers < cores
-            else "smaller files would be quicker"
+            "raise data.workers" if config.data.workers < cores else "smaller files would be faster"
         )
-        cached = "; later epochs find the images in memory" if pace.cache else ""
+        cached = "; later epochs read the images from memory" if pace.cache else ""
         yield f"steps wait for data {waiting:.0%} of the time: {hint}{cached}"
     if pace.other_precision is not None and pace.other_precision > NOTICEABLY:
         other = {"bf16": "fp32", "fp32": "bf16"}[config.runtime.precision]
@@ -176,11 +177,11 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
             f"{config.runtime.precision}"
         )
     if config.optim.accumulate == 1 and pace.batch < 2 and config.method.regularizer == "vicreg":
-        yield "method.regularizer=vicreg does nothing with one image at a time"
+        yield "method.regularizer=vicreg has no effect with one image at a time"
 
 
 def data_table(config: Config, data: Audit) -> Table:
-    """What the audit found."""
+    """The findings of the audit."""
     table = Table("data", title_justify="left")
     table.add_column(Text(printable(config.data.source)))
     bad = f"{len(data.bad)} of {data.sample} tried; of all, at most {data.most_bad:.1%}"
@@ -192,26 +193,26 @@ def data_table(config: Config, data: Audit) -> Table:
         "width / height, 5 / 50 / 95 %": "{:.2f} / {:.2f} / {:.2f}".format(*data.aspect),
         "smaller than data.image_size": f"{data.smaller:.1%}",
         "grey": f"{data.grey:.1%}",
-        "same pixels twice": f"{len(data.duplicates)} of {data.sample} tried",
+        "duplicates": f"{len(data.duplicates)} of {data.sample} tried",
         "labels": ", ".join(f"{task}: {n} classes" for task, n in data.classes.items()) or "none",
     }
     for name, value in rows.items():
-        table.add_row(name, Text(printable(value)))  # names of others may look like markup
+        table.add_row(name, Text(printable(value)))  # third-party names may look like markup
     return table
 
 
 def cost_table(config: Config, pace: Rehearsal) -> Table:
-    """What the rehearsed steps cost, at the start and at the end of the run."""
+    """The cost of the rehearsed steps, at the start and at the end of the run."""
     table = Table("one device", "at the start", "at the end")
 
     def both(name: str, text: str, *values: float) -> None:
         table.add_row(name, *(text.format(value) for value in values))
 
     ends = (pace.start, pace.end)
-    both("encoder tokens an image", "{:.1f}", *(_each(end, "encoder") for end in ends))
-    both("predictor tokens an image", "{:.1f}", *(_each(end, "predictor") for end in ends))
-    both("predicted patches an image", "{:.1f}", *(_each(end, "predicted") for end in ends))
-    both("GFLOP an image", "{:.2f}", *(end.flops / 1e9 for end in ends))
+    both("encoder tokens per image", "{:.1f}", *(_each(end, "encoder") for end in ends))
+    both("predictor tokens per image", "{:.1f}", *(_each(end, "predictor") for end in ends))
+    both("predicted patches per image", "{:.1f}", *(_each(end, "predicted") for end in ends))
+    both("GFLOP per image", "{:.2f}", *(end.flops / 1e9 for end in ends))
     micro = f"GFLOP for {pace.batch} images"
     both(micro, "{:.0f}", *(end.flops * pace.batch / 1e9 for end in ends))
     both("images/s", "{:.1f}", *(end.images_per_s for end in ends))
@@ -220,19 +221,19 @@ def cost_table(config: Config, pace: Rehearsal) -> Table:
     table.add_section()
     table.add_row("loader alone", f"{pace.loader_images_per_s:.0f} images/s")
     table.add_row("memory of a step", _bytes(pace.memory), f"{_bytes(pace.memory_free)} free")
-    table.add_row("weights, gradients, optimizer", _bytes(pace.state), "of it")
-    table.add_row("decoded images kept", _bytes(pace.cache) if pace.cache else "none")
+    table.add_row("  weights, gradients, optimizer", _bytes(pace.state), "included")
+    table.add_row("cache of decoded images", _bytes(pace.cache) if pace.cache else "none")
     run = f"{pace.steps} steps of {config.data.batch_size} images"
     table.add_row("the run", run, f"{hours(config, pace):.1f} hours")
     if pace.measured_batch < pace.batch:
         table.caption = (
-            f"measured with {pace.measured_batch} images instead of {pace.batch} at a time"
+            f"measured with {pace.measured_batch} instead of {pace.batch} images at a time"
         )
     return table
 
 
 def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) -> None:
-    """Saliency and regions of the first crops of the run, by the weights that it starts with."""
+    """Draw saliency and regions of the run's first crops, by its initial weights."""
     method = build_method(config).eval()
     if weights is not None:
         load_encoders(method, weights)
@@ -253,8 +254,8 @@ def _bytes(size: int) -> str:
 
 def _check_file(file: Path) -> None:
     if file.is_dir():
-        raise InputError(f"{file} is a folder: name a file")
+        raise InputError(f"{file} is a folder: give a file")
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise InputError(f"{file} cannot be written to: name another file")
+        raise InputError(f"{file} cannot be written to: give another file")

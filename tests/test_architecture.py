@@ -13,7 +13,7 @@ MOST_LINES = 105
 """Of the longest function, without its docstring; files may be as long as their subject is."""
 
 BASE = {"errors", "files", "keyed", "provenance", "rendezvous", "ranks"}
-MODEL = BASE | {"config", "plans", "model"}
+MODEL = BASE | {"config", "commands", "plans", "model"}
 EVALUATION = MODEL | {"data", "train.checkpoint", "train.metrics", "train.trained_on"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ending": {"errors"},
     "settings": {"errors"},
     "config": {"errors", "settings"},
+    "commands": {"config"},
     "plans": BASE,
     "data": BASE,
     "model": BASE | {"config", "plans"},
@@ -47,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "train.log",
         "train.folder",
     },
-    "describe": {"errors", "settings", "config", "tasks.config"},
+    "describe": {"errors", "settings", "config", "commands", "tasks.config"},
     "export": EVALUATION | {"tasks", "train.pretrain"},
     "viz": EVALUATION | {"methods", "tasks.features"},
     "report": EVALUATION | {"presets", "train.monitor", "viz"},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dseqjepa.config import Config, MiniatureConfig, Section
+from dseqjepa.commands import COMMANDS
+from dseqjepa.config import Config, Section
 from dseqjepa.describe import describe_settings
 from dseqjepa.errors import InputError
 from dseqjepa.settings import sections_of
@@ -17,7 +18,7 @@ def sections(model: type[Section]) -> set[type[Section]]:
 
 
 ALL = sorted(
-    set().union(*(sections(model) for model in (Config, MiniatureConfig, *TASKS.values()))),
+    set().union(*(sections(model) for model in (Config, *TASKS.values(), *COMMANDS.values()))),
     key=lambda model: model.__name__,
 )
 
@@ -46,7 +47,7 @@ def test_all_sections_are_shown_once_and_the_methods_keys_by_method() -> None:
     lines = list(describe_settings())
     heads = [line.partition(":")[0] for line in lines if line and not line.startswith(" ")]
     assert len(heads) == len(set(heads))
-    assert {"data", "method name=dseq", "method name=ijepa", "optim", "knn", "linear.sweep"} <= {
+    assert {"data", "method name=dseq", "optim", "knn", "linear.sweep", "embed", "export"} <= {
         *heads
     }
     assert max(len(line) for line in lines if line.startswith(6 * " ")) <= 100

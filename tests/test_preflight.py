@@ -150,7 +150,7 @@ def test_it_refuses_what_a_run_would_refuse(folder: Path, setting: str, message:
 
 def test_files_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
     config = tiny_config("dseq_vitt8_64", "data.source=nowhere")
-    with pytest.raises(InputError, match="is a folder: name a file"):
+    with pytest.raises(InputError, match="is a folder: give a file"):
         preflight(config, out=tmp_path)
     with pytest.raises(InputError, match="there is no folder"):
         preflight(config, report=tmp_path / "no/report.json")
@@ -195,8 +195,8 @@ def good() -> Audit:
 
 
 CASES: list[tuple[list[str], dict[str, object], str]] = [
-    ([], {"memory": 2 * 10**10}, "a step needs 20.00 GB and 10.00 GB are free"),
-    (["data.workers=256"], {}, r"data\.workers=256, and this machine has \d+ cores"),
+    ([], {"memory": 2 * 10**10}, "a step needs 20.00 GB, but only 10.00 GB are free"),
+    (["data.workers=256"], {}, r"data\.workers=256, but this machine has \d+ cores"),
     ([], {"end": replace(PACE, waiting=0.4)}, "wait for data 40% of the time: "),
     ([], {"other_precision": 1.5}, r"precision=bf16 is 1\.5 times as fast on this CPU as fp32"),
     (["runtime.precision=bf16"], {"other_precision": 2.0}, r"fp32 is 2\.0 times .* as bf16"),
@@ -216,7 +216,7 @@ def test_each_warning_comes_when_it_should_and_alone(
 def test_twins_are_worth_a_warning_when_they_are_many(good: Audit) -> None:
     twins = (("one.png", "two.png"),)
     (warning,) = warn(tiny_config(), replace(good, duplicates=twins), REHEARSAL)
-    assert "1 of 40 images tried have a twin among them, such as one.png and two.png" in warning
+    assert "1 of 40 images tried are duplicates, such as one.png and two.png" in warning
     many = replace(good, duplicates=twins, sample=500)
     assert list(warn(tiny_config(), many, REHEARSAL)) == []
 
@@ -237,7 +237,7 @@ def test_deep_images_pages_and_what_is_left_out_are_worth_a_warning(tmp_path: Pa
     assert "1 of 11 files in" in warnings
     assert "not images in a supported format: 1 .heic" in warnings
     assert "9 of 10 images tried have 16 bits" in warnings
-    assert "of grey ones 0 becomes black and 4095 white" in warnings
+    assert "in grey images 0 becomes black and 4095 white" in warnings
     assert "1 of 10 files tried hold several images" in warnings
     assert "stack.tif (3)" in warnings
 

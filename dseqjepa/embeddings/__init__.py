@@ -1,1 +1,1 @@
-"""A folder of images as a table of features, and what can be read off it."""
+"""Features of a folder of images: as a table, as a page to browse, or in memory."""

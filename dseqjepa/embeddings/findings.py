@@ -1,7 +1,7 @@
-"""What can be read off the features of images: neighbours, duplicates, outliers, clusters, a map.
+"""Analyses of image features: neighbours, duplicates, outliers, clusters, a map.
 
-Everything is by the cosine of features less their mean over the data: without that, all features of
-an encoder lie close together.
+All of them use the cosine of features centred over the data; uncentred features of an encoder all
+have a high cosine.
 
 Suffixes: M images, R rows of a block, K neighbours or clusters, D width of a feature, N images that
 are compared.
@@ -34,26 +34,26 @@ from dseqjepa.tasks.knn import neighbours
 from dseqjepa.tasks.sample import drawn
 
 NEAR = 10
-"""Nearest images from which duplicates are told and outliers are scored."""
+"""Nearest images that are searched for duplicates and averaged for the outlier score."""
 COPIES = 256
-"""Images of which an altered copy says how alike a duplicate is."""
+"""Images whose altered copies set the duplicate threshold."""
 LOWEST = 0.05
-"""The share of altered copies that may be less like their original than the threshold."""
+"""Share of the altered copies that may fall below the threshold."""
 PAIRS = 20_000
 FITTED = 50_000
-"""Images from which the centres of clusters are found."""
+"""Images that k-means is fitted on."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is wanted beside the features."""
+    """The analyses requested besides the features."""
 
     neighbours: int = 0
     duplicates: bool = False
     outliers: bool = False
     clusters: int = 0
     map: str = ""
-    """`pca`, `umap`, or nothing."""
+    """`pca`, `umap`, or empty."""
 
     def __bool__(self) -> bool:
         return any((self.neighbours, self.duplicates, self.outliers, self.clusters, self.map))
@@ -61,7 +61,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Images that stand in one row of the page, by their places among the M."""
+    """One row of images on the page, as indices into the M."""
 
     title: str
     places: Sequence[int]
@@ -70,7 +70,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One answer: columns of the table, and what the page shows."""
+    """The result of an analysis: columns of the table and a section of the page."""
 
     title: str
     explanation: str
@@ -80,7 +80,7 @@ class Finding:
 
 
 class Altered:
-    """The images of a source as somebody else may have saved them: a margin cut off, JPEG."""
+    """The images of a source as someone else might have saved them: margins cropped, then JPEG."""
 
     MARGIN, QUALITY = 0.05, 60
 
@@ -110,14 +110,14 @@ class Altered:
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """The nearest images of each, the nearest first, by places among the M."""
+    """Each image's nearest images, nearest first, as indices into the M."""
 
     place_MK: Int64[Tensor, "M K"]
     cosine_MK: Float[Tensor, "M K"]
 
 
 def near(rows: Rows, count: int, device: torch.device) -> Near:
-    """The `count` nearest of each image among the others; all, if fewer."""
+    """The `count` nearest other images of each; all others if there are fewer."""
     place_M = torch.arange(len(rows))
     found = neighbours(rows, place_M, rows, k=count, self_N=place_M, device=device)
     return Near(found.label_NK.cpu(), found.similarity_NK.cpu())
@@ -128,8 +128,8 @@ def find_neighbours(nearest: Near, names: Sequence[str], count: int) -> Finding:
     shown = range(0, len(names), max(1, len(names) // 24))
     return Finding(
         "Neighbours",
-        f"The {places.shape[1]} images that are most like each, by the cosine of features less "
-        "their mean; the page shows some, the table has all.",
+        f"The {places.shape[1]} most similar images, by the cosine of centred features. The page "
+        "shows a sample; the table holds all.",
         {
             "neighbours": [[names[place] for place in line] for line in places.tolist()],
             "neighbour_cosines": cosines.tolist(),
@@ -148,7 +148,7 @@ def find_neighbours(nearest: Near, names: Sequence[str], count: int) -> Finding:
 def threshold_of(
     rows: Rows, copies: Extracted, pieces: Sequence[str], place_N: Int64[Tensor, " N"]
 ) -> tuple[float, str]:
-    """From which cosine on two images are duplicates, and why.
+    """The cosine above which two images are duplicates, and a sentence that explains it.
 
     Args:
         copies: features of altered copies of the images at `place_N`.
@@ -159,15 +159,15 @@ def threshold_of(
     cosine_N = F.cosine_similarity(copy_ND, rows[place_N[copies.index_M]])
     value = float(cosine_N.quantile(LOWEST))
     return value, (
-        f"{1 - LOWEST:.0%} of {len(cosine_N)} images are at least so like their own altered copy "
-        f"(a margin of {Altered.MARGIN:.0%} cut off, JPEG quality {Altered.QUALITY})"
+        f"{1 - LOWEST:.0%} of {len(cosine_N)} altered copies ({Altered.MARGIN:.0%} cropped off the "
+        f"margins, JPEG quality {Altered.QUALITY}) are at least that similar to their originals"
     )
 
 
 def find_duplicates(
     rows: Rows, nearest: Near, names: Sequence[str], threshold: float, why: str
 ) -> Finding:
-    """Groups of images that are linked by pairs above the threshold."""
+    """Groups of images linked by pairs with a cosine of at least `threshold`."""
     count = len(names)
     first, rank = (nearest.cosine_MK >= threshold).nonzero(as_tuple=True)
     second = nearest.place_MK[first, rank]
@@ -184,13 +184,9 @@ def find_duplicates(
     groups.sort(key=len, reverse=True)
     return Finding(
         "Duplicates",
-        f"{len(original)} images are near-duplicates of {len(groups)} others: their cosine is "
-        f"{threshold:.3f} or more. {why}. Of pairs drawn at random {by_chance:.2%} are as alike"
-        + (
-            ": too many, so that these features do not tell duplicates."
-            if by_chance > 0.01
-            else "."
-        ),
+        f"{len(original)} images are near-duplicates of {len(groups)} others, with a cosine of "
+        f"{threshold:.3f} or more. {why}. {by_chance:.2%} of random pairs reach it"
+        + (": too many; these features cannot identify duplicates." if by_chance > 0.01 else "."),
         {"duplicate_of": [original.get(place, "") for place in range(count)]},
         [Group(f"{len(places)} images", places, [names[p] for p in places]) for places in groups],
     )
@@ -202,8 +198,8 @@ def find_outliers(nearest: Near, names: Sequence[str]) -> Finding:
     count = min(NEAR, nearest.cosine_MK.shape[1])
     return Finding(
         "Outliers",
-        f"One less the mean cosine to the {count} nearest images: what lies apart from all others "
-        "comes first.",
+        f"1 minus the mean cosine to the {count} nearest images; the strongest outliers come "
+        "first.",
         {"outlier": score_M.tolist()},
         [
             Group(
@@ -241,21 +237,21 @@ def find_clusters(
         groups.append(Group(title, typical, [names[place] for place in typical]))
     return Finding(
         "Clusters",
-        f"{count} clusters of k-means on features of length one; the most typical images of each, "
-        "the largest cluster first.",
+        f"{count} clusters by k-means on features of unit length, largest first, with the most "
+        "typical images of each.",
         {"cluster": cluster_M.tolist()},
         groups,
     )
 
 
 def find_map(rows: Rows, kind: str, seed: int) -> Finding:
-    """Two numbers an image, alike images near each other."""
+    """Two coordinates per image; similar images are close to each other."""
     if kind == "umap":
         import umap
 
         reducer: Any = umap.UMAP(metric="cosine", random_state=seed, n_jobs=1)
         points_M2 = reducer.fit_transform(rows[:].numpy())
-        how = "UMAP of the features, by their cosine: near is alike, far says little."
+        how = "UMAP of the features, by cosine: near is similar; large distances mean little."
     else:
         scatter_DD = torch.zeros(rows.width, rows.width, dtype=torch.float64)
         for _, block_RD in rows.blocks():
@@ -264,22 +260,22 @@ def find_map(rows: Rows, kind: str, seed: int) -> Finding:
         axes_D2 = vectors_DD[:, -2:].flip(1).float()
         share = float(values_D[-2:].sum() / values_D.sum().clamp(min=1e-12))
         points_M2 = torch.cat([block_RD @ axes_D2 for _, block_RD in rows.blocks()]).numpy()
-        how = f"The two main directions of the features, which hold {share:.0%} of their variance."
+        how = f"The first two principal components, which explain {share:.0%} of the variance."
     columns = {axis: points_M2[:, place].tolist() for place, axis in enumerate("xy")}
     return Finding("Map", how, columns, points_M2=np.asarray(points_M2, np.float64))
 
 
 def check_asked(asked: Asked) -> None:
-    """`InputError` where something cannot be found."""
+    """`InputError` if an option is invalid or its package is missing."""
     if asked.neighbours < 0 or asked.clusters < 0 or asked.clusters == 1:
-        raise InputError("--neighbours takes a number from 1 on, --clusters one from 2 on")
+        raise InputError("--neighbours must be at least 1, --clusters at least 2")
     if asked.map not in ("", "pca", "umap"):
-        raise InputError(f"--map takes pca or umap, found {asked.map!r}")
+        raise InputError(f"--map must be pca or umap, found {asked.map!r}")
     if asked.map == "umap" and find_spec("umap") is None:
-        raise InputError("--map umap needs umap-learn: pip install 'dseqjepa[umap]', or take pca")
+        raise InputError("--map umap needs umap-learn: pip install 'dseqjepa[umap]', or use pca")
 
 
 def sample_of_copies(source: Source, found: Extracted) -> tuple[Subset, Int64[Tensor, " N"]]:
-    """Altered copies of some images that could be decoded, and their places among the M."""
+    """Altered copies of up to `COPIES` decoded images, and the images' indices into the M."""
     place_N = drawn(len(found.index_M), COPIES, seed=0)
     return Subset(Altered(source), found.index_M[place_N].numpy()), place_N

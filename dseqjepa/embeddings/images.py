@@ -1,4 +1,4 @@
-"""The images that are to be embedded: files, folders, lists of paths, or what `data=` names."""
+"""Opening the images to embed: files, folders, lists of paths, or a `data=` source."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dseqjepa.errors import InputError, did_you_mean
 
 
 def named_images(words: Sequence[str]) -> Source:
-    """Every image of the files, folders and lists (`.txt`, a path a line) that are named.
+    """All images of the given files, folders and lists (`.txt`, one path per line).
 
-    One folder alone brings its classes along. `InputError` where something is not there.
+    A single folder also yields its classes. `InputError` if something does not exist.
     """
     if len(words) == 1 and Path(words[0]).expanduser().is_dir():
         return ImageFolder(Path(words[0]).expanduser())
@@ -38,7 +38,7 @@ def named_images(words: Sequence[str]) -> Source:
 
 
 def _listed(path: Path) -> list[str]:
-    """The paths of a list: from the working folder, or else from where the list lies."""
+    """The paths of a list, relative to the working folder or else to the list's folder."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +47,7 @@ def _listed(path: Path) -> list[str]:
     for line in filter(None, map(str.strip, lines)):
         here = next((p for p in (Path(line), path.parent / line) if p.is_file()), None)
         if here is None:
-            raise InputError(f"the list {path} names {line}, which is no file")
+            raise InputError(f"the list {path} names {line}, which is not a file")
         places.append(str(here))
     if not places:
         raise InputError(f"the list {path} names no file")
@@ -55,13 +55,13 @@ def _listed(path: Path) -> list[str]:
 
 
 def data_images(spec: str, split: Split, **how: Any) -> Source:
-    """What `data=` names; of a folder all of it."""
+    """The source that `data=` names; a folder is read whole."""
     if spec not in SPECS and Path(spec).expanduser().is_dir():
         return ImageFolder(Path(spec).expanduser())
     return open_source(spec, split=split, **how)
 
 
 def name_of(source: Source, index: int) -> str:
-    """An image's name from where its data begins."""
+    """An image's name, relative to the root of its data."""
     name = source.name(index)
     return name.removeprefix(f"{source.root}/") if isinstance(source, ImageFiles) else name

@@ -28,9 +28,9 @@ class Embedded(NamedTuple):
     names: tuple[str, ...]
     features_MD: Float[Tensor, "M D"]
     labels: Mapping[str, Int64[Tensor, " M"]]
-    """Task -> a label an image; a folder of class folders has "class"."""
+    """Task -> one label per image; a folder of class folders has "class"."""
     bad: tuple[tuple[str, str], ...]
-    """(name, reason) of the images that could not be decoded and are left out."""
+    """(name, reason) of each image left out because it could not be decoded."""
 
 
 def embed(
@@ -45,14 +45,14 @@ def embed(
     """Features of every image, on the encoder's device.
 
     Args:
-        encoder: of `load_encoder`; it is left as it is.
+        encoder: from `load_encoder`; it is not modified.
         images: a folder, image files, a `.txt` list of paths; a `Source`; or a torch Dataset of
             images.
         features: `last` (mean patch of the last block), `last4`, `cls`, `block7`, ...
-        image_size: height and width in pixels; those of the pre-training, if not given.
+        image_size: height and width in pixels; those of pre-training by default.
 
     Raises:
-        InputError: no such images, none that can be decoded, or no such feature.
+        InputError: the images do not exist, none can be decoded, or the feature is unknown.
     """
     if isinstance(images, str | Path):
         images = [images]
@@ -64,7 +64,7 @@ def embed(
         source = DatasetSource(images)  # type: ignore[arg-type]
     rows, columns = encoder.grid
     own_size = (rows * encoder.patch_size, columns * encoder.patch_size)
-    stem = copy(encoder)  # which a backbone takes apart
+    stem = copy(encoder)  # a backbone takes it apart
     stem._modules = {**encoder._modules}
     backbone = OwnBackbone(stem, image_size or own_size).eval()
     pieces = backbone.pieces(features)

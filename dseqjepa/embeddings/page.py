@@ -1,4 +1,4 @@
-"""What was found in a folder of images, to look at: one HTML file that asks for no other.
+"""The findings about a folder of images as one self-contained HTML page.
 
 Suffixes: M images.
 """
@@ -22,11 +22,11 @@ from dseqjepa.viz.style import PALETTE
 from dseqjepa.viz.tiles import data_uri
 
 THUMBNAIL = 96
-"""Pixels of a thumbnail's longer side."""
+"""Longer side of a thumbnail, in pixels."""
 GROUPS, ROW = 40, 12
-"""Rows that a finding shows at most, and images of a row."""
+"""Largest number of groups that a finding shows; images per row."""
 ON_MAP, DOTS = 300, 4000
-"""Images that a map shows as thumbnails, and as dots, at most."""
+"""Largest number of images that a map shows as thumbnails, and as dots."""
 SIDE, SMALL = 1000, 36
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
@@ -41,7 +41,7 @@ svg { width: 100%; height: auto; max-height: 95vh; border: 1px solid #8888; }
 """
 
 Thumbnail = Callable[[int], Tensor]
-"""The image at a place among the M, small: uint8 [3, H, W]."""
+"""A small copy of the image with this index into the M: uint8 [3, H, W]."""
 
 
 def write_page(
@@ -53,7 +53,7 @@ def write_page(
     names: Sequence[str],
     kinds: Sequence[Any] | None,
 ) -> None:
-    """Write the page; the dots of a map have a colour for each of the `kinds`, one an image."""
+    """Write the page; `kinds`, one per image, set the colours of a map's dots."""
     number = {kind: n for n, kind in enumerate(sorted(set(kinds or ())))}
     kind_M = [number[kind] for kind in kinds] if kinds else None
     held: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""`dseqjepa predict`: the classes of new images, by a classifier that an evaluation trained.
+"""`dseqjepa predict`: classify new images with a classifier that an evaluation trained.
 
 Suffixes: B images, C classes, K classes that are named.
 """
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field
-
-from dseqjepa.config import RuntimeConfig, Section
+from dseqjepa.commands import PredictConfig
+from dseqjepa.config import RuntimeConfig
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.embeddings.images import data_images, name_of, named_images
@@ -26,27 +25,8 @@ from dseqjepa.train.runtime import join
 ENDINGS = (".parquet", ".csv")
 
 
-class PredictConfig(Section):
-    """`dseqjepa predict`: how many classes are named, and how images are read."""
-
-    top: int = Field(1, ge=1)
-    """The classes that are named of an image, the most probable first."""
-    split: Literal["train", "val"] = "val"
-    """Which part of a benchmark's images; of a folder all are taken."""
-    size: int = Field(2000, ge=1, le=10**9)
-    """Number of training images of `scenes`."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of `scenes`."""
-    batch_size: int = Field(256, ge=1)
-    """Images that the encoder sees at a time."""
-    workers: int = Field(0, ge=0, le=256)
-    """Processes that read and decode images; 0: this one."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The kind of device; `auto` takes a GPU where there is one."""
-
-
 class Predicted(NamedTuple):
-    """An image's classes, the most probable first, and their probabilities."""
+    """An image's most probable classes, best first, and their probabilities."""
 
     name: str
     classes: list[str]
@@ -64,25 +44,25 @@ def predict_images(
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the table `out`, or `tell` a line an image; a batch is in memory at a time.
+    """Write the table `out`, or call `tell` once per image; memory holds one batch at a time.
 
     Args:
-        head: a file that an evaluation wrote.
+        head: a classifier that an evaluation saved.
         images: files, folders and lists of paths.
-        data: in their place, what `data=` names.
-        encoder: where the encoder is, if it is no longer where it was.
+        data: a `data=` source, instead of `images`.
+        encoder: path of the encoder, if it has moved.
 
     Raises:
-        InputError: before anything is written; or no image can be decoded.
+        InputError: before anything is written, or if no image can be decoded.
     """
     runtime = join(RuntimeConfig(accelerator=config.accelerator), {})
     if runtime.ranks.world > 1:
-        raise InputError("predict is one process: start it without torchrun or srun")
+        raise InputError("predict runs in one process: start it without torchrun or srun")
     trained, about = load_head(head)
     if config.top > len(about.classes):
-        raise InputError(f"top={config.top}: {head} knows {len(about.classes)} classes")
+        raise InputError(f"top={config.top}: {head} has only {len(about.classes)} classes")
     if bool(images) == (data is not None):
-        raise InputError("name the images: files, folders, a list; or data=, not both")
+        raise InputError("name the images, as files, folders or lists, or give data=, not both")
     if out is not None:
         if out.suffix not in ENDINGS:
             raise InputError(f"out={out} must end in {' or '.join(ENDINGS)}")
@@ -108,7 +88,7 @@ def predict_images(
         for name, reason in bad:
             tell(f"cannot decode {name}: {reason}")
         if not count:
-            raise InputError(f"none of {len(source)} images can be decoded")
+            raise InputError(f"none of the {len(source)} images can be decoded")
     tell(f"{count} of {len(source)} images classified")
 
 
@@ -121,7 +101,7 @@ def _predictions(
     device: Any,
     bad: list[tuple[str, str]],
 ) -> Iterator[list[Predicted]]:
-    """Batch by batch; those that cannot be decoded are added to `bad`."""
+    """Predictions, batch by batch; images that cannot be decoded are added to `bad`."""
     parts = encode(
         backbone,
         source,
@@ -149,7 +129,7 @@ def _predictions(
 
 
 def _columns(batch: Sequence[Predicted], top: int) -> dict[str, list[Any]]:
-    """`class` and `probability`; of the second `class_2` and `probability_2`, and so on."""
+    """`name`, `class` and `probability`, then `class_2`, `probability_2` and so on."""
     found: dict[str, list[Any]] = {"name": [each.name for each in batch]}
     for place in range(top):
         end = f"_{place + 1}" if place else ""

@@ -1,7 +1,7 @@
-"""`dseqjepa embed`: the features of a folder as a table, and what can be read off them.
+"""`dseqjepa embed`: write the features of images as a table, and optionally a page of findings.
 
-Features are kept chunk by chunk beside the table until it is written, so that a command that was
-stopped resumes where it was, and several ranks share the work.
+Features are stored in chunks next to the table until it is written, so that an interrupted command
+resumes and several ranks share the work.
 
 Suffixes: M images that could be decoded, R rows of a block, P patches, D width of a feature.
 """
@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from dseqjepa.config import RuntimeConfig, Section, Size
+from dseqjepa.commands import EmbedConfig
+from dseqjepa.config import RuntimeConfig
 from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
@@ -50,40 +50,9 @@ from dseqjepa.train.runtime import Stopped, join
 from dseqjepa.train.trained_on import trained_on
 
 PARTS = ".parts"
-"""What a folder's name ends with that holds the features of an unfinished table."""
+"""Suffix of the folder that holds the features of an unfinished table."""
 VALUES = 2**22
-"""Features that are held at a time when the table is written."""
-
-
-class EmbedConfig(Section):
-    """`dseqjepa embed`: which features, of which images, and how they are computed."""
-
-    features: str = "last"
-    """Mean patch of the last block; `last4`: of the last four, concatenated; `cls`; `block7`."""
-    per: Literal["image", "patch"] = "image"
-    """A row an image, or a row a patch: the patches themselves in place of their mean."""
-    weights: Literal["target", "context"] = "target"
-    """Which encoder of a run is used."""
-    image_size: Literal["auto"] | Size = "auto"
-    """Height and width in pixels; `auto`: those of the pre-training."""
-    split: Literal["train", "val"] = "train"
-    """Which part of a benchmark's images; of a folder all are taken."""
-    size: Annotated[int, Field(ge=1, le=10**9)] = 2000
-    """Number of images of `scenes`."""
-    pretrained: bool = False
-    """Of `timm:NAME`: fetch its weights. Otherwise they are random."""
-    threshold: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
-    """The least cosine of duplicates; `auto`: what 95 % of altered copies have to their image."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of clusters and of a UMAP, and of `scenes`."""
-    batch_size: int = Field(256, ge=1)
-    """Images that the encoder sees at a time."""
-    workers: int = Field(0, ge=0, le=256)
-    """Processes that read and decode images; 0: this one."""
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """The kind of device; `auto` takes a GPU where there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the encoder."""
+"""Features held in memory while the table is written."""
 
 
 def embed_images(
@@ -96,15 +65,18 @@ def embed_images(
     overwrite: bool = False,
     asked: Asked | None = None,
 ) -> list[Path]:
-    """Write the table `out`, and a page beside it where more is `asked`; what was written.
+    """Write the table `out`, and a page next to it if analyses are `asked` for.
 
     Args:
         spec: as `open_backbone` takes it.
         images: files, folders and lists of paths.
-        data: in their place, what `data=` names; what the run was trained on, if neither is given.
+        data: a `data=` source, instead of `images`; without either, the run's training data.
+
+    Returns:
+        The files written; none except on the first rank.
 
     Raises:
-        InputError: before anything is written; or no image can be decoded.
+        InputError: before anything is written, or if no image can be decoded.
     """
     asked = asked or Asked()
     runtime = join(
@@ -148,7 +120,7 @@ def embed_images(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """Features of a source, and all that they came from."""
+    """Features of a source, and everything they were computed from."""
 
     config: EmbedConfig
     backbone: Backbone
@@ -156,7 +128,7 @@ class _Job:
     found: Extracted
     pieces: tuple[str, ...]
     how: Mapping[str, Any]
-    """How `extract` is to compute more of them."""
+    """Arguments of `extract`, to compute more of them."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -171,7 +143,7 @@ class _Job:
         }
 
     def write(self, out: Path, asked: Asked, console: Console) -> list[Path]:
-        """The table, and the page where something was asked."""
+        """Write the table, and the page if analyses are asked for."""
         for name, reason in self.found.bad:
             console.print(f"cannot decode {name}: {reason}", highlight=False, soft_wrap=True)
         count, total = len(self.names), len(self.source)
@@ -190,7 +162,7 @@ class _Job:
         facts = [
             f"{count} images, features {self.config.features} of {self.backbone.name}, "
             f"{height} x {width} px.",
-            *([f"{total - count} images cannot be decoded."] if count < total else []),
+            *([f"{total - count} images could not be decoded."] if count < total else []),
         ]
         kinds = columns.get("cluster") or columns.get("label")
         page = page_of(out)
@@ -220,7 +192,7 @@ class _Job:
     def _findings(self, asked: Asked) -> Iterator[Finding]:
         names, config = self.names, self.config
         if len(names) < 2:
-            raise InputError(f"to compare images it takes two, found {len(names)}")
+            raise InputError(f"comparing images needs at least two, found {len(names)}")
         rows = self.found.rows(self.pieces)
         rows = rows.less(rows.moments()[0].float())
         if asked.map:
@@ -240,14 +212,14 @@ class _Job:
 
     def _threshold(self, rows: Rows) -> tuple[float, str]:
         if self.config.threshold != "auto":
-            return self.config.threshold, "It was named by threshold="
+            return self.config.threshold, "It was set by threshold="
         copies, place_N = sample_of_copies(self.source, self.found)
         size = self.backbone.image_size
         seen = extract(self.backbone, copies, size, self.pieces, **self.how)
         return threshold_of(rows, seen, self.pieces, place_N)
 
     def _thumbnail(self, place: int) -> Tensor:
-        """An image, whole and small."""
+        """The whole image, reduced to a thumbnail."""
         image_CHW = self.source.image(int(self.found.index_M[place]))
         height, width = image_CHW.shape[1:]
         scale = min(1, THUMBNAIL / max(height, width))
@@ -258,7 +230,7 @@ class _Job:
 def _by_patch(
     columns: Mapping[str, Sequence[Any]], block_RD: Tensor, blocks: int, grid: tuple[int, int]
 ) -> tuple[dict[str, Sequence[Any]], Tensor]:
-    """A row a patch: its place in the grid beside what is said of its image."""
+    """One row per patch: its row and column in the grid, and the columns of its image."""
     patches = grid[0] * grid[1]
     images = range(len(block_RD))
     said: dict[str, Sequence[Any]] = {
@@ -272,7 +244,7 @@ def _by_patch(
 
 
 def page_of(out: Path) -> Path:
-    """The page beside a table."""
+    """The path of the page next to a table."""
     return out.with_suffix(".html")
 
 
@@ -287,9 +259,9 @@ def _check(
     check_table(out, overwrite, beside=[page_of(out)] if asked else [])
     check_asked(asked)
     if images and data is not None:
-        raise InputError("name images, or data=, not both")
+        raise InputError("name images or give data=, not both")
     if asked and config.per == "patch":
-        raise InputError("per=patch writes patches: leave it out to compare images")
+        raise InputError("images can only be compared with per=image: leave out per=patch")
 
 
 def _source(
@@ -299,30 +271,30 @@ def _source(
         return named_images(images)
     if data is None:
         if backbone.run is None:
-            raise InputError("name the images: files, folders, a list, or data=")
+            raise InputError("name the images, as files, folders or lists, or give data=")
         data = trained_on(open_checkpoint(Path(backbone.source)))
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
     return data_images(data, config.split, **how)
 
 
 def _grid(backbone: Backbone) -> tuple[int, int]:
-    """Rows and columns of an image's patches."""
+    """Rows and columns of the patch grid."""
     height, width = backbone.image_size
     return height // backbone.patch_size, width // backbone.patch_size
 
 
 def _pieces(backbone: Backbone, config: EmbedConfig) -> tuple[str, ...]:
-    """What is kept of an image; with per=patch the patches in place of their mean."""
+    """The features to compute per image; with per=patch, patches instead of their mean."""
     pieces = backbone.pieces(config.features)
     kinds = {split_piece(piece)[0] for piece in pieces}
     if "patches" in kinds:
-        raise InputError("features=patches is of evaluations alone: per=patch writes the patches")
+        raise InputError("features=patches is for evaluations: use per=patch to write patches")
     if config.per == "image":
         return pieces
     rows, columns = _grid(backbone)
     if kinds != {"mean"} or backbone.shape()[0] != rows * columns:
         raise InputError(
-            f"features={config.features} of {backbone.name} are no patches: per=patch takes last "
-            "or block7 of a ViT"
+            f"features={config.features} of {backbone.name} has no patches: per=patch needs "
+            "features=last or a block of a ViT, such as block7"
         )
     return tuple(f"tokens{split_piece(piece)[1]}" for piece in pieces)

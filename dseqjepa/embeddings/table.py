@@ -1,4 +1,4 @@
-"""A table of features on disk, written row by row: Parquet, NumPy with CSV beside it, or CSV alone.
+"""Writing a table of features incrementally: Parquet, NumPy with a CSV next to it, or CSV alone.
 
 Suffixes: R rows, D width of a feature.
 """
@@ -21,40 +21,40 @@ from dseqjepa.files import UNFINISHED, can_make, sync
 
 ENDINGS = (".parquet", ".npy", ".csv")
 Columns = Mapping[str, Sequence[Any]]
-"""Name -> a value for each row: text, a number, or a list of either."""
+"""Name -> one value per row: text, a number, or a list of either."""
 Add = Callable[[Columns, Float32[np.ndarray, "R D"] | None], None]
-"""Takes rows: their columns, and their features where the table has them."""
+"""Adds rows: their columns, and their features if the table has any."""
 
 
 def check_table(out: Path, overwrite: bool, beside: Sequence[Path] = ()) -> None:
-    """`InputError` where `out`, or what goes `beside` it, cannot be written, or is there and not to
-    be replaced."""
+    """`InputError` if `out` or a file `beside` it cannot be written, or exists and is not to be
+    overwritten."""
     if out.suffix not in ENDINGS:
         raise InputError(f"out={out} must end in {', '.join(ENDINGS)}")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise InputError(
-            "Parquet needs pyarrow: pip install 'dseqjepa[embed]', or name a file that ends in "
-            ".npy or .csv"
+            "Parquet needs pyarrow: pip install 'dseqjepa[embed]', or use a file ending in .npy or "
+            ".csv"
         )
     for path in (*files_of(out), *beside):
         if not can_make(path):
-            raise InputError(f"out={out} cannot be written: name another")
+            raise InputError(f"out={out} cannot be written: give another")
         if path.is_dir():
             raise InputError(f"out={path} is a folder: name a file")
         if path.exists() and not overwrite:
-            raise InputError(f"{path} is there already: name another out=FILE, or overwrite=true")
+            raise InputError(f"{path} exists: give another out=FILE, or overwrite=true")
 
 
 def files_of(out: Path) -> tuple[Path, ...]:
-    """The files of a table: a matrix of NumPy has the rest of the columns beside it."""
+    """The files of a table; a NumPy matrix has a CSV with the other columns."""
     return (out, out.with_suffix(".csv")) if out.suffix == ".npy" else (out,)
 
 
 @contextmanager
 def new_table(out: Path, rows: int, about: Mapping[str, Any]) -> Iterator[Add]:
-    """What adds rows to `out`, of `rows` in all; the file is there when all are, or not at all.
+    """A function that adds rows to `out`, `rows` in total; the file appears complete or not at all.
 
-    `about` says what the features are of; Parquet keeps it as metadata of the schema.
+    `about` describes the features; Parquet stores it in the metadata of the schema.
     """
     unfinished = [path.with_name(f"{UNFINISHED}{path.name}") for path in files_of(out)]
     writer = {".parquet": _parquet, ".npy": _numpy, ".csv": _csv}[out.suffix]
@@ -98,7 +98,7 @@ def _numpy(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitSta
 
     def add(columns: Columns, features_RD: np.ndarray | None) -> None:
         nonlocal place
-        assert features_RD is not None, "a matrix of NumPy is of features"
+        assert features_RD is not None, "a NumPy table needs features"
         if not mapped:
             shape = (rows, features_RD.shape[1])
             mapped.append(np.lib.format.open_memmap(matrix, "w+", np.float32, shape))
@@ -136,7 +136,7 @@ def _lines(path: Path, held: ExitStack) -> Callable[..., Any]:
 
 
 def _text(value: Any) -> str:
-    """Lists with | between: no comma has to be quoted for them."""
+    """A cell as text; lists are joined by |, which needs no quoting."""
     if isinstance(value, list):
         return "|".join(map(_text, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,1 +1,1 @@
-"""Encoders on their way out: written as other libraries load them, and compared there first."""
+"""Exporting encoders to other libraries, each export verified there before it is kept."""

@@ -1,4 +1,4 @@
-"""The model card: what an exported encoder is, what was measured of it, and how to load it."""
+"""The model card: architecture and training of an exported encoder, its results, how to load it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from dseqjepa.tasks.results import Metric, text
 from dseqjepa.tasks.table import read_results
 from dseqjepa.train.checkpoint import Checkpoint
 
-LICENCE = "license: unknown  # to be chosen by you; https://hf.co/docs/hub/repositories-licenses"
+LICENCE = "license: unknown  # choose one: https://hf.co/docs/hub/repositories-licenses"
 PREPROCESSING = (
-    "Images are resized so that they just cover 256/224 of the size (bilinear, antialiased), and "
-    "the centre is cut out; then less {mean} and over {std}, white being 1."
+    "Preprocessing: resize the image, keeping its aspect ratio, until it just covers 256/224 of "
+    "the input size (bilinear, antialiased), crop the centre, scale to [0, 1], subtract {mean} "
+    "and divide by {std}."
 )
 
 
@@ -36,9 +37,10 @@ def model_card(
     """A README.md in Markdown, with the front matter that the Hugging Face Hub reads.
 
     Args:
-        origin: what is known of the training, as (what, value).
-        results: what was measured of these weights, a line each.
-        differences: those of the comparison, on images of `compared_on`.
+        origin: what is known about the training, as (name, value).
+        results: evaluation results of these weights, one line each.
+        differences: those found by `check.compare`.
+        compared_on: the images they were found on, in words.
     """
     height, width = (side * encoder.patch_size for side in encoder.grid)
     front = {
@@ -48,7 +50,7 @@ def model_card(
     }
     facts = [
         ("width, depth, heads", f"{encoder.width}, {encoder.depth}, {encoder.heads}"),
-        ("image", f"{height} x {width} px, patches of {encoder.patch_size} px"),
+        ("input", f"{height} x {width} px, patches of {encoder.patch_size} px"),
         ("[CLS]", "yes" if encoder.prefix else "no"),
         ("parameters", f"{sum(p.numel() for p in encoder.parameters()):,}"),
         *origin,
@@ -56,19 +58,19 @@ def model_card(
     versions = {name: version(name) for name in ("dseqjepa", "torch", *form.packages)}
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
     loading = form.loading.format(height=height, width=width)
-    measured = "\n".join(f"- {line}" for line in results) or "Nothing yet: `dseqjepa evaluate`."
+    measured = "\n".join(f"- {line}" for line in results) or "None yet; run `dseqjepa evaluate`."
     prepared = PREPROCESSING.format(mean=list(encoder.mean), std=list(encoder.std))
     unlike = [*form.differences]
     if form.library == "transformers" and height != width:
         unlike.append(
-            "The image processor squeezes an image into the rectangle, where training cut its "
-            "centre out."
+            "The image processor resizes images to the rectangle without keeping their aspect "
+            "ratio; the preprocessing above crops the centre instead."
         )
     return f"""---
 {LICENCE}
 {yaml.safe_dump(front, sort_keys=False)}---
 
-# An image encoder, pre-trained without labels
+# Self-supervised image encoder
 
 | | |
 |---|---|
@@ -78,22 +80,23 @@ def model_card(
 
 ## How to load it
 
-In this folder (elsewhere "." is the folder, or the repository's name):
+Run this in the export's folder, or replace "." with its path or repository name:
 
 ```python
 {loading}```
 
-## What was measured
+## Evaluation results
 
 {measured}
 
-## What differs in {form.library}
+## Differences in {form.library}
 
 {"".join(f"- {line}" + chr(10) for line in unlike)}
-Compared on {IMAGES} images of {compared_on}, in a process without dseqjepa:
+Largest differences between the features of {form.library}, computed in a process that does not
+import dseqjepa, and those of the original encoder, on {IMAGES} images of {compared_on}:
 
 {"".join(f"- {difference}" + chr(10) for difference in differences)}
-Written by {shown}.
+Exported with {shown}.
 """
 
 
@@ -108,7 +111,7 @@ def _cell(value: str) -> str:
 def origin_of(
     checkpoint: Checkpoint | None, weights: str, images: int | None
 ) -> list[tuple[str, str]]:
-    """What a checkpoint says of its training; `images` is the size of its data, where known."""
+    """Facts about a checkpoint's training; `images` is the size of its data, if known."""
     if checkpoint is None:
         return [("origin", "a weights file of another project")]
     config, state = checkpoint.config, checkpoint.state
@@ -116,9 +119,9 @@ def origin_of(
         return [("origin", f"imported from {Path(str(state['imported_from'])).name}")]
     data = f"fingerprint {str(state['data_fingerprint'])[:16]}"
     return [
-        ("preset", _preset(checkpoint.run) or "not known"),
+        ("preset", _preset(checkpoint.run) or "unknown"),
         ("method", config.method.name),
-        ("encoder", f"{weights}, of {config.model.name}"),
+        ("encoder", f"{config.model.name}, {weights} weights"),
         ("steps", f"{checkpoint.step} of {state['steps']}, {config.data.batch_size} images each"),
         ("data", data if images is None else f"{images:,} images, {data}"),
         ("seed", str(config.runtime.seed)),
@@ -126,7 +129,7 @@ def origin_of(
 
 
 def _preset(run: Path) -> str | None:
-    """What a run was started from, as it recorded it."""
+    """The preset that a run recorded at its first start."""
     try:
         line = (run / "run.jsonl").read_text(encoding="utf-8").splitlines()[0]
         return json.loads(line)["preset"]
@@ -135,7 +138,7 @@ def _preset(run: Path) -> str | None:
 
 
 def results_of(checkpoint: Checkpoint | None, digest: str) -> list[str]:
-    """What a run's evaluations measured of the weights with this digest, a line a result."""
+    """Results of a run's evaluations of the weights with this digest, one line each."""
     folder = None if checkpoint is None else checkpoint.run / "evaluations"
     if folder is None or not folder.is_dir():
         return []

@@ -1,4 +1,4 @@
-"""Whether an export computes what the encoder does: both see the same images, in two processes.
+"""Checks that an export computes the encoder's features, on the same images in its own process.
 
 Suffixes: B images, H and W pixels, C colours.
 """
@@ -26,36 +26,36 @@ from dseqjepa.model.dialects import farthest
 from dseqjepa.model.vit import VisionTransformer
 
 IMAGES = 4
-"""Images that are compared."""
+"""Number of images compared."""
 
 
 class Difference(NamedTuple):
-    """How far features lie apart at most, in units of their root mean square where that is more
-    than 1."""
+    """The largest difference of a feature, relative to its root mean square if that is above 1."""
 
     feature: str
     image_size: tuple[int, int]
     value: float
     bound: float | None
-    """None where the other library is known to compute something else."""
+    """None where the other library is known to interpolate differently."""
 
     def __str__(self) -> str:
         height, width = self.image_size
         what = "[CLS]" if self.feature == "cls" else self.feature
-        allowed = "positions are interpolated in another way"
+        allowed = "positions are interpolated differently"
         if self.bound is not None:
-            allowed = f"{self.bound:g} is allowed"
+            allowed = f"allowed: {self.bound:g}"
         return f"{what} at {height} x {width} px: {self.value:.1e} ({allowed})"
 
 
 def compare(
     encoder: VisionTransformer, form: str, folder: Path, source: Source
 ) -> list[Difference]:
-    """The differences between an encoder and its export, on some images of a source.
+    """The differences between an encoder and its export, on `IMAGES` images of a source.
 
     Raises:
-        RunError: the export cannot be loaded where it has to be, or differs by more than its
-            format's bound.
+        InputError: none of the images can be decoded.
+        RunError: the other library cannot load the export, or a difference exceeds the format's
+            bound.
     """
     rows, columns = encoder.grid
     own, other = (
@@ -79,8 +79,8 @@ def compare(
     for difference in found:
         if difference.bound is not None and not difference.value <= difference.bound:
             raise RunError(
-                f"the export is not kept: in {FORMATS[form].library} it differs from the encoder, "
-                f"{difference}"
+                f"export discarded: in {FORMATS[form].library} its features differ from the "
+                f"encoder's: {difference}"
             )
     return found
 
@@ -93,14 +93,14 @@ def _write_images(
     done = read(source, index_B, EvalTransform(size), index_B)
     if not len(done.images_BCHW):
         raise InputError(
-            f"none of {few} images to compare on can be decoded: name others by data=PATH"
+            f"none of the {few} images to compare on can be decoded: choose others with data=PATH"
         )
     np.save(data / f"images-{number}.npy", done.images_BCHW.numpy())
     np.save(data / f"pixels-{number}.npy", encoder.normalized(done.images_BCHW).numpy())
 
 
 def _run_reader(form: str, folder: Path, data: Path) -> None:
-    """Isolated (-I): neither the working folder nor PYTHONPATH is looked into."""
+    """Isolated (-I): Python searches neither the working folder nor PYTHONPATH."""
     command = [sys.executable, "-I", reader.__file__, form, str(folder.resolve()), str(data)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -109,7 +109,7 @@ def _run_reader(form: str, folder: Path, data: Path) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
-        raise RunError(f"the export is not kept: {FORMATS[form].library} cannot load it ({reason})")
+        raise RunError(f"export discarded: {FORMATS[form].library} cannot load it ({reason})")
 
 
 def _differences(

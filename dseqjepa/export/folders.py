@@ -1,6 +1,6 @@
-"""The encoder as a folder of weights and settings: for transformers, and for timm.
+"""The encoder as a folder of weights and settings, for transformers or for timm.
 
-Both have a `config.json` of their own beside `model.safetensors`: it takes two folders.
+Each library needs its own `config.json` next to `model.safetensors`, hence two folders.
 
 Suffixes: H and W pixels, D width of a feature, L tokens.
 """
@@ -21,11 +21,11 @@ from dseqjepa.model.dialects import HF_LAYER, HF_OUTER, HF_THIRDS
 from dseqjepa.model.vit import VisionTransformer
 
 BILINEAR = 2
-"""Pillow's number."""
+"""Pillow's constant."""
 
 
 def hf_settings(encoder: VisionTransformer) -> dict[str, Any]:
-    """Of `IJepaModel` without [CLS], of `ViTModel` with one."""
+    """The config of an `IJepaModel`, or of a `ViTModel` if there is a [CLS]."""
     height, width = _size(encoder)
     with_cls = bool(encoder.prefix)
     return {
@@ -49,10 +49,11 @@ def hf_settings(encoder: VisionTransformer) -> dict[str, Any]:
 
 
 def write_hf(encoder: VisionTransformer, folder: Path) -> None:
-    """A model of transformers, and what its image processor does."""
+    """A model and an image processor of transformers."""
     height, width = image_size = _size(encoder)
     cover_height, cover_width = cover(image_size)
-    # The shorter side of a square cover; a rectangle it has no word for, and squeezes into it.
+    # The processor can resize the shorter side, which suits a square. It cannot cover a rectangle,
+    # so images are resized to it without keeping their aspect ratio.
     square = cover_height == cover_width
     size = {"shortest_edge": cover_height} if square else {"height": height, "width": width}
     processor = {
@@ -75,7 +76,7 @@ def write_hf(encoder: VisionTransformer, folder: Path) -> None:
 
 
 def hf_names(encoder: VisionTransformer) -> dict[str, Tensor]:
-    """The weights by transformers' names, those that its version 4 writes."""
+    """The weights under the names that version 4 of transformers writes."""
     named: dict[str, Tensor] = {}
     for key, value in encoder.state_dict().items():
         if key in HF_OUTER:
@@ -89,14 +90,14 @@ def hf_names(encoder: VisionTransformer) -> dict[str, Tensor]:
                 named[f"{layer}.attention.attention.{name}.{kind}"] = third
         else:
             named[f"{layer}.{HF_LAYER[part]}.{kind}"] = value
-    if encoder.prefix:  # the pooler that AutoModel would make up: [CLS] passes it as it is
+    if encoder.prefix:  # an identity; AutoModel would initialize a missing pooler at random
         named["pooler.dense.weight"] = torch.eye(encoder.width)
         named["pooler.dense.bias"] = torch.zeros(encoder.width)
     return {key: value.detach().clone().contiguous() for key, value in named.items()}
 
 
 def timm_settings(encoder: VisionTransformer) -> dict[str, Any]:
-    """Of timm's plain `VisionTransformer`."""
+    """The config of timm's plain `VisionTransformer`."""
     height, width = image_size = _size(encoder)
     hidden = encoder.mlp or 4 * encoder.width
     cover_height, _ = cover(image_size)
@@ -111,7 +112,7 @@ def timm_settings(encoder: VisionTransformer) -> dict[str, Any]:
             "embed_dim": encoder.width,
             "depth": encoder.depth,
             "num_heads": encoder.heads,
-            # timm multiplies and cuts: half a unit more survives the rounding.
+            # timm truncates width * mlp_ratio; half a unit more survives the rounding.
             "mlp_ratio": 4.0 if hidden == 4 * encoder.width else (hidden + 0.5) / encoder.width,
             "class_token": bool(encoder.prefix),
             "global_pool": "token" if encoder.prefix else "avg",
@@ -123,7 +124,7 @@ def timm_settings(encoder: VisionTransformer) -> dict[str, Any]:
             "input_size": [3, height, width],
             "fixed_input_size": False,
             "interpolation": "bilinear",
-            "crop_pct": height / (cover_height + 0.25),  # which timm divides by, and cuts
+            "crop_pct": height / (cover_height + 0.25),  # timm divides by it and truncates
             "crop_mode": "center",
             "mean": list(encoder.mean),
             "std": list(encoder.std),
@@ -134,7 +135,7 @@ def timm_settings(encoder: VisionTransformer) -> dict[str, Any]:
 
 
 def write_timm(encoder: VisionTransformer, folder: Path) -> None:
-    """What `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, by our own names."""
+    """What `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; names are the same."""
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     _write(folder / "config.json", timm_settings(encoder))

@@ -1,4 +1,4 @@
-"""The formats that an encoder can leave in, and what has to be said of each."""
+"""The export formats and what a user of each must know."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ PICTURE = 'Image.open("picture.jpg").convert("RGB")'
 
 
 class Format(NamedTuple):
-    """How an encoder is written, and what its reader has to know."""
+    """How an encoder is written, and how it is loaded elsewhere."""
 
     library: str
-    """What loads it."""
+    """The library that loads it."""
     packages: tuple[str, ...]
-    """What writing and comparing need beside torch."""
+    """Packages needed to write and compare it, besides torch."""
     write: Callable[[VisionTransformer, Path], None]
     bound: float
-    """The largest difference of features that is no error."""
+    """The largest difference of features allowed."""
     any_size: bool
-    """Whether images of another size give the same features too."""
+    """Whether images of other sizes give the same features too."""
     loading: str
-    """How to load it, in Python; {height} and {width} are those of the encoder."""
+    """Python code that loads it; {height} and {width} are filled in from the encoder."""
     differences: tuple[str, ...]
-    """What the other library does in another way."""
+    """What the other library does differently."""
 
 
 FORMATS = {
@@ -50,12 +50,11 @@ features = model(**inputs).last_hidden_state
 """,
         differences=(
             "Images of another size need `interpolate_pos_encoding=True`. Positions are then "
-            "interpolated without antialiasing, which moves features by what stands below, and a "
-            "grid that is not square is refused: export at the size that is needed "
-            "(`image_size=`).",
-            "Where there is a [CLS], `pooler_output` is [CLS] itself: the pooler's weight is the "
-            "identity, its activation linear. Where there is none, `last_hidden_state` is patches "
-            "alone.",
+            "interpolated without antialiasing, which changes features by the amounts listed "
+            "below; a grid that is not square is refused. To avoid both, export at the size you "
+            "need (`image_size=`).",
+            "With a [CLS] token, `pooler_output` equals [CLS]: the pooler is the identity with a "
+            "linear activation. Without one, `last_hidden_state` holds only patches.",
         ),
     ),
     "timm": Format(
@@ -73,9 +72,9 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 features = model.forward_features(transform({PICTURE})[None])
 """,
         differences=(
-            "`pos_embed`, which is fixed here, is a parameter there: fine-tuning moves it unless "
-            "`model.pos_embed.requires_grad_(False)` says otherwise.",
-            "`model(images)` is [CLS] where there is one, and the mean over the patches elsewhere.",
+            "`pos_embed` is fixed in dseqjepa but a parameter in timm: fine-tuning changes it "
+            "unless you call `model.pos_embed.requires_grad_(False)`.",
+            "`model(images)` returns [CLS] if there is one, otherwise the mean over patches.",
         ),
     ),
     "onnx": Format(
@@ -94,8 +93,8 @@ image = np.asarray({PICTURE}.resize(({{width}}, {{height}})))
 (features,) = session.run(["patches"], {{{{"images": image.transpose(2, 0, 1)[None]}}}})
 """,
         differences=(
-            "Images are bytes, batch x 3 x height x width; they are normalised inside. Number and "
-            "size are free; what is left of a side beyond the last whole patch is not seen.",
+            "Input is uint8, batch x 3 x height x width, and is normalized inside the model. Batch "
+            "and image size are free; pixels beyond the last whole patch are ignored.",
         ),
     ),
     "torch": Format(
@@ -114,16 +113,17 @@ image = pil_to_tensor({PICTURE}.resize(({{width}}, {{height}})))
 *_, features = model(image[None])
 """,
         differences=(
-            "Images are bytes, batch x 3 x height x width; they are normalised inside. Number and "
-            "size are free; sides are multiples of the patch size, two patches or more.",
-            "It is a graph to compute with, not a module to train.",
+            "Input is uint8, batch x 3 x height x width, and is normalized inside the model. Batch "
+            "and image size are free; each side must be a multiple of the patch size and at least "
+            "two patches.",
+            "It is a graph for inference, not a module to train.",
         ),
     ),
 }
 
 
 def format_of(name: str) -> Format:
-    """The format of this name, if all that it needs is installed; `InputError` otherwise."""
+    """The format with this name; `InputError` if it is unknown or a package is missing."""
     if name not in FORMATS:
         raise InputError(f"--to: unknown format {name!r}{did_you_mean(name, FORMATS)}")
     missing = [package for package in FORMATS[name].packages if find_spec(package) is None]

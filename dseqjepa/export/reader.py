@@ -1,9 +1,9 @@
-"""What other libraries make of an export: run in a process that knows nothing of this package.
+"""Loads an export in another library and computes features, without importing this package.
 
     python -I reader.py FORMAT FOLDER DATA
 
-DATA holds `images-K.npy` (bytes) and `pixels-K.npy` (the same normalised), for each image size K;
-`patches-K.npy`, and `cls-K.npy` where there is a [CLS], are written beside them.
+DATA holds `images-K.npy` (bytes) and `pixels-K.npy` (the same, normalized) for each image size K.
+`patches-K.npy`, and `cls-K.npy` if there is a [CLS], are written next to them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ READERS = {"hf": read_hf, "timm": read_timm, "onnx": read_onnx, "torch": read_to
 
 
 def compare(form: str, folder: str, data: Path) -> None:
-    """Write the features of every size in `data`, or why there are none."""
+    """Write the features of the images of every size in `data`."""
     features = READERS[form](folder)
     for path in sorted(data.glob("images-*.npy")):
         size = path.stem.partition("-")[2]
@@ -108,4 +108,4 @@ def compare(form: str, folder: str, data: Path) -> None:
 if __name__ == "__main__":
     compare(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     if "dseqjepa" in sys.modules:
-        raise SystemExit("this process knows of dseqjepa, and proves nothing")
+        raise SystemExit("dseqjepa was imported, so this process proves nothing")

@@ -1,8 +1,8 @@
-"""The encoder as one graph of torch's own operators: what torch and ONNX keep without our code.
+"""The encoder as one graph of torch operators, which torch and ONNX can run without our code.
 
-Packing, which training lives by, needs the lengths of sequences on the host. Here all images have
-the same number of tokens, and that number is free, as is that of the images. Positions are brought
-to any grid by two matrix products, which every runtime computes alike.
+Packing, as used in training, needs the sequence lengths on the host. Here all images have the same
+number of tokens; that number and the batch size are dynamic. Positions are interpolated to any grid
+by two matrix products, which every runtime computes alike.
 
 Suffixes: B images, C colours or head width, H and W pixels (H also heads), N patches, L tokens,
 D width, O outputs, I inputs.
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from dseqjepa.model.vit import Block, VisionTransformer
 
 CUBIC = -0.5
-"""Keys' coefficient, which torch takes for bicubic interpolation with antialiasing."""
+"""Keys' coefficient, as torch uses it for bicubic interpolation with antialiasing."""
 OPSET = 18
 Side = int | torch.SymInt
-"""Rows or columns of a grid; a symbol while the graph is drawn."""
+"""Rows or columns of a grid; a symbol during tracing."""
 
 
 class TracedEncoder(nn.Module):
     """Bytes (B, 3, H, W) to [CLS] (B, D), if there is one, and patches (B, N, D).
 
-    Both are after the final norm; H and W are multiples of the patch size. It shares the parameters
-    of the encoder that it is made of.
+    Both are after the final norm; H and W are multiples of the patch size. Parameters are shared
+    with the encoder.
     """
 
     scale_C11: Tensor
@@ -50,12 +50,12 @@ class TracedEncoder(nn.Module):
 
     @property
     def about(self) -> str:
-        """What goes in and comes out, for who finds the file alone."""
+        """Inputs and outputs, for users who have only the file."""
         patch, mean, std = self.encoder.patch_size, list(self.encoder.mean), list(self.encoder.std)
         return (
-            f"images: uint8, RGB, batch x 3 x height x width, in multiples of {patch}; they are "
-            f"normalised inside (mean {mean}, std {std}). {', '.join(self.outputs)}: float32, "
-            "after the final norm; patches run row by row."
+            f"images: uint8, RGB, batch x 3 x height x width, height and width multiples of "
+            f"{patch}; normalized inside (mean {mean}, std {std}). {', '.join(self.outputs)}: "
+            "float32, after the final norm; patches in row-major order."
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ class TracedEncoder(nn.Module):
 
 
 def _through(block: Block, x_BLD: Tensor) -> Tensor:
-    """A block on sequences of one length."""
+    """A block applied to sequences of equal length."""
     qkv, proj, mlp = block.attn.qkv, block.attn.proj, block.mlp
     y_BLD = F.linear(block.norm1(x_BLD), qkv.weight, qkv.bias)
     heads = y_BLD.unflatten(2, (3, block.attn.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -94,8 +94,8 @@ def _through(block: Block, x_BLD: Tensor) -> Tensor:
 
 
 def _resizing(old: int, new: Side) -> Tensor:
-    """What turns `old` values into `new` ones as `F.interpolate` does, bicubic with antialiasing;
-    the identity where they are as many."""
+    """The matrix that resizes `old` values to `new` ones as `F.interpolate` does (bicubic,
+    antialiased); the identity if their numbers are equal."""
     place_O1, place_1I = torch.arange(new)[:, None] + 0.5, torch.arange(old)[None] + 0.5
     step = old / torch.ones(new).sum()
     x_OI = (place_1I - place_O1 * step).abs() / step.clamp(min=1)
@@ -107,10 +107,11 @@ def _resizing(old: int, new: Side) -> Tensor:
 
 
 def _traced(encoder: VisionTransformer) -> tuple[TracedEncoder, Any]:
-    """The module, and the program that torch makes of it, for any number of images of any size."""
+    """The module and its exported program, for any batch size and image size."""
     model = TracedEncoder(encoder).eval()
     patch = encoder.patch_size
-    height, width = ((side + 1) * patch for side in encoder.grid)  # no size is singled out
+    # Another size than the stored grid's, so that the program does not specialize to that one.
+    height, width = ((side + 1) * patch for side in encoder.grid)
     images_BCHW = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
     shape = {0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * columns}
@@ -119,13 +120,13 @@ def _traced(encoder: VisionTransformer) -> tuple[TracedEncoder, Any]:
 
 
 def write_torch(encoder: VisionTransformer, folder: Path) -> None:
-    """`model.pt2`, which `torch.export.load` reads."""
+    """Write `model.pt2` for `torch.export.load`."""
     model, program = _traced(encoder)
     torch.export.save(program, folder / "model.pt2", extra_files={"about.txt": model.about})
 
 
 def write_onnx(encoder: VisionTransformer, folder: Path) -> None:
-    """`model.onnx`, with its weights beside it where they are too many for one file."""
+    """Write `model.onnx`, with the weights next to it if they are too large for one file."""
     model, program = _traced(encoder)
     with warnings.catch_warnings(action="ignore"):
         onnx = torch.onnx.export(

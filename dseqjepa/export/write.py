@@ -1,4 +1,4 @@
-"""`dseqjepa export`: an encoder as a folder that another library loads, compared there first."""
+"""`dseqjepa export`: write an encoder for another library and verify it there."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dseqjepa.config import Section, Size
+from dseqjepa.commands import ExportConfig
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source
@@ -25,16 +25,7 @@ from dseqjepa.train.pretrain import open_training_source
 from dseqjepa.train.trained_on import trained_on
 
 SCENES = 16
-"""Rendered scenes that an encoder is compared on whose own images are not there."""
-
-
-class ExportConfig(Section):
-    """`dseqjepa export`: which encoder, and at which size."""
-
-    weights: Literal["target", "context"] = "target"
-    """Which encoder of a run leaves."""
-    image_size: Literal["auto"] | Size = "auto"
-    """Height and width in pixels that positions are stored for; `auto`: those of the training."""
+"""Number of rendered scenes to choose from if the training images are not available."""
 
 
 def export_encoder(
@@ -46,20 +37,20 @@ def export_encoder(
     data: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the folder `out`, after what is in it was compared with the encoder.
+    """Write the folder `out`; it appears only if the export computes the encoder's features.
 
     Args:
-        spec: a run's folder, a checkpoint, or a foreign weights file.
+        spec: a run's folder, a checkpoint, or a third-party weights file.
         to: a key of `formats.FORMATS`.
         out: a new or an empty folder.
-        data: the images to compare on, as `open_source` takes it; those of the training if not
-            given, or rendered scenes where they are not there.
-        tell: is told how far features lie apart.
+        data: the images to compare on, as `open_source` takes it; by default the training images,
+            or rendered scenes if those are not available.
+        tell: called with each line of the comparison.
 
     Raises:
         InputError: before anything is written.
-        RunError: the other library cannot load the export, or computes something else; nothing is
-            left of it.
+        RunError: the other library cannot load the export, or computes different features; the
+            export is removed.
     """
     form = format_of(to)
     _check_folder(out)
@@ -67,8 +58,8 @@ def export_encoder(
     backbone = open_backbone(spec, weights=settings.weights, image_size=size)
     if not isinstance(backbone, OwnBackbone):
         raise InputError(
-            f"{spec} is no encoder of ours, there is nothing to export: expected a run's folder, a "
-            "checkpoint or a plain ViT's weights file"
+            f"{spec} cannot be exported: expected a run's folder, a checkpoint, or the weights of "
+            "a plain ViT"
         )
     digest = backbone.digest()
     encoder = _with_grid(backbone.whole(), backbone.image_size)
@@ -84,13 +75,13 @@ def export_encoder(
         results = results_of(checkpoint, digest)
         card = model_card(encoder, form, origin, results, differences, name)
         write_whole(folder / "README.md", card)
-    tell(f"compared with {form.library} in a process of its own, on images of {name}:")
+    tell(f"compared with {form.library} in a separate process, on images of {name}:")
     for difference in differences:
         tell(f"  {difference}")
 
 
 def _with_grid(encoder: VisionTransformer, image_size: tuple[int, int]) -> VisionTransformer:
-    """The encoder, in eval mode, with its positions stored for this size."""
+    """The encoder with its positions stored for this image size."""
     height, width = image_size
     grid = (height // encoder.patch_size, width // encoder.patch_size)
     if grid == encoder.grid:
@@ -105,22 +96,22 @@ def _with_grid(encoder: VisionTransformer, image_size: tuple[int, int]) -> Visio
 def _images(
     checkpoint: Checkpoint | None, data: str | None, image_size: tuple[int, int]
 ) -> tuple[Source, str]:
-    """What to compare on, and what a reader is told of it: a path is nobody else's business."""
+    """The images to compare on, and words for them that reveal no path."""
     if data is None and checkpoint is not None:
         try:
             config, data = checkpoint.config, trained_on(checkpoint)
         except InputError:
-            pass  # an old run's images may be gone, and an import's were never here
+            pass  # an old run's images may be gone; an import's were never here
         else:
             return open_training_source(config.with_(data={"source": data})), "the training data"
     side = min(max(*image_size, 32), 512)
     how: dict[str, Any] = {"size": SCENES, "image_size": (side, side), "seed": 0}
-    name = "rendered scenes" if data in (None, *SPECS) else "pictures of its owner's"
+    name = "rendered scenes" if data in (None, *SPECS) else "a private data set"
     return open_source(data or "scenes", split="pretrain", **how), name
 
 
 def _check_folder(out: Path) -> None:
-    """`InputError` unless `out` is a new or an empty folder that can be made."""
+    """`InputError` unless `out` is an empty folder or can be created."""
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     try:
@@ -134,7 +125,7 @@ def _check_folder(out: Path) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the name `out` when all is done, and is gone otherwise."""
+    """A temporary folder that is renamed to `out` on success and removed on failure."""
     unfinished = folder_above(out) / f"{UNFINISHED}{out.absolute().name}"
     try:
         remove(unfinished)

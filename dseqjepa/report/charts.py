@@ -1,6 +1,6 @@
-"""The curves of a report: which metrics are drawn together, and what they mean.
+"""The charts of a report: which metrics are drawn together, and what they mean.
 
-A chart is plain JSON: the page draws it and knows no metric by name.
+A chart is plain JSON; the page's script knows no metric by name.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MOST_POINTS = 2000
 def groups(
     runs: Sequence[Run], called: Callable[[Sequence[Run]], str] = group_name
 ) -> list[dict[str, Any]]:
-    """The charts of some runs, in groups with a title; charts without a value are left out. Runs
-    that differ in their seed alone are a line, which has the name that `called` gives them."""
+    """The charts of some runs, in titled groups; charts without values are left out. Runs that
+    differ only in their seed share one line, named by `called`."""
     titled = (
         ("Learning", LEARNING, False),
         ("Health", HEALTH, False),
@@ -108,8 +108,8 @@ def _plain(
 
 
 def _series(name: str, group: Sequence[Run], key: str, colour: int) -> dict[str, Any]:
-    """The steps at which a value was logged, and the value; for several runs its mean, where all
-    have one, and their spread."""
+    """The steps at which a value was logged, and the values; for several runs the mean, where all
+    have one, and the spread."""
     logged = [
         {int(line["step"]): line[key] for line in (*run.steps, *run.probes) if key in line}
         for run in group

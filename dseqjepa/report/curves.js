@@ -1,10 +1,10 @@
 "use strict";
-// Draws the charts: plain JSON in, Plotly and a legend with values out. Colours come from the page.
+// Draws charts from plain JSON with Plotly, with a legend that shows values, in the page's colours.
 
 const theme = {
-  /** On paper charts do not follow the width of their place. */
+  /** In print, charts do not adapt to the width of their container. */
   printing: false,
-  /** The colour that a CSS variable has now. */
+  /** The current colour of a CSS variable. */
   colour(name) {
     const probe = document.body.appendChild(document.createElement("i"));
     probe.style.color = `var(--${name})`;
@@ -16,7 +16,7 @@ const theme = {
     const chosen = document.documentElement.dataset.theme;
     return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   },
-  /** The colour and dash of line `index`: lines that coincide, or are printed, stay apart. */
+  /** The colour and dash of line `index`, distinguishable when lines coincide or are printed. */
   line(colours, index) {
     const lines = colours.lines[theme.isDark() ? "dark" : "light"];
     const dashes = ["solid", "7px,3px", "2px,2px", "7px,2px,2px,2px"];
@@ -41,14 +41,14 @@ function makeSvg(name, attributes = {}, ...children) {
   return node;
 }
 
-/** Four significant digits, as people write them. */
+/** A number with four significant digits, readable. */
 function digits(value) {
   if (value === null || value === undefined) return "–";
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(3);
   return String(Number(value.toPrecision(4)));
 }
 
-/** Plotly reads some tags in its texts: show them as they are. */
+/** Plotly interprets some tags in texts: escape them. */
 function literal(text) {
   return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
@@ -91,7 +91,7 @@ function layout(unit, more = {}) {
   };
 }
 
-/** A chart of curves in a `.chart` element. `update(chart)` draws another one, or anew. */
+/** A chart of curves in a `.chart` element. `update(chart)` redraws it, or draws another. */
 class CurveChart {
   constructor(place, chart, colours, { short = false } = {}) {
     this.colours = colours;

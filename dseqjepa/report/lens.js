@@ -38,7 +38,7 @@ class Lens {
     this.run = this.step = 0;
     this.checkpoint = lenses[0].checkpoints.length - 1;
     const lengths = lenses[0].checkpoints[this.checkpoint].images.map((look) => look.steps.length);
-    this.image = lengths.indexOf(Math.max(...lengths)); // the one that has most to show
+    this.image = lengths.indexOf(Math.max(...lengths)); // the one with the longest sequence
     this.get = (id) => document.getElementById(`lens-${id}`);
     this.get("runs").hidden = lenses.length < 2;
     lenses.forEach((lens, index) => {
@@ -64,7 +64,7 @@ class Lens {
     return this.lens.checkpoints[this.checkpoint].images[this.image];
   }
 
-  /** Change some of run, image, checkpoint and step; the rest stays where it can. */
+  /** Change some of run, image, checkpoint and step; the others are kept if possible. */
   choose({ run = this.run, image = this.image, checkpoint, step = this.step }) {
     const other = this.lenses[run];
     if (run !== this.run) {

@@ -1,5 +1,5 @@
 "use strict";
-// Reads the data, fills the places that the template left, and follows the choice of colours.
+// Reads the data, fills the template's placeholders, and applies the chosen colour scheme.
 
 {
   const data = JSON.parse(document.getElementById("data").textContent);

@@ -1,4 +1,4 @@
-"""The page of a study: its table, its claims with their intervals, its curves, its runs."""
+"""The HTML page of a study: table, claims with intervals, curves and runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Values = Mapping[str, Any]
 
 
 def study_charts(runs: Mapping[str, Sequence[tuple[str, Run]]]) -> list[dict[str, Any]]:
-    """The groups of curves of each data set.
+    """The groups of charts of each data set.
 
     Args:
-        runs: by data set, each with the variant that it is of; runs that differ in their seed alone
-            become one line with a band, which has the variant's name.
+        runs: data set -> (variant, run); runs that differ only in their seed become one line with
+            a band, named after the variant.
     """
     found = []
     for data, named in runs.items():
@@ -42,8 +42,8 @@ def render_study(
     """The page's HTML.
 
     Args:
-        summary: what study.json holds.
-        charts: as `study_charts` makes them.
+        summary: the contents of study.json.
+        charts: as `study_charts` returns them.
         declaration: the text of study.yaml.
         table, claims: head and rows of both tables.
     """
@@ -65,7 +65,7 @@ def render_study(
 
 
 def _forests(claims: Sequence[Values]) -> list[dict[str, Any]]:
-    """Paired differences with their intervals, a chart for each metric."""
+    """Paired differences with their intervals, one chart per metric."""
     found: dict[str, list[Values]] = {}
     for claim in claims:
         if "differences" in claim:

@@ -1,4 +1,4 @@
-"""The words of a report: what a run was, whether it is healthy, what it learnt."""
+"""The sentences of a report: what a run was, whether it is healthy, what it learnt."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
 
 
 def _relation(row: Score, other: Score) -> str:
-    """Compare two values; overlapping intervals are not told apart."""
+    """Compare two values; overlapping intervals count as indistinguishable."""
     bounds = (row.low, row.high, other.low, other.high)
     if None in bounds:
         return "above" if row.value > other.value else "not above"
@@ -265,7 +265,7 @@ def _relation(row: Score, other: Score) -> str:
         return "clearly above"
     if row.high < other.low:  # type: ignore[operator]
         return "clearly below"
-    return "not told apart from"
+    return "not distinguishable from"
 
 
 def _tone(found: monitor.Verdict) -> Tone:

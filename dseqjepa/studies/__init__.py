@@ -1,1 +1,1 @@
-"""Studies: variants x seeds x evaluations, and claims that are written down before they run."""
+"""Studies: variants x seeds x evaluations, and claims frozen before the first run."""

@@ -1,6 +1,6 @@
-"""The studies after the paper's tables, and two of our own: functions that return a `Study`.
+"""The built-in studies: the paper's tables, and two of our own.
 
-Published numbers are those of arXiv 2511.17354 (v4): linear probes of ViT-B/16, in per cent.
+Published numbers are from arXiv 2511.17354 (v4): linear probes of ViT-B/16, in per cent.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ SCALES: dict[str, Values] = {
         },
     },
 }
-"""What a study is run with; the first evaluation is the one that its claims are about.
+"""Recipe and evaluations of each scale; claims are about the first evaluation.
 
-laptop: 4,056 steps of 64 scenes, from where prediction and not the regulariser teaches.
+laptop: 4,056 steps of 64 scenes, enough for prediction, not the regularizer, to drive learning.
 """
 FITTING = {"fashion-mnist": ["data.image_size=24", "model.patch_size=4"]}
-"""What a benchmark's format needs at the scale laptop."""
+"""Overrides that a benchmark's format needs at scale laptop."""
 
 
 def _variant(
@@ -65,7 +65,7 @@ def _variant(
 
 
 def table4() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """Table 4: do ranked regions and sequential prediction help, each and together?"""
+    """Table 4: do ranked regions and sequential prediction help, separately and together?"""
     random, flat = "method.regions.source=random", "method.prediction=flat"
     cells = {
         "random-flat": _variant(
@@ -85,7 +85,7 @@ def table4() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
 
 
 def table5() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """Table 5: does it matter in which order regions are predicted?"""
+    """Table 5: does the order in which regions are predicted matter?"""
     cells = {
         "saliency": _variant(published={IN1K: 73.5}, order="saliency"),
         "random": _variant("method.order=random", published={IN1K: 71.7}, order="random"),
@@ -98,7 +98,7 @@ def table5() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
 
 
 def table6() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """Table 6: does the [CLS] token by itself change I-JEPA?"""
+    """Table 6: does a [CLS] token alone change I-JEPA?"""
     cells = {
         "without-cls": _variant(
             "model.class_token=false", by="ijepa", published={IN1K: 72.4}, cls="no"
@@ -109,7 +109,7 @@ def table6() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
 
 
 def table7() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """Table 7: does it matter by which proxy saliency is read?"""
+    """Table 7: does the proxy for saliency matter?"""
     kinds = {"cls_similarity": {IN1K: 73.5}, "grad_cam": {IN1K: 73.4}}
     cells = {
         kind: _variant(f"method.saliency.kind={kind}", published=published, saliency=kind)
@@ -131,7 +131,7 @@ def regions() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
 
 
 def curriculum() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """How do ranked regions come in: by image, region or batch, and from which share to which?"""
+    """How should ranked regions be introduced: per image, region or batch, from which share?"""
     ways = {
         "image": ("image", 0, 1),
         "region": ("region", 0, 1),
@@ -163,7 +163,7 @@ def headline() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
 
 
 def proposals() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """Which saliency and which way to cut regions go together?"""
+    """Which saliency works with which way of cutting regions?"""
     cells = {
         f"{kind}-{cut}": _variant(
             f"method.saliency.kind={kind}",
@@ -180,7 +180,7 @@ def proposals() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
 
 
 def context() -> tuple[str, dict[str, Variant], list[tuple[str, str]], int]:
-    """Do three ways to encode the regions before teach the same?"""
+    """Do three ways of encoding the preceding regions teach the same?"""
     cells = {
         mode: _variant(f"method.context={mode}", context=mode)
         for mode in ("prefix", "causal", "independent")
@@ -194,8 +194,8 @@ STUDIES = {
         table4, table5, table6, table7, regions, curriculum, headline, proposals, context,
     )
 }  # fmt: skip
-"""Every built-in study by name: a function that gives its question, its variants, what is claimed
-to be higher than what, and the number of seeds."""
+"""Name of each built-in study -> a function that returns its question, its variants, its claims as
+(higher, than), and the number of seeds."""
 
 
 def declared(
@@ -209,15 +209,15 @@ def declared(
     """The study that a command line names, `checked`.
 
     Args:
-        name: of a built-in study, or a YAML file.
-        overrides: `section.key=value` for all variants, after those of the study.
-        scale, data: of a built-in study; `data` may name several, with commas.
-        seeds: numbers with commas.
+        name: a built-in study or a YAML file.
+        overrides: `section.key=value` for all variants, applied after those of the study.
+        scale, data: for built-in studies; `data` may be several sources, separated by commas.
+        seeds: numbers separated by commas.
     """
     if name.endswith((".yaml", ".yml")):
         for key, value in (("scale", scale), ("data", data)):
             if value is not None:
-                raise InputError(f"{key}={value} is for built-in studies: say it in {name}")
+                raise InputError(f"{key}={value} is for built-in studies: set it in {name}")
         study = read_study(Path(name))
     else:
         is_one = data is not None and Path(data).expanduser().exists()
@@ -225,17 +225,19 @@ def declared(
         study = built_in(name, scale or "laptop", [spec for spec in specs if spec])
     if seeds is not None:
         if not all(seed.isdecimal() for seed in seeds.split(",")):
-            raise InputError(f"seeds must be numbers with commas, such as 0,1,2, found {seeds!r}")
+            raise InputError(
+                f"seeds must be numbers separated by commas, such as 0,1,2, found {seeds!r}"
+            )
         study = study.with_(seeds=[int(seed) for seed in seeds.split(",")])
     return study.with_(overrides=[*study.overrides, *overrides]).checked()
 
 
 def built_in(name: str, scale: str, data: Sequence[str]) -> Study:
-    """A built-in study, not `checked` yet.
+    """A built-in study, not yet `checked`.
 
     Args:
         scale: a key of `SCALES`.
-        data: what it is run on, as `data=` takes it; none: what the scale brings.
+        data: the data sets, as `data=` takes them; empty: those of the scale.
     """
     if name not in STUDIES:
         raise InputError(f"unknown study {name!r}{did_you_mean(name, STUDIES)}")
@@ -246,7 +248,7 @@ def built_in(name: str, scale: str, data: Sequence[str]) -> Study:
     if data:
         values["data"] = {_short(spec): _fitted(spec, scale) for spec in data}
     if not values["data"]:
-        raise InputError(f"data=PATH is missing: scale={scale} brings no images of its own")
+        raise InputError(f"data=PATH is missing: scale={scale} has no images of its own")
     decides = next(iter(values["evaluations"]))
     claims = [Claim(higher=one, than=other, evaluation=decides) for one, other in pairs]
     return study_of(
@@ -266,7 +268,7 @@ def _doc(function: Any) -> str:
 
 
 def _short(spec: str) -> str:
-    """A name for a data set: its format, or its folder."""
+    """A name for a data set: its format or its folder."""
     name, colon, _ = spec.partition(":")
     text = name if colon and "/" not in name else spec.rstrip("/").rpartition("/")[2]
     return "".join(c if c.isalnum() else "-" for c in text).strip("-") or "data"

@@ -1,6 +1,6 @@
 """One run of a study: an ordinary run folder, named by data set, variant and seed.
 
-What is done is told by the run's own files, and by nothing else.
+Only the run's own files determine what has been done.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dseqjepa.train.metrics import is_step
 
 
 class Stage(NamedTuple):
-    """A command of a run that is still to be started."""
+    """A command that a run still needs."""
 
     name: str
-    """`pretrain`, or the study's name of an evaluation."""
+    """`pretrain`, or the name of one of the study's evaluations."""
     arguments: tuple[str, ...]
-    """Of `dseqjepa`."""
+    """Arguments of `dseqjepa`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StudyCell:
 
     @property
     def key(self) -> str:
-        """The name as that of a file."""
+        """The name, usable as a file name."""
         return self.name.replace("/", "--")
 
     @property
@@ -50,29 +50,29 @@ class StudyCell:
 
     @property
     def failure(self) -> Path:
-        """Where it stands that a command failed, until it is to be tried again."""
+        """The file that records a failed command until it is retried."""
         return self.out / "failed" / f"{self.key}.json"
 
     @property
     def log(self) -> Path:
-        """What its commands say."""
+        """The file with the output of the run's commands."""
         return self.out / "logs" / f"{self.key}.txt"
 
     def result_file(self, evaluation: str) -> Path:
         return self.run / "evaluations" / f"{evaluation}.json"
 
     def is_trained(self) -> bool:
-        """Whether the newest checkpoint is that of the last step."""
+        """Whether the newest checkpoint is from the last step."""
         state = read_json(self.run / "checkpoints" / "last" / "state.json")
         return is_step(state.get("step")) and state.get("step") == state.get("steps")
 
     def result(self, evaluation: str) -> dict[str, Any]:
-        """What an evaluation found; empty before it did."""
+        """The result of an evaluation; empty if there is none yet."""
         found = read_json(self.result_file(evaluation))
         return found if "metrics" in found and "protocol" in found else {}
 
     def left(self) -> Iterator[Stage]:
-        """The commands that are still to be run, in order."""
+        """The commands still to be run, in order."""
         study = self.study
         if not self.is_trained():
             overrides = study.overrides_of(self.data, self.variant, self.seed)
@@ -81,7 +81,7 @@ class StudyCell:
         for name, each in study.evaluations.items():
             if not self.result(name):
                 out = (f"seed={self.seed}", f"out={self.result_file(name)}")
-                # What an evaluation that was stopped has left may be resumed.
+                # An interrupted evaluation can be resumed.
                 yield Stage(
                     name,
                     ("evaluate", each.task, str(self.run), *each.settings, *out, "resume=auto"),
@@ -95,7 +95,7 @@ class StudyCell:
 
 
 def cells_of(study: Study, out: Path) -> list[StudyCell]:
-    """All runs, a seed of all variants before the next seed, so that pairs are complete early."""
+    """All runs, seed by seed, so that pairs are complete early."""
     return [
         StudyCell(study, out, data, variant, seed)
         for seed in study.seeds
@@ -105,7 +105,7 @@ def cells_of(study: Study, out: Path) -> list[StudyCell]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object that a file holds; empty where it is not there, or damaged."""
+    """The JSON object in a file; empty if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

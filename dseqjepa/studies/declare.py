@@ -1,7 +1,7 @@
-"""What a study is: variants of one recipe, seeds, data, evaluations, and claims about them.
+"""The declaration of a study: variants of one recipe, seeds, data, evaluations, and claims.
 
-It comes from `builtin.py` or from a YAML file with the keys of `Study`, and is checked whole before
-anything is written.
+It comes from `builtin.py` or from a YAML file with the keys of `Study`, and is checked completely
+before anything is written.
 """
 
 from __future__ import annotations
@@ -22,95 +22,95 @@ from dseqjepa.settings import explain, read_yaml
 from dseqjepa.tasks.config import TASKS, TaskConfig
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}"
-"""Of what becomes a folder."""
+"""Pattern of names that become folder names."""
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 FROM_STUDY = ("runtime.seed", "data.source")
-"""Settings that seeds and data sets of a study set."""
+"""Settings that the study's seeds and data sets determine."""
 
 
 class Variant(Section):
-    """One side of comparisons: what it changes of the study's recipe."""
+    """One of the recipes compared, as changes to the study's recipe."""
 
     method: str = ""
-    """The recipe with another method, such as `ijepa`; empty: the method of the preset."""
+    """Another method for the recipe, such as `ijepa`; empty: the method of the preset."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, as `pretrain` takes them."""
     labels: Mapping[str, str] = {}
-    """Columns of the table that say what the variant is."""
+    """Columns of the table that describe the variant: heading -> text."""
     published: Mapping[str, float] = {}
-    """What the paper reports, by the column's heading."""
+    """Results reported in the paper: heading -> number."""
 
 
 class StudyData(Section):
-    """A data set that every variant is trained on."""
+    """A data set on which every variant is trained."""
 
     source: str
-    """As `data=` takes it."""
+    """The data set, as `data=` takes it."""
     overrides: tuple[str, ...] = ()
-    """What it needs of the recipe, such as `data.image_size=24`."""
+    """Changes to the recipe that the data set needs, such as `data.image_size=24`."""
 
 
 class StudyTask(Section):
     """An evaluation of every run."""
 
     task: str
-    """As `dseqjepa evaluate` takes it."""
+    """The evaluation, as `dseqjepa evaluate` takes it."""
     settings: tuple[str, ...] = ()
     """`key=value`, as `evaluate` takes them; the seed is that of the run."""
 
 
 class Claim(Section):
-    """That a metric is higher with one variant than with another."""
+    """The claim that a metric is higher for one variant than for another."""
 
     higher: str
-    """The variant that is claimed to have the higher number."""
+    """The variant claimed to score higher."""
     than: str
     """The other variant."""
     evaluation: str
-    """The study's name of an evaluation."""
+    """Name of one of the study's evaluations."""
     metric: str = "accuracy"
     """A metric of that evaluation."""
     data: str = ""
-    """The study's name of a data set; empty: one claim for each of them."""
+    """Name of one of the study's data sets; empty: one claim per data set."""
 
     def __str__(self) -> str:
         return f"{self.higher} > {self.than}: {self.evaluation} {self.metric} on {self.data}"
 
 
 def _of_list(key: str) -> BeforeValidator:
-    """Let a section be written as the value of its key alone."""
+    """Let a section be given as just the value of one key."""
     return BeforeValidator(
         lambda value: value if isinstance(value, Mapping | Section) else {key: value}
     )
 
 
 class Study(Section):
-    """`dseqjepa study FILE.yaml`: variants x seeds x data sets, evaluated alike."""
+    """`dseqjepa study FILE.yaml`: variants x seeds x data sets, all evaluated alike."""
 
     name: str = Field(pattern=f"^{NAME}$")
-    """What it is called."""
+    """Name of the study."""
     title: str = ""
-    """What it asks, in one line."""
+    """The study's question, in one line."""
     preset: str
     """The recipe, as `pretrain` takes it: a preset or a YAML file."""
     overrides: tuple[str, ...] = ()
     """`section.key=value` for all variants."""
     variants: Mapping[str, Annotated[Variant, _of_list("overrides")]] = Field(min_length=1)
-    """By name; a list stands for its `overrides`."""
+    """Variants by name; a list is short for `overrides`."""
     seeds: tuple[Seed, ...] = Field(min_length=1)
-    """Each makes one run of every variant; runs of one seed are compared with each other."""
+    """One run of every variant per seed; runs with the same seed are paired."""
     data: Mapping[str, Annotated[StudyData, _of_list("source")]] = Field(min_length=1)
-    """By name; a text stands for its `source`."""
+    """Data sets by name; a string is short for `source`."""
     evaluations: Mapping[str, Annotated[StudyTask, _of_list("task")]] = Field(min_length=1)
-    """By name; a text stands for its `task`."""
+    """Evaluations by name; a string is short for `task`."""
     claims: tuple[Claim, ...] = ()
-    """What is to be tested, frozen before anything runs."""
+    """Claims to test, frozen before the first run."""
     unhealthy: Literal["keep", "exclude"] = "keep"
-    """Whether a run that ended collapsed, or did not learn, counts in the statistics; `exclude`
-    leaves its seed out of a claim on either of its sides."""
+    """Whether a run that collapsed or did not learn counts in the statistics; `exclude` drops its
+    seed from every claim that involves the run."""
 
     def config_of(self, data: str, variant: str, seed: int) -> Config:
-        """The config of one run; `InputError` names the variant that is wrong."""
+        """The config of one run; `InputError` names the variant at fault."""
         try:
             return load_config(self.preset_of(variant), self.overrides_of(data, variant, seed))
         except InputError as error:
@@ -121,7 +121,7 @@ class Study(Section):
         return f"{method}_{self.preset}" if method else self.preset
 
     def overrides_of(self, data: str, variant: str, seed: int) -> list[str]:
-        """All that is set beside the preset, the later the stronger."""
+        """All overrides of the preset; later ones take precedence."""
         return [
             *self.overrides,
             *self.data[data].overrides,
@@ -137,10 +137,10 @@ class Study(Section):
         return TASKS[found.task].from_settings(found.settings)
 
     def checked(self) -> Study:
-        """The study, its claims one for each data set, its paths absolute.
+        """The study with one claim per data set and absolute paths.
 
         Raises:
-            InputError: whatever would keep a run, an evaluation or a test from being made.
+            InputError: anything that would prevent a run, an evaluation or a test.
         """
         with_paths = self._located()
         claims = tuple(with_paths._expanded())
@@ -169,7 +169,7 @@ class Study(Section):
 
     def _check_runs(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"study {self.name}: seeds {list(self.seeds)} has one twice")
+            raise InputError(f"study {self.name}: seeds {list(self.seeds)} contains a duplicate")
         typed = [("overrides", self.overrides)]
         typed += [(f"variant {name}", each.overrides) for name, each in self.variants.items()]
         typed += [(f"data {name}", each.overrides) for name, each in self.data.items()]
@@ -177,7 +177,7 @@ class Study(Section):
             for key in (override.partition("=")[0] for override in overrides):
                 if key in FROM_STUDY:
                     raise InputError(
-                        f"study {self.name}, {where}: {key} comes from the study's "
+                        f"study {self.name}, {where}: {key} is set by the study's "
                         f"{'seeds' if key == 'runtime.seed' else 'data'}: leave it out"
                     )
         for data in self.data:
@@ -196,7 +196,7 @@ class Study(Section):
                 raise InputError(f"study {self.name}, evaluation {name}: {error}") from None
             if any(setting.startswith("seed=") for setting in each.settings):
                 raise InputError(
-                    f"study {self.name}, evaluation {name}: seed is that of the run: leave it out"
+                    f"study {self.name}, evaluation {name}: seed is set by the run: leave it out"
                 )
 
     def _check_claim(self, claim: Claim) -> None:
@@ -212,21 +212,21 @@ class Study(Section):
             if word not in names:
                 raise InputError(f"{where}: unknown {kind} {word!r}{did_you_mean(word, names)}")
         if claim.higher == claim.than:
-            raise InputError(f"{where}: name two variants")
+            raise InputError(f"{where}: a claim needs two different variants")
         if len(self.seeds) < 2:
-            raise InputError(f"{where}: a test needs two seeds at least, found {list(self.seeds)}")
+            raise InputError(f"{where}: a test needs at least two seeds, found {list(self.seeds)}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
 
 
 def read_study(path: Path) -> Study:
-    """The study that a YAML file declares, not `checked` yet."""
+    """The study declared in a YAML file, not yet `checked`."""
     return study_of(read_yaml(path))
 
 
 def study_of(values: Mapping[str, Any]) -> Study:
-    """A study of plain values; `InputError` names the key at fault."""
+    """A study from plain values; `InputError` names the key at fault."""
     for key, kind in (("variants", Variant), ("data", StudyData), ("evaluations", StudyTask)):
         _check_named(key, kind, values.get(key))
     try:
@@ -236,12 +236,12 @@ def study_of(values: Mapping[str, Any]) -> Study:
 
 
 def _check_named(key: str, kind: type[Section], found: Any) -> None:
-    """See that what a mapping holds by names is in order."""
+    """Check the names and values of a mapping."""
     for name, each in found.items() if isinstance(found, Mapping) else ():
         if not re.fullmatch(NAME, str(name)):
             raise InputError(
-                f"study, {key}: a name has letters, digits, _, . and - alone, 60 at most, found "
-                f"{name!r}"
+                f"study, {key}: a name must be at most 60 letters, digits, _, . or -, starting "
+                f"with a letter or digit, found {name!r}"
             )
         if isinstance(each, Mapping):
             try:

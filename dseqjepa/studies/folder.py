@@ -1,12 +1,12 @@
-"""A study's folder: what was frozen in it and when, and who works on which run of it.
+"""A study's folder: the frozen declaration, and leases on the runs in progress.
 
-study.yaml    the declaration, which `dseqjepa study DIR/study.yaml out=DIR` resumes
-frozen.json   when it and each claim were declared, by which code and machine, and a hash of it
+study.yaml    the declaration; `dseqjepa study DIR/study.yaml out=DIR` resumes the study
+frozen.json   when the study and each claim were declared, code and machine, and a hash of all this
 starts.jsonl  every start of the command
 cells/        ordinary run folders, DATA/VARIANT/seed-N
-leases/       who works on which of them now
+leases/       which process works on which run
 failed/       commands that failed
-logs/         what all commands said
+logs/         output of all commands
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ FROZEN, DECLARED = "frozen.json", "study.yaml"
 FORMAT = 1
 CHANGES = ("code", "machine")
 STALE_S = 120.0
-"""A lease that has not been renewed for so long belongs to nobody."""
+"""Seconds after which a lease that is not renewed expires."""
 
 
 def freeze(
     study: Study, out: Path, allow_changed: Collection[str] = ()
 ) -> tuple[Study, dict[str, Any]]:
-    """Write down a study before it runs, or see that `out` is a folder of this study.
+    """Freeze a study in `out` before it runs, or reopen it if `out` already holds it.
 
-    Claims that the folder does not know yet become exploratory; those that it knows stay.
+    Claims added since the study was frozen become exploratory; claims removed since are kept.
 
     Returns:
-        the study with all claims, and what frozen.json holds.
+        The study with all claims, and the contents of frozen.json.
 
     Raises:
-        InputError: `out` cannot be used, holds something else, or was begun by other code or on
-            another machine that `allow_changed` does not name; nothing is written.
+        InputError: `out` cannot be used, holds something else, or was started with another code or
+            machine that `allow_changed` does not name; nothing is written.
     """
     if unknown := sorted(set(allow_changed) - set(CHANGES)):
-        raise InputError(f"allow_changed takes {' and '.join(CHANGES)}, found {unknown[0]!r}")
+        raise InputError(f"allow_changed must be {' or '.join(CHANGES)}, found {unknown[0]!r}")
     here = {"code": code_digest(), "machine": machine()}
     if not (out / FROZEN).exists():
         _check_empty(out)
@@ -69,8 +69,8 @@ def freeze(
             if value not in frozen[key]:
                 if key not in allow_changed:
                     raise InputError(
-                        f"out={out} was begun with another {key} ({frozen[key][-1]}, now {value}): "
-                        f"give a new folder, or mix them by allow_changed={key}"
+                        f"out={out} was started with another {key} ({frozen[key][-1]}, now "
+                        f"{value}): give a new folder, or mix them with allow_changed={key}"
                     )
                 frozen[key].append(value)
     _write(study, out, frozen)
@@ -78,11 +78,11 @@ def freeze(
 
 
 def _reopened(study: Study, out: Path) -> tuple[dict[str, Any], Study]:
-    """What was frozen, with the claims that were not, and the study with all of them."""
+    """The frozen values with new claims added, and the study with all claims."""
     frozen = read_json(out / FROZEN)
     digest = frozen.pop("sha256", None)
     if digest != json_digest(frozen):
-        raise InputError(f"{out / FROZEN} was changed after it was written: give a new folder")
+        raise InputError(f"{out / FROZEN} was modified after it was written: give a new folder")
     if frozen["design"] != _design(study):
         raise InputError(
             f"out={out} holds another study ({_unlike(study, out)}): give a new folder"
@@ -115,7 +115,7 @@ def _check_empty(out: Path) -> None:
 
 
 def _design(study: Study) -> str:
-    """A hash of all that is compared: everything but claims, presets resolved."""
+    """A hash of the study without its claims and title, with presets resolved."""
     values = study.model_dump(mode="json", exclude={"claims", "title"})
     configs = {
         f"{data}/{variant}": study.config_of(data, variant, 0).model_dump(mode="json")
@@ -132,7 +132,7 @@ def _unlike(study: Study, out: Path) -> str:
         return str(error)
     now = study.model_dump(mode="json")
     keys = [key for key in now if before[key] != now[key] and key not in ("claims", "title")]
-    return f"{before['name']}, with other {', '.join(keys) or 'presets'}"
+    return f"{before['name']}, which differs in {', '.join(keys) or 'presets'}"
 
 
 def _told(claim: Any, declared: str, exploratory: bool) -> dict[str, Any]:
@@ -143,12 +143,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# Who works on what
+# Leases
 
 
 @contextmanager
 def locked_for_a_moment(out: Path) -> Iterator[float]:
-    """Keep all others from what takes a moment; the time of the disk, on which all agree."""
+    """Hold the folder's lock briefly; yields the file system's time, the same for all machines."""
     path = out / "leases" / ".lock"
     with path.open("a+", encoding="utf-8") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -157,7 +157,7 @@ def locked_for_a_moment(out: Path) -> Iterator[float]:
 
 
 class Leases:
-    """The runs that this process works on, and those that others do."""
+    """Leases on the runs that this process works on."""
 
     def __init__(self, out: Path, stale_s: float = STALE_S) -> None:
         self.out, self.stale_s = out, stale_s
@@ -167,7 +167,7 @@ class Leases:
         return self.out / "leases" / f"{cell.key}.json"
 
     def take(self, cell: StudyCell) -> bool:
-        """Take a run that nobody works on; False where somebody does."""
+        """Take a run; False if another process works on it."""
         with locked_for_a_moment(self.out) as now:
             if self._is_held(cell, now) or is_in_use(cell.run):
                 return False
@@ -175,8 +175,8 @@ class Leases:
         return True
 
     def renew(self, cell: StudyCell, child: int) -> bool:
-        """Say that `child` still works on a run that was taken; False where it was lost, after a
-        sleep of the machine, say."""
+        """Renew the lease on a run that `child` works on; False if it was lost, for example
+        because the machine was suspended."""
         with locked_for_a_moment(self.out):
             if not self._is_mine(cell):
                 return False
@@ -210,8 +210,7 @@ class Leases:
 
 
 def is_alive(process: int | None) -> bool:
-    """Whether a process of this machine runs; one that has ended and waits for its parent does
-    not."""
+    """Whether a process on this machine is running; a zombie is not."""
     if process is None:
         return False
     try:

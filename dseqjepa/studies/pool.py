@@ -1,7 +1,7 @@
-"""Runs of a study side by side, each a chain of ordinary commands in processes of their own.
+"""Executes the runs of a study in parallel, each as a chain of ordinary commands in subprocesses.
 
-Several of these pools, on one machine or on many, share the runs of a folder by their leases. A
-pool that is killed leaves nothing that the next one does not see by the runs' own files.
+Several pools, on one machine or many, share the runs of a folder by leases. After a pool is killed,
+the next one continues from the runs' own files.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from dseqjepa.train.clock import duration
 COMMAND = (sys.executable, "-m", "dseqjepa")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = {128 + signal.SIGTERM, *(-number for number in STOPS), 128 + signal.SIGINT}
-"""Exit codes of a command that was asked to end, and can go on."""
+"""Exit codes of a command that was interrupted and can be resumed."""
 LOOK_S, SEARCH_S, RENEW_S, DRAW_S = 0.1, 1.0, 10.0, 2.0
 
 
 @dataclass
 class _Worker:
-    """A run that is worked on here."""
+    """A run in progress in this pool."""
 
     cell: StudyCell
     stage: Stage
@@ -51,9 +51,9 @@ class Pool:
     """`jobs` runs at a time, until all of `cells` are done or have failed.
 
     Args:
-        cells: the runs that this pool may work on, in order.
-        console: where lines and the live table go.
-        stale_s: after how many seconds a lease of another pool is nobody's.
+        cells: the runs that this pool may execute, in order.
+        console: output for messages and the live table.
+        stale_s: seconds after which a lease that is not renewed expires.
     """
 
     def __init__(
@@ -63,17 +63,18 @@ class Pool:
         self.leases = Leases(cells[0].out, stale_s)
         self.workers: list[_Worker] = []
         self.seconds: list[float] = []
-        """What runs took that were done here from beginning to end."""
+        """Durations of the runs that this pool executed from beginning to end."""
         self.began: dict[str, float] = {}
         self.done: dict[str, dict[str, float]] = {}
-        """What is done by its name, with the first metric of every evaluation."""
+        """Name of each finished run -> evaluation -> its first metric."""
         self.stopped_by: int | None = None
         self.renew_s = min(RENEW_S, stale_s / 4)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = max(1, (cores or 1) // jobs)
 
     def run(self) -> int | None:
-        """Work; the signal that ended it early, if one did. Failures stand in their files."""
+        """Execute the runs; returns the signal that interrupted it, if any. Failures are recorded
+        in files."""
         searched = renewed = drawn = 0.0
         with _signals(self), self._live() as live:
             while not self.stopped_by:
@@ -96,7 +97,7 @@ class Pool:
         return self.stopped_by
 
     def _state(self, cell: StudyCell) -> str:
-        """`done`, `failed` or `left`; what is done stays so."""
+        """`done`, `failed` or `left`; `done` is cached."""
         if cell.name in self.done:
             return "done"
         state = cell.state()
@@ -111,13 +112,13 @@ class Pool:
         return [cell for cell in self.cells if self._state(cell) == "left"]
 
     def _start_one(self) -> bool:
-        """Start the first run that nobody works on; whether there was one."""
+        """Start the first free run; False if there is none."""
         mine = {worker.cell.name for worker in self.workers}
         for cell in self._left():
             if cell.name in mine or not self.leases.take(cell):
                 continue
             stage = next(cell.left(), None)
-            if stage is None:  # somebody else was quicker
+            if stage is None:  # another pool was faster
                 self.leases.leave(cell)
                 continue
             if not cell.run.exists():
@@ -139,13 +140,13 @@ class Pool:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
-                start_new_session=True,  # a terminal's Ctrl-C is for this process, which passes on
+                start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
             )
         self.leases.renew(cell, process.pid)
         self.workers.append(_Worker(cell, stage, process, time.monotonic()))
 
     def _look_at(self, worker: _Worker) -> bool:
-        """Whether it has ended; what follows is started."""
+        """Check a worker and start its run's next command; True if the worker's run has ended."""
         code = worker.process.poll()
         if code is None:
             return False
@@ -160,7 +161,7 @@ class Pool:
             if cell.name in self.began:
                 self.seconds.append(time.monotonic() - self.began[cell.name])
         elif code in STOPPED:
-            self._say(f"{cell.name}: {worker.stage.name} was stopped")
+            self._say(f"{cell.name}: {worker.stage.name} was interrupted")
         else:
             self._note_failure(cell, worker.stage, code)
         self.leases.leave(cell)
@@ -176,13 +177,13 @@ class Pool:
     def _renew(self) -> None:
         for worker in list(self.workers):
             if not self.leases.renew(worker.cell, worker.process.pid):
-                self._say(f"{worker.cell.name}: another process has taken it over")
+                self._say(f"{worker.cell.name}: taken over by another process")
                 self.workers.remove(worker)
                 worker.process.terminate()
                 worker.process.wait()
 
     def _stop(self) -> None:
-        """Have what runs end, pre-training with a checkpoint."""
+        """Stop all workers; pre-training saves a checkpoint first."""
         for worker in self.workers:
             worker.process.terminate()
         for worker in self.workers:
@@ -190,7 +191,7 @@ class Pool:
             self.leases.leave(worker.cell)
         self.workers.clear()
 
-    # What people see
+    # Output
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -204,7 +205,7 @@ class Pool:
             yield live
 
     def table(self) -> RenderableType:
-        """What is done, runs and is left, and the means so far, by data set and variant."""
+        """Progress and current means, by data set and variant."""
         states = {cell.name: self._state(cell) for cell in self.cells}
         evaluations = list(self.cells[0].study.evaluations)
         table = Table("data", "variant", "done", "running", "left", "failed", *evaluations)

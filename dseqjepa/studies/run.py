@@ -1,4 +1,4 @@
-"""`dseqjepa study`: freeze, run, and write down what was found; or plan, or hand over to Slurm."""
+"""`dseqjepa study`: freeze a study, run it and write its results; or plan it; or use Slurm."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DRAWN = (
     "Prediction loss", "Skill", "kNN probe", "Effective rank (RankMe)",
     "Similarity of different images", "Spread of the features",
 )  # fmt: skip
-"""The curves of curves.png; the page has all of them."""
+"""The curves in curves.png; the page shows all."""
 
 
 def run_study(
@@ -52,26 +52,26 @@ def run_study(
     console: Console | None = None,
     stale_s: float = STALE_S,
 ) -> int | None:
-    """Run what of a study is left, and write down what was found.
+    """Execute the remaining runs of a study and write its results.
 
     Args:
-        study: `checked`.
-        out: a new folder, or that of this study.
+        study: a `checked` study.
+        out: a new folder, or the folder of this study.
         jobs: runs at a time.
-        only: the name of one run, or its number from 0: no other is started.
-        retry: "failed" tries runs again whose commands failed; "unhealthy" starts runs anew that
-            ended collapsed or without learning.
-        allow_changed: "code" or "machine": mix runs of another one.
+        only: the name of one run, or its number from 0; no other is started.
+        retry: "failed" retries runs with a failed command; "unhealthy" restarts runs that
+            collapsed or did not learn.
+        allow_changed: "code", "machine": accept that the study was started with another one.
 
     Returns:
-        the signal that stopped it, if one did.
+        The signal that interrupted it, if any.
 
     Raises:
         InputError: before anything is written.
         RunError: some commands failed; all other runs are done.
     """
     if unknown := sorted(set(retry) - set(RETRIES)):
-        raise InputError(f"retry takes {' and '.join(RETRIES)}, found {unknown[0]!r}")
+        raise InputError(f"retry must be {' or '.join(RETRIES)}, found {unknown[0]!r}")
     if jobs < 1:
         raise InputError(f"jobs must be at least 1, found {jobs}")
     console = console or LastingConsole(markup=False, highlight=False)
@@ -83,13 +83,13 @@ def run_study(
     summary = collect(study, frozen, out)
     write_outputs(study, summary, out, console)
     if stopped_by:
-        console.print("stopped; the same command resumes")
+        console.print("interrupted; the same command resumes")
         return stopped_by
     failed = [cell.name for cell in chosen if cell.state() == "failed"]
     if failed:
         raise RunError(
             f"{len(failed)} of {len(chosen)} runs failed, such as {failed[0]} (see "
-            f"{out / 'logs'}); retry=failed tries again"
+            f"{out / 'logs'}); retry them with retry=failed"
         )
     return None
 
@@ -109,7 +109,7 @@ def _chosen(cells: Sequence[StudyCell], only: str) -> list[StudyCell]:
 
 
 def try_again(cells: Sequence[StudyCell], summary: Values, retry: Collection[str]) -> None:
-    """Forget failures, and remove unhealthy runs, where `retry` says so."""
+    """Clear failures and delete unhealthy runs, as `retry` says."""
     unhealthy = {
         cell["name"]
         for cell in summary.get("cells", ())
@@ -122,11 +122,12 @@ def try_again(cells: Sequence[StudyCell], summary: Values, retry: Collection[str
             remove(cell.run)
 
 
-# What was found
+# Results
 
 
 def write_outputs(study: Study, summary: Values, out: Path, console: Console) -> None:
-    """study.json, table.md, and what packages there are for: forest.png, curves.png, study.html."""
+    """Write study.json and table.md, and, if their packages are installed, forest.png, curves.png
+    and study.html."""
     with locked_for_a_moment(out):
         write_whole(out / "study.json", json.dumps(summary, indent=1) + "\n")
         write_whole(out / "table.md", markdown(summary))
@@ -134,7 +135,9 @@ def write_outputs(study: Study, summary: Values, out: Path, console: Console) ->
         charts = study_charts(_runs(study, summary, out))
         written += _draw(study, summary, charts, out, console)
         if absent := missing_packages():
-            console.print(f"no page: {' and '.join(absent)} missing (dseqjepa[report] has them)")
+            console.print(
+                f"no page: {' and '.join(absent)} missing (pip install 'dseqjepa[report]')"
+            )
         else:
             table, claims = table_of(summary), (CLAIM_HEAD, claim_rows(summary))
             page = render_study(summary, charts, study.to_yaml(), table, claims)
@@ -151,7 +154,7 @@ def write_outputs(study: Study, summary: Values, out: Path, console: Console) ->
 
 
 def _runs(study: Study, summary: Values, out: Path) -> dict[str, list[tuple[str, Run]]]:
-    """The runs of each data set that have begun, with their variants."""
+    """The runs of each data set that have started, with their variants."""
     found: dict[str, list[tuple[str, Run]]] = {data: [] for data in study.data}
     for cell in summary["cells"]:
         if cell["health"] is not None:
@@ -186,14 +189,14 @@ def _draw(
     return written
 
 
-# Before it runs
+# Planning
 
 
 def plan_study(study: Study, jobs: int, console: Console | None = None) -> None:
-    """Print the runs of a study and what pre-training costs here, as preflight measures it."""
+    """Print a study's runs and the cost of pre-training, measured here by preflight."""
     console = console or LastingConsole(markup=False, highlight=False)
     seeds = len(study.seeds)
-    table = Table("data", "variant", "runs", "hours a run", "hours")
+    table = Table("data", "variant", "runs", "hours per run", "hours")
     total = 0.0
     for data in study.data:
         for variant in study.variants:
@@ -203,9 +206,9 @@ def plan_study(study: Study, jobs: int, console: Console | None = None) -> None:
     console.print(table)
     runs = seeds * len(study.variants) * len(study.data)
     console.print(
-        f"{runs} runs, {total:.1f} hours of pre-training one after the other; then of each run "
-        f"{', '.join(study.evaluations)}, whose time is not measured here. With jobs={jobs} the "
-        "runs share this machine's cores.",
+        f"{runs} runs, {total:.1f} hours of pre-training if run one after the other. Each run's "
+        f"evaluations ({', '.join(study.evaluations)}) come on top and are not included. With "
+        f"jobs={jobs}, that many runs share this machine's cores.",
         soft_wrap=True,
     )
     for claim in study.claims:
@@ -234,18 +237,18 @@ SLURM = """#!/bin/bash
 #SBATCH --array=0-{last}%{jobs}
 #SBATCH --output={out}/logs/slurm-%a.txt
 #SBATCH --requeue
-# Time, memory and GPUs are those of your cluster: add them here, or give them to sbatch.
+# Add your cluster's options for time, memory and GPUs here, or pass them to sbatch.
 cd {folder}
 exec {python} -m dseqjepa study {declared} out={out} cell=$SLURM_ARRAY_TASK_ID
 """
 
 
 def write_slurm(study: Study, out: Path, jobs: int, allow_changed: Collection[str] = ()) -> Path:
-    """Freeze a study, and write a job array for it: a task a run. The script's file."""
+    """Freeze a study and write a Slurm job array, one task per run; returns the script's path."""
     out = out.absolute()
     for path in (out, Path(sys.executable), Path.cwd()):
         if any(character.isspace() for character in str(path)):
-            raise InputError(f"--slurm takes no path with blanks: {path}")
+            raise InputError(f"--slurm does not support paths with spaces: {path}")
     cells = cells_of(study, out)
     freeze(study, out, allow_changed)
     text = SLURM.format(

@@ -1,7 +1,7 @@
-"""What paired differences over seeds say: interval, tests, effect size, what could have been seen.
+"""Statistics of paired differences over seeds: interval, tests, effect size, detectable difference.
 
-A difference is one variant's number less the other's of the same seed. The last axis is the seeds;
-all axes before it are computed at once.
+A difference is one variant's result minus the other's for the same seed. The last axis holds the
+seeds; all other axes are batch axes.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from scipy import optimize, special, stats
 
 LEVEL, POWER = 0.05, 0.8
 MOST_FLIPS = 2**16
-"""Up to 16 seeds, every pattern of signs is counted; for more seeds this many are drawn."""
+"""Up to 16 seeds, all sign patterns are enumerated; for more seeds, this many are sampled."""
 QUANTILES = 4096
 Floats = NDArray[np.float64]
 
 
 class Comparison(NamedTuple):
-    """Of differences with shape (..., seeds); each field has shape (...)."""
+    """Statistics of differences with shape (..., seeds); each field has shape (...)."""
 
     mean: Floats
     deviation: Floats
     """Standard deviation of the differences over seeds."""
     low: Floats
-    """Ends of the 95 % interval of the mean, by Student's t."""
+    """Lower end of the 95 % interval of the mean, by Student's t."""
     high: Floats
     p_t: Floats
-    """Of the paired t test, two-sided; nan where all differences are equal."""
+    """P-value of the two-sided paired t test; NaN if all differences are equal."""
     p_signs: Floats
-    """Of the sign-flip permutation test of the mean, two-sided; exact up to 16 seeds."""
+    """P-value of the two-sided sign-flip permutation test of the mean; exact up to 16 seeds."""
     effect: Floats
-    """Mean / deviation, Hedges' correction for few seeds applied; nan as `p_t`."""
+    """Mean / deviation with Hedges' correction for few seeds; NaN where `p_t` is."""
 
 
 def compare(differences: Floats) -> Comparison:
-    """The statistics of paired differences (..., seeds), two seeds at least."""
+    """The statistics of paired differences (..., seeds), with at least two seeds."""
     count = differences.shape[-1]
     if count < 2:
-        raise ValueError(f"a test needs two seeds at least, found {count}")
+        raise ValueError(f"a test needs at least two seeds, found {count}")
     mean, deviation = differences.mean(axis=-1), differences.std(axis=-1, ddof=1)
     spread = np.ptp(differences, axis=-1) > 0
     error = deviation / count**0.5
@@ -62,24 +62,24 @@ def compare(differences: Floats) -> Comparison:
 
 
 def hedges(freedom: int) -> float:
-    """Hedges' correction of a standardised mean for its degrees of freedom."""
+    """Hedges' correction factor of a standardized mean with these degrees of freedom."""
     logs = special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2) if freedom > 1 else 0.0
     return float(np.exp(logs) / (freedom / 2) ** 0.5) if freedom > 1 else 1.0
 
 
 def least_p_signs(count: int) -> float:
-    """The smallest p-value that the sign-flip test can give with `count` seeds."""
+    """The smallest p-value that the sign-flip test can reach with `count` seeds."""
     return float(2.0 ** (1 - count))
 
 
 @cache
 def detectable(count: int, claims: int) -> float:
     """The true mean difference, in standard deviations of the differences, that a two-sided t test
-    of `count` pairs finds with power 0.8 at level 0.05 / `claims`, the first step of Holm's."""
+    of `count` pairs detects with power 0.8 at level 0.05 / `claims`, Holm's first step."""
     freedom = count - 1
     limit = stats.t.ppf(1 - LEVEL / claims / 2, freedom)
 
-    # P(|T| > limit) is a mean over the estimated deviation; scipy's nct fails far from 0.
+    # P(|T| > limit) is averaged over the estimated deviation; scipy's nct fails far from 0.
     quantiles = (np.arange(QUANTILES) + 0.5) / QUANTILES
     limits = limit * (stats.chi2.ppf(quantiles, freedom) / freedom) ** 0.5
 
@@ -91,7 +91,7 @@ def detectable(count: int, claims: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values of a family of claims, in the order given (Holm, 1979)."""
+    """Adjusted p-values of a family of claims (Holm, 1979), in the order given."""
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     factors = np.arange(len(p), 0, -1)

@@ -1,7 +1,7 @@
-"""What a study found so far, as plain values: runs, means, and claims with their tests.
+"""The current results of a study as plain values: runs, means, and claims with their tests.
 
-A claim is tested once all of its runs are there and not before: a look at some of its seeds would
-be a second chance.
+A claim is tested only when all of its runs are complete: testing on a subset of the seeds would be
+a second chance.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from dseqjepa.tasks.table import escaped
 FORMAT = 1
 Values = dict[str, Any]
 KINDS = ("code", "machine", "device", "threads")
-"""What runs should have in common beside what is compared."""
+"""Conditions that all runs should share."""
 
 
 def collect(study: Study, frozen: Mapping[str, Any], out: Path) -> Values:
-    """All that study.json holds.
+    """The contents of study.json.
 
     Args:
         study: with all claims, as `freeze` returns it.
-        frozen: what frozen.json holds.
+        frozen: the contents of frozen.json.
         out: the study's folder; paths are relative to it.
     """
     cells = {cell.name: _told(cell) for cell in cells_of(study, out)}
@@ -54,7 +54,7 @@ def collect(study: Study, frozen: Mapping[str, Any], out: Path) -> Values:
 
 
 def _told(cell: StudyCell) -> Values:
-    """A run: what it was, how it is, what was measured of it, and where each of these stands."""
+    """A run: its identity, state, health and results, and the files that hold them."""
     results = {name: found for name in cell.study.evaluations if (found := cell.result(name))}
     starts = _lines(cell.run / "run.jsonl")
     config = read_json(cell.run / "checkpoints/last/state.json")
@@ -88,7 +88,7 @@ def _told(cell: StudyCell) -> Values:
 def _health(run: Path) -> Values | None:
     try:
         found = verdict(read_run(run, run.name))
-    except (InputError, OSError):  # it has not begun
+    except (InputError, OSError):  # it has not started
         return None
     return {"tone": found.tone, "sentence": found.sentence}
 
@@ -104,7 +104,7 @@ def _lines(path: Path) -> list[Values]:
 
 
 def _tested(study: Study, claim: Mapping[str, Any], cells: Mapping[str, Values]) -> Values:
-    """A claim with its numbers; its `p_t` is None where it is not tested."""
+    """A claim with its numbers; `p_t` is None if it is not tested."""
     found: Values = {**claim, "verdict": "not tested", "why": "", "p_t": None}
     pairs = [
         [cells[f"{claim['data']}/{claim[side]}/seed-{seed}"] for side in ("higher", "than")]
@@ -118,9 +118,12 @@ def _tested(study: Study, claim: Mapping[str, Any], cells: Mapping[str, Values])
         if each is None or claim["metric"] not in each["metrics"]
     ]
     if lacking:
-        return found | {"why": f"{len(lacking)} of {len(runs)} runs lack it, such as {lacking[0]}"}
+        return found | {
+            "why": f"{len(lacking)} of {len(runs)} results are missing, such as that of "
+            f"{lacking[0]}"
+        }
     if len({each["protocol"] for each in measured if each}) > 1:
-        return found | {"why": "its runs were not measured alike: their protocols differ"}
+        return found | {"why": "its runs were evaluated by different protocols"}
     unpaired = [a["seed"] for a, b in pairs if a["data_fingerprint"] != b["data_fingerprint"]]
     if unpaired:
         return found | {"why": f"the runs of seed {unpaired[0]} saw different images"}
@@ -151,8 +154,8 @@ def _tested(study: Study, claim: Mapping[str, Any], cells: Mapping[str, Values])
 
 
 def _correct(family: Sequence[Values]) -> None:
-    """Holm's correction over a family of claims, those not tested included as if they had p = 1,
-    and what is to be said of each."""
+    """Add Holm's correction over a family of claims (untested ones count with p = 1), the verdict
+    and a sentence to each claim."""
     adjusted = holm([1.0 if claim["p_t"] is None else claim["p_t"] for claim in family])
     for claim, p_holm in zip(family, adjusted, strict=True):
         if "differences" not in claim:
@@ -168,17 +171,17 @@ def _correct(family: Sequence[Values]) -> None:
         if p_holm < LEVEL:
             claim["verdict"] = "holds" if claim["mean"] > 0 else "the opposite holds"
         else:
-            claim["verdict"] = "cannot be told"
+            claim["verdict"] = "inconclusive"
             figures += (
-                f"; a difference of {found:.2f} would have been seen with a probability of 0.8"
+                f"; a true difference of {found:.2f} would be detected with a probability of 0.8"
                 if has_spread
-                else "; all seeds differ by the same, so there is no t test"
+                else "; the difference is the same for all seeds, so no t test is possible"
             )
         claim["sentence"] = f"{figures}."
 
 
 def _means(study: Study, cells: Mapping[str, Values]) -> list[Values]:
-    """Mean and standard deviation over seeds, of every variant, data set and metric."""
+    """Mean and standard deviation over seeds for every variant, data set and metric."""
     found = []
     for data in study.data:
         for variant in study.variants:
@@ -208,20 +211,19 @@ def _means(study: Study, cells: Mapping[str, Values]) -> list[Values]:
 
 
 def _notes(study: Study, cells: Mapping[str, Values]) -> list[str]:
-    """What a reader has to know beside the numbers."""
+    """Caveats: failed and unhealthy runs, and conditions that differ between runs."""
     notes = []
     for cell in cells.values():
         if cell["failure"]:
             failure = cell["failure"]
             notes.append(
-                f"{cell['name']}: {failure['stage']} failed ({failure['said']}); retry=failed "
-                "tries again"
+                f"{cell['name']}: {failure['stage']} failed ({failure['said']}); retry it with "
+                "retry=failed"
             )
         if cell["state"] != "left" and _is_unhealthy(cell):
             rule = "counts" if study.unhealthy == "keep" else "does not count"
             notes.append(
-                f"{cell['name']} is unhealthy and {rule}, as was declared: "
-                f"{cell['health']['sentence']}"
+                f"{cell['name']} is unhealthy and {rule}, as declared: {cell['health']['sentence']}"
             )
     for kind in KINDS:
         several = dict.fromkeys(each for cell in cells.values() for each in cell[kind])
@@ -231,15 +233,15 @@ def _notes(study: Study, cells: Mapping[str, Values]) -> list[str]:
 
 
 def _plain(value: float) -> float | None:
-    """JSON knows no nan."""
+    """JSON has no NaN."""
     return value if math.isfinite(value) else None
 
 
-# The same for people
+# Tables
 
 
 def columns_of(summary: Values) -> list[tuple[str, str, str]]:
-    """(data, evaluation, metric) of the table: what claims are about, and every evaluation's first
+    """(data, evaluation, metric) of each column: the claims' metrics and every evaluation's first
     metric."""
     wanted = {(c["data"], c["evaluation"], c["metric"]) for c in summary["claims"]}
     first: dict[tuple[str, str], str] = {}
@@ -251,8 +253,7 @@ def columns_of(summary: Values) -> list[tuple[str, str, str]]:
 
 
 def table_of(summary: Values) -> tuple[list[str], list[list[str]]]:
-    """Head and rows in the paper's layout: what a variant is, what was published, what was
-    measured."""
+    """Head and rows in the paper's layout: variant, published numbers, measured numbers."""
     variants = summary["study"]["variants"]
     labels = list(dict.fromkeys(key for each in variants.values() for key in each["labels"]))
     published = list(dict.fromkeys(key for each in variants.values() for key in each["published"]))
@@ -284,13 +285,13 @@ def shown_p(value: float) -> str:
 
 
 CLAIM_HEAD = (
-    "claim", "verdict", "difference (95 %)", "paired t", "sign flips (least possible)", "Holm",
-    "effect size", "could have been seen",
+    "claim", "verdict", "difference (95 %)", "paired t", "sign flips (smallest possible)", "Holm",
+    "effect size", "detectable",
 )  # fmt: skip
 
 
 def claim_rows(summary: Values) -> list[list[str]]:
-    """A row a claim, under `CLAIM_HEAD`."""
+    """One row per claim, with the columns of `CLAIM_HEAD`."""
     rows = []
     for claim in summary["claims"]:
         keys = (key for key in claim if key in Claim.model_fields)
@@ -317,7 +318,7 @@ def claim_rows(summary: Values) -> list[list[str]]:
 
 
 def markdown(summary: Values) -> str:
-    """table.md: the table, the claims, the runs with a link to each number's file, and notes."""
+    """table.md: the table, the claims, the runs with links to the result files, and notes."""
     study, frozen = summary["study"], summary["frozen"]
     done = [cell for cell in summary["cells"] if cell["state"] == "done"]
     lines = [
@@ -328,10 +329,10 @@ def markdown(summary: Values) -> str:
         "",
         *_table(*table_of(summary)),
         "",
-        "Claims, frozen before anything ran unless marked. The verdict is that of the paired t "
-        "test (two-sided) after Holm's correction over the claims; the sign-flip test needs six "
-        "seeds to come below 0.05. The last column is the difference that is found with a "
-        "probability of 0.8.",
+        "Claims, frozen before the first run unless marked. The verdict is that of the two-sided "
+        "paired t test after Holm's correction over the claims; the sign-flip test needs at least "
+        "six seeds to reach p < 0.05. The last column is the true difference that would be "
+        "detected with a probability of 0.8.",
         "",
         *_table(CLAIM_HEAD, claim_rows(summary)),
         "",
@@ -347,7 +348,7 @@ def markdown(summary: Values) -> str:
         health = (cell["health"] or {"sentence": "–"})["sentence"].partition(":")[0]
         rows.append([f"[{cell['name']}]({cell['run']})", cell["state"], health, *numbers])
     head = ["run", "state", "health", *evaluations]
-    lines += ["Every run, and the file of each number.", "", *_table(head, rows, links=True), ""]
+    lines += ["All runs, with links to the results.", "", *_table(head, rows, links=True), ""]
     lines += [f"- {escaped(note)}" for note in summary["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
@@ -32,7 +33,7 @@ from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
-from dseqjepa.train.foreign import ImportConfig, read_encoder
+from dseqjepa.train.foreign import read_encoder
 from dseqjepa.train.others import (
     CLASS_TOKENS,
     Folder,
@@ -285,9 +286,9 @@ class FrozenTimm(Backbone):
 
 
 class FrozenHf(Backbone):
-    """A model of transformers: it can be read, but has no blocks to take apart.
+    """A model of transformers: readable, but without blocks to train.
 
-    Its `depth` counts the last blocks or stages whose features have the shape of the last.
+    `depth` counts the last blocks or stages whose features have the shape of the last.
     """
 
     stem: HuggingFace
@@ -297,13 +298,13 @@ class FrozenHf(Backbone):
     ) -> None:
         if folder.normalisation is None:
             raise InputError(
-                f"{folder.path} does not say how images are normalised: put a "
-                "preprocessor_config.json with image_mean and image_std into it"
+                f"{folder.path} does not state the normalization: add a "
+                "preprocessor_config.json with image_mean and image_std"
             )
         mean, std = folder.normalisation
         size = image_size or folder.image_size
         if size is None:
-            raise InputError(f"{folder.path} does not say for which images: give image_size=[H,W]")
+            raise InputError(f"{folder.path} does not state an image size: give image_size=[H,W]")
         stem = HuggingFace(model).eval()
         with torch.no_grad():
             try:
@@ -311,7 +312,7 @@ class FrozenHf(Backbone):
             except (RuntimeError, TypeError, ValueError) as error:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise InputError(
-                    f"{folder.path} gives no features of images of {size[0]} x {size[1]}: {reason}"
+                    f"{folder.path} does not accept images of {size[0]} x {size[1]}: {reason}"
                 ) from None
         patch_size, prefix = _patches_of(folder, found[-1], size)
         names = [name for name, _ in model.named_parameters()]
@@ -341,14 +342,14 @@ class FrozenHf(Backbone):
 
 
 def _patches_of(folder: Folder, tokens: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """The side of a patch in pixels, and how many tokens come before the patches."""
+    """The side of a patch in pixels, and the number of tokens before the patches."""
     (height, width), count = size, tokens.shape[1]
     if tokens.ndim == 4:
         return height // tokens.shape[2], 0
     side = folder.config.get("patch_size")
     if isinstance(side, int) and 0 < (patches := (height // side) * (width // side)) <= count:
         return side, count - patches
-    return round((height * width / count) ** 0.5), 0  # of stages that halve the grid
+    return round((height * width / count) ** 0.5), 0  # stages that halve the grid
 
 
 class Pixels(Backbone):
@@ -433,7 +434,7 @@ def open_backbone(
     if spec == "pixels":
         backbone = Pixels(image_size or PIXELS_SIZE)
     elif colon and kind == "timm":
-        pretrained = pretrained or _is_folder(name)  # for which nothing has to be fetched
+        pretrained = pretrained or _is_folder(name)  # a folder needs no download
         backbone = _timm(name, pretrained, image_size, seed)
         if pretrained:
             backbone.untrained = partial(_timm, name, False, image_size, seed)
@@ -489,13 +490,13 @@ def _untrained(config: Config, image_size: tuple[int, int] | None) -> Backbone:
 
 
 def _is_folder(spec: str) -> bool:
-    """Whether it names a folder that timm or transformers may have written."""
+    """Whether it names a folder, possibly written by timm or transformers."""
     return (Path(spec).expanduser() / "config.json").is_file()
 
 
 def _hf(folder: Folder, image_size: tuple[int, int] | None, seed: int | None = None) -> Backbone:
     if folder.library != "transformers":
-        raise InputError(f"{folder.path} is of {folder.library}: name it timm:{folder.path}")
+        raise InputError(f"{folder.path} is for {folder.library}: use timm:{folder.path}")
     return FrozenHf(hugging_face(folder, seed), folder, image_size)
 
 
@@ -504,12 +505,12 @@ def _label(backbone: Backbone, name: str, weights: str, source: str) -> None:
 
 
 def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed: int) -> Backbone:
-    """A model of timm; of a folder, its own weights or random ones of its shape."""
+    """A model of timm; for a folder, with its own weights or with random ones."""
     timm, architecture = timm_library(), name
     if _is_folder(name):
         folder = folder_of(Path(name).expanduser())
         if folder.library != "timm":
-            raise InputError(f"{name} is of {folder.library}: name it hf:{name}")
+            raise InputError(f"{name} is for {folder.library}: use hf:{name}")
         name, architecture = f"local-dir:{folder.path}", str(folder.config["architecture"])
     is_hub = ":" in architecture  # hf-hub:..., local-dir:...: timm's own syntax for locations
     if not is_hub and not timm.is_model(architecture):

@@ -199,7 +199,7 @@ def pooling_of(pieces: Sequence[str]) -> str:
     words = {
         "cls": "[CLS]",
         "mean": "moments over patches" if "std" in kinds else "mean over patches",
-        "patches": f"all patches less their place's mean, {COMPONENTS} components",
+        "patches": f"all patches, centred by position, {COMPONENTS} components",
     }
     return " and ".join(word for kind, word in words.items() if kind in kinds)
 
@@ -296,7 +296,7 @@ class Extracted:
     index_M: Int64[Tensor, " M"]
     bad: tuple[tuple[str, str], ...]
     basis: PatchBasis | None = None
-    """What `patches1` was read by, where it was."""
+    """The projection for `patches1`, if it was extracted."""
 
     def rows(self, pieces: Sequence[str]) -> Rows:
         """These pieces concatenated."""

@@ -231,7 +231,7 @@ class Chosen:
         return {group: predicted_NH[:, place[setting]] for group, setting in self.by_group.items()}
 
     def head(self, pieces: Sequence[str], basis: PatchBasis | None) -> SavedHead:
-        """The best of all, by itself; `pieces` are those of its feature."""
+        """The best head overall, to be saved; `pieces` are those of its feature."""
         name = self.setting.feature
         weight_DHC, bias_HC = self.heads.weights[name]
         place = list(self.heads.group[name]).index(self.setting)

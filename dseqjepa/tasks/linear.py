@@ -32,7 +32,7 @@ from dseqjepa.tasks.store import features_of, splits_of
 from dseqjepa.tasks.training import Place, Recipe, fit
 
 INIT_STD = 0.01
-"""Of the linear layer's weights, as MAE has it."""
+"""Standard deviation of the linear layer's initial weights, as in MAE."""
 
 
 def evaluate(job: Job, config: LinearConfig) -> Result:
@@ -66,7 +66,7 @@ class Probe(nn.Module):
         return self.linear(self.norm(feature_BD))
 
     def head(self, pieces: Sequence[str]) -> SavedHead:
-        """As it classifies in eval mode."""
+        """The classifier as applied in eval mode."""
         variance_D = self.norm.get_buffer("running_var")
         scale_D = 1 / (variance_D + self.norm.eps).sqrt()
         mean_D, linear = self.norm.get_buffer("running_mean"), self.linear

@@ -1,7 +1,7 @@
 """A trained classifier as a file, for `dseqjepa predict`.
 
-It is one safetensors file: the tensors of the classifier, and in its metadata the classes, what of
-an image it reads, and of which encoder. Nothing in it is run.
+One safetensors file: the tensors of the classifier and, as metadata, its classes, input features
+and encoder. Loading it runs no code.
 
 Suffixes: B images, D width of a feature, C classes.
 """
@@ -29,56 +29,56 @@ from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.features import PatchBasis, pooled
 
 KEY = "dseqjepa_head"
-"""Of the metadata."""
+"""Key of the metadata."""
 
 
 class About(Section):
-    """What a file says of its classifier."""
+    """The metadata of a classifier."""
 
     format: Literal[1] = 1
     task: str
     """The evaluation that trained it."""
     kind: Literal["linear", "attentive"]
     labels: str
-    """Which labels of the data."""
+    """The kind of labels it predicts."""
     classes: tuple[str, ...]
-    """Their names, in the order of the logits."""
+    """Class names, in the order of the logits."""
     pieces: tuple[str, ...]
-    """What of an image it reads, as `tasks.features` names it."""
+    """The features it reads, as named by `tasks.features`."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Of an attentive head."""
+    """Settings of an attentive head."""
     encoder: str
-    """What was evaluated: a path from the working folder, or timm:NAME and its like."""
+    """The evaluated encoder: a path relative to the working folder, or timm:NAME and the like."""
     encoder_from_here: str
-    """The same from where this file lies; empty for what is no path."""
+    """The same path relative to this file; empty if it is not a path."""
     weights: str
     """Which encoder of a run."""
     init_seed: int
-    """Of random weights."""
+    """Seed of random weights."""
     digest: str
-    """The fingerprint of the encoder."""
+    """Fingerprint of the encoder."""
     image_size: Size
-    """Height and width in pixels to which images are brought."""
+    """Height and width in pixels to which images are resized."""
     precision: Literal["fp32", "bf16"]
-    """Of the encoder."""
+    """Precision of the encoder."""
 
 
 @dataclass(frozen=True, eq=False)
 class SavedHead:
-    """A classifier on the pieces of an image."""
+    """A classifier on the features (`pieces`) of an image."""
 
     kind: Literal["linear", "attentive"]
     pieces: tuple[str, ...]
     tensors: Mapping[str, Tensor]
-    """Linear: `mean_D` and `scale_D`, by which features are standardised, `weight_DC`, `bias_C`;
-    attentive: those of one `QueryHeads` with a single head."""
+    """Linear: `mean_D` and `scale_D` for standardizing features, `weight_DC`, `bias_C`; attentive:
+    those of a `QueryHeads` with a single head."""
     settings: Mapping[str, Any]
     classes: int
     basis: PatchBasis | None = None
-    """What the piece `patches1` is read by."""
+    """The projection for the piece `patches1`."""
 
     def logits(self, found: Mapping[str, Tensor]) -> Float[Tensor, "B C"]:
-        """Of a batch's pieces, as `tasks.features.pooled` gives them."""
+        """Logits for the pieces of a batch, as returned by `tasks.features.pooled`."""
         x_BD = torch.cat([found[piece] for piece in self.pieces], dim=1)
         if self.kind == "attentive":
             from dseqjepa.tasks.attentive import logits_of
@@ -98,7 +98,7 @@ def linear_head(
     bias_C: Tensor,
     basis: PatchBasis | None = None,
 ) -> SavedHead:
-    """A linear layer on standardised features, kept on the CPU."""
+    """A linear layer on standardized features, stored on the CPU."""
     parts = {"mean_D": mean_D, "scale_D": scale_D, "weight_DC": weight_DC, "bias_C": bias_C}
     tensors = {name: part.detach().cpu().float().contiguous() for name, part in parts.items()}
     reads_basis = any(piece.startswith("patches") for piece in pieces)
@@ -107,7 +107,7 @@ def linear_head(
 
 
 def head_path(result: Path) -> Path:
-    """Where the head of an evaluation lies whose result is this file."""
+    """The path of the classifier saved with a result file."""
     return result.with_name(f"{result.stem}-head.safetensors")
 
 
@@ -122,7 +122,7 @@ def save_head(
     digest: str,
     precision: str,
 ) -> None:
-    """Write it whole or not at all. `digest` is that of the backbone."""
+    """Write a classifier atomically. `digest` is the fingerprint of the backbone."""
     is_path = Path(backbone.source).exists()
     beside = os.path.relpath(backbone.source, path.parent) if is_path else ""
     about = {
@@ -143,18 +143,20 @@ def save_head(
 
 
 def load_head(path: Path) -> tuple[SavedHead, About]:
-    """What `save_head` wrote; `InputError` for anything else."""
+    """Read a file written by `save_head`; `InputError` for anything else."""
     try:
         with safe_open(path, "pt") as file:
             said = (file.metadata() or {}).get(KEY)
             if said is None:
-                raise InputError(f"{path} holds no head: expected what an evaluation wrote")
+                raise InputError(
+                    f"{path} holds no classifier: expected a file saved by an evaluation"
+                )
             about = About.model_validate(json.loads(said))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, ValidationError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        known = "it does not exist" if not path.exists() else "it is damaged, or no head"
+        known = "it does not exist" if not path.exists() else "it is damaged, or not a classifier"
         raise InputError(f"{path} cannot be read: {known}") from None
     basis = None
     if "basis.mean_PD" in tensors:
@@ -167,11 +169,11 @@ def encoder_of(path: Path, head: SavedHead, about: About, named: str | None) -> 
     """The encoder that a head was trained on.
 
     Args:
-        path: of the head.
-        named: where the encoder is, if it was moved.
+        path: the file of the head.
+        named: path of the encoder, if it was moved.
 
     Raises:
-        InputError: it is not there, is another, or the head does not fit it after all.
+        InputError: the encoder does not exist, has another fingerprint, or does not fit the head.
     """
     beside = path.parent / about.encoder_from_here
     moved = bool(about.encoder_from_here) and beside.exists()
@@ -185,11 +187,13 @@ def encoder_of(path: Path, head: SavedHead, about: About, named: str | None) -> 
             seed=about.init_seed,
         )
     except InputError as error:
-        raise InputError(f"the encoder of {path}: {error}; encoder=PATH names it") from None
+        raise InputError(
+            f"the encoder of {path}: {error}; give its location with encoder=PATH"
+        ) from None
     if backbone.digest() != about.digest:
         raise InputError(
             f"{spec} is not the encoder that {path} was trained on (its fingerprint is not "
-            f"{about.digest[:16]}): name that one by encoder=PATH, or evaluate again"
+            f"{about.digest[:16]}): give that encoder with encoder=PATH, or evaluate again"
         )
     blank_1CHW = torch.zeros(1, 3, *backbone.image_size, dtype=torch.uint8)
     shape: tuple[int, ...] = ()
@@ -197,7 +201,9 @@ def encoder_of(path: Path, head: SavedHead, about: About, named: str | None) -> 
         found = pooled(backbone, blank_1CHW, head.pieces, basis=head.basis)
         shape = tuple(head.logits(found).shape)
     except (RuntimeError, LookupError, ValueError, AssertionError):
-        pass  # what it gives is nothing that fits
+        pass  # the tensors do not fit together
     if shape != (1, len(about.classes)):
-        raise InputError(f"{path} is damaged: it gives its {len(about.classes)} classes no logits")
+        raise InputError(
+            f"{path} is damaged: it does not yield logits for its {len(about.classes)} classes"
+        )
     return backbone

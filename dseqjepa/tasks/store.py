@@ -100,7 +100,7 @@ class Store:
             write_json(self.marker(piece, number), done)
 
     def open(self, pieces: Sequence[str], source: Source) -> Extracted:
-        """Everything, memory-mapped. `InputError` if the disk no longer has what was written."""
+        """All features, memory-mapped; `InputError` if a file was changed after it was written."""
         mapped: dict[str, Tensor] = {}
         dones: list[Any] = []
         for piece in pieces:
@@ -142,8 +142,8 @@ def _allocate(path: Path, size: int) -> None:
                 file.truncate(size)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be made: {size} bytes are needed ({error.strerror}); free them, or "
-            "name another disk with cache=DIR, or do without with cache=none"
+            f"{path} cannot be created: it needs {size} bytes ({error.strerror}); free some space, "
+            "use another disk with cache=DIR, or set cache=none"
         ) from None
 
 

@@ -258,8 +258,8 @@ def train_backbone(
     losses: Callable[[Model, Any], Losses],
     join: Callable[[list[Sample]], Any] = list,
 ) -> tuple[Model, dict[str, str]]:
-    """A model with the job's backbone in it, trained on all of its weights in a folder beside the
-    result, NAME-training; in eval mode. And the images that could not be decoded, and why.
+    """Train a model that contains the job's backbone, in a folder NAME-training next to the result;
+    returns it in eval mode, and the images that could not be decoded, with reasons.
 
     Args:
         build: creates the model, whose new weights are drawn by the config's seed.

@@ -18,22 +18,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.config import (
     ENCODER_SIZES,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Colours,
     Config,
-    Deviations,
-    Section,
-    Size,
     validate,
 )
 from dseqjepa.data.scenes import Scenes
@@ -77,21 +73,6 @@ SCENES = 4
 """Rendered scenes on which an import is compared."""
 BOUND = 1e-5
 """The largest accepted difference of features, as for exports."""
-
-
-class ImportConfig(Section):
-    """`dseqjepa import`: what cannot be derived from the shapes of an encoder."""
-
-    heads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Attention heads; `auto`: those of the named size with this width and depth, else
-    width / 64."""
-    image_size: Literal["auto"] | Size = "auto"
-    """Image size in pixels; `auto`: a square, from the number of positions."""
-    mean: Literal["auto"] | Colours = "auto"
-    """Mean of the normalization it was trained with (white is 1); `auto`: that of its folder, else
-    ImageNet's."""
-    std: Literal["auto"] | Deviations = "auto"
-    """Standard deviation of the same, by the same rule."""
 
 
 def import_encoder(

@@ -103,9 +103,9 @@ def cluster_maps(
         grid,
         title="Clusters of patch features",
         caption=(
-            f"{clusters} clusters of patch features (k-means over all images shown, apart for each "
-            "checkpoint). Colours are matched between checkpoints; above the "
-            "maps is the share of patches with the same colour at another checkpoint."
+            f"{clusters} clusters of patch features (k-means over all images shown, separately for "
+            "each checkpoint). Colours are matched between checkpoints; above the maps is the "
+            "share of patches with the same colour at another checkpoint."
         ),
         spans=spans(moments),
     ).figure

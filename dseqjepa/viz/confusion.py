@@ -55,8 +55,8 @@ def confusion_sheet(matrices: Mapping[str, Matrix]) -> Figure:
         "column), in per cent; the diagonal is correct. To the right, the number of test "
         "images."
         + (
-            f" Only the {MOST} classes with the most confused images; the rest "
-            "is in the result's file."
+            f" Only the {MOST} classes with the most confused images; the others "
+            "are in the result file."
             if left_out
             else ""
         ),

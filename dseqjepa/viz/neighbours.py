@@ -69,9 +69,9 @@ def neighbour_sheet(
         (1, 1),
         title="Nearest neighbours",
         caption=(
-            "The nearest images of the data by the cosine between mean patch features, given "
-            "below each with its class, if any. An image that is in the data is its own "
-            "nearest neighbour, with 1."
+            "The nearest images in the data by the cosine between mean patch features, which is "
+            "written below each with its class, if any. An image that is in the data is its own "
+            "nearest neighbour, with cosine 1."
         ),
         spans=[(label, 1 + count * index, count) for index, label in enumerate(found)],
         under=0.04 + 2 * inches_of(SMALL),

@@ -38,10 +38,10 @@ TILE = (WIDTH - (ACROSS - 1) * GAP) / ACROSS
 HEAD = inches_of(TEXT) + 0.05
 NOTE = inches_of(SMALL) + 0.04
 CAPTION = (
-    "Saliency is scaled to this image. The foreground is what lies above Otsu's threshold. Regions "
-    "are numbered in order; where they are cut, the last is what is left over. A prediction "
-    "step shows the patches that the context encoder sees as they are, and the loss at each patch "
-    "that is predicted as heat; greyed patches are neither."
+    "Saliency is scaled to this image. The foreground lies above Otsu's threshold. Regions are "
+    "numbered in order; if there are several, the last is the left-over region. A prediction step "
+    "shows the patches that the context encoder sees, and the loss of each predicted patch as "
+    "heat; greyed patches are neither."
 )
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a study: paired differences with their intervals, and curves with bands."""
+"""The figures of a study: paired differences with intervals, and learning curves with bands."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dseqjepa.viz.canvas import (
 from dseqjepa.viz.style import INK, LINES, MUTED
 
 Values = Mapping[str, Any]
-MARKS = {"holds": ("o", 0), "the opposite holds": ("s", 1), "cannot be told": ("D", None)}
-"""Verdict -> marker, and place in `LINES`; None: an open marker of the colour of lesser text."""
+MARKS = {"holds": ("o", 0), "the opposite holds": ("s", 1), "inconclusive": ("D", None)}
+"""Verdict -> marker, and index into `LINES`; None: an open marker in the muted text colour."""
 ROW = 0.32  # inches
 
 
 def forest(claims: Sequence[Values], title: str) -> Figure:
-    """Paired differences, a line each: mean, 95 % interval, zero, and every seed's difference.
+    """Paired differences, one line per claim: mean, 95 % interval, and each seed's difference.
 
     Args:
-        claims: tested ones, as study.json holds them.
+        claims: tested claims, as in study.json.
     """
     groups: dict[str, list[Values]] = {}
     for claim in claims:
@@ -45,9 +45,9 @@ def forest(claims: Sequence[Values], title: str) -> Figure:
         WIDTH,
         key + sum(heights),
         f"Paired differences: {title}",
-        "Mean over seeds of one variant's number less the other's, with its 95 % interval by "
-        "Student's t; small ticks are single seeds. Verdicts are after Holm's correction, so an "
-        "interval that leaves out 0 need not hold.",
+        "Mean over seeds of one variant's result minus the other's, with its 95 % interval by "
+        "Student's t; small ticks are single seeds. Verdicts are after Holm's correction, so a "
+        "claim may fail to hold although its interval excludes 0.",
     )
     marks = [_mark(verdict) for verdict in MARKS]
     page.legend(0, 0.04, WIDTH, list(MARKS), marks, TEXT)
@@ -104,10 +104,10 @@ def _numbers(claim: Values) -> str:
 
 
 def bands(charts: Sequence[Values], title: str) -> Figure:
-    """Means over seeds with the lowest and the highest, a chart each.
+    """Means over seeds with a band from the lowest to the highest, one chart per metric.
 
     Args:
-        charts: as `report.charts` makes them: title, unit, and series of name, x, y, low and high.
+        charts: as made by `report.charts`: title, unit, and series of name, x, y, low and high.
     """
     across = min(3, len(charts))
     names = list(dict.fromkeys(one["name"] for each in charts for one in each["series"]))
@@ -122,8 +122,8 @@ def bands(charts: Sequence[Values], title: str) -> Figure:
         WIDTH,
         key + deep * (head + height + foot) - 0.15,
         f"Learning curves: {title}",
-        "Means over the seeds of a variant, by training step; a band reaches from the lowest to "
-        "the highest seed. Losses of methods that predict different patches are not comparable.",
+        "Mean over the seeds of each variant, by training step; bands span the lowest to the "
+        "highest seed. Losses of methods that predict different patches are not comparable.",
     )
     marks = [Line2D([], [], **style_of(number)) for number in range(len(names))]
     page.legend(0, 0.04, WIDTH, names, marks, SMALL)
@@ -150,6 +150,6 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Dashes tell lines apart that coincide, or have one colour."""
+    """The line style of a curve; dashes distinguish lines that coincide or share a colour."""
     dash = DASHES[(number + number // len(LINES)) % len(DASHES)]
     return {"color": colour(LINES[number % len(LINES)]), "linestyle": dash, "linewidth": 1.5}

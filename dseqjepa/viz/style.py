@@ -28,5 +28,5 @@ HEAT = np.array(
 )
 PAPER, INK, BORDER = (255, 255, 255), (40, 40, 40), (255, 255, 255)
 VEIL = (208, 211, 217)  # over left-out areas: darker than paper, so that white images show
-MUTED, RULE = (105, 105, 105), (222, 222, 222)  # lesser text, and lines behind the data
-LINES = PALETTE[[1, 0, 2, 3, 6, 7]]  # those that are strong enough for a thin line on paper
+MUTED, RULE = (105, 105, 105), (222, 222, 222)  # secondary text, and lines behind the data
+LINES = PALETTE[[1, 0, 2, 3, 6, 7]]  # dark enough for a thin line on paper

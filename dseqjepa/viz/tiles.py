@@ -89,7 +89,7 @@ def step_tile(
 ) -> Image.Image:
     """A prediction: the picture where it was seen, heat where it was predicted, else pale.
 
-    `loss_hw` is NaN outside the target; white lines part the three.
+    `loss_hw` is NaN outside the target; white lines separate the three.
     """
     target_hw = np.isfinite(loss_hw)
     part_HW = enlarge(np.where(target_hw, 2, context_hw), photo)

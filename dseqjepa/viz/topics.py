@@ -46,7 +46,7 @@ LEARNING = (
     Topic(
         "kNN probe",
         "Leave-one-out on labelled training images. It shows a trend, not an accuracy.",
-        "% right",
+        "accuracy, %",
         {"probe_knn": "kNN probe"},
     ),
 )
@@ -74,10 +74,10 @@ HEALTH = (
     ),
     Topic(
         "What the features encode",
-        "Shares of the variance of single patches' target features: by place (where a patch is, "
-        "whatever the image), by image (what its patches share), and what is left.",
+        "Shares of the variance of the target's patch features: explained by place (the patch's "
+        "position), by image (shared by all its patches), and the rest.",
         "share of the variance",
-        {"variance_place": "by place", "variance_image": "by image", "variance_rest": "left over"},
+        {"variance_place": "by place", "variance_image": "by image", "variance_rest": "the rest"},
         at_zero=True,
     ),
     Topic(
@@ -96,8 +96,8 @@ REGIONS = (
     ),
     Topic(
         "Prediction steps per image",
-        "One fewer than regions where they are ranked, the number of targets where blocks are "
-        "random.",
+        "One fewer than the number of regions if they are ranked; the number of targets for random "
+        "blocks.",
         "steps",
         {"steps_per_image": "steps"},
     ),
@@ -110,21 +110,23 @@ REGIONS = (
     ),
     Topic(
         "Images on ranked regions",
-        "λ is the planned share. An image without a region takes random blocks.",
+        "λ is the planned share. Images without a region use random blocks.",
         "share of images",
         {"ranked_share": "ranked", "lambda": "λ", "empty_share": "without a region"},
     ),
     Topic(
         "Saliency and regions on the objects",
-        "Read on a held-out part whose object masks are known. AUC: how well saliency tells object "
-        "patches from others, 50 by chance. Pointing: how often its highest patch lies on an "
-        "object. Best IoU: of the region that covers the main object best.",
+        "Measured on held-out images with known object masks. AUC: how well saliency separates "
+        "object patches from others (chance: 50). Pointing: how often the most salient patch lies "
+        "on an object. Best IoU: that of the region that matches the main object best.",
         "%",
         {"probe_auc": "AUC", "probe_pointing": "pointing", "probe_best_iou": "best IoU"},
     ),
 )
 SCHEDULE = (
-    Topic("Learning rate", "Of AdamW.", "rate", {"lr": "learning rate"}, at_zero=True),
+    Topic(
+        "Learning rate", "Learning rate of AdamW.", "rate", {"lr": "learning rate"}, at_zero=True
+    ),
     Topic(
         "Target momentum",
         "Momentum of the target encoder's moving average.",

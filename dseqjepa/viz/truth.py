@@ -109,8 +109,8 @@ def detection_sheet(
     table = _table(
         [[photo] * 3 for photo in photos],
         "Detection: ground truth and detections",
-        f"Masks and boxes in their class's colour, dashed for a crowd; found: at most {MOST} "
-        f"objects per image, with a score of at least {SURE:g}, shown below.",
+        f"Masks and boxes in the colour of their class, dashed for crowds. Detections: at most "
+        f"{MOST} per image, with a score of at least {SURE:g}, written below.",
         place,
         categories,
         under=0.04 + 2 * inches_of(SMALL),
@@ -140,8 +140,8 @@ def _class_tiles(
 
 
 def _places(counts: Sequence[NDArray[np.integer]], classes: int) -> NDArray[np.int64]:
-    """Of each label the place of its colour: 0 for none, 1, 2, ... by how much of it is shown, the
-    last for all that have no colour of their own."""
+    """The index of each label's colour: 0 for none, then 1, 2, ... by the area shown; labels
+    without a colour of their own share the last."""
     total = np.zeros(classes + 1, np.int64)
     for count in counts:
         total[: len(count)] += count
@@ -177,7 +177,7 @@ def _table(
 def _class_legend(
     table: Table, place: NDArray[np.int64], categories: Sequence[str], across: int
 ) -> None:
-    """Below a table with this many tiles side by side."""
+    """The legend below a table with this many tiles per row."""
     coloured = [int(np.flatnonzero(place == n)[0]) for n in range(1, len(PALETTE) + 1)
                 if (place == n).any()]  # fmt: skip
     names = [categories[label - 1] for label in coloured]
@@ -194,7 +194,7 @@ def _class_legend(
 def _draw_objects(
     axes: Axes, objects: Instances, chosen: Sequence[int], place: NDArray[np.int64]
 ) -> None:
-    """On an axes that counts the square tile as 1 x 1."""
+    """Draw objects on axes in which the square tile is 1 x 1."""
     height, width = objects.masks_KHW.shape[1:]
     side = max(height, width)
     left, top = (side - width) / 2, (side - height) / 2
@@ -207,7 +207,7 @@ def _draw_objects(
         extent = (left / side, (left + width) / side, (top + height) / side, top / side)
         axes.imshow(paint, extent=extent, aspect="auto", interpolation="nearest")
         x0, y0, x1, y1 = objects.boxes_K4[k].tolist()
-        for line, thick in ((np.array(INK), 2.2), (rgb, 1.2)):  # seen on any picture
+        for line, thick in ((np.array(INK), 2.2), (rgb, 1.2)):  # visible on any picture
             axes.add_patch(
                 Rectangle(
                     ((left + x0) / side, (top + y0) / side),
@@ -224,7 +224,7 @@ def _draw_objects(
 
 
 def _in_two_lines(words: Sequence[str], width: float) -> str:
-    """Words with commas, in two lines at most; what has no room is counted."""
+    """Words separated by commas, on at most two lines; words that do not fit are counted."""
     lines: list[str] = [""]
     for number, word in enumerate(words):
         longer = f"{lines[-1]}, {word}" if lines[-1] else word
@@ -250,11 +250,11 @@ def patches_sheet(
     by_kind: Mapping[str, Sequence[tuple[str, Tensor, Tensor, Tensor]]],
     categories: Sequence[str],
 ) -> Figure:
-    """The class of every pixel, its depth, or both: a row an image.
+    """The class of every pixel, its depth, or both; one row per image.
 
     Args:
         by_kind: "segmentation" and "depth" -> name, image, truth and prediction of the same images.
-            A depth that is infinite is not judged.
+            Infinite depth is not scored.
         categories: the names of classes 1, 2, ...
     """
     classes = by_kind.get("segmentation", ())
@@ -284,8 +284,8 @@ def patches_sheet(
         rows,
         headings,
         (1, 1),
-        title="What frozen patches say of their pixels",
-        caption="Pale: not labelled, or not to be judged."
+        title="Class and depth predicted from frozen patches",
+        caption="Pale: not labelled, or not scored."
         + (f" Depth from near (dark) to {farthest:.1f} (light)." if depths else ""),
         room=0.2 + 2 * inches_of(SMALL) if classes else 0.0,
     )

@@ -133,6 +133,7 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
         ("peak.py", ["vitt8_64_bf16", "memory_vitt8_64_fp32"]),
         ("regions.py", ["share_of_step", "against_opencv"]),
         ("scaling.py", ["image_size", "regions", "batch"]),
+        ("start.py", ["help", "first_step"]),
     ],
 )  # fmt: skip
 def test_a_benchmark_runs_and_writes_its_rows(script: str, names: list[str], tmp_path: Path):

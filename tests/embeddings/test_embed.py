@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dseqjepa.commands import EmbedConfig
 from dseqjepa.embeddings import findings, table
 from dseqjepa.embeddings.findings import Asked
-from dseqjepa.embeddings.run import EmbedConfig, embed_images
+from dseqjepa.embeddings.run import embed_images
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks import features
@@ -259,7 +260,7 @@ def test_a_copy_is_found_by_all_that_looks_for_it(
     assert sorted(set(found["cluster"])) == [0, 1]
     assert found["cluster"].count(0) >= found["cluster"].count(1)
     said = capsys.readouterr().out
-    assert "are at least so like their own altered copy" in said
+    assert "are at least that similar to their originals" in said
     spread = np.array([found["x"], found["y"]]).std(axis=1)
     assert spread[0] >= spread[1] > 0
 
@@ -279,8 +280,8 @@ def test_the_page_is_one_file_that_asks_for_no_other(here: Path) -> None:
 def test_a_threshold_that_is_named_is_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     embed("x.parquet", "threshold=0.0001", asked=Asked(duplicates=True))
     said = capsys.readouterr().out
-    assert "It was named by threshold=" in said
-    assert "too many, so that these features do not tell duplicates" in said
+    assert "It was set by threshold=" in said
+    assert "too many; these features cannot identify duplicates" in said
 
 
 def test_a_umap_is_by_cosine_and_by_seed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,21 +311,21 @@ def test_a_umap_is_by_cosine_and_by_seed(here: Path, monkeypatch: pytest.MonkeyP
     {
         "pictures": "out=FILE is missing",
         "pictures out=x.txt": "out=x.txt must end in .parquet, .npy, .csv",
-        "pictures out=there.csv": "there.csv is there already",
-        "pictures out=there.npy": "there.csv is there already",
-        "pictures data=scenes out=x.csv": "name images, or data=, not both",
-        "out=x.csv": "name the images: files, folders, a list, or data=",
+        "pictures out=there.csv": "there.csv exists",
+        "pictures out=there.npy": "there.csv exists",
+        "pictures data=scenes out=x.csv": "name images or give data=, not both",
+        "out=x.csv": "name the images, as files, folders or lists, or give data=",
         "gone out=x.csv": "no such folder: gone",
         "pictures/a/03.png out=x.csv": "no such image: pictures/a/03.png; did you mean",
-        "list.txt out=x.csv": "the list list.txt names nothing.png, which is no file",
+        "list.txt out=x.csv": "the list list.txt names nothing.png, which is not a file",
         "pictures out=x.csv features=lost": "unknown feature 'lost'",
         "pictures out=x.csv features=block7": "the encoder has blocks 0 to 2",
-        "pictures out=x.csv features=patches": "features=patches is of evaluations alone",
-        "pictures out=x.csv features=cls per=patch": "are no patches",
-        "pictures out=x.csv per=patch --clusters 2": "leave it out to compare images",
+        "pictures out=x.csv features=patches": "features=patches is for evaluations",
+        "pictures out=x.csv features=cls per=patch": "has no patches",
+        "pictures out=x.csv per=patch --clusters 2": "images can only be compared with per=image",
         "pictures out=x.csv feature=last": "unknown key 'feature'; did you mean 'features'?",
-        "pictures out=x.csv --clusters 1": "--clusters one from 2 on",
-        "pictures out=x.csv --map tsne": "--map takes pca or umap, found 'tsne'",
+        "pictures out=x.csv --clusters 1": "--clusters at least 2",
+        "pictures out=x.csv --map tsne": "--map must be pca or umap, found 'tsne'",
         "pictures out=there.csv/x.csv": "there.csv",
     }.items(),
 )

@@ -160,7 +160,7 @@ def test_a_head_finds_its_encoder_where_it_was_or_is_now(
     shutil.copy(head, tmp_path / "alone.safetensors")
     shutil.copytree(tmp_path / "moved", tmp_path / "other", symlinks=True)
     assert run(monkeypatch, "predict", "alone.safetensors", *typed) == 2
-    assert "encoder=PATH names it" in capsys.readouterr().err
+    assert "give its location with encoder=PATH" in capsys.readouterr().err
     assert run(monkeypatch, "predict", "alone.safetensors", *typed, "encoder=moved") == 0
     # Another encoder is refused, whatever it is called.
     weights = next((tmp_path / "other/checkpoints").glob("step-*/target.safetensors"))
@@ -183,18 +183,18 @@ def test_a_head_of_the_context_encoder_reads_that(
     ("typed", "part"),
     {
         "predict gone.safetensors pictures": "gone.safetensors cannot be read: it does not exist",
-        "predict run/config.yaml pictures": "cannot be read: it is damaged, or no head",
-        "predict weights.safetensors pictures": "holds no head",
+        "predict run/config.yaml pictures": "cannot be read: it is damaged, or not a classifier",
+        "predict weights.safetensors pictures": "holds no classifier",
         f"predict {HEAD}": "name the images",
         f"predict {HEAD} pictures data=scenes": "not both",
         f"predict {HEAD} pictures top=4": "top=4: ",
         f"predict {HEAD} pictures top=0": "top must be",
         f"predict {HEAD} pictures out=p.npy": "must end in .parquet or .csv",
         f"predict {HEAD} pictures out=run": "must end in .parquet or .csv",
-        f"predict {HEAD} pictures out=there.csv": "is there already",
+        f"predict {HEAD} pictures out=there.csv": "there.csv exists",
         f"predict {HEAD} picture": "no such folder: picture; did you mean",
         f"predict {HEAD} pictures topp=2": "unknown key 'topp'; did you mean 'top'?",
-        f"predict {HEAD} empty.png out=p.csv": "none of 1 images can be decoded",
+        f"predict {HEAD} empty.png out=p.csv": "none of the 1 images can be decoded",
     }.items(),
 )
 def test_a_wrong_word_is_refused(
@@ -243,7 +243,7 @@ def test_a_head_that_fits_nothing_is_refused(
     save_file(tensors, HEAD, {KEY: json.dumps(about)})
     assert run(monkeypatch, "predict", HEAD, "pictures", "out=p.csv") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is damaged: it gives its" in line
+    assert "is damaged: it does not yield logits" in line
     assert not Path("p.csv").exists()
 
 

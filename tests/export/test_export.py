@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
+from dseqjepa.commands import ExportConfig
 from dseqjepa.config import ENCODER_SIZES
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.scenes import Scenes
@@ -23,7 +24,7 @@ from dseqjepa.export.check import compare
 from dseqjepa.export.folders import hf_names, hf_settings, timm_settings, write_hf, write_timm
 from dseqjepa.export.formats import FORMATS
 from dseqjepa.export.traced import TracedEncoder, _resizing
-from dseqjepa.export.write import ExportConfig, export_encoder
+from dseqjepa.export.write import export_encoder
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import load_encoder
 from tests.test_cli import contents, pictures, run
@@ -153,8 +154,8 @@ def test_the_command_compares_in_a_process_of_its_own(
     monkeypatch.setenv("PYTHONPATH", str(here))  # is not looked into
     assert run(monkeypatch, "export", "run", "--to", form, "--out", f"new/{form}") == 0
     said = capsys.readouterr().out
-    assert f"compared with {FORMATS[form].library} in a process of its own" in said
-    assert re.search(r"  patches at 24 x 40 px: \d\.\de-0\d \(\S+ is allowed\)\n", said)
+    assert f"compared with {FORMATS[form].library} in a separate process" in said
+    assert re.search(r"  patches at 24 x 40 px: \d\.\de-0\d \(allowed: \S+\)\n", said)
     assert said.endswith(f"written: new/{form}\n")
     assert [path.name for path in (here / "new").iterdir()] == [form]
     card = (here / "new" / form / "README.md").read_text(encoding="utf-8")
@@ -228,7 +229,7 @@ def test_the_card_says_what_is_known(here: Path, in_this_process: None) -> None:
     _, front, body = card.split("---\n", 2)
     values = yaml.safe_load(front)
     assert values["license"] == "unknown"
-    assert "to be chosen by you" in front
+    assert "choose one: https" in front
     assert values["library_name"] == "transformers"
     assert values["pipeline_tag"] == "image-feature-extraction"
     state = json.loads((here / "run/checkpoints/last/state.json").read_text())
@@ -239,7 +240,7 @@ def test_the_card_says_what_is_known(here: Path, in_this_process: None) -> None:
         "kNN accuracy, class, %, quick: accuracy",
         "test images, 95 % interval: bootstrap over test images",
         "interpolate_pos_encoding=True",
-        "squeezes an image",
+        "without keeping their aspect ratio",
         "images of the training data",
     ):
         assert part in body, part
@@ -258,7 +259,7 @@ def test_a_file_of_another_project_leaves_as_well(here: Path, in_this_process: N
     assert "rendered scenes" in said[0]
     card = (here / "out/README.md").read_text(encoding="utf-8")
     assert "| origin | a weights file of another project |" in card
-    assert "Nothing yet" in card
+    assert "None yet; run `dseqjepa evaluate`" in card
 
 
 # Nothing is left of what failed
@@ -275,8 +276,8 @@ def test_a_file_of_another_project_leaves_as_well(here: Path, in_this_process: N
         "export run --to hf --out run/config.yaml": "is a file: give a folder",
         "export run --to hf --out run/config.yaml/x": "cannot be written to",
         "export gone --to hf --out x": "gone does not exist",
-        "export pixels --to hf --out x": "pixels is no encoder of ours",
-        "export timm:resnet18 --to hf --out x": "timm:resnet18 is no encoder of ours",
+        "export pixels --to hf --out x": "pixels cannot be exported",
+        "export timm:resnet18 --to hf --out x": "timm:resnet18 cannot be exported",
         "export run --to hf --out x size=3": "unknown key 'size'; did you mean 'image_size'?",
         "export run --to hf --out x image_size=30": "not a multiple of the patch size 8",
         "export run --to hf --out x data=gone": "no such folder: gone",
@@ -333,7 +334,7 @@ def test_an_export_that_differs_leaves_nothing(
     before = contents(here)
     assert run(monkeypatch, "export", "run", "--to", "timm", "--out", "out") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the export is not kept: in timm it differs from the encoder" in line
+    assert "export discarded: in timm its features differ from the encoder" in line
     assert contents(here) == before
 
 

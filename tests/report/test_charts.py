@@ -25,7 +25,7 @@ KEYS = {
     "spread": "feature_std",
     "by place": "variance_place",
     "by image": "variance_image",
-    "left over": "variance_rest",
+    "the rest": "variance_rest",
     "size": "region_area",
     "regularizer": "regularizer",
     "regions": "regions",

@@ -84,7 +84,7 @@ def test_the_verdict_is_the_monitors():
 
 @pytest.mark.parametrize(
     ("other", "relation"),
-    [(10.0, "clearly above"), (15.0, "not told apart from"), (25.0, "clearly below")],
+    [(10.0, "clearly above"), (15.0, "not distinguishable from"), (25.0, "clearly below")],
 )
 def test_intervals_that_overlap_are_not_told_apart(other: float, relation: str):
     scores = score("untrained", other, 2.0), score("dseq, step 9", 16.0, 2.0)

@@ -52,11 +52,17 @@ def test_a_later_claim_is_exploratory_and_an_early_one_is_never_lost(tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seeds": [0, 1, 2, 3]}, "holds another study \\(tiny, with other seeds\\)"),
-        ({"variants": {"ordered": [], "inverse": ["method.order=random"]}}, "with other variants"),
-        ({"evaluations": {"knn": {"task": "knn", "settings": ["k=5"]}}}, "with other evaluations"),
-        ({"unhealthy": "exclude"}, "with other unhealthy"),
-        ({"name": "other"}, "with other name"),
+        ({"seeds": [0, 1, 2, 3]}, "holds another study \\(tiny, which differs in seeds\\)"),
+        (
+            {"variants": {"ordered": [], "inverse": ["method.order=random"]}},
+            "differs in variants",
+        ),
+        (
+            {"evaluations": {"knn": {"task": "knn", "settings": ["k=5"]}}},
+            "differs in evaluations",
+        ),
+        ({"unhealthy": "exclude"}, "differs in unhealthy"),
+        ({"name": "other"}, "differs in name"),
     ],
 )
 def test_a_folder_of_another_study_is_refused(
@@ -74,7 +80,7 @@ def test_what_was_frozen_cannot_be_changed_unseen(tmp_path: Path) -> None:
     freeze(tiny_study(), tmp_path)
     text = (tmp_path / "frozen.json").read_text()
     (tmp_path / "frozen.json").write_text(text.replace('"ordered"', '"inverse"', 1))
-    with pytest.raises(InputError, match="was changed after it was written"):
+    with pytest.raises(InputError, match="was modified after it was written"):
         freeze(tiny_study(), tmp_path)
 
 
@@ -85,7 +91,7 @@ def test_another_code_or_machine_is_not_mixed_in_silently(
     freeze(tiny_study(), tmp_path)
     name = "code_digest" if what == "code" else "machine"
     monkeypatch.setattr(folder, name, lambda: "another")
-    with pytest.raises(InputError, match=f"begun with another {what}.*allow_changed={what}"):
+    with pytest.raises(InputError, match=f"started with another {what}.*allow_changed={what}"):
         freeze(tiny_study(), tmp_path)
     assert freeze(tiny_study(), tmp_path, [what])[1][what][1] == "another"
     freeze(tiny_study(), tmp_path)  # it is known from now on

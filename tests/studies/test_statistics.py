@@ -107,5 +107,5 @@ def test_differences_without_spread_have_no_t_test() -> None:
     assert np.isnan(found.p_t).tolist() == [True, True, False]
     assert np.isnan(found.effect).tolist() == [True, True, False]
     assert found.p_signs[:2].tolist() == [0.25, 1.0]
-    with pytest.raises(ValueError, match="two seeds at least, found 1"):
+    with pytest.raises(ValueError, match="at least two seeds, found 1"):
         compare(np.array([0.5]))

@@ -96,10 +96,10 @@ def test_a_claim_has_the_statistics_of_its_paired_differences(study: Study, tmp_
         assert claim["detectable"] == pytest.approx(detectable(5, 2) * wanted.deviation)
         assert claim["seeds"] == [0, 1, 2, 3, 4]
         assert claim["least_p_signs"] == 1 / 16
-    assert [claim["verdict"] for claim in claims] == ["holds", "cannot be told"]
+    assert [claim["verdict"] for claim in claims] == ["holds", "inconclusive"]
     assert claims[0]["runs"][1] == ["scenes/ordered/seed-1", "scenes/inverse/seed-1"]
     assert claims[0]["values"][1] == [52.0, 50.2]
-    assert "would have been seen" in claims[1]["sentence"]
+    assert "would be detected" in claims[1]["sentence"]
 
 
 def test_the_opposite_is_said_where_it_holds(tmp_path: Path) -> None:
@@ -114,11 +114,11 @@ def test_differences_without_spread_say_nothing(study: Study, tmp_path: Path) ->
     summary = summary_of(study, tmp_path)
     for claim in summary["claims"]:
         assert (claim["verdict"], claim["p_t"], claim["detectable"]) == (
-            "cannot be told",
+            "inconclusive",
             None,
             None,
         )
-        assert claim["sentence"].endswith("so there is no t test.")
+        assert claim["sentence"].endswith("so no t test is possible.")
     assert "| no spread | 1.000 (0.062) | 1.000 | – | – |" in markdown(summary)
 
 
@@ -128,7 +128,9 @@ def test_no_claim_is_tested_before_all_its_runs_are_there(study: Study, tmp_path
     assert first["verdict"] == "holds"
     p_first = first["p_holm"]
     assert second["verdict"] == "not tested"
-    assert second["sentence"] == "1 of 10 runs lack it, such as scenes/random/seed-4."
+    assert (
+        second["sentence"] == "1 of 10 results are missing, such as that of scenes/random/seed-4."
+    )
     assert not {"mean", "differences", "p_holm"} & second.keys()
     # The family has as many claims as were declared, tested or not.
     assert p_first == pytest.approx(min(1.0, 2 * first["p_t"]))
@@ -137,7 +139,7 @@ def test_no_claim_is_tested_before_all_its_runs_are_there(study: Study, tmp_path
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"k": 5}, "its runs were not measured alike: their protocols differ"),
+        ({"k": 5}, "its runs were evaluated by different protocols"),
         ({"images": "others"}, "the runs of seed 2 saw different images"),
     ],
 )
@@ -145,7 +147,7 @@ def test_what_is_not_paired_is_not_tested(
     changes: dict[str, Any], why: str, study: Study, tmp_path: Path
 ) -> None:
     claims = make_all(study, tmp_path, inverse_2=changes)["claims"]
-    assert [claim["verdict"] for claim in claims] == ["not tested", "cannot be told"]
+    assert [claim["verdict"] for claim in claims] == ["not tested", "inconclusive"]
     assert claims[0]["why"] == why
 
 
@@ -159,9 +161,7 @@ def test_an_unhealthy_run_counts_unless_it_was_declared_otherwise(
     assert found["claims"][1]["seeds"] == [0, 1, 2, 3, 4]
     counts = "counts" if rule == "keep" else "does not count"
     (note,) = found["notes"]
-    assert note.startswith(
-        f"scenes/inverse/seed-1 is unhealthy and {counts}, as was declared: Coll"
-    )
+    assert note.startswith(f"scenes/inverse/seed-1 is unhealthy and {counts}, as declared: Coll")
 
 
 def test_an_exploratory_claim_is_marked_and_leaves_the_others_as_they_are(
@@ -181,7 +181,7 @@ def test_failures_and_mixed_code_are_said(study: Study, tmp_path: Path) -> None:
     cell.failure.write_text(json.dumps({"stage": "knn", "said": "it went wrong"}))
     notes = make_all(study, tmp_path, random_0={"code": "two"})["notes"]
     assert notes == [
-        "scenes/ordered/seed-0: knn failed (it went wrong); retry=failed tries again",
+        "scenes/ordered/seed-0: knn failed (it went wrong); retry it with retry=failed",
         "Runs differ in their code: one, two.",
     ]
 

@@ -11,12 +11,13 @@ import timm
 import torch
 from torch import Tensor
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.model.vit import VisionTransformer, normalize
 from dseqjepa.tasks.backbone import Backbone, open_backbone, own_backbone
 from dseqjepa.train.checkpoint import load_encoder, save_checkpoint
-from dseqjepa.train.foreign import ImportConfig, import_encoder
+from dseqjepa.train.foreign import import_encoder
 from tests.tiny import float_images, tiny_config
 from tests.train.test_foreign import jepa_file, vit
 

@@ -192,7 +192,7 @@ def test_a_disk_without_room_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(RunError, match=r"mean2.f32 cannot be made: 1696 bytes .*cache=none"):
+        with pytest.raises(RunError, match=r"mean2.f32 cannot be created: it needs 1696 bytes"):
             keep(tmp_path / "a", Cards(IMAGES))
     assert_same(keep(tmp_path / "a", Cards(IMAGES)), in_memory(Cards(IMAGES)))
 

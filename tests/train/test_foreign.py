@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import open_backbone
 from dseqjepa.train.checkpoint import load_encoder
-from dseqjepa.train.foreign import ImportConfig, import_encoder
+from dseqjepa.train.foreign import import_encoder
 from tests.test_cli import contents, pictures, run
 from tests.tiny import TINY, float_images
 

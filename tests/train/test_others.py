@@ -15,12 +15,13 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.backbone import open_backbone
 from dseqjepa.train.checkpoint import load_encoder
-from dseqjepa.train.foreign import ImportConfig, import_encoder
+from dseqjepa.train.foreign import import_encoder
 from tests.test_cli import pictures, run
 
 AUTO = ImportConfig()
@@ -334,7 +335,7 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
         f"hf:{tmp_path}/gone": "transformers cannot load .*: .*nothing",
         f"hf:{tmp_path}/plain": "preprocessor_config.json with image_mean and image_std",
         f"hf:{tmp_path}/short": "lacks weights",
-        f"timm:{tmp_path}/plain": "is of transformers: name it hf:",
+        f"timm:{tmp_path}/plain": "is for transformers: use hf:",
     }.items():
         with pytest.raises(InputError, match=message) as raised:
             open_backbone(spec)

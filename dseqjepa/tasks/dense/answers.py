@@ -1,7 +1,7 @@
 """Readouts of patches: a linear classifier, nearest neighbours, and ridge regression.
 
 Suffixes: M training images, P patches of an image, R patches of many images, D width of a patch, C
-numbers said of a patch, G ridges.
+numbers predicted per patch, G ridges.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The dense targets, class and depth, and how predictions are scored at the pixels.
 
-Suffixes: N images, P patches of an image, C numbers said of a patch (classes, or one: log depth),
+Suffixes: N images, P patches of an image, C numbers predicted per patch (classes, or log depth),
 Q pixels, J counts of an image, R resamples, h and w rows and columns of patches, H and W pixels.
 """
 

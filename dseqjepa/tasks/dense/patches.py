@@ -1,7 +1,7 @@
 """The patches of training and test images, with their ground truth.
 
 Suffixes: M training images, N test images, B images of a batch, P patches of an image, D width of a
-patch (of several blocks side by side), C numbers said of a patch, R patches of many images, J
+patch (of several blocks side by side), C numbers predicted per patch, R patches of many images, J
 counts of an image, h and w rows and columns of patches, H and W pixels.
 """
 

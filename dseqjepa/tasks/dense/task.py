@@ -1,7 +1,7 @@
 """`dseqjepa evaluate dense`: class and depth of pixels from frozen patches (docs/evaluations.md).
 
 Suffixes: M training images, N test images, P patches of an image, R patches of many images, C
-numbers said of a patch, J counts of an image.
+numbers predicted per patch, J counts of an image.
 """
 
 from __future__ import annotations

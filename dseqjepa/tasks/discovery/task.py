@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
+from dseqjepa.commands import ImportConfig
 from dseqjepa.config import CutConfig
 from dseqjepa.data.images import Subset
 from dseqjepa.data.source import Located
@@ -49,7 +50,7 @@ from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.train.checkpoint import untrained_encoder
-from dseqjepa.train.foreign import ImportConfig, read_encoder
+from dseqjepa.train.foreign import read_encoder
 
 PICTURES = 8
 UNTRAINED, NOBODY = "untrained", "no encoder"
@@ -88,7 +89,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
     cut = _cut(config, backbone, grid)
     left_out = [kind for kind in KINDS if kind not in kinds_of(backbone)]
     if left_out:
-        why = "has no [CLS]" if isinstance(backbone, OwnBackbone) else "gives its patches alone"
+        why = "has no [CLS]" if isinstance(backbone, OwnBackbone) else "provides only patches"
         job.console.print(f"{backbone.name} {why}: without {', '.join(left_out)}")
     looks = _looks(job, config)
 
