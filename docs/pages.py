@@ -106,7 +106,8 @@ def settings() -> str:
         "# Settings",
         "",
         "`dseqjepa settings SECTION` prints the same. Defaults are those of the classes, which "
-        "[presets](presets.md) override. The sections of a run come first, then the evaluations.",
+        "[presets](presets.md) override. The sections of a run come first, then evaluations and "
+        "other commands.",
     ]
     heading = ""
     for line in describe_settings():
