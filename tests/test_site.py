@@ -92,7 +92,8 @@ def dead(pages: dict[Path, Html]) -> list[str]:
 
 
 def build(out: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out]
+    # Not with --quiet: warnings that are not logged do not fail a strict build.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", out]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
