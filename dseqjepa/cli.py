@@ -664,7 +664,7 @@ def study(
         return
     jobs = own.get("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
-        raise InputError(f"jobs must be a number from 1 on, found {jobs!r}")
+        raise InputError(f"jobs must be a whole number of at least 1, found {jobs!r}")
     from dseqjepa.studies.run import plan_study, run_study, write_slurm
 
     if is_plan:

@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dseqjepa.errors import InputError
 
 UNFINISHED = ".tmp-"
 """Prefix of a file or folder that is being written."""
@@ -52,10 +55,17 @@ def folder_above(path: Path) -> Path:
     return next(above for above in path.absolute().parents if os.path.lexists(above))
 
 
-def can_make(path: Path) -> bool:
-    """Whether a file or folder can be created, including its parents."""
-    above = folder_above(path)
-    return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+def check_writable(path: Path, name: str) -> None:
+    """`InputError` unless a file or folder can be created at `path`, including its parents; `name`
+    is what the user wrote.
+
+    Tried rather than asked: permissions say nothing about a full disk or a special file system.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else folder_above(path)):
+            pass
+    except OSError as error:
+        raise InputError(f"{name} cannot be written to: {error.strerror}; give another") from None
 
 
 def remove(path: Path) -> None:

@@ -23,6 +23,7 @@ from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, printable
+from dseqjepa.files import check_writable
 from dseqjepa.methods import build_method
 from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, load_encoders
@@ -257,5 +258,4 @@ def _check_file(file: Path) -> None:
         raise InputError(f"{file} is a folder: give a file")
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise InputError(f"{file} cannot be written to: give another file")
+    check_writable(file, str(file))

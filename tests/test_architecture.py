@@ -18,7 +18,7 @@ EVALUATION = MODEL | {"data", "train.checkpoint", "train.metrics", "train.traine
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "console": set(),
-    "files": set(),
+    "files": {"errors"},
     "kernels": set(),
     "keyed": set(),
     "provenance": {"errors"},

@@ -228,6 +228,7 @@ OUT = {
     "out=file": "out=file is a file: give a folder",
     "out=nowhere": "out=nowhere is a file: give a folder",
     "out=file/sub": "out=file/sub cannot be used: Not a directory; give another",
+    "out=/proc/new": "out=/proc/new cannot be used: No such file or directory; give another",
     f"out={'x' * 300}": "cannot be used: File name too long; give another",
     "out=run": "out=run is not empty: give another folder, resume=true",
     "out=full": "out=full is not empty",
@@ -260,9 +261,31 @@ def test_a_run_does_not_go_on_with_other_images(refuse: Refuse, here: Path) -> N
 def test_a_folder_without_the_right_to_write_is_refused(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)
+    def denied(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
     line = refuse("pretrain", PRESET, "data=pictures", "out=empty", *SMALL)
-    assert "out=empty cannot be written to" in line
+    assert "out=empty cannot be written to: Permission denied; give another" in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate knn pixels data=pictures image_size=32 out=/proc/new/knn.json",
+        "export run --to torch --out /proc/new",
+        "embed run pictures out=/proc/new.npy",
+        "show run pictures --out /proc/new",
+        "report run --out /proc/new.html",
+        "scenes export imagenet /proc/new",
+        "shards pack pictures /proc/new",
+        f"preflight {PRESET} data=pictures --json /proc/new.json",
+    ],
+)
+def test_where_not_even_root_can_write_is_refused(refuse: Refuse, command: str) -> None:
+    """Permissions allow it there, the file system does not."""
+    assert "/proc/new" in (line := refuse(*command.split()))
+    assert "cannot be written to: No such file or directory; give another" in line
 
 
 FILES = {

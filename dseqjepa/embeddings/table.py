@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dseqjepa.errors import InputError
-from dseqjepa.files import UNFINISHED, can_make, sync
+from dseqjepa.files import UNFINISHED, check_writable, sync
 
 ENDINGS = (".parquet", ".npy", ".csv")
 Columns = Mapping[str, Sequence[Any]]
@@ -37,8 +37,7 @@ def check_table(out: Path, overwrite: bool, beside: Sequence[Path] = ()) -> None
             ".csv"
         )
     for path in (*files_of(out), *beside):
-        if not can_make(path):
-            raise InputError(f"out={out} cannot be written: give another")
+        check_writable(path, f"out={path}")
         if path.is_dir():
             raise InputError(f"out={path} is a folder: name a file")
         if path.exists() and not overwrite:

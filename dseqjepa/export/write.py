@@ -17,7 +17,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.export.card import model_card, origin_of, results_of
 from dseqjepa.export.check import compare
 from dseqjepa.export.formats import format_of
-from dseqjepa.files import UNFINISHED, can_make, folder_above, remove, sync, write_whole
+from dseqjepa.files import UNFINISHED, check_writable, folder_above, remove, sync, write_whole
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.backbone import OwnBackbone, open_backbone
 from dseqjepa.train.checkpoint import Checkpoint, open_checkpoint
@@ -119,8 +119,7 @@ def _check_folder(out: Path) -> None:
             raise InputError(f"--out {out} is not empty: give a new folder")
     except OSError as error:
         raise InputError(f"--out {out} cannot be used: {error.strerror}; give another") from None
-    if not can_make(out):
-        raise InputError(f"--out {out} cannot be written to: give another")
+    check_writable(out, f"--out {out}")
 
 
 @contextmanager

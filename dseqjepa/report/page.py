@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dseqjepa.errors import InputError, RunError
+from dseqjepa.files import check_writable, write_whole
 from dseqjepa.report import words
 from dseqjepa.report.charts import MOST_AT_LENGTH, groups, interval_chart
 from dseqjepa.report.lens import build_lens
@@ -64,14 +64,15 @@ def write_report(paths: Sequence[Path], out: Path, *, images: int = IMAGES) -> P
     if images < 1:
         raise InputError(f"images must be at least 1, found {images}")
     runs = read_runs(paths)
-    html = render(runs, images).encode(errors="backslashreplace")
-    if len(html) > MOST_BYTES:
+    html = render(runs, images)
+    size = len(html.encode(errors="backslashreplace"))
+    if size > MOST_BYTES:
         raise RunError(
-            f"the report of {len(runs)} runs would have {len(html) / 2**20:.0f} MiB, more than "
+            f"the report of {len(runs)} runs would have {size / 2**20:.0f} MiB, more than "
             f"{MOST_BYTES // 2**20}: give fewer runs, or a smaller --images than {images}"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(html)
+    write_whole(out, html)
     return out
 
 
@@ -234,11 +235,7 @@ def _check_out(out: Path) -> None:
         raise InputError(f"--out {out} is a folder: give a file, such as {out / 'report.html'}")
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out} must end in .html: the report is a web page")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not there.is_dir():
-        raise InputError(f"--out {out} cannot be written: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out} cannot be written: no permission in {there}")
+    check_writable(out, f"--out {out}")
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:

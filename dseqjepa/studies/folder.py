@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dseqjepa.errors import InputError
-from dseqjepa.files import can_make, json_digest, write_whole
+from dseqjepa.files import check_writable, json_digest, write_whole
 from dseqjepa.provenance import code_digest, machine
 from dseqjepa.studies.cells import StudyCell, read_json
 from dseqjepa.studies.declare import Study, read_study
@@ -110,8 +110,7 @@ def _check_empty(out: Path) -> None:
         raise InputError(f"out={out} is a file: give a folder")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"out={out} is not empty and holds no study: give a new folder")
-    if not can_make(out / FROZEN):
-        raise InputError(f"out={out} cannot be written to: give another folder")
+    check_writable(out, f"out={out}")
 
 
 def _design(study: Study) -> str:

@@ -19,7 +19,7 @@ from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.files import json_digest, remove
+from dseqjepa.files import check_writable, json_digest, remove
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
@@ -153,6 +153,8 @@ def _open_job(
     )
     if out is None and backbone.run is None:
         raise InputError(f"out=FILE.json is missing: {spec} is not a run with a folder for results")
+    folder = out.parent if out is not None else Path(backbone.run or "") / "evaluations"
+    check_writable(folder, f"out={out or folder}")
     if data is None:
         if backbone.config is None:
             raise InputError(f"data=PATH is missing: {spec} does not record what it was trained on")
@@ -169,7 +171,6 @@ def _open_job(
     if config.reads_training:
         for part in (train, test):
             prepare(part)
-    folder = out.parent if out is not None else Path(backbone.run or "") / "evaluations"
     name, device = task if out is None else out.stem, runtime.fabric.device
     return Job(backbone.to(device), train, test, folder, device, runtime.ranks, console, name), data
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dseqjepa.errors import InputError, printable
-from dseqjepa.files import json_digest, write_whole
+from dseqjepa.files import check_writable, json_digest, write_whole
 from dseqjepa.tasks.results import FORMAT, Metric, limits_of, mean_metric, text
 
 ENDINGS = (".md", ".csv", ".json")
@@ -155,6 +155,7 @@ def write_table(table: ResultTable, out: Path) -> None:
     """Write in the format of the file's extension: .md, .csv or .json."""
     if out.suffix not in ENDINGS:
         raise InputError(f"--out {out} must end in {', '.join(ENDINGS)}")
+    check_writable(out, f"--out {out}")
     whole = {
         ".md": table.markdown,
         ".csv": table.csv,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dseqjepa.errors import InputError
-from dseqjepa.files import UNFINISHED, remove, sync
+from dseqjepa.files import UNFINISHED, check_writable, remove, sync
 from dseqjepa.train.checkpoint import STEP_NAME, Checkpoint, holds_checkpoint
 
 LOCK = ".lock"
@@ -91,8 +91,7 @@ def claimed(
         _make(out)
     except OSError as error:
         raise InputError(f"out={out} cannot be used: {error.strerror}; give another") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"out={out} cannot be written to: give another, or change its permissions")
+    check_writable(out, f"out={out}")
     with locked(out):
         check()  # again: another process may have been faster
         for name in _present(out):

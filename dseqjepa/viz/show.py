@@ -21,6 +21,7 @@ from dseqjepa.config import Config
 from dseqjepa.data.images import Subset
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.files import check_writable
 from dseqjepa.tasks.features import Extracted, extract
 from dseqjepa.train.checkpoint import Checkpoint, encoder_of, method_of, open_checkpoint
 from dseqjepa.train.trained_on import source_of, trained_on
@@ -71,6 +72,7 @@ def show(request: Request) -> Iterator[Path]:
         InputError: before the first file is written.
     """
     _check(request)
+    check_writable(request.out, f"--out {request.out}")
     session = _Session(request)
     jobs = [job for name in request.only for job in PICTURES[name](session)]
     request.out.mkdir(parents=True, exist_ok=True)

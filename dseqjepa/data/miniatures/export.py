@@ -26,6 +26,7 @@ from dseqjepa.data.miniatures.trees import (
 )
 from dseqjepa.data.scenes import SHAPES
 from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.files import check_writable
 
 
 class Writer(NamedTuple):
@@ -79,6 +80,7 @@ def export(
             raise InputError(f"{key}: expected at least {len(SHAPES)}, found {number}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"expected a new or empty folder, found {folder}")
+    check_writable(folder, str(folder))
     side = writer.side or size or 64
     train = Part("train", count, side, seed, cycle=writer.cycle, least=writer.least)
     val = Part("val", val_count, side, seed, cycle=writer.cycle, least=writer.least)

@@ -15,7 +15,7 @@ import torch
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.shards.index import write_index
 from dseqjepa.errors import InputError, printable
-from dseqjepa.files import UNFINISHED, sync
+from dseqjepa.files import UNFINISHED, check_writable, sync
 from dseqjepa.keyed import Stream, sample_keys, shuffled
 
 LONGEST = 60
@@ -41,6 +41,7 @@ def pack(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"expected a new or an empty folder, found {printable(out)} in use")
+    check_writable(out, printable(out))
     first = ImageFolder(folder, "train", labelled=False)
     parts = {"": first}
     if first.has_splits:
