@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types browser bench gpu faults
+.PHONY: demo test lint types browser bench gpu faults site
 
 demo: $(VENV)/installed
 	$(BIN)/dseqjepa demo $(SETTINGS)
@@ -21,6 +21,10 @@ gpu: $(VENV)/installed-dev
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults $(FAULTS)
+
+# A folder of HTML files; `python -m http.server -d build/site` serves it with its search.
+site: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -342,7 +342,7 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "report run": "Missing option '--out'",
         "report nothing --out a.html": "no such run: nothing",
         "report run --out empty": "--out empty is a folder: give a file, such as empty/report.html",
-        "report run --out file/a.html": "file is a file",
+        "report run --out file/a.html": "--out file/a.html cannot be written to: Not a directory",
         "report run --out a.html --images 0": "images must be at least 1, found 0",
         "demo --out file": "--out file is a file: give a folder",
         "demo out=file": "--out file is a file: give a folder",

@@ -16,6 +16,7 @@ from PIL import Image
 
 import dseqjepa as dj
 from dseqjepa.cli import main
+from dseqjepa.train.folder import RUN_FILES
 from tests.children import ends, start
 from tests.data.servers import buckets
 
@@ -23,12 +24,15 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs/decisions").glob("*.md")),
+    *sorted((ROOT / "docs").glob("*/*.md")),
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
 ]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ROW = re.compile(r"^\| `([\w.]+)` \|", re.MULTILINE)
+"""The first cell of a table's row, if it is a name."""
 SHRINK = [
-    "data.batch_size=16", "model.width=32", "model.depth=1", "model.heads=2", "optim.epochs=1",
+    "data.batch_size=16", "model.width=32", "model.depth=1", "model.heads=2",
+    "predictor.width=32", "predictor.depth=1", "predictor.heads=2", "optim.epochs=1",
     "optim.warmup_epochs=0", "data.workers=0",
 ]  # fmt: skip
 """What makes a printed training command a matter of seconds; the command itself stays."""
@@ -145,7 +149,7 @@ def run_commands(folder: Path) -> None:
                 ROOT,
             )
         elif line in ("make test", "pip install ."):
-            continue  # the run of these tests; and the test below
+            continue  # the run of these tests; and tests/test_release.py
         elif (
             words[0] == "dseqjepa" and words[1] in ("pretrain", "preflight") and "--on" not in words
         ):
@@ -197,6 +201,18 @@ def test_the_documents_use_public_names_alone():
         assert is_file or not re.search(r"(from|import) dseqjepa\.", code), path
 
 
+def test_the_reference_lists_the_files_and_metrics_of_a_run(tmp_path: Path):
+    """All that a run writes, and in metrics.md nothing else."""
+    arguments = ["pretrain", "vitt_demo", "out=run", "data.size=32", "probe.every_epochs=1"]
+    run_typed([*arguments, *SHRINK], tmp_path)
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = {key for line in lines for key in json.loads(line)}
+    assert set(re.findall(ROW, (ROOT / "docs/metrics.md").read_text(encoding="utf-8"))) == logged
+    written = {path.name for path in (tmp_path / "run/checkpoints/last").iterdir()}
+    listed = set(re.findall(ROW, (ROOT / "docs/files.md").read_text(encoding="utf-8")))
+    assert written | RUN_FILES <= listed
+
+
 def test_links_between_the_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
@@ -208,24 +224,3 @@ def test_tests_named_in_the_documents_exist():
     for path in DOCUMENTS:
         for name in re.findall(r"`(test_\w+)`", path.read_text()):
             assert f"def {name}(" in known, f"{path.name} names {name}"
-
-
-def test_an_installed_package_works_outside_the_repository(tmp_path: Path):
-    """`pip install .` into a place of its own, used from another folder."""
-    place = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
-    run([*pip, str(ROOT)], tmp_path)
-    script = (
-        f"import sys; sys.path.insert(0, {str(place)!r}); import dseqjepa, dseqjepa.demo; "
-        f"assert dseqjepa.__file__.startswith({str(place)!r}), dseqjepa.__file__; "
-        "print(dseqjepa.build_method(dseqjepa.load_config('ijepa_vitt_demo')).steps_per_image)"
-    )
-    assert run([sys.executable, "-c", script], tmp_path).strip() == "4"
-    assert data_files(place / "dseqjepa") == data_files(ROOT / "dseqjepa")
-    assert {Path("py.typed"), Path("report/page.html")} <= data_files(place / "dseqjepa")
-
-
-def data_files(package: Path) -> set[Path]:
-    """What a package holds beside code."""
-    files = (path for path in package.rglob("*") if path.is_file())
-    return {path.relative_to(package) for path in files if path.suffix not in (".py", ".pyc")}

@@ -106,7 +106,7 @@ def test_what_was_typed_wrongly_is_refused_before_anything_is_written(runs: Runs
         ([runs[0]], tmp_path / "folder.html", 1, "is a folder"),
         ([runs[0]], tmp_path / "a.pdf", 1, "must end in .html"),
         ([runs[0]], runs[0] / "metrics.jsonl", 1, "must end in .html"),
-        ([runs[0]], runs[0] / "log.txt" / "a.html", 1, "log.txt is a file"),
+        ([runs[0]], runs[0] / "log.txt" / "a.html", 1, "cannot be written to: Not a directory"),
         ([runs[0]], new, 0, "images must be at least 1"),
         ([tmp_path / "gone"], new, 1, "no such run"),
         ([], new, 1, "found none"),
