@@ -108,11 +108,11 @@ def head() -> str:
     has = ", ".join(words for flag, words in flags.items() if flag in known) or "no AVX-512"
     return f"""# Benchmarks
 
-Written by `make bench`. To measure a single row, which takes a minute or two, run
-`python benchmarks/SCRIPT --only NAME`. The two sides of a row are timed alternately in one process
-on the same data; the ratio is the median over the pairs, with minimum and maximum in brackets.
-Machines differ and drift, so compare ratios, not seconds. Each script explains its rows
-in its docstring; [LOG.md](LOG.md) discusses what limits the missed goals.
+The tables are written by `make bench`, except where a date says otherwise. To measure a single row,
+which takes a minute or two, run `python benchmarks/SCRIPT --only NAME`. The two sides of a row are
+timed alternately in one process on the same data; the ratio is the median over the pairs, with
+minimum and maximum in brackets. Machines differ and drift, so compare ratios, not seconds. Each
+script explains its rows in its docstring; [LOG.md](LOG.md) discusses what limits the missed goals.
 
 {datetime.date.today()}, {cpu} ({has}), {os.cpu_count()} cores, {torch.get_num_threads()} threads,
 Python {platform.python_version()}, torch {torch.__version__}, torchvision

@@ -62,7 +62,7 @@ def _sections() -> list[str]:
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings, such as data=PATH out=DIR section.key=value."
+        metavar="[KEY=VALUE]...", help="Settings, as below or as `dseqjepa settings` lists them."
     ),
 ]
 Preset = Annotated[
@@ -222,7 +222,7 @@ def preflight(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write all that is found to a file."),
+        typer.Option("--json", metavar="FILE", help="Write all findings to a JSON file."),
     ] = None,
     on: Annotated[
         str | None,
@@ -283,7 +283,7 @@ def evaluate(
 
     The full protocol is the default; preset=quick is a small version. The result is a table and a
     JSON file in the run's folder, or out=FILE.json. Trained classifiers are saved next to it for
-    `dseqjepa predict`.
+    `dseqjepa predict`. `dseqjepa settings TASK` explains the settings of a task.
     """
     from dseqjepa.tasks.config import TASKS
 
@@ -438,17 +438,17 @@ def embed(
         ),
     ] = None,
     neighbours: Annotated[
-        int, typer.Option(metavar="K", help="Find the K most alike images of each.")
+        int, typer.Option(metavar="K", help="Find the K most similar images of each.")
     ] = 0,
     duplicates: Annotated[
         bool,
         typer.Option("--duplicates", help="Find near-duplicates; threshold=COSINE sets the limit."),
     ] = False,
     outliers: Annotated[
-        bool, typer.Option("--outliers", help="Score how far an image is from all others.")
+        bool, typer.Option("--outliers", help="Score how far each image is from its 10 nearest.")
     ] = False,
     clusters: Annotated[int, typer.Option(metavar="K", help="Sort images into K clusters.")] = 0,
-    map: Annotated[str, typer.Option(metavar="pca|umap", help="Place images on a plane.")] = "",
+    map: Annotated[str, typer.Option(metavar="pca|umap", help="Add two coordinates to plot.")] = "",
 ) -> None:
     """Write the features of images as a table.
 
@@ -536,7 +536,7 @@ def predict(
 )
 def show(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="What is to be looked at.")
+        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run or a checkpoint.")
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder for the pictures.")],
     images: Annotated[
@@ -559,14 +559,14 @@ def show(
     ] = None,
     clusters: Annotated[int, typer.Option(help="The number of clusters.")] = 4,
     checkpoints: Annotated[
-        int, typer.Option(help="The most checkpoints drawn by clusters, pca and similarity.")
+        int, typer.Option(help="Draw clusters, pca and similarity of at most so many.")
     ] = 5,
     data: Annotated[
         str | None,
         typer.Option(help="Find neighbours, and scatter, in this data set, not in the run's own."),
     ] = None,
-    sample: Annotated[int, typer.Option(help="The most images taken from --data.")] = 2000,
-    limit: Annotated[int, typer.Option(help="The most images taken from a folder.")] = 8,
+    sample: Annotated[int, typer.Option(help="The maximum number of images from --data.")] = 2000,
+    limit: Annotated[int, typer.Option(help="The maximum number of images from a folder.")] = 8,
     ending: Annotated[str, typer.Option("--format", help="Write png, pdf or svg.")] = "png",
 ) -> None:
     """Draw what an encoder sees in images.
@@ -697,7 +697,7 @@ def demo(
     ),
     print_config: PrintConfig = False,
 ) -> None:
-    """Train on the embedded scenes and show what was learnt.
+    """Train on the rendered scenes and show what was learnt.
 
     It takes a few minutes on a CPU and needs no network.
     """
@@ -714,7 +714,7 @@ def demo(
 
 scenes = typer.Typer(
     rich_markup_mode=None,
-    help="Write the embedded scenes as files.",
+    help="Write the rendered scenes as files.",
     epilog=examples("scenes export imagenet mini/imagenet"),
 )
 app.add_typer(scenes, name="scenes")
@@ -732,7 +732,7 @@ app.add_typer(shards, name="shards")
 def pack_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Any folder of images.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or an empty folder.")],
-    size: Annotated[int, typer.Option(help="The most megabytes in a tar file.", min=1)] = 500,
+    size: Annotated[int, typer.Option(help="The most megabytes per tar file.", min=1)] = 500,
     is_shuffled: Annotated[
         bool,
         typer.Option("--shuffled", help="Write them in random order, for a small data.window."),
@@ -758,15 +758,15 @@ def pack_shards(
 @shards.command("index", epilog=examples("shards index my_shards"))
 def index_shards(
     place: Annotated[
-        str, typer.Argument(metavar="FOLDER|URL", help="Where tar files lie, or files of images.")
+        str, typer.Argument(metavar="FOLDER|URL", help="Where tar files or image files are.")
     ],
     workers: Annotated[int, typer.Option(help="The number of tar files read at once.", min=1)] = 1,
 ) -> None:
-    """Index tar files that others wrote, once.
+    """Index existing tar files, once.
 
     Each file is read from beginning to end. The same command resumes where it was stopped. A URL is
     a folder, or PATTERN-{000..146}.tar where its server lists none. A folder of image files gets a
-    list of them, with which a start looks at no file.
+    list, so that a run need not inspect every file when it starts.
     """
     from dseqjepa.data.images import list_images
     from dseqjepa.data.shards.index import write_index
@@ -787,9 +787,10 @@ def push_shards(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tar files with their index.")],
     url: Annotated[str, typer.Argument(metavar="URL", help="A place such as s3://bucket/name.")],
 ) -> None:
-    """Copy shards to where machines can fetch them.
+    """Upload shards.
 
-    Tar files that lie there already, by name and size, are not copied again; the index comes last.
+    Tar files that are already there, with the same name and size, are skipped; the index is
+    copied last.
     """
     from dseqjepa.data.shards.push import push
 
@@ -813,7 +814,8 @@ def export_scenes(
 ) -> None:
     """Write scenes in the format of a benchmark.
 
-    size=64 count=200 val_count=50 seed=0 say how large and how many. data=FORMAT:DIR reads them.
+    size=64 count=200 val_count=50 seed=0 set the image size, the numbers of training and test
+    images, and the seed. data=FORMAT:DIR reads them.
     """
     from dseqjepa.commands import MiniatureConfig
 
@@ -833,7 +835,7 @@ def settings(
         str | None,
         typer.Argument(
             metavar="[SECTION]",
-            help="A section, such as data, method.regions, knn or embed; all if left out.",
+            help="A section, such as data, method.regions, knn or embed; default: all.",
             autocompletion=_sections,
         ),
     ] = None,
@@ -852,7 +854,7 @@ def settings(
 def presets(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="The one to be described.", autocompletion=_presets),
+        typer.Argument(metavar="[NAME]", help="The preset to describe.", autocompletion=_presets),
     ] = None,
     print_config: PrintConfig = False,
 ) -> None:

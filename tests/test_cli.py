@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import torch
 import typer
 from PIL import Image
 
+import dseqjepa as dj
 from dseqjepa.arguments import as_options
 from dseqjepa.cli import TASK_HELP, app, main
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS, KnnConfig
 from dseqjepa.train.loop import Stopped, Trainer
-from tests.test_docs import ROOT
 from tests.test_docs import commands as documented_commands
 from tests.tiny import TINY
 
@@ -499,8 +498,7 @@ def test_the_version_is_that_of_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "--version") == 0
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert capsys.readouterr().out == f"dseqjepa {declared['project']['version']}\n"
+    assert capsys.readouterr().out == f"dseqjepa {dj.__version__}\n"
 
 
 @pytest.mark.parametrize(

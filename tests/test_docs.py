@@ -148,7 +148,7 @@ def run_commands(folder: Path) -> None:
                 ["make", "demo", f"VENV={sys.prefix}", f"SETTINGS={settings} --out {folder}/demo"],
                 ROOT,
             )
-        elif line in ("make test", "pip install ."):
+        elif line == "make test" or line.startswith("pip install "):
             continue  # the run of these tests; and tests/test_release.py
         elif (
             words[0] == "dseqjepa" and words[1] in ("pretrain", "preflight") and "--on" not in words
