@@ -1,7 +1,7 @@
-"""A list of a folder's images, kept in it: a start then looks at its folders and at no file.
+"""A list of a folder's images, stored in the folder, so that a run need not inspect every file.
 
-It says when it was true: a folder in which something was added, removed or renamed since has
-another time. A file that was written over in its place is not noticed.
+The list records the modification time of every folder, which changes when a file is added, removed
+or renamed. A file overwritten in place goes unnoticed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dseqjepa.errors import InputError, printable
 from dseqjepa.files import UNFINISHED, write_whole
 
 PLACE = ".dseqjepa"
-"""The folder in the folder; hidden, so no data."""
+"""Subfolder that holds the list; hidden, so it is not read as data."""
 PATHS, SIZES, FACTS = "paths.npy", "sizes.npy", "list.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """Paths relative to the folder, in order, the bytes of each file, and what else is there."""
+    """Relative paths in order, file sizes in bytes, and notes on files that are not images."""
 
     paths_N: np.ndarray
     sizes_N: np.ndarray
@@ -31,13 +31,13 @@ class Listing:
 
 
 def write_list(folder: Path, paths: list[str], folders: list[str], notes: list[str]) -> None:
-    """Keep a list; `folders` are all that were looked into. `InputError` where that fails."""
+    """Write a list; `folders` are all folders searched. `InputError` if it cannot be written."""
     place = folder / PLACE
     try:
         place.mkdir(exist_ok=True)
         times = {below: (folder / below).stat().st_mtime_ns for below in folders}
         sizes = [(folder / path).stat().st_size for path in paths]
-        (place / FACTS).unlink(missing_ok=True)  # a list is of the files beside it, or not there
+        (place / FACTS).unlink(missing_ok=True)  # never next to arrays of another list
         for name, values_N in (
             (PATHS, np.array([os.fsencode(path) for path in paths])),
             (SIZES, np.array(sizes, dtype=np.int64)),
@@ -48,13 +48,13 @@ def write_list(folder: Path, paths: list[str], folders: list[str], notes: list[s
         facts = {"times": {os.fsencode(k).hex(): v for k, v in times.items()}, "notes": notes}
         write_whole(place / FACTS, json.dumps(facts))
     except OSError as error:
-        raise InputError(f"cannot keep a list in {printable(folder)}: {error}") from error
+        raise InputError(f"cannot write a list in {printable(folder)}: {error}") from error
 
 
 def read_list(folder: Path) -> Listing | None:
-    """The list of a folder, if it has one. `InputError` where it is older than the folder."""
+    """The list of a folder, if it has one; `InputError` if it is outdated."""
     place = folder / PLACE
-    again = f"dseqjepa shards index {printable(folder)} makes it anew, or remove {place}"
+    again = f"dseqjepa shards index {printable(folder)} rebuilds it; or remove {place}"
     try:
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
         paths_N = np.load(place / PATHS, mmap_mode="r", allow_pickle=False)

@@ -192,7 +192,7 @@ def test_bytes_that_changed_on_the_way_are_no_image(packed: Path, files: Files):
 
 def test_an_index_older_than_its_shard_is_seen(packed: Path, files: Files):
     shard(packed / "000000.tar", {"x.jpg": jpeg(99, (90, 90))})
-    with pytest.raises(BadImage, match=r"000000\.tar.* bytes came where the index has"):
+    with pytest.raises(BadImage, match=r"000000\.tar.* bytes arrived, the index says"):
         read_image(Shards(files.url, "train"), 0)
 
 
@@ -430,7 +430,7 @@ def test_from_a_folder_to_a_bucket(
         loader.close()
         client.put_object(Bucket="pictures", Key="mine/000000.tar", Body=b"0" * 99)
         shutil.rmtree(cache)
-        with pytest.raises(BadImage, match="99 bytes came where the index has"):
+        with pytest.raises(BadImage, match="99 bytes arrived, the index says"):
             read_image(Shards(url, "train"), 0)
         client.delete_object(Bucket="pictures", Key="mine/000001.tar")
         with pytest.raises(BadImage, match=r"000001\.tar"):

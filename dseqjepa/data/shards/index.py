@@ -1,12 +1,12 @@
-"""An index over tar files: where each image lies, how long it is, its checksum and its label.
+"""An index of tar files: offset, size, checksum and label of each image.
 
 The convention is WebDataset's: files of one sample follow each other and share the name up to its
-first dot; the image is `KEY.jpg`, `.png`, `.webp` or another format that is read, its class the
-number in `KEY.cls`, or `label` or `cls` of `KEY.json`, whose `class` may name it.
+first dot; the image is `KEY.jpg`, `.png`, `.webp` or another supported format, its class the
+number in `KEY.cls`, or `label` or `cls` in `KEY.json`, whose `class` may name it.
 
-The index lies beside the tar files, two files for all of them: a list of shards, and one record an
-image, which every process maps into its memory. That of tar files behind a URL is copied to this
-machine.
+The index is stored next to the tar files, as two files for all of them: a list of shards, and one
+record per image, which every process maps into memory. The index of tar files behind a URL is
+cached on this machine.
 
 Suffixes: N images, S shards.
 """
@@ -41,9 +41,9 @@ UNKNOWN = -1
 """The label of an image without one."""
 LARGEST = 2**32 - 1
 MOST_TEXT = 2**20
-"""Bytes of a .json or .cls that are looked at."""
+"""Bytes of a .json or .cls that are read."""
 MOST_HEADER = 2**18
-"""Bytes of one of a tar file's headers, such as a long name or what pax adds to a file."""
+"""Bytes of a single header of a tar file, such as a long name or pax records."""
 MOST_CLASSES = 2**20
 
 
@@ -59,34 +59,34 @@ class Local:
 
 
 Home = Local | Remote
-"""Where tar files lie. Their index is in its `folder`."""
+"""Location of tar files. Their index is in its `folder`."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name, its bytes in all, and how many images it holds."""
+    """A tar file: its name, size in bytes, and number of images."""
 
     name: str
     size: int
     count: int
     without: int = 0
-    """Samples without an image, which are left out."""
+    """Samples without an image; they are left out."""
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Some shards of a folder and their images, shard after shard."""
+    """Some shards of a folder, and records of their images in order."""
 
     home: Home
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
-    """By label; empty where some image has none."""
+    """Names by label; empty if some image has no label."""
     records_N: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What one shard holds."""
+    """The content of a shard."""
 
     shard: Shard
     records_N: np.ndarray
@@ -95,7 +95,7 @@ class _Part:
 
 
 def shard_paths(pattern: str) -> list[Path]:
-    """The tar files that a folder holds or a pattern matches; `InputError` where there are none."""
+    """The tar files in a folder, or matching a pattern; `InputError` if there are none."""
     path = Path(pattern).expanduser()
     found = glob(str(path)) if has_magic(str(path)) else []
     paths = [Path(name) for name in found] if found else sorted(path.glob("*.tar"))
@@ -111,16 +111,16 @@ def shard_paths(pattern: str) -> list[Path]:
     if len(folders) > 1:
         raise InputError(
             f"expected the tar files of one folder, found {len(folders)} folders match "
-            f"{printable(path)}: an index lies beside its files"
+            f"{printable(path)}: an index is stored next to its files"
         )
     return sorted(paths)
 
 
 def open_index(pattern: str) -> Index:
-    """The index of these shards, which a folder, a pattern or a URL names.
+    """The index of the shards that a folder, a pattern or a URL denotes.
 
     Raises:
-        InputError: there is no index, or it is not of these files; a server cannot be read.
+        InputError: there is no index, it does not fit these files, or a server cannot be read.
     """
     if is_url(pattern):
         home, _ = matching(pattern, [])
@@ -148,7 +148,7 @@ def _again(home: Home) -> str:
 
 
 def _bring(home: Remote) -> None:
-    """Have the index that lies behind a URL here, as it is by now; else what was made here."""
+    """Cache the current index behind a URL; if it has none, one made here is used."""
     file = home.folder / LIST
     try:
         text = home.text(LIST)
@@ -177,7 +177,7 @@ def _listed(home: Home) -> tuple[dict[str, Shard], tuple[str, ...]]:
 
 
 def _parsed(home: Home, text: bytes) -> tuple[dict[str, Shard], tuple[str, ...]]:
-    """Shards by name, and classes, of a list that anybody may have written."""
+    """Shards by name, and classes, from an untrusted list."""
     file = home.folder / LIST
     try:
         told = json.loads(text)
@@ -198,7 +198,7 @@ def _parsed(home: Home, text: bytes) -> tuple[dict[str, Shard], tuple[str, ...]]
 
 def _check(name: str, shard: Shard) -> None:
     if Path(name).name != name or name.startswith(".") or not name.isprintable():
-        raise ValueError(f"{printable(name)} is no name of a tar file in this folder")
+        raise ValueError(f"{printable(name)} is not the name of a tar file in this folder")
     numbers = (shard.size, shard.count, shard.without)
     if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
         raise ValueError(f"{name} has the sizes {numbers}")

@@ -1,11 +1,11 @@
-"""Files behind a URL: each is fetched whole to this machine, once, and kept while there is room.
+"""Files behind a URL: each is downloaded once, as a whole, and cached while there is room.
 
-Whole, because a tar file that is fetched from its beginning to its end comes as quickly as the
-network is, where a request an image would wait for an answer an image, in every epoch anew.
+Reading a tar file from beginning to end runs at the speed of the network, whereas one request per
+image would wait for the server at every image of every epoch.
 
-The folder for them belongs to the machine, not to a run: the environment names it. Any number of
-processes may use it at once. A file in it is whole; one that is being fetched has another name, and
-has its room set apart from the beginning.
+The cache belongs to the machine, not to a run; an environment variable names it. Any number of
+processes may share it. Files in it are complete: a download has a temporary name, and its space is
+reserved before it begins.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from dseqjepa.files import UNFINISHED
 T = TypeVar("T")
 
 FOLDER, GIGABYTES = "DSEQJEPA_CACHE", "DSEQJEPA_CACHE_GB"
-"""What the environment may say: the folder, and how many gigabytes of shards it may hold."""
+"""Environment variables: the cache folder, and how many gigabytes of shards it may hold."""
 DEFAULT_GIGABYTES = 100
 SILENCE = 60.0
-"""Seconds without a byte after which a server is given up."""
+"""Seconds without a byte after which a request fails."""
 LONGEST = 3600.0
-"""Seconds of one answer of a server, however it trickles."""
+"""Seconds that a response may take in total, however slowly it arrives."""
 AT_ONCE = 2**23
-"""Bytes asked for and written at once."""
+"""Bytes requested and written at a time."""
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-"""The extra of this package that a scheme needs."""
+"""Scheme -> the extra of this package that it needs."""
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -49,13 +49,13 @@ def is_url(place: str | Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where fetched files lie."""
+    """Folder of downloaded files."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(os.environ.get(FOLDER) or base / "dseqjepa").expanduser()
 
 
 def cache_limit() -> int:
-    """Bytes of shards that may lie there."""
+    """Bytes of shards that it may hold."""
     text = os.environ.get(GIGABYTES) or str(DEFAULT_GIGABYTES)
     try:
         limit = float(text) * 1e9
@@ -68,7 +68,7 @@ def cache_limit() -> int:
 
 @dataclass(frozen=True)
 class Remote:
-    """The files right below a URL, as a folder of this machine's where they lie once fetched."""
+    """The files directly below a URL, and the local folder that caches them."""
 
     url: str
 
@@ -78,10 +78,10 @@ class Remote:
         return cache_folder() / digest
 
     def descriptor(self, name: str, size: int) -> int:
-        """A descriptor of a file of `size` bytes, which is fetched where it is not here.
+        """A descriptor of a file of `size` bytes, downloaded first if it is not cached.
 
         Raises:
-            OSError: the file cannot be fetched; `patience` knows whether it is worth another try.
+            OSError: the download failed; `patience` decides whether to retry.
             RunError: this machine has no room for it.
         """
         file = self.folder / name
@@ -91,7 +91,7 @@ class Remote:
             self.fetch(name, size)
 
     def fetch(self, name: str, size: int, *, anew: bool = False) -> None:
-        """Have a file of `size` bytes here; `anew` where one of that size may be another one."""
+        """Cache a file of `size` bytes; `anew`: even if a file of that size is cached."""
         file = self.folder / name
         try:
             with self.alone(name):
@@ -105,7 +105,7 @@ class Remote:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Alone with a file among the processes of this machine; `RunError` where none can be."""
+        """Lock a file against other processes of this machine; raises if the cache has no room."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -114,11 +114,11 @@ class Remote:
             yield
 
     def text(self, name: str) -> bytes:
-        """A small file, as it is there now; `FileNotFoundError` where there is none."""
+        """The current content of a small file; `FileNotFoundError` if there is none."""
         return patiently(lambda: _asked(self.url, lambda fs, path: fs.cat_file(f"{path}/{name}")))
 
     def put(self, file: Path) -> bool:
-        """Copy a file there, unless one of its name and size lies there; whether it was copied."""
+        """Upload a file, unless one with its name and size exists; whether it was uploaded."""
         size = file.stat().st_size
 
         def copied(fs: Any, path: str) -> bool:
@@ -135,7 +135,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as its server lists it."""
+    """A file as listed by its server."""
 
     name: str
     size: int
@@ -144,7 +144,7 @@ class Entry:
 
 
 def has_file(url: str, name: str) -> bool:
-    """Whether a folder's URL holds a small file; `InputError` where its server cannot be read."""
+    """Whether a URL holds a small file; `InputError` if the server cannot be read."""
     try:
         Remote(url.rstrip("/")).text(name)
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def has_file(url: str, name: str) -> bool:
 
 
 def is_folder(pattern: str) -> bool:
-    """Whether a URL means all of a folder."""
+    """Whether a URL denotes a whole folder."""
     return not _split(pattern)[1]
 
 
@@ -173,7 +173,7 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
         infos = [(path.rpartition("/")[2], fs.info(path)) for path in paths]
         for name, info in infos:
             if info.get("size") is None:
-                raise InputError(f"{printable(pattern)}: the server tells no size of {name}")
+                raise InputError(f"{printable(pattern)}: the server reports no size for {name}")
         return [
             Entry(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
             for name, info in infos
@@ -183,7 +183,7 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
 
 
 def matching(pattern: str, names: list[str]) -> tuple[Remote, list[str]]:
-    """Of files that are known to lie there those that a pattern means."""
+    """The files among `names` that a pattern matches."""
     base, last = _split(pattern)
     if BRACES.search(last):
         return Remote(base), _expanded(last)
@@ -191,7 +191,7 @@ def matching(pattern: str, names: list[str]) -> tuple[Remote, list[str]]:
 
 
 def _split(pattern: str) -> tuple[str, str]:
-    """A folder's URL, and the pattern of names in it; "" where it means the whole folder."""
+    """A folder's URL and the pattern of names in it; "" for the whole folder."""
     base, _, last = pattern.rstrip("/").rpartition("/")
     is_pattern = any(mark in last for mark in "*?{[") or last.endswith(".tar")
     return (base, last) if is_pattern else (pattern.rstrip("/"), "")
@@ -212,25 +212,25 @@ def _expanded(name: str) -> list[str]:
 
 
 def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
-    """What a server says. Its errors, and those of its library, become an `OSError`: one that may
-    pass, unless the file is not there or not for us."""
+    """The answer of a server. Its errors, and those of its library, become an `OSError`: a
+    transient one, unless the file does not exist or access is denied."""
     fs, path = file_system(url)
     try:
         return ask(fs, path)
     except (InputError, _NoRoom):
         raise
     except Exception as error:  # each library has kinds of its own
-        # A web server's library says of every failed question for a size that there is no file.
+        # The HTTP library reports a missing file whenever it cannot get a size.
         of_web = type(error.__cause__).__module__.startswith("aiohttp")
         if isinstance(error, FileNotFoundError) and not (of_web and not _is_no(error.__cause__)):
             raise
         if isinstance(error, PermissionError) or _is_no(error):
-            raise PermissionError(errno.EACCES, f"{url} is refused: {_said(error)}") from error
+            raise PermissionError(errno.EACCES, f"{url} was refused: {_said(error)}") from error
         raise OSError(errno.EIO, f"{url}: {_said(error)}") from error
 
 
 def _is_no(error: BaseException | None) -> bool:
-    """Whether an error stands for an answer that another try will not change."""
+    """Whether an error is permanent, so that retrying cannot help."""
     status = getattr(error, "status", None)
     if not isinstance(status, int):
         return False
@@ -242,7 +242,7 @@ def _said(error: Exception) -> str:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """What reads this URL, and its path there; `InputError` names what is missing for it."""
+    """The file system of a URL, and the path in it; `InputError` names a missing package."""
     import fsspec
 
     scheme = url.partition("://")[0]
@@ -258,7 +258,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def _patience(kind: str) -> dict[str, Any]:
-    """How long the library of a kind of server waits, in its own words."""
+    """Timeouts, in the form that the library of a kind of server takes."""
     if kind == "http":
         import aiohttp
 
@@ -273,11 +273,11 @@ def _patience(kind: str) -> dict[str, Any]:
 
 
 class _NoRoom(RunError):
-    """This machine cannot hold a file, whoever sends it."""
+    """This machine has no room for a file."""
 
 
 def _fetch(url: str, file: Path, size: int) -> None:
-    """Make a file hold what a URL gives, if that is `size` bytes."""
+    """Download a URL into a file; an error unless it has `size` bytes."""
     unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
         while not _set_apart(unfinished, size):
@@ -289,7 +289,7 @@ def _fetch(url: str, file: Path, size: int) -> None:
 
 
 def _copy(fs: Any, path: str, unfinished: Path, size: int) -> None:
-    # A web server's answer is read as it comes; others are asked for a part at a time.
+    # HTTP responses are read as a stream, other stores in parts.
     part_by_part = {"block_size": AT_ONCE, "cache_type": "none"}
     how = {"block_size": 0, "size": size} if "http" in fs.protocol else part_by_part
     done = 0
@@ -299,7 +299,7 @@ def _copy(fs: Any, path: str, unfinished: Path, size: int) -> None:
             done += len(part)
     if done != size:
         more = "more" if done > size else f"{done}"
-        raise OSError(errno.EIO, f"{more} bytes came where the index has {size}: cut off or newer")
+        raise OSError(errno.EIO, f"{more} bytes arrived, the index says {size}: cut off or newer")
 
 
 def _write(out: BinaryIO, part: bytes) -> None:
@@ -311,8 +311,8 @@ def _write(out: BinaryIO, part: bytes) -> None:
 
 
 def _set_apart(unfinished: Path, size: int) -> bool:
-    """Have the disk hold `size` bytes for a file, in the place of what was not used longest; False
-    where what other processes are fetching right now takes all of the room."""
+    """Reserve `size` bytes on disk, evicting the least recently used files; False while downloads
+    of other processes take all of the room."""
     limit = cache_limit()
     if size > limit:
         raise _NoRoom(f"it has {size:,} bytes, and {GIGABYTES} allows {limit:,}")
@@ -339,14 +339,14 @@ def _set_apart(unfinished: Path, size: int) -> bool:
 
 
 def _kept() -> Iterator[tuple[Path, os.stat_result]]:
-    """The tar files that lie there, those that are being fetched among them."""
+    """The cached tar files, including downloads in progress."""
     for path in cache_folder().glob("*/*.tar"):
         with suppress(FileNotFoundError):
             yield path, path.stat()
 
 
 def _is_idle(path: Path) -> bool:
-    """Whether no process is writing this file; one that was killed is not."""
+    """Whether no living process is writing this file."""
     if not path.name.startswith(UNFINISHED):
         return True
     lock = path.with_name(f".{path.name.removeprefix(UNFINISHED)}.lock")
@@ -359,12 +359,12 @@ def _is_idle(path: Path) -> bool:
 
 
 def _opened(file: Path, size: int) -> int:
-    """A descriptor; its file is the one last used. `FileNotFoundError` for one of another size."""
+    """A descriptor, marking the file as used; `FileNotFoundError` if its size differs."""
     descriptor = os.open(file, os.O_RDONLY)
     if os.fstat(descriptor).st_size != size:
         os.close(descriptor)
         raise FileNotFoundError(file)
-    with suppress(OSError):  # a cache that may be read only
+    with suppress(OSError):  # the cache may be read-only
         os.utime(descriptor)
     return descriptor
 
@@ -378,7 +378,7 @@ def _is_whole(file: Path, size: int) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this machine; a process that dies lets go."""
+    """Lock against other processes of this machine; a process that dies releases it."""
     try:
         file = path.open("wb")
     except OSError as error:
