@@ -130,7 +130,7 @@ def test_what_is_wrong_is_one_line_exit_code_2_and_nothing_written(
         (["table5", "out=new", "scale=paper"], "data=PATH is missing: scale=paper"),
         (["table5", "out=new", "seeds=1"], "a test needs at least two seeds, found [1]"),
         (["table5", "out=new", "seeds=1,b"], "seeds must be numbers separated by commas"),
-        (["table5", "out=new", "jobs=0"], "jobs must be a number from 1 on, found '0'"),
+        (["table5", "out=new", "jobs=0"], "jobs must be a whole number of at least 1, found '0'"),
         (["table5", "out=new", "retry=all"], "retry must be failed or unhealthy, found 'all'"),
         (["table5", "out=new", "allow_changed=it"], "allow_changed must be code or machine"),
         (["table5", "out=new", "cell=99"], "cell=99: expected a number below 30, or a name"),
