@@ -382,7 +382,7 @@ def full_cache(attempts: Attempts) -> None:
                         [sys.executable, "-m", "dseqjepa", *typed], capture_output=True, text=True
                     )
                     assert said.returncode == 1, said  # and not by SIGBUS
-                    assert "bytes are needed (No space left on device)" in said.stderr
+                    assert "bytes (No space left on device)" in said.stderr
                     assert not out.exists()
                     mount(disk, "remount,size=64m")
                 assert command(*typed).code == 0
