@@ -115,7 +115,7 @@ def _root(
     epilog=examples(
         "pretrain vitt8_64 data=my_pictures out=runs/mine optim.minutes=30",
         "pretrain ijepa_vitt8_64 data=my_pictures out=runs/ijepa resume=true",
-        "pretrain vitt8_64 data=my_pictures out=runs/next init_from=runs/mine",
+        "pretrain vitt8_64 data=my_pictures out=runs/next init_from=runs/mine optim.minutes=30",
     )
 )
 def pretrain(
