@@ -558,9 +558,7 @@ def show(
         typer.Option(metavar="ROW,COL", help="Draw the similarity to this patch, from 0,0."),
     ] = None,
     clusters: Annotated[int, typer.Option(help="The number of clusters.")] = 4,
-    checkpoints: Annotated[
-        int, typer.Option(help="Draw clusters, pca and similarity of at most so many.")
-    ] = 5,
+    checkpoints: Annotated[int, typer.Option(help="Draw at most this many checkpoints.")] = 5,
     data: Annotated[
         str | None,
         typer.Option(help="Find neighbours, and scatter, in this data set, not in the run's own."),

@@ -12,6 +12,7 @@ from dseqjepa.config import Config
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
+from dseqjepa.files import check_writable
 from dseqjepa.keyed import sample_keys
 from dseqjepa.report.page import missing_packages, write_report
 from dseqjepa.tasks.backbone import RAW_PIXELS, Pixels, own_backbone
@@ -78,3 +79,4 @@ def _check(out: Path) -> None:
     )
     if foreign:
         raise InputError(f"--out {out} holds {foreign[0]!r}, which is not of a demo: give another")
+    check_writable(out, f"--out {out}")

@@ -277,6 +277,7 @@ def test_a_folder_without_the_right_to_write_is_refused(
         "show run pictures --out /proc/new",
         "report run --out /proc/new.html",
         "scenes export imagenet /proc/new",
+        "demo --out /proc/new",
         "shards pack pictures /proc/new",
         f"preflight {PRESET} data=pictures --json /proc/new.json",
     ],

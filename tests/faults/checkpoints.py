@@ -149,7 +149,7 @@ def killed_between(attempts: Attempts) -> None:
 
 def save_parts(folder: Path, dies: int, where: str) -> None:
     """In a child, one of two ranks: they save steps together, and one of them is killed at one
-    place of the second save, or goes on until it is."""
+    place of the second save, or continues until it is."""
     ranks = join_ranks()
     mesh = init_device_mesh("cpu", (ranks.world,))
 

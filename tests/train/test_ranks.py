@@ -95,8 +95,8 @@ def train_from(config: Config, out: Path, before: Path) -> None:
 def test_spread_parameters_learn_what_whole_ones_learn(
     tmp_path: Path, kind: str, form: str
 ) -> None:
-    """FSDP2: the same curve; a run that stops and goes on is the run that does not, whatever the
-    form of its checkpoint; and one process goes on from what two have written."""
+    """FSDP2: the same curve; a run that stops and resumes is the run that does not, whatever the
+    form of its checkpoint; and one process resumes from what two have written."""
     settings = ["log.every_steps=1", "probe.every_epochs=1", f"method.saliency.kind={kind}"]
     config = run_config("dseq", *settings, "ema.start=0.9")
     sharded = config.with_(runtime={"strategy": "fsdp"})
