@@ -69,8 +69,6 @@ READINGS = ("knn", "ridge", "moments", "patches", "attentive")
 DECIDES = "attentive"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HOLDOUT, COMPONENTS, NEIGHBOURS, TEMPERATURE = 10, 24, 20, 0.07
-VIEWS = 200_000
-"""Training images shown to an attentive probe."""
 READ = 20_000
 """Maximum number of training images for the readouts."""
 PROBE = AttentiveConfig(lrs=(1e-3, 3e-3), weight_decays=(0.1,), batch_size=512)
@@ -207,13 +205,13 @@ def run_one(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     spent, began = 0.0, time.perf_counter()
     if variant in ("pixels", "untrained"):
         encoder = method.target if variant == "untrained" else None
-        yield {"step": 0, "minutes": 0.0, **read(encoder, pictures, seed)}
+        yield {"step": 0, "minutes": 0.0, **read(encoder, pictures, seed, options.probe_views)}
         return
     for step in range(options.steps + 1):
         if step in options.at or step == options.steps:
             spent += time.perf_counter() - began
             encoder = method.encoder if is_supervised else method.target
-            found = read(encoder, pictures, seed)
+            found = read(encoder, pictures, seed, options.probe_views)
             yield {"step": step, "minutes": spent / 60, **found}
             began = time.perf_counter()
         if step == options.steps or time.time() > options.until:
@@ -255,8 +253,11 @@ def patches_of(
     return torch.cat(parts)
 
 
-def read(encoder: VisionTransformer | None, pictures: Pictures, seed: int) -> dict[str, float]:
-    """The accuracy of every readout on the test images, in per cent."""
+def read(
+    encoder: VisionTransformer | None, pictures: Pictures, seed: int, views: int
+) -> dict[str, float]:
+    """The accuracy of every readout on the test images, in per cent. The attentive probe is shown
+    `views` training images."""
     train_BND = patches_of(encoder, pictures.train_BCHW[:READ], pictures)
     test_BND = patches_of(encoder, pictures.test_BCHW, pictures)
     whole = [x_BND.mean(dim=1) for x_BND in (train_BND, test_BND)]
@@ -274,7 +275,7 @@ def read(encoder: VisionTransformer | None, pictures: Pictures, seed: int) -> di
         "ridge": _ridge(*whole, pictures),
         "moments": _ridge(*moments, pictures),
         "patches": _ridge(*patches, pictures),
-        "attentive": _attentive(train_BND, test_BND, pictures, seed),
+        "attentive": _attentive(train_BND, test_BND, pictures, seed, views),
     }
 
 
@@ -325,7 +326,9 @@ def _ridge(train_BD: Tensor, test_BD: Tensor, pictures: Pictures) -> float:
     return _score((asked_BD @ best[1] + offset_C).argmax(dim=1), pictures.test_label_B)
 
 
-def _attentive(train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: int) -> float:
+def _attentive(
+    train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: int, views: int
+) -> float:
     """The package's attentive heads, on features encoded once."""
     fit_M, held_H = pictures.fit_and_held()
     flat_RD = train_BND[:2000].flatten(0, 1)
@@ -339,7 +342,7 @@ def _attentive(train_BND: Tensor, test_BND: Tensor, pictures: Pictures, seed: in
     optimizer = torch.optim.AdamW(groups)
     generator = torch.Generator().manual_seed(seed)
     batch = min(PROBE.batch_size, len(fit_M))
-    epochs = max(4, round(VIEWS / len(fit_M)))
+    epochs = max(4, round(views / len(fit_M)))
     steps = epochs * (len(fit_M) // batch)
     for step in range(steps):
         if step % (len(fit_M) // batch) == 0:
@@ -383,6 +386,7 @@ def run(options: argparse.Namespace) -> None:
             *(f"--seeds={seed}", f"--variant={variant}", f"--steps={options.steps}"),
             *(f"--batch={options.batch}", f"--device={options.device}"),
             *(f"--pictures={stored[data]}", f"--until={options.until}"),
+            f"--probe-views={options.probe_views}",
             *(f"--at={at}" for at in options.at),
             *(f"--set={one}" for one in options.set),
             *(["--bf16"] if options.bf16 else []),
@@ -462,6 +466,7 @@ def main() -> None:
     parser.add_argument("--at", type=int, action="append", default=[], help="read there, too")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=10_000, help="training images of scenes")
+    parser.add_argument("--probe-views", type=int, default=200_000, help="for an attentive probe")
     parser.add_argument("--pictures", help=argparse.SUPPRESS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="cpu")

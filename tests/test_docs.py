@@ -39,11 +39,12 @@ SHRINK = [
 SHRINK_TASK = {
     "finetune": ["epochs=1"],
     "attentive": ["epochs=1"],
-    "dense": ["patches_seen=2000", "bank=500"],
+    "dense": ["patches_seen=2000", "bank=500", "limit=64"],
     "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
     "segmentation": ["steps=2", "width=8"],
     "discovery": ["images=10"],
-    "lowshot": ["draws=2"],
+    "linear": ["sweep.epochs=2"],
+    "lowshot": ["draws=2", "sweep.epochs=2"],
 }
 """The same for evaluations."""
 

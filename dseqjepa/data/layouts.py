@@ -38,10 +38,10 @@ PALETTE = {
 }
 COLOURS = tuple(PALETTE)
 MAX_COUNT = 6
-DISTANCES = (4.2, 6.6)  # camera depth of the main object in scene units
+DISTANCES = (3.2, 5.0)  # camera depth of the main object in scene units
 
-REACH_MIN = 0.16  # of a bounding ball's disc in half pictures: 5 pixels of 64
-REACH_SHARE = 0.62  # the largest disc of another object, as a share of the main object's
+REACH_MIN = 0.13  # of a bounding ball's disc in half pictures: 4 pixels of 64
+REACH_SHARE = 0.45  # the largest disc of another object, as a share of the main object's
 DEPTH_SHARE = 1.15  # the nearest other object, likewise
 HIDDEN = 0.1  # a nearer disc ends this share of a radius before the middle of a farther one
 FRAMED = 0.85  # this share of a disc's radius lies inside the picture
@@ -51,7 +51,7 @@ TORSOS = SHAPE_NAMES[:5]
 TORSO_OF = np.arange(len(SHAPE_NAMES)) % len(TORSOS)
 """Shape of a head -> torso, both as indices."""
 TORSO_RADIUS, HEAD_RADIUS = 0.54, 0.44  # as shares of the figure's
-FIGURE_SCALE = 1.4  # of a figure's radius, which it fills less of than a single body
+FIGURE_SCALE = 1.25  # of a figure's radius, which it fills less of than a single body
 
 FACTS = 7  # uniform numbers for the facts
 TRIES = 80  # places tried for the other objects before the camera is drawn anew
@@ -163,7 +163,7 @@ def _place(facts: Facts, dice: _Dice, scale: float = 1.0) -> Layout | None:
     names = shape, COLOURS[facts.colour_B[0]], MATERIALS[facts.material_B[0]]
     focal, radius = float(facts.focal_B[0]), scale * float(facts.radius_B[0])
     distance, foot = float(facts.distance_B[0]), SHAPES[shape].foot * radius
-    across, down = dice.between(-0.36, 0.36), dice.between(-0.02, 0.34)
+    across, down = dice.between(-0.25, 0.25), dice.between(0, 0.3)
     # How far below the horizon the main object appears decides how high the camera stands.
     drop, below = math.radians(dice.between(13, 31)), math.atan(down / focal)
     slope = distance / math.cos(below)
@@ -195,14 +195,14 @@ def _place(facts: Facts, dice: _Dice, scale: float = 1.0) -> Layout | None:
     flat = math.cos(height)
     sun = flat * math.sin(azimuth), -flat * math.cos(azimuth), math.sin(height)
     hue = dice.between(0, 1)
-    first_3 = dice.tint(hue, (0.1, 0.45), (0.62, 0.85))
-    second_3 = dice.tint(hue + dice.between(-0.1, 0.1), (0.1, 0.45), (0.45, 0.72))
+    first_3 = dice.tint(hue, (0.05, 0.25), (0.62, 0.72))
+    second_3 = dice.tint(hue + dice.between(-0.1, 0.1), (0.05, 0.25), (0.54, 0.64))
     return Layout(
         camera=camera,
         bodies=tuple(sorted(bodies, key=lambda body: camera.view(body.centre_3)[2])),
         sun_3=np.array(sun, np.float32),
-        zenith_3=dice.tint(dice.between(0, 1), (0.2, 0.55), (0.65, 0.95)),
-        horizon_3=dice.tint(dice.between(0, 1), (0.04, 0.2), (0.8, 0.97)),
+        zenith_3=dice.tint(dice.between(0, 1), (0.1, 0.3), (0.75, 0.9)),
+        horizon_3=dice.tint(dice.between(0, 1), (0.02, 0.1), (0.85, 0.95)),
         ground=dice.pick(GROUNDS),
         ground_colours_23=np.stack((first_3, second_3)),
         ground_grain=dice.between(0.3, 0.6),

@@ -30,8 +30,7 @@ def pictures(count: int = 120) -> Pictures:
 def test_every_reading_tells_apart_what_pixels_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(learning, "NEIGHBOURS", 5)
     monkeypatch.setattr(learning, "PROBE", learning.PROBE.model_copy(update={"batch_size": 16}))
-    monkeypatch.setattr(learning, "VIEWS", 3000)
-    assert read(None, pictures(), 0) == dict.fromkeys(learning.READINGS, 100.0)
+    assert read(None, pictures(), 0, 3000) == dict.fromkeys(learning.READINGS, 100.0)
 
 
 def test_ridge_of_more_numbers_than_images_is_ridge():
@@ -59,11 +58,10 @@ def test_ridge_of_more_numbers_than_images_is_ridge():
 def test_labels_that_mean_nothing_are_not_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(learning, "NEIGHBOURS", 5)
     monkeypatch.setattr(learning, "PROBE", learning.PROBE.model_copy(update={"batch_size": 16}))
-    monkeypatch.setattr(learning, "VIEWS", 3000)
     true = pictures(400)
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(0, 2, (400,), generator=generator)
-    found = read(None, replace(true, train_label_B=drawn[:200], test_label_B=drawn[200:]), 0)
+    found = read(None, replace(true, train_label_B=drawn[:200], test_label_B=drawn[200:]), 0, 3000)
     assert all(30 < accuracy < 70 for accuracy in found.values())
 
 
@@ -114,6 +112,7 @@ def test_a_run_writes_its_readings(tmp_path: Path):
         sys.executable, str(script), "run", str(out), "--data=scenes", "--scenes=40",
         "--variant=ordered", "--seeds", "0", "--steps=3", "--at=1", "--batch=8",
         "--set=model.depth=1", "--set=model.width=16", "--set=model.heads=2", "--jobs=1",
+        "--probe-views=1000",
     ]  # fmt: skip
     path = {"PYTHONPATH": f"{script.parent}:{script.parents[1]}"}
     done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)

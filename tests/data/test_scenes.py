@@ -74,7 +74,7 @@ def test_the_main_object_is_the_nearest_and_the_largest(rendered: list[Scene]) -
         assert all(thing.pixels < main.pixels for thing in scene.objects[1:])
         assert all(thing.distance > 1.1 * main.distance for thing in scene.objects[1:])
         x0, y0, x1, y1 = main.box
-        assert 0.22 < max(x1 - x0, y1 - y0) / 64 < 0.7
+        assert 0.25 < max(x1 - x0, y1 - y0) / 64 < 0.85
         assert all(10 < centre < 54 for centre in main.centre_xy)
 
 

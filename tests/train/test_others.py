@@ -374,8 +374,8 @@ def test_a_foreign_model_goes_through_all_that_reads_frozen_features(
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "theirs", "DINOv3ViT", {"num_hidden_layers": 2})
     small = {
-        "knn": [], "linear": ["preset=quick", "sweep.features=[last,cls]"],
-        "lowshot": ["draws=2", "fraction=0.5"],
+        "knn": [], "linear": ["preset=quick", "sweep.features=[last,cls]", "sweep.epochs=2"],
+        "lowshot": ["draws=2", "fraction=0.5", "sweep.epochs=2"],
         "attentive": ["preset=quick", "epochs=1"], "discovery": ["images=6"],
         "dense": ["preset=quick", "patches_seen=500", "bank=200"],
         "clevr": ["task=count", "epochs=1"],
