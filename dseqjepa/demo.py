@@ -1,35 +1,54 @@
-"""The demo: train on the rendered scenes, then report what was learnt."""
+"""The demo: train on the rendered scenes, with a control, then report what was learnt."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from dseqjepa.config import Config
+from dseqjepa.config import Config, RuntimeConfig
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.errors import InputError
-from dseqjepa.files import check_writable
+from dseqjepa.files import check_writable, remove
 from dseqjepa.keyed import sample_keys
 from dseqjepa.report.page import missing_packages, write_report
-from dseqjepa.tasks.backbone import RAW_PIXELS, Pixels, own_backbone
-from dseqjepa.tasks.knn import compare
-from dseqjepa.tasks.results import show, write_json
+from dseqjepa.tasks.backbone import RAW_PIXELS, Backbone, Pixels, own_backbone
+from dseqjepa.tasks.baselines import UNTRAINED
+from dseqjepa.tasks.config import AttentiveConfig, DenseConfig, FrozenConfig
+from dseqjepa.tasks.results import row, show, write_json
+from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import load_encoder, load_method, untrained_encoder
 from dseqjepa.train.pretrain import pretrain
+from dseqjepa.train.runtime import join
 from dseqjepa.viz.regions import regions_picture
 
-TASKS = ("class", "count")
-TEST_IMAGES = 2000
+PROBES: Mapping[str, tuple[str, FrozenConfig]] = {
+    "attentive": ("accuracy", AttentiveConfig(preset="quick", baselines=False, epochs=20)),
+    "dense": (
+        "miou",
+        DenseConfig(
+            preset="quick", baselines=False, task="segmentation", limit=1000, bank=1000,
+            patches_seen=200_000,
+        ),
+    ),
+}  # fmt: skip
+"""The evaluations of the demo, and the metric that its table shows of each."""
+CONTROL = "regularizer alone"
+TEST_SHARE = 10
+"""Training scenes per test scene."""
 PICTURES = 12
-FILES = ("run", "regions.png", "report.html")
+FILES = ("run", "control", "regions.png", "report.html")
 
 
 def run_demo(config: Config, out: Path) -> None:
-    """Pre-train by `config` in `out/run`, evaluate, write `out/regions.png` and `out/report.html`.
+    """Pre-train by `config` in `out/run`, and without the prediction loss in `out/control`;
+    evaluate both, write `out/regions.png` and `out/report.html`.
 
     An earlier demo in `out` is replaced; `InputError` if it contains anything else.
     """
@@ -38,24 +57,24 @@ def run_demo(config: Config, out: Path) -> None:
     began = time.perf_counter()
     size, seed = config.data.image_size, config.runtime.seed
     train = Scenes(config.data.size, size=size[0], seed=seed, split="train")
-    test = Scenes(TEST_IMAGES, size=size[0], seed=seed, split="val")
+    count = max(PICTURES, config.data.size // TEST_SHARE)
+    test = Scenes(count, size=size[0], seed=seed, split="val")
     with console.status("rendering scenes"):
         for scenes in (train, test):
             prepare(scenes)
     console.print(
         f"rendered {len(train) + len(test)} scenes in {time.perf_counter() - began:.0f} s"
     )
-    run = out / "run"
+    run, control = out / "run", out / "control"
     pretrain(config, run, overwrite=True, source=train, console=console)
+    console.print(f"\n{CONTROL}: the same without the prediction loss")
+    without = config.with_(method={"prediction_weight": 0.0})
+    pretrain(without, control, overwrite=True, source=train, console=console)
 
-    backbones = {
-        RAW_PIXELS: Pixels(size),
-        "untrained encoder": own_backbone(untrained_encoder(config), config),
-        "trained encoder": own_backbone(load_encoder(run), config),
-    }
-    rows = compare(backbones, train, test, TASKS)
-    console.print(show(rows, "kNN accuracy, % (95 % interval over test images)"))
-    write_json(run / "evaluations" / "knn.json", {"data": {"source": "scenes"}, "results": rows})
+    with console.status("evaluating"):
+        rows = _compare(config, run, control, train, test)
+    console.print(show(rows, "frozen features, % (95 % interval over test images)"))
+    write_json(run / "evaluations" / "demo.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
     keys_B = sample_keys(seed, 0, torch.arange(PICTURES))
@@ -67,6 +86,33 @@ def run_demo(config: Config, out: Path) -> None:
         console.print(f"report: {report}")
     minutes = (time.perf_counter() - began) / 60
     console.print(f"pictures: {out / 'regions.png'}, encoder: {run}, {minutes:.1f} minutes in all")
+
+
+def _compare(
+    config: Config, run: Path, control: Path, train: Scenes, test: Scenes
+) -> list[dict[str, Any]]:
+    """One row per encoder and evaluation, the encoders in the order of what they were given."""
+    size, trained = config.data.image_size, own_backbone(load_encoder(run), config)
+    backbones: dict[str, Backbone] = {
+        RAW_PIXELS: Pixels(size, trained.patch_size),
+        UNTRAINED: own_backbone(untrained_encoder(config), config),
+        CONTROL: own_backbone(load_encoder(control), config),
+        "with prediction": trained,
+    }
+    runtime = join(RuntimeConfig(accelerator=config.runtime.accelerator), {})
+    device, quiet = runtime.fabric.device, Console(quiet=True)
+    rows = []
+    for task, (metric, settings) in PROBES.items():
+        evaluate = import_module(f"dseqjepa.tasks.{task}").evaluate
+        for name, backbone in backbones.items():
+            folder = run / "evaluations"
+            job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, task)
+            found = evaluate(job, settings)
+            rows.append(row(name, task, {metric: found.metrics[metric]}, n_test=found.n_test))
+            for rest in found.unfinished:
+                remove(rest)
+    runtime.ranks.close()
+    return rows
 
 
 def _check(out: Path) -> None:

@@ -64,15 +64,18 @@ def test_the_demo_trains_tables_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "demo"
-    monkeypatch.setattr("dseqjepa.demo.TEST_IMAGES", 40)
     settings = ["data.size=64", *SMALL, "data.image_size=64"]
     command(monkeypatch, "demo", "--out", str(out), *settings)
     printed = capsys.readouterr().out
-    for name in ("raw pixels", "untrained encoder", "trained encoder"):
-        assert name in printed
+    shown = ("raw pixels", "untrained", "regularizer alone", "with prediction")
+    assert all(name in printed for name in shown)
     assert (out / "regions.png").stat().st_size > 10_000
-    result = json.loads((out / "run" / "evaluations" / "knn.json").read_text())
-    assert len(result["results"]) == 6
+    result = json.loads((out / "run" / "evaluations" / "demo.json").read_text())
+    names = [(row["task"], row["encoder"]) for row in result["results"]]
+    assert names[:4] == [("attentive", name) for name in shown]
+    assert names[4:] == [("dense", name) for name in shown]
+    weights = [dj.load_encoder(out / name).state_dict() for name in ("run", "control")]
+    assert not torch.equal(weights[0]["norm.weight"], weights[1]["norm.weight"])
     assert f"report: {out / 'report.html'}" in printed.replace("\n", "")
     assert (out / "report.html").stat().st_size < 15 * 2**20
     command(monkeypatch, "demo", "--out", str(out), *settings)  # an earlier demo is replaced

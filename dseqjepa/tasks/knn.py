@@ -6,7 +6,6 @@ block, K neighbours, C classes, D width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor
 from dseqjepa.data.images import Subset, notes_of
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.tasks.backbone import Backbone, Pixels
 from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Encoder, Rows, as_rows, extract, lacking, pooling_of
-from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified, row
+from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import splits_of
@@ -159,61 +157,6 @@ def probe(
     rows, label_M = found.rows(["mean1"]), found.labels[task]
     pred_M = knn_predict(rows, label_M, rows, classes=classes, exclude_self=True, device=device)
     return 100 * (pred_M == label_M).double().mean().item()
-
-
-def compare(
-    backbones: Mapping[str, Backbone],
-    train_source: Source,
-    test_source: Source,
-    tasks: Sequence[str],
-    *,
-    features: str = "last",
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    device: torch.device | str = "cpu",
-    **how: Any,
-) -> list[dict[str, Any]]:
-    """kNN accuracy of several encoders on several tasks, one row per pair.
-
-    A row is plain JSON: `encoder`, `features`, `task`, `accuracy` with its interval, `n_train`,
-    `n_test`, `k` (neighbours that voted), `temperature`, and `n_bad`, the images that could not be
-    decoded. Every image is encoded once per encoder.
-
-    Args:
-        backbones: by the name used in the rows, all for the same image size.
-        features: as in `pieces_of`; raw pixels always use the pixels.
-        how: further arguments of `extract`.
-
-    Raises:
-        InputError: a source has no labels for a task, the two sources number its classes
-            differently, or those of `extract` and `knn_predict`.
-    """
-    for task in tasks:
-        same_classes(train_source, test_source, task)
-    rows = []
-    for name, backbone in backbones.items():
-        pieces = backbone.pieces(features)
-        train, test = (
-            extract(backbone, part, backbone.image_size, pieces, device=device, **how)
-            for part in (train_source, test_source)
-        )
-        for task in tasks:
-            classes = len(class_names(train_source, task))
-            found = neighbours(
-                train.rows(pieces), train.labels[task], test.rows(pieces), k=k, device=device
-            )
-            metric = _accuracy(found, test.labels[task], classes, k, temperature)
-            kind = "pixels" if isinstance(backbone, Pixels) else features
-            said = {
-                "features": kind,
-                "n_train": len(train.index_M),
-                "n_test": len(test.index_M),
-                "k": min(k, len(train.index_M)),
-                "temperature": temperature,
-                "n_bad": len(train.bad) + len(test.bad),
-            }
-            rows.append(row(name, task, {"accuracy": metric}, **said))
-    return rows
 
 
 def _accuracy(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,9 @@ from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks import features, knn
-from dseqjepa.tasks.backbone import Backbone, Encoded, OwnBackbone, Pixels
+from dseqjepa.tasks.backbone import Encoded
 from dseqjepa.tasks.config import KnnConfig
-from dseqjepa.tasks.knn import compare, knn_predict, neighbours, probe, sweep
+from dseqjepa.tasks.knn import knn_predict, neighbours, probe, sweep
 
 SIZE = (8, 8)
 
@@ -233,43 +232,6 @@ def test_probe_finds_what_is_there_and_nothing_else() -> None:
     assert probe(make_encoder(), source, "side", SIZE, images=100, seed=1) < 60
     with pytest.raises(InputError, match="task 'shape', the data has: class, side"):
         probe(make_encoder(), source, "shape", SIZE, images=100, seed=1)
-
-
-def test_comparison_has_a_row_for_each_encoder_and_task() -> None:
-    train, test = Colours(60, seed=1, bad=(7,)), Colours(40, seed=2, bad=(1, 2))
-    backbones = {"raw pixels": Pixels(SIZE), "untrained": OwnBackbone(make_encoder(), SIZE)}
-    rows = compare(backbones, train, test, ["class", "side"], features="last4")
-    assert [(row["encoder"], row["features"], row["task"]) for row in rows] == [
-        ("raw pixels", "pixels", "class"),
-        ("raw pixels", "pixels", "side"),
-        ("untrained", "last4", "class"),
-        ("untrained", "last4", "side"),
-    ]
-    for row in rows:
-        assert (row["n_train"], row["n_test"], row["n_bad"]) == (59, 38, 3)
-        assert row["accuracy"] == 100 if row["task"] == "class" else float(row["accuracy"]) < 70
-    assert json.loads(json.dumps(rows)) == rows
-
-
-def test_comparison_encodes_every_image_once_an_encoder() -> None:
-    seen = 0
-
-    class Counting(OwnBackbone):
-        def forward(self, images_BCHW: Tensor, last: int = 4) -> Encoded:
-            nonlocal seen
-            seen += len(images_BCHW)
-            return super().forward(images_BCHW, last)
-
-    counting: dict[str, Backbone] = {"it": Counting(make_encoder(), SIZE)}
-    compare(counting, Colours(11), Colours(7), ["class", "side"])
-    assert seen == 18
-
-
-def test_comparison_wants_the_same_classes_on_both_sides() -> None:
-    other = Colours(5)
-    other.classes = {**other.classes, "class": ("blue", "red")}
-    with pytest.raises(InputError, match="different classes for 'class'"):
-        compare({"raw pixels": Pixels(SIZE)}, Colours(5), other, ["side", "class"])
 
 
 def test_centred_by_place_is_centred_by_the_training_mean(tmp_path: Path) -> None:
