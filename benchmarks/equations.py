@@ -47,7 +47,7 @@ from dseqjepa.viz.canvas import (
 from dseqjepa.viz.style import INK, LINES, MUTED, PALETTE, RULE
 from dseqjepa.viz.tiles import class_tile, heat_tile, mask_tile, photo_of
 
-SCENE, SIZE, PATCH = 20, 224, 16
+SCENE, SIZE, PATCH = 10, 224, 16
 GRID = (SIZE // PATCH, SIZE // PATCH)
 COUNT, MIN_AREA = 5, 0.01
 """The paper's number of regions. Its smallest area, 0.15, leaves two regions of this scene."""

@@ -154,11 +154,11 @@ def vitt_demo() -> Config:
     kNN 14.8 % on the class (untrained 11.8), 23.0 % on the count (untrained 18.2): docs/LOG.md.
     """
     return vitt8_64().with_(
-        data={"source": "scenes", "size": 10_000, "batch_size": 64, "workers": 0},
+        data={"source": "scenes", "size": 5000, "batch_size": 64, "workers": 0},
         model=ModelConfig(name="vit_nano", patch_size=8),
         predictor={"width": 64, "depth": 2, "heads": 2},
         optim={"epochs": 4, "warmup_epochs": 0.4},
-        checkpoint={"every_steps": 78, "keep": 10},
+        checkpoint={"every_steps": 39, "keep": 10},
         runtime={"precision": "auto"},
         probe={"every_epochs": 0},
     )

@@ -111,7 +111,7 @@ def test_it_learns_what_it_is_shown(tmp_path: Path, train: SceneObjects) -> None
     """A few images by heart: each of the losses falls, and objects are found."""
     few = SceneObjects(tmp_path / "few.json", 3, size=64, seed=1)
     settings = config(
-        "epochs=80", "lr=0.002", "warmup_epochs=5", "drop_path=0", "width=32", "head_width=64",
+        "epochs=120", "lr=0.002", "warmup_epochs=5", "drop_path=0", "width=32", "head_width=64",
         "mask_width=16", "weight_decay=0",
     )  # fmt: skip
     found = evaluate(job_of(tmp_path, few, few), settings)
