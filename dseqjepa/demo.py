@@ -67,9 +67,10 @@ def run_demo(config: Config, out: Path) -> None:
     )
     run, control = out / "run", out / "control"
     pretrain(config, run, overwrite=True, source=train, console=console)
-    console.print(f"\n{CONTROL}: the same without the prediction loss")
     without = config.with_(method={"prediction_weight": 0.0})
-    pretrain(without, control, overwrite=True, source=train, console=console)
+    with console.status(f"training the control, the {CONTROL}"):
+        # Silent: the monitor judges predictions, which this run does not train.
+        pretrain(without, control, overwrite=True, source=train, console=Console(quiet=True))
 
     with console.status("evaluating"):
         rows = _compare(config, run, control, train, test)
