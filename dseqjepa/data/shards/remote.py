@@ -321,8 +321,8 @@ def _patience(kind: str) -> dict[str, Any]:
     if kind == "s3":
         # Its own retries would multiply those of `patience`, and the seconds until it gives up.
         once = {"total_max_attempts": 1}
-        limits = {"connect_timeout": SILENCE, "read_timeout": SILENCE, "retries": once}
-        return {"config_kwargs": limits}
+        silence = {"connect_timeout": SILENCE, "read_timeout": SILENCE}
+        return {"config_kwargs": {**silence, "retries": once}}
     return {}
 
 
