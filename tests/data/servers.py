@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import threading
 import time
@@ -19,6 +20,10 @@ import pytest
 SPOKEN = {"connection", "content-length", "date", "server", "transfer-encoding"}
 """Headers that are of a connection, not of what is answered."""
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>so it is</Message></Error>"
+CODES = {
+    "500": "InternalError", "503": "SlowDown", "408": "RequestTimeout", "429": "SlowDown",
+    "403": "AccessDenied", "404": "NoSuchKey",
+}  # fmt: skip
 """An error as S3 words it."""
 PACE = 0.3
 """Seconds between the pieces of a slow answer."""
@@ -26,7 +31,8 @@ PACE = 0.3
 
 @dataclass
 class Files:
-    """What a server offers. `faults[name]` are what the next answers with this file do instead."""
+    """What a server offers. `faults[name]` are what the next answers with this file do instead;
+    `faults["PUT NAME"]` the errors with which it is not taken."""
 
     url: str
     faults: dict[str, list[str]] = field(default_factory=dict)
@@ -42,6 +48,7 @@ class _Faulty(SimpleHTTPRequestHandler):
     """Asks `answer` what a file is, and does with it what is planned."""
 
     files: Files
+    protocol_version = "HTTP/1.1"
 
     def answer(self) -> Answer:
         raise NotImplementedError
@@ -52,12 +59,14 @@ class _Faulty(SimpleHTTPRequestHandler):
         planned = self.files.faults.get(name, [])
         fault = planned.pop(0) if planned else ""
         if fault.isdigit():
-            code = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
-            self.send(int(fault), {}, ERROR.format(code.get(fault, "NoSuchKey")).encode())
+            self.fail(fault)
         elif fault:
             self.broken(fault, *self.answer())
         else:
             self.send(*self.answer())
+
+    def fail(self, status: str) -> None:
+        self.send(int(status), {}, ERROR.format(CODES.get(status, "Other")).encode())
 
     def send(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.head(status, headers, len(content))
@@ -165,9 +174,8 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @contextmanager
 def faulty_buckets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Files]:
     """The files of a folder in a bucket of an S3 server behind one that fails."""
-    import os
-
     import boto3
+    import s3fs
 
     with buckets(monkeypatch) as bucket:
         for path in folder.iterdir():
@@ -191,11 +199,27 @@ def faulty_buckets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Fi
                 self.head(status, headers, int(headers["x-size"]))
 
             def do_PUT(self) -> None:
-                self.send(*self.answer())
+                name = urlsplit(self.path).path.rpartition("/")[2]
+                planned = self.files.faults.get(f"PUT {name}", [])
+                if planned[:1] == ["silent"]:
+                    planned.pop(0)
+                    time.sleep(12)
+                elif planned:
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    self.fail(planned.pop(0))
+                else:
+                    self.send(*self.answer())
 
             do_POST = do_DELETE = do_PUT
 
+            def handle_expect_100(self) -> bool:
+                """A client waits for this word, which a server that is silent does not send."""
+                name = urlsplit(self.path).path.rpartition("/")[2]
+                is_silent = self.files.faults.get(f"PUT {name}", [])[:1] == ["silent"]
+                return is_silent or super().handle_expect_100()
+
         with _running(Handler) as files:
             monkeypatch.setenv("AWS_ENDPOINT_URL", files.url)
+            s3fs.S3FileSystem.clear_instance_cache()  # they remember another test's server
             files.url = f"{bucket}/mine"
             yield files

@@ -106,13 +106,17 @@ class Parquet(ImageFiles):
     def check_window(self, window: int) -> None:
         """`InputError` where an order that takes `window` row groups at a time, or all at once (0),
         would download the same ones over and over; on this machine any order can be read."""
-        spans = [
+        first = self.files[0]
+        if isinstance(first, RemoteParquet):
+            check_room(first.home, [stop - start for start, stop in self._spans()], window)
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Which bytes of their files hold the images of row groups behind a URL."""
+        return [
             file.span(group, self._column)
             for file, group in ((self.files[number], group) for number, group in self._groups)
             if isinstance(file, RemoteParquet)
         ]
-        if isinstance(self.files[0], RemoteParquet):
-            check_room(self.files[0].home, [stop - start for start, stop in spans], window)
 
     def __len__(self) -> int:
         return int(self._start_G[-1])

@@ -43,6 +43,8 @@ SILENCE = 60.0
 """Seconds without a byte after which a request fails."""
 LONGEST = 3600.0
 """Seconds that a response may take in total, however slowly it arrives."""
+SLOWEST = 10**5
+"""Bytes per second below which an upload fails."""
 AT_ONCE = 2**23
 """Bytes requested and written at a time."""
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -170,7 +172,7 @@ class Remote:
                 if file.suffix == ".tar" and fs.info(there)["size"] == size:
                     return False
             fs.makedirs(path, exist_ok=True)
-            fs.put_file(str(file), there)
+            _put(fs, file, there, size)
             return True
 
         return patiently(lambda: _asked(self.url, copied))
@@ -370,6 +372,17 @@ def check_room(home: Remote, sizes: Sequence[int], window: int | None = None) ->
 
 class _NoRoom(RunError):
     """This machine has no room for a file."""
+
+
+def _put(fs: Any, file: Path, there: str, size: int) -> None:
+    """Upload a file, within a time that depends on its size: the library of S3 would wait without
+    end for a server that neither takes nor refuses it."""
+    from fsspec.asyn import sync
+
+    if fs.async_impl:
+        sync(fs.loop, fs._put_file, str(file), there, timeout=SILENCE + size / SLOWEST)
+    else:
+        fs.put_file(str(file), there)
 
 
 class _Changed(OSError):
