@@ -58,6 +58,7 @@ class Parquet(ImageFiles):
         if not found:
             raise InputError(f"expected Parquet files in {printable(place)}, found none")
         self.has_splits, self.files = _of_split(found, split)
+        self.root = self.files[0].folder
         facts = facts_of(self.files)
         schema = facts[0].metadata.schema.to_arrow_schema()
         names = schema.names

@@ -44,8 +44,9 @@ class Facts:
 
 
 class ParquetPlace(ABC):
-    """Where a file is."""
+    """Where a file is. `folder` is the one that holds it, or what is cached of it."""
 
+    folder: Path
     name: str
     size: int
 
@@ -68,7 +69,7 @@ class LocalParquet(ParquetPlace):
     """A file of a folder."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
+        self.path, self.folder, self.name = path, path.parent, path.name
         try:
             self.size = path.stat().st_size
         except OSError as error:
@@ -100,7 +101,8 @@ class RemoteParquet(ParquetPlace):
     """A file behind a URL."""
 
     def __init__(self, home: Remote, entry: Entry) -> None:
-        self.home, self.entry, self.name, self.size = home, entry, entry.name, entry.size
+        self.home, self.entry = home, entry
+        self.folder, self.name, self.size = home.folder, entry.name, entry.size
         self._tries = Tries()
 
     @property
