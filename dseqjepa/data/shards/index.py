@@ -370,8 +370,8 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
                 images = [m for m in members if m.name.lower().endswith(ENDINGS)]
                 if len(images) > 1:
                     raise InputError(
-                        f"{name}: {printable(key.lstrip('/'))} has {len(images)} images, expected one "
-                        f"({', '.join(printable(Path(m.name).name) for m in images[:3])})"
+                        f"{name}: {printable(key.lstrip('/'))} has {len(images)} images, expected "
+                        f"one ({', '.join(printable(Path(m.name).name) for m in images[:3])})"
                     )
                 for member in members:
                     _check_member(name, member, size)
