@@ -42,15 +42,16 @@ from dseqjepa.keyed import Stream, sample_keys, shuffled
 SHARD = 2_000_000
 """Bytes per shard: a hundredth of the usual size, for a thousandth of the images."""
 BATCH, WINDOW, BUFFER, CROP = 64, 4, 1000, 224
-FEW, MANY, STARTED = 10**4, 10**8, 10**7
+FEW = 10**4
+MANY = {"start_10m": 10**7, "memory_1m": 10**6, "memory_100m": 10**8}
 IMAGENET, CLASSES, IN_SHARD, STEP = 1_281_167, 1000, 4500, 2048
 
 
 @contextmanager
-def packed(effort: Effort) -> Iterator[tuple[Path, Path, int]]:
+def packed(few: bool) -> Iterator[tuple[Path, Path, int]]:
     """Pictures in a folder, the same in shards, and their number."""
     setting = SETTINGS["jpeg_500x375_224"]
-    setting = setting._replace(images=8 if effort.smoke else setting.images)
+    setting = setting._replace(images=8 if few else setting.images)
     torch.set_num_threads(1)
     with folder(setting) as root, tempfile.TemporaryDirectory() as out:
         shards = Path(out) / "shards"
@@ -71,7 +72,7 @@ def cut(transform: TrainTransform, content: bytes | bytearray, index: int) -> to
 
 
 def against_folder(name: str, effort: Effort) -> Row:
-    with packed(effort) as (root, shards, images):
+    with packed(effort.smoke) as (root, shards, images):
         ours = epochs_of(loader(Shards(shards, "train"), images))
         theirs = epochs_of(loader(ImageFolder(root), images))
         what = f"{images} images in any order, folder's time / shards'"
@@ -111,7 +112,7 @@ LIBRARIES = {"webdataset": webdataset_of, "litdata": litdata_of}
 def against_library(name: str, effort: Effort) -> Row:
     """A worker's epoch: read, decode and crop, or only read."""
     kind, _, library = name.partition("_")
-    with packed(effort) as (_, shards, images):
+    with packed(effort.smoke) as (_, shards, images):
         theirs = LIBRARIES[library](shards)
         source = Shards(shards, "train")
         transform = TrainTransform((CROP, CROP), (0.3, 1.0))
@@ -177,11 +178,10 @@ def start(place: str, batches: int) -> tuple[float, float]:
 def of_many(name: str, effort: Effort) -> Row:
     """Compare few images with many, each in a new process."""
     kind = name.partition("_")[0]
-    many = STARTED if kind == "start" else MANY
-    many = 10 * FEW if effort.smoke else many
+    many = 10 * FEW if effort.smoke else MANY[name]
     place = 0 if kind == "start" else 1
     fork = multiprocessing.get_context("spawn")
-    with packed(effort) as (_, shards, _images):
+    with packed(few=True) as (_, shards, _images):
         places = [str(made_index(shards, images)) for images in (FEW, many)]
         pairs = []
         for _ in range(effort.repeats):
@@ -228,8 +228,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     **{
         f"{kind}_{library}": against_library for kind in ("worker", "read") for library in LIBRARIES
     },
-    "start_10m": of_many,
-    "memory_100m": of_many,
+    **dict.fromkeys(MANY, of_many),
     **{f"entropy_{how}_{n}": entropy for how in ("by-class", "shuffled") for n in WINDOWS},
 }
 

@@ -125,9 +125,12 @@ def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], see
 
 def _behind(name: str, url: str, split: Split) -> Source:
     """What lies behind a URL."""
-    if name != "shards":
-        raise InputError(f"data={name}:{url}: {name} is read from a folder; shards have URLs")
-    return Shards(url, split)
+    behind = {"parquet": Parquet, "shards": Shards}
+    if name not in behind:
+        raise InputError(
+            f"data={name}:{url}: {name} is read from a folder; shards and parquet have URLs"
+        )
+    return behind[name](url, split)
 
 
 def open_splits(

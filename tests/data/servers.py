@@ -1,7 +1,10 @@
-"""Servers of files on this machine: one that fails in the ways that servers do, and one of S3."""
+"""Servers of files on this machine that fail in the ways that servers do: of HTTP, and of S3."""
 
 from __future__ import annotations
 
+import http.client
+import os
+import re
 import threading
 import time
 from collections import Counter
@@ -10,68 +13,142 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
+
+SPOKEN = {"connection", "content-length", "date", "server", "transfer-encoding"}
+"""Headers that are of a connection, not of what is answered."""
+ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>so it is</Message></Error>"
+CODES = {
+    "500": "InternalError", "503": "SlowDown", "408": "RequestTimeout", "429": "SlowDown",
+    "403": "AccessDenied", "404": "NoSuchKey",
+}  # fmt: skip
+"""An error as S3 words it."""
+PACE = 0.3
+"""Seconds between the pieces of a slow answer."""
 
 
 @dataclass
 class Files:
-    """A folder behind HTTP. `faults[name]` are what the next answers with this file do instead."""
+    """What a server offers. `faults[name]` are what the next answers with this file do instead;
+    `faults["PUT NAME"]` the errors with which it is not taken."""
 
     url: str
     faults: dict[str, list[str]] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
+    sends_parts: bool = True
+    """Whether it answers a request for a part of a file with that part."""
+
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class _Faulty(SimpleHTTPRequestHandler):
+    """Asks `answer` what a file is, and does with it what is planned."""
+
+    files: Files
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> Answer:
+        raise NotImplementedError
+
+    def do_GET(self) -> None:
+        name = unquote(urlsplit(self.path).path).rstrip("/").rpartition("/")[2]
+        self.files.asked[name] += 1
+        planned = self.files.faults.get(name, [])
+        fault = planned.pop(0) if planned else ""
+        if fault.isdigit():
+            self.fail(fault)
+        elif fault:
+            self.broken(fault, *self.answer())
+        else:
+            self.send(*self.answer())
+
+    def fail(self, status: str) -> None:
+        self.send(int(status), {}, ERROR.format(CODES.get(status, "Other")).encode())
+
+    def send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.head(status, headers, len(content))
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def head(self, status: int, headers: dict[str, str], size: int | None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in SPOKEN:
+                self.send_header(name, value)
+        if size is not None:
+            self.send_header("Content-Length", str(size))
+        self.end_headers()
+
+    def broken(self, fault: str, status: int, headers: dict[str, str], content: bytes) -> None:
+        if fault == "page":
+            content = b"<html>come back later</html>"
+        if fault == "long":
+            content += b"0" * 999
+        self.head(status, headers, None if fault == "short without a length" else len(content))
+        half = content[: len(content) // 2]
+        if fault == "slow":
+            for start in range(0, len(content), len(content) // 3 + 1):
+                self.wfile.write(content[start : start + len(content) // 3 + 1])
+                self.wfile.flush()
+                time.sleep(PACE)
+        elif fault in ("silent", "frozen"):
+            self.wfile.write(half)
+            self.wfile.flush()
+            time.sleep(12 if fault == "silent" else 300)
+        elif fault == "flipped":
+            self.wfile.write(half + bytes(255 - byte for byte in content[len(half) :]))
+        elif fault in ("page", "long"):
+            self.wfile.write(content)
+        else:
+            self.wfile.write(half)
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+def _part(content: bytes, asked: str | None) -> Answer:
+    """The part of a file that a request's header of a range asks for."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
+    if found is None:
+        return 200, {}, content
+    first, last = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
+    if first > last:
+        return 416, {}, b""
+    said = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+    return 206, said, content[first : last + 1]
+
+
+@contextmanager
+def _running(handler: type[_Faulty]) -> Iterator[Files]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        handler.files = Files(f"http://127.0.0.1:{server.server_address[1]}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler.files
+        server.shutdown()
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Files]:
-    class Handler(SimpleHTTPRequestHandler):
+    """A folder behind HTTP."""
+
+    class Handler(_Faulty):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments, directory=str(folder))
 
-        def do_GET(self) -> None:
-            name = self.path.rpartition("/")[2]
-            files.asked[name] += 1
-            planned = files.faults.get(name, [])
-            fault = planned.pop(0) if planned else ""
-            if fault.isdigit():
-                self.send_error(int(fault))
-            elif fault:
-                self.broken(fault, (folder / self.path.lstrip("/")).read_bytes())
-            else:
-                super().do_GET()
+        def answer(self) -> Answer:
+            path = Path(self.translate_path(self.path))
+            if not path.is_file():
+                return 404, {}, b"not found"
+            asked = self.headers.get("Range") if self.files.sends_parts else None
+            return _part(path.read_bytes(), asked)
 
-        def broken(self, fault: str, content: bytes) -> None:
-            self.send_response(200)
-            if fault == "page":
-                content = b"<html>come back later</html>"
-            if fault == "long":
-                content += b"0" * 999
-            if fault != "short without a length":
-                self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            half = content[: len(content) // 2]
-            if fault in ("silent", "frozen"):
-                self.wfile.write(half)
-                self.wfile.flush()
-                time.sleep(12 if fault == "silent" else 300)
-            elif fault == "flipped":
-                self.wfile.write(half + bytes(255 - byte for byte in content[len(half) :]))
-            elif fault in ("page", "long"):
-                self.wfile.write(content)
-            else:
-                self.wfile.write(half)
-            self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            """Nothing is printed."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        files = Files(f"http://127.0.0.1:{server.server_address[1]}")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with _running(Handler) as files:
         yield files
-        server.shutdown()
 
 
 @contextmanager
@@ -92,3 +169,57 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     boto3.client("s3").create_bucket(Bucket="pictures")
     yield "s3://pictures"
     server.stop()
+
+
+@contextmanager
+def faulty_buckets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Files]:
+    """The files of a folder in a bucket of an S3 server behind one that fails."""
+    import boto3
+    import s3fs
+
+    with buckets(monkeypatch) as bucket:
+        for path in folder.iterdir():
+            boto3.client("s3").upload_file(str(path), "pictures", f"mine/{path.name}")
+        behind = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+
+        class Handler(_Faulty):
+            def answer(self) -> Answer:
+                server = http.client.HTTPConnection(behind)
+                size = int(self.headers.get("Content-Length", 0))
+                server.request(self.command, self.path, self.rfile.read(size), dict(self.headers))
+                said = server.getresponse()
+                headers = dict(said.getheaders())
+                content = said.read()
+                if self.command == "HEAD":  # has the size of what it does not send
+                    headers["x-size"] = headers.get("Content-Length", "0")
+                return said.status, headers, content
+
+            def do_HEAD(self) -> None:
+                status, headers, _ = self.answer()
+                self.head(status, headers, int(headers["x-size"]))
+
+            def do_PUT(self) -> None:
+                name = urlsplit(self.path).path.rpartition("/")[2]
+                planned = self.files.faults.get(f"PUT {name}", [])
+                if planned[:1] == ["silent"]:
+                    planned.pop(0)
+                    time.sleep(12)
+                elif planned:
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    self.fail(planned.pop(0))
+                else:
+                    self.send(*self.answer())
+
+            do_POST = do_DELETE = do_PUT
+
+            def handle_expect_100(self) -> bool:
+                """A client waits for this word, which a server that is silent does not send."""
+                name = urlsplit(self.path).path.rpartition("/")[2]
+                is_silent = self.files.faults.get(f"PUT {name}", [])[:1] == ["silent"]
+                return is_silent or super().handle_expect_100()
+
+        with _running(Handler) as files:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", files.url)
+            s3fs.S3FileSystem.clear_instance_cache()  # they remember another test's server
+            files.url = f"{bucket}/mine"
+            yield files

@@ -250,7 +250,7 @@ def test_what_is_no_tar_file_is_refused(tmp_path: Path, kind: str):
     ("members", "message"),
     [
         ({"a.txt": b"x"}, "holds no image"),
-        ({"a.jpg": b"x", "a.png": b"y"}, "a has 2 images, expected one"),
+        ({"a.jpg": b"x", "a.png": b"y"}, "tar: a has 2 images, expected one"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, "cls cannot be read"),
         ({"a.jpg": b"x", "a.cls": b"-5"}, "label -5"),
         ({"a.jpg": b"x", "a.json": b"{"}, "json cannot be read"),
@@ -267,6 +267,8 @@ def test_what_a_shard_may_not_hold(tmp_path: Path, members: dict[str, bytes], me
     with pytest.raises(InputError, match=message):
         write_index(tmp_path)
     assert not (tmp_path / LIST).exists()
+    if "label 0" not in message:  # there, each file by itself was good
+        assert not (tmp_path / PARTS).exists()
 
 
 def test_a_cut_off_tar_is_refused_when_it_is_indexed(tmp_path: Path):

@@ -14,19 +14,29 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from dseqjepa.data.formats.parquet_files import (
+    LABELS,
+    Facts,
+    ParquetPlace,
+    RemoteParquet,
+    facts_of,
+    local_files,
+    remote_files,
+)
 from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
+from dseqjepa.data.shards.remote import check_room, is_url
 from dseqjepa.data.source import BadImage, Split
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest
 
 KEPT = 4
 """Row groups whose images a process keeps."""
-IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
-"""Names of the two columns; else the only one that looks like it."""
+IMAGES = ("image", "img")
+"""Names of the column of images; else it is the only one that looks like it."""
 
 
 class Parquet(ImageFiles):
-    """The rows of a file, or of a folder's files in the order of their names.
+    """The rows of a file, or of the files of a folder or a URL in the order of their names.
 
     A column of images holds structs of `bytes` and `path`, as the library `datasets` writes them;
     one of whole numbers is the class, whose names are in the schema's metadata. File names that
@@ -36,54 +46,56 @@ class Parquet(ImageFiles):
 
     Raises:
         InputError: there are no such files, they differ in their columns, hold no images or are
-            damaged, or pyarrow is missing.
+            damaged, their server cannot be read, or pyarrow is missing.
     """
 
     origin: ClassVar[str] = "datasets.load_dataset(NAME)['train'].to_parquet(FILE) writes it"
 
-    def __init__(self, path: Path, split: Split) -> None:
+    def __init__(self, place: Path | str, split: Split) -> None:
         if find_spec("pyarrow") is None:
             raise InputError("Parquet needs pyarrow: pip install 'dseqjepa[embed]'")
-        self.has_splits, self.paths = _files(path, split)
-        self.root = self.paths[0].parent
-        files = [_opened(file) for file in self.paths]
-        schema = files[0].schema_arrow
-        for file, one in zip(self.paths, files, strict=True):
-            if one.schema_arrow.names != schema.names:
+        found = remote_files(str(place)) if is_url(place) else local_files(Path(place))
+        if not found:
+            raise InputError(f"expected Parquet files in {printable(place)}, found none")
+        self.has_splits, self.files = _of_split(found, split)
+        self.root = self.files[0].folder
+        facts = facts_of(self.files)
+        schema = facts[0].metadata.schema.to_arrow_schema()
+        names = schema.names
+        for file, one in zip(self.files, facts, strict=True):
+            others = one.metadata.schema.to_arrow_schema().names
+            if others != names:
                 raise InputError(
-                    f"{printable(file)} has the columns {', '.join(one.schema_arrow.names)}, and "
-                    f"{printable(self.paths[0].name)} {', '.join(schema.names)}"
+                    f"{printable(file.place)} has the columns {', '.join(others)}, and "
+                    f"{printable(self.files[0].name)} {', '.join(names)}"
                 )
-        self._column = _image_column(schema, self.paths[0])
+        self._column = _image_column(schema, self.files[0].place)
         # A row group is what is read at once: which file it is in, and its number there.
         self._groups = [
             (number, group)
-            for number, one in enumerate(files)
-            for group in range(one.num_row_groups)
+            for number, one in enumerate(facts)
+            for group in range(one.metadata.num_row_groups)
         ]
         self.counts: Sequence[int] = [
-            files[number].metadata.row_group(group).num_rows for number, group in self._groups
+            facts[number].metadata.row_group(group).num_rows for number, group in self._groups
         ]
         self._start_G = np.cumsum([0, *self.counts])
         if not self._start_G[-1]:
-            raise InputError(f"{printable(path)} holds no rows")
+            raise InputError(f"{printable(place)} holds no rows")
         self.labels: Mapping[str, np.ndarray] = {}
         self.classes: Mapping[str, tuple[str, ...]] = {}
-        self._read_labels(files, schema)
-        self._read: OrderedDict[int, list[Any]] = OrderedDict()
-        self._opened: dict[int, Any] = {}
+        self._read_labels(facts, schema)
+        self._read: OrderedDict[int, Any] = OrderedDict()
 
-    def _read_labels(self, files: list[Any], schema: Any) -> None:
-        import pyarrow
-
+    def _read_labels(self, facts: Sequence[Facts], schema: Any) -> None:
         column = next((name for name in LABELS if name in schema.names), "")
-        if not column or not pyarrow.types.is_integer(schema.field(column).type):
-            return
-        parts = [one.read(columns=[column]).column(column) for one in files]
-        if any(part.null_count for part in parts):
+        if any(one.has_gaps for one in facts):
             self.notes = (f"some rows have no {column}: so no image has a label",)
             return
-        label_N = np.concatenate([part.to_numpy() for part in parts]).astype(np.int64)
+        parts = [one.label_N for one in facts if one.label_N is not None]
+        if len(parts) < len(facts):
+            return
+        label_N = np.concatenate(parts)
         if label_N.min() < 0 or label_N.max() < 1:  # -1 marks test sets whose labels are withheld
             return
         self.labels = {"class": label_N}
@@ -93,7 +105,19 @@ class Parquet(ImageFiles):
         self.classes = {"class": names}
 
     def check_window(self, window: int) -> None:
-        """Any order can be read."""
+        """`InputError` where an order that takes `window` row groups at a time, or all at once (0),
+        would download the same ones over and over; on this machine any order can be read."""
+        first = self.files[0]
+        if isinstance(first, RemoteParquet):
+            check_room(first.home, [stop - start for start, stop in self._spans()], window)
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """Which bytes of their files hold the images of row groups behind a URL."""
+        return [
+            file.span(group, self._column)
+            for file, group in ((self.files[number], group) for number, group in self._groups)
+            if isinstance(file, RemoteParquet)
+        ]
 
     def __len__(self) -> int:
         return int(self._start_G[-1])
@@ -109,10 +133,10 @@ class Parquet(ImageFiles):
 
     def name(self, index: int) -> str:
         number, _ = self._groups[self._find(index)[0]]
-        return printable(f"{self.paths[number]}/row {index - self._first_row(number)}")
+        return printable(f"{self.files[number].place}/row {index - self._first_row(number)}")
 
     def fingerprint(self) -> str:
-        sizes = [[path.name, path.stat().st_size] for path in self.paths]
+        sizes = [[file.name, file.size] for file in self.files]
         return json_digest(
             {"files": sizes, "counts": list(self.counts), "pixel_range": self.pixel_range}
         )
@@ -130,28 +154,17 @@ class Parquet(ImageFiles):
         group, row = self._find(index)
         if group not in self._read:
             number, at = self._groups[group]
-            if number not in self._opened:
-                self._opened[number] = _opened(self.paths[number])
-            try:
-                table = self._opened[number].read_row_group(at, columns=[self._column])
-            except (OSError, ValueError) as error:
-                raise BadImage(f"its row group cannot be read: {error}") from error
-            self._read[group] = table.column(0)
+            self._read[group] = self.files[number].rows(at, self._column)
             while len(self._read) > KEPT:
                 self._read.popitem(last=False)
         return self._read[group][row].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": OrderedDict(), "_opened": {}}
+        return {**self.__dict__, "_read": OrderedDict()}
 
 
-def _files(path: Path, split: Split) -> tuple[bool, list[Path]]:
+def _of_split(found: list[ParquetPlace], split: Split) -> tuple[bool, list[ParquetPlace]]:
     """Whether there are files of splits, and those of this one."""
-    if path.is_file():
-        return False, [path]
-    found = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    if not found:
-        raise InputError(f"expected Parquet files in {printable(path)}, found none")
     of_part = {
         part: [file for file in found if file.name.partition(".")[0].partition("-")[0] == part]
         for part in ("train", *HELD_OUT_FOLDERS)
@@ -162,17 +175,7 @@ def _files(path: Path, split: Split) -> tuple[bool, list[Path]]:
     return True, held_out if split == "val" else of_part["train"]
 
 
-def _opened(path: Path) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{printable(path)} is no Parquet file: {error}") from error
-
-
-def _image_column(schema: Any, path: Path) -> str:
+def _image_column(schema: Any, place: str) -> str:
     import pyarrow
 
     def holds_images(name: str) -> bool:
@@ -190,7 +193,7 @@ def _image_column(schema: Any, path: Path) -> str:
     named = [name for name in found if name in IMAGES]
     if len(named or found) != 1:
         raise InputError(
-            f"{printable(path)}: expected one column of images, found "
+            f"{printable(place)}: expected one column of images, found "
             f"{', '.join(found) or 'none'} among {', '.join(schema.names)}"
         )
     return (named or found)[0]

@@ -19,6 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from multiprocessing import get_context
@@ -276,6 +277,10 @@ def write_index(
             _publish(home, tell)
     except OSError as error:
         raise InputError(f"cannot write the index of {where}: {error}") from error
+    except InputError:
+        with suppress(OSError):  # what was read of other files is kept for the next time
+            kept.rmdir()
+        raise
     return open_index(str(place))
 
 
@@ -365,8 +370,8 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
                 images = [m for m in members if m.name.lower().endswith(ENDINGS)]
                 if len(images) > 1:
                     raise InputError(
-                        f"{name}: {printable(key)} has {len(images)} images, expected one "
-                        f"({', '.join(printable(Path(m.name).name) for m in images[:3])})"
+                        f"{name}: {printable(key.lstrip('/'))} has {len(images)} images, expected "
+                        f"one ({', '.join(printable(Path(m.name).name) for m in images[:3])})"
                     )
                 for member in members:
                     _check_member(name, member, size)

@@ -1,7 +1,8 @@
-"""Files behind a URL: each is downloaded once, as a whole, and cached while there is room.
+"""Files behind a URL: each is downloaded once, and cached while there is room.
 
-Reading a tar file from beginning to end runs at the speed of the network, whereas one request per
-image would wait for the server at every image of every epoch.
+Tar files are downloaded whole, because reading them from beginning to end runs at the speed of the
+network, whereas one request per image would wait for the server at every image of every epoch. Of
+Parquet files, which keep thousands of images together, parts are downloaded.
 
 The cache belongs to the machine, not to a run; an environment variable names it. Any number of
 processes may share it. Files in it are complete: a download has a temporary name, and its space is
@@ -17,18 +18,23 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from dseqjepa.data.patience import patiently
+from dseqjepa.data.patience import WAITS, passing, patiently
+from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError, did_you_mean, printable
 from dseqjepa.files import UNFINISHED
 
 T = TypeVar("T")
+Copy = Callable[[Any, str, Path], None]
+"""`copy(fs, path, file)` downloads a path of a file system into a file that exists."""
 
 FOLDER, GIGABYTES = "DSEQJEPA_CACHE", "DSEQJEPA_CACHE_GB"
 """Environment variables: the cache folder, and how many gigabytes of shards it may hold."""
@@ -37,10 +43,15 @@ SILENCE = 60.0
 """Seconds without a byte after which a request fails."""
 LONGEST = 3600.0
 """Seconds that a response may take in total, however slowly it arrives."""
+SLOWEST = 10**5
+"""Bytes per second below which an upload fails."""
 AT_ONCE = 2**23
 """Bytes requested and written at a time."""
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """Scheme -> the extra of this package that it needs."""
+PART = ".part"
+CACHED = (".tar", PART)
+"""Endings of the files that `DSEQJEPA_CACHE_GB` limits."""
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -84,19 +95,53 @@ class Remote:
             OSError: the download failed; `patience` decides whether to retry.
             RunError: this machine has no room for it.
         """
-        file = self.folder / name
         while True:  # another process may make room between fetching and opening
             with suppress(FileNotFoundError):
-                return _opened(file, size)
+                return _opened(self.folder / name, size)
             self.fetch(name, size)
+
+    def part(self, entry: Entry, start: int, stop: int) -> int:
+        """A descriptor of bytes `start` to `stop` of a file, downloaded first if they are not
+        cached. Raises as `descriptor` does."""
+        cached = f"{entry.name}-{entry.version}-{start}{PART}"
+        copy = partial(_copy_part, entry=entry, start=start, stop=stop)
+        while True:
+            with suppress(FileNotFoundError):
+                return _opened(self.folder / cached, stop - start)
+            self._cache(cached, entry.name, stop - start, copy)
 
     def fetch(self, name: str, size: int, *, anew: bool = False) -> None:
         """Cache a file of `size` bytes; `anew`: even if a file of that size is cached."""
-        file = self.folder / name
+        self._cache(name, name, size, partial(_copy, size=size), anew=anew)
+
+    def read(self, entry: Entry, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of a file, which are not cached; raises `OSError`."""
+        url = f"{self.url}/{entry.name}"
+        return patiently(lambda: _asked(url, lambda fs, path: _range(fs, path, start, stop)))
+
+    def check_parts(self, entry: Entry) -> None:
+        """`InputError` where a server sends files only as a whole."""
+
+        def last_byte(fs: Any, path: str) -> None:
+            with fs.open(path, "rb", block_size=1, cache_type="none", size=entry.size) as file:
+                file.seek(max(entry.size - 1, 0))
+                try:
+                    file.read(1)
+                except ValueError as error:  # of the HTTP library
+                    raise InputError(
+                        f"the server of {printable(self.url)} sends only whole files, expected one "
+                        f"that answers range requests: download them, or use shards"
+                    ) from error
+
+        patiently(lambda: _asked(f"{self.url}/{entry.name}", last_byte))
+
+    def _cache(self, cached: str, name: str, size: int, copy: Copy, *, anew: bool = False) -> None:
+        """Let `copy` write what a file holds into the cache, under a name of its own."""
+        file = self.folder / cached
         try:
-            with self.alone(name):
+            with self.alone(cached):
                 if anew or not _is_whole(file, size):
-                    _fetch(f"{self.url}/{name}", file, size)
+                    _fetch(f"{self.url}/{name}", file, size, copy)
         except _NoRoom as error:
             raise RunError(
                 f"cannot keep {name} of {printable(self.url)} in {cache_folder()}: {error}; make "
@@ -127,7 +172,7 @@ class Remote:
                 if file.suffix == ".tar" and fs.info(there)["size"] == size:
                     return False
             fs.makedirs(path, exist_ok=True)
-            fs.put_file(str(file), there)
+            _put(fs, file, there, size)
             return True
 
         return patiently(lambda: _asked(self.url, copied))
@@ -164,7 +209,11 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
     base, last = _split(pattern)
     names = _expanded(last) if BRACES.search(last) else []
 
+    if last and not any(mark in last for mark in "*?{["):
+        names = [last]
+
     def found(fs: Any, path: str) -> list[Entry]:
+        fs.invalidate_cache()
         paths = [f"{path}/{name}" for name in names]
         if not paths:
             there = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
@@ -174,10 +223,7 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
         for name, info in infos:
             if info.get("size") is None:
                 raise InputError(f"{printable(pattern)}: the server reports no size for {name}")
-        return [
-            Entry(name, info["size"], hashlib.sha256(str(info).encode()).hexdigest()[:16])
-            for name, info in infos
-        ]
+        return [Entry(name, info["size"], _version(info)) for name, info in infos]
 
     return Remote(base), patiently(lambda: _asked(base, found))
 
@@ -193,8 +239,15 @@ def matching(pattern: str, names: list[str]) -> tuple[Remote, list[str]]:
 def _split(pattern: str) -> tuple[str, str]:
     """A folder's URL and the pattern of names in it; "" for the whole folder."""
     base, _, last = pattern.rstrip("/").rpartition("/")
-    is_pattern = any(mark in last for mark in "*?{[") or last.endswith(".tar")
+    is_pattern = any(mark in last for mark in "*?{[") or last.endswith((".tar", ".parquet"))
     return (base, last) if is_pattern else (pattern.rstrip("/"), "")
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes when a file does, of what its server says of it."""
+    kinds = ("ETag", "etag", "generation", "Content-MD5", "Digest", "Last-Modified", "mtime")
+    found = next((f"{kind} {info[kind]}" for kind in kinds if info.get(kind)), "")
+    return hashlib.sha256(f"{info['size']} {found}".encode()).hexdigest()[:16]
 
 
 def _expanded(name: str) -> list[str]:
@@ -217,7 +270,7 @@ def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
     fs, path = file_system(url)
     try:
         return ask(fs, path)
-    except (InputError, _NoRoom):
+    except (InputError, _NoRoom, _Changed):
         raise
     except Exception as error:  # each library has kinds of its own
         # The HTTP library reports a missing file whenever it cannot get a size.
@@ -247,7 +300,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
     scheme = url.partition("://")[0]
     try:
-        return fsspec.core.url_to_fs(url, **_patience(EXTRAS.get(scheme, "")))
+        fs, path = fsspec.core.url_to_fs(url, **_patience(EXTRAS.get(scheme, "")))
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         needed = f"pip install 'dseqjepa[{extra}]'" if extra else str(error)
@@ -255,6 +308,9 @@ def file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         hint = did_you_mean(scheme, EXTRAS)
         raise InputError(f"{printable(url)} has an unknown scheme{hint}") from error
+    if EXTRAS.get(scheme) == "s3":
+        fs.retries = 1  # see `_patience`
+    return fs, path
 
 
 def _patience(kind: str) -> dict[str, Any]:
@@ -265,8 +321,50 @@ def _patience(kind: str) -> dict[str, Any]:
         limits = aiohttp.ClientTimeout(total=LONGEST, sock_connect=SILENCE, sock_read=SILENCE)
         return {"client_kwargs": {"timeout": limits}}
     if kind == "s3":
-        return {"config_kwargs": {"connect_timeout": SILENCE, "read_timeout": SILENCE}}
+        # Its own retries would multiply those of `patience`, and the seconds until it gives up.
+        once = {"total_max_attempts": 1}
+        silence = {"connect_timeout": SILENCE, "read_timeout": SILENCE}
+        return {"config_kwargs": {**silence, "retries": once}}
     return {}
+
+
+# What a data set needs of both
+
+
+class Tries:
+    """Files behind a URL, of which one that cannot be downloaded in all the tries of `patience` for
+    one image is not asked for again for each of the others."""
+
+    def __init__(self) -> None:
+        self._failures: defaultdict[str, list[str]] = defaultdict(list)
+
+    def descriptor(self, name: str, fetch: Callable[[], int]) -> int:
+        """What `fetch` returns; `BadImage` if it has failed too often."""
+        failures = self._failures[name]
+        if len(failures) > len(WAITS):
+            tried = f"(tried {len(failures)} times)"
+            raise BadImage(f"{name} cannot be fetched: {failures[-1]} {tried}")
+        try:
+            descriptor = fetch()
+        except OSError as error:
+            failures += [str(error)] * (1 if passing(error) else len(WAITS) + 1 - len(failures))
+            raise
+        del self._failures[name]
+        return descriptor
+
+
+def check_room(home: Remote, sizes: Sequence[int], window: int | None = None) -> None:
+    """`InputError` where an order that takes `window` of the files of these sizes at a time, or all
+    at once (0), would download the same ones over and over; None: where one has no room."""
+    sizes = sorted(sizes, reverse=True)
+    # While the last images of a window are read, the first of the next one are asked for.
+    needed = sum(sizes[: 1 if window is None else 2 * window or len(sizes)])
+    if needed > (limit := cache_limit()):
+        hint = "" if window is None else ", or shuffle within a smaller data.window"
+        raise InputError(
+            f"{printable(home.folder)} may hold {limit / 1e9:,.3g} GB of shards, and "
+            f"{needed / 1e9:,.3g} are needed at a time: raise {GIGABYTES}{hint}"
+        )
 
 
 # On this machine
@@ -276,19 +374,35 @@ class _NoRoom(RunError):
     """This machine has no room for a file."""
 
 
-def _fetch(url: str, file: Path, size: int) -> None:
-    """Download a URL into a file; an error unless it has `size` bytes."""
+def _put(fs: Any, file: Path, there: str, size: int) -> None:
+    """Upload a file, within a time that depends on its size: the library of S3 would wait without
+    end for a server that neither takes nor refuses it."""
+    from fsspec.asyn import sync
+
+    if fs.async_impl:
+        sync(fs.loop, fs._put_file, str(file), there, timeout=SILENCE + size / SLOWEST)
+    else:
+        fs.put_file(str(file), there)
+
+
+class _Changed(OSError):
+    """A file is no longer the one that was listed."""
+
+
+def _fetch(url: str, file: Path, size: int, copy: Copy) -> None:
+    """Download a URL, or a part of it, of `size` bytes into a file."""
     unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
         while not _set_apart(unfinished, size):
             time.sleep(0.1)
-        _asked(url, lambda fs, path: _copy(fs, path, unfinished, size))
+        _asked(url, lambda fs, path: copy(fs, path, unfinished))
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _copy(fs: Any, path: str, unfinished: Path, size: int) -> None:
+def _copy(fs: Any, path: str, unfinished: Path, *, size: int) -> None:
+    """A whole file; an error unless it has `size` bytes."""
     # HTTP responses are read as a stream, other stores in parts.
     part_by_part = {"block_size": AT_ONCE, "cache_type": "none"}
     how = {"block_size": 0, "size": size} if "http" in fs.protocol else part_by_part
@@ -300,6 +414,26 @@ def _copy(fs: Any, path: str, unfinished: Path, size: int) -> None:
     if done != size:
         more = "more" if done > size else f"{done}"
         raise OSError(errno.EIO, f"{more} bytes arrived, the index says {size}: cut off or newer")
+
+
+def _copy_part(
+    fs: Any, path: str, unfinished: Path, *, entry: Entry, start: int, stop: int
+) -> None:
+    """A part of a file that is still the one that was listed."""
+    with unfinished.open("r+b") as out:
+        for first in range(start, stop, AT_ONCE):
+            _write(out, _range(fs, path, first, min(first + AT_ONCE, stop)))
+    fs.invalidate_cache()
+    info = fs.info(path)
+    if _version(info) != entry.version:
+        raise _Changed(errno.EBADMSG, f"{entry.name} has changed since it was opened: start again")
+
+
+def _range(fs: Any, path: str, start: int, stop: int) -> bytes:
+    found: bytes = fs.cat_file(path, start=start, end=stop)
+    if len(found) != stop - start:
+        raise OSError(errno.EIO, f"{len(found)} bytes arrived, {stop - start} were asked for")
+    return found
 
 
 def _write(out: BinaryIO, part: bytes) -> None:
@@ -339,10 +473,11 @@ def _set_apart(unfinished: Path, size: int) -> bool:
 
 
 def _kept() -> Iterator[tuple[Path, os.stat_result]]:
-    """The cached tar files, including downloads in progress."""
-    for path in cache_folder().glob("*/*.tar"):
+    """The cached files that are limited in number, including downloads in progress."""
+    for path in cache_folder().glob("*/*"):
         with suppress(FileNotFoundError):
-            yield path, path.stat()
+            if path.suffix in CACHED:
+                yield path, path.stat()
 
 
 def _is_idle(path: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tarfile
 import zlib
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -16,11 +15,10 @@ from typing import ClassVar
 import numpy as np
 
 from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
-from dseqjepa.data.patience import WAITS, passing
 from dseqjepa.data.shards.index import LIST, open_index
-from dseqjepa.data.shards.remote import GIGABYTES, Remote, cache_limit, has_file, is_folder, is_url
+from dseqjepa.data.shards.remote import Remote, Tries, check_room, has_file, is_folder, is_url
 from dseqjepa.data.source import BadImage, Split
-from dseqjepa.errors import InputError, printable
+from dseqjepa.errors import printable
 from dseqjepa.files import json_digest
 
 HEADER = 512
@@ -51,7 +49,7 @@ class Shards(ImageFiles):
         index = open_index(str(place))
         self.home, self.root, self.shards = index.home, index.home.folder, index.shards
         if isinstance(self.home, Remote):
-            self._check_room(cache_limit(), max(shard.size for shard in self.shards))
+            check_room(self.home, [shard.size for shard in self.shards])
         self.counts = [shard.count for shard in index.shards]
         self._start_S = np.cumsum([0, *self.counts])
         self._records_N = index.records_N
@@ -64,7 +62,7 @@ class Shards(ImageFiles):
         if without:
             self.notes = (f"{without} samples in {printable(self.root)} have no image",)
         self._open: dict[int, int] = {}
-        self._failures: defaultdict[int, list[str]] = defaultdict(list)
+        self._tries = Tries()
 
     def __len__(self) -> int:
         return len(self._records_N)
@@ -99,17 +97,7 @@ class Shards(ImageFiles):
         """`InputError` where an order that takes `window` shards at a time, or all at once (0),
         would fetch the same shard over and over."""
         if isinstance(self.home, Remote):
-            sizes = sorted((shard.size for shard in self.shards), reverse=True)
-            # While the last images of a window are read the first of the next one are asked for.
-            self._check_room(cache_limit(), sum(sizes[: 2 * window] if window else sizes), window)
-
-    def _check_room(self, limit: int, needed: int, window: int | None = None) -> None:
-        if needed > limit:
-            hint = "" if window is None else ", or shuffle within a smaller data.window"
-            raise InputError(
-                f"{printable(self.home.folder)} may hold {limit / 1e9:,.3g} GB of shards, and "
-                f"{needed / 1e9:,.3g} are needed at a time: raise {GIGABYTES}{hint}"
-            )
+            check_room(self.home, [shard.size for shard in self.shards], window)
 
     def fingerprint(self) -> str:
         facts = [[shard.name, shard.size, shard.count] for shard in self.shards]
@@ -123,7 +111,8 @@ class Shards(ImageFiles):
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if isinstance(self.home, Remote):
             # A file that is kept open would keep its room when another one takes its place.
-            descriptor = self._fetched(shard)
+            home, name, whole = self.home, self.shards[shard].name, self.shards[shard].size
+            descriptor = self._tries.descriptor(name, lambda: home.descriptor(name, whole))
             try:
                 return os.pread(descriptor, size, offset)
             finally:
@@ -135,21 +124,6 @@ class Shards(ImageFiles):
                 self.shards[shard].name, self.shards[shard].size
             )
         return os.pread(self._open[shard], size, offset)
-
-    def _fetched(self, shard: int) -> int:
-        """A descriptor of a shard from behind a URL. One that does not come in all the tries of
-        `patience` for one image is not asked for again for each of the others."""
-        failures, name = self._failures[shard], self.shards[shard].name
-        if len(failures) > len(WAITS):
-            tried = f"(tried {len(failures)} times)"
-            raise BadImage(f"{name} cannot be fetched: {failures[-1]} {tried}")
-        try:
-            descriptor = self.home.descriptor(name, self.shards[shard].size)
-        except OSError as error:
-            failures += [str(error)] * (1 if passing(error) else len(WAITS) + 1 - len(failures))
-            raise
-        failures.clear()
-        return descriptor
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}

@@ -50,7 +50,7 @@ def test_rows_are_images_in_the_order_of_files(folder: Path):
         assert torch.equal(source.image(number), decode(jpeg(number)))
     assert source.labels["class"].tolist() == [0, 1] * 4
     assert source.classes == {"class": ("cat", "dog")}
-    assert source.name(6).endswith("train-00001-of-00002.parquet/row 1")
+    assert source.name(6) == f"{source.root}/train-00001-of-00002.parquet/row 1"
 
 
 def test_files_of_splits_and_a_part_that_is_held_out(folder: Path):
