@@ -20,7 +20,7 @@ from dseqjepa.keyed import sample_keys
 from dseqjepa.report.page import missing_packages, write_report
 from dseqjepa.tasks.backbone import RAW_PIXELS, Backbone, Pixels, own_backbone
 from dseqjepa.tasks.baselines import UNTRAINED
-from dseqjepa.tasks.config import AttentiveConfig, DenseConfig, FrozenConfig
+from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig, LinearConfig, SweepConfig
 from dseqjepa.tasks.results import row, show, write_json
 from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import load_encoder, load_method, untrained_encoder
@@ -28,18 +28,17 @@ from dseqjepa.train.pretrain import pretrain
 from dseqjepa.train.runtime import join
 from dseqjepa.viz.regions import regions_picture
 
-PROBES: Mapping[str, tuple[str, FrozenConfig]] = {
-    "attentive": ("accuracy", AttentiveConfig(preset="quick", baselines=False, epochs=20)),
-    "dense": (
-        "miou",
-        DenseConfig(
-            preset="quick", baselines=False, task="segmentation", limit=1000, bank=1000,
-            patches_seen=200_000,
-        ),
+SWEEP = SweepConfig(features=("last", "patches"), epochs=20)
+PROBES: Mapping[str, tuple[tuple[str, ...], FrozenConfig]] = {
+    "linear": (
+        ("pooled", "patches"), LinearConfig(preset="quick", baselines=False, sweep=SWEEP)
+    ),
+    "attentive": (
+        ("accuracy",), AttentiveConfig(preset="quick", baselines=False, epochs=20)
     ),
 }  # fmt: skip
-"""The evaluations of the demo, and the metric that its table shows of each."""
-CONTROL = "regularizer alone"
+"""The evaluations of the demo, and which of their metrics its table shows."""
+CONTROL, TRAINED = "regularizer", "trained"  # short: the table fits a terminal of 80 columns
 TEST_SHARE = 10
 """Training scenes per test scene."""
 PICTURES = 12
@@ -68,13 +67,13 @@ def run_demo(config: Config, out: Path) -> None:
     run, control = out / "run", out / "control"
     pretrain(config, run, overwrite=True, source=train, console=console)
     without = config.with_(method={"prediction_weight": 0.0})
-    with console.status(f"training the control, the {CONTROL}"):
+    with console.status("training the control, the regularizer alone"):
         # Silent: the monitor judges predictions, which this run does not train.
         pretrain(without, control, overwrite=True, source=train, console=Console(quiet=True))
 
     with console.status("evaluating"):
         rows = _compare(config, run, control, train, test)
-    console.print(show(rows, "frozen features, % (95 % interval over test images)"))
+    console.print(show(rows, "class of the main object, % (95 % interval over test images)"))
     write_json(run / "evaluations" / "demo.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
@@ -98,18 +97,19 @@ def _compare(
         RAW_PIXELS: Pixels(size, trained.patch_size),
         UNTRAINED: own_backbone(untrained_encoder(config), config),
         CONTROL: own_backbone(load_encoder(control), config),
-        "with prediction": trained,
+        TRAINED: trained,
     }
     runtime = join(RuntimeConfig(accelerator=config.runtime.accelerator), {})
     device, quiet = runtime.fabric.device, Console(quiet=True)
     rows = []
-    for task, (metric, settings) in PROBES.items():
+    for task, (metrics, settings) in PROBES.items():
         evaluate = import_module(f"dseqjepa.tasks.{task}").evaluate
         for name, backbone in backbones.items():
             folder = run / "evaluations"
             job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, task)
             found = evaluate(job, settings)
-            rows.append(row(name, task, {metric: found.metrics[metric]}, n_test=found.n_test))
+            chosen = {metric: found.metrics[metric] for metric in metrics}
+            rows.append(row(name, task, chosen, n_test=found.n_test))
             for rest in found.unfinished:
                 remove(rest)
     runtime.ranks.close()

@@ -67,13 +67,13 @@ def test_the_demo_trains_tables_and_draws(
     settings = ["data.size=64", *SMALL, "data.image_size=64"]
     command(monkeypatch, "demo", "--out", str(out), *settings)
     printed = capsys.readouterr().out
-    shown = ("raw pixels", "untrained", "regularizer alone", "with prediction")
+    shown = ("raw pixels", "untrained", "regularizer", "trained")
     assert all(name in printed for name in shown)
     assert (out / "regions.png").stat().st_size > 10_000
     result = json.loads((out / "run" / "evaluations" / "demo.json").read_text())
     names = [(row["task"], row["encoder"]) for row in result["results"]]
-    assert names[:4] == [("attentive", name) for name in shown]
-    assert names[4:] == [("dense", name) for name in shown]
+    assert names[:4] == [("linear", name) for name in shown]
+    assert names[4:] == [("attentive", name) for name in shown]
     weights = [dj.load_encoder(out / name).state_dict() for name in ("run", "control")]
     assert not torch.equal(weights[0]["norm.weight"], weights[1]["norm.weight"])
     assert f"report: {out / 'report.html'}" in printed.replace("\n", "")
