@@ -18,6 +18,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.files import check_writable, remove
 from dseqjepa.keyed import sample_keys
 from dseqjepa.report.page import missing_packages, write_report
+from dseqjepa.report.words import CONTROL, TRAINED
 from dseqjepa.tasks.backbone import RAW_PIXELS, Backbone, Pixels, own_backbone
 from dseqjepa.tasks.baselines import UNTRAINED
 from dseqjepa.tasks.config import AttentiveConfig, FrozenConfig, LinearConfig, SweepConfig
@@ -38,7 +39,6 @@ PROBES: Mapping[str, tuple[tuple[str, ...], FrozenConfig]] = {
     ),
 }  # fmt: skip
 """The evaluations of the demo, and which of their metrics its table shows."""
-CONTROL, TRAINED = "regularizer", "trained"  # short: the table fits a terminal of 80 columns
 TEST_SHARE = 10
 """Training scenes per test scene."""
 PICTURES = 12

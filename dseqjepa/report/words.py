@@ -17,6 +17,14 @@ from dseqjepa.train import monitor
 
 NO_ENCODER = ("majority", "place alone", "raw pixels")
 """Rows of an evaluation without an encoder."""
+CONTROL, TRAINED = "regularizer", "trained"
+"""Rows of the demo: the encoder trained without the prediction loss, and the run's own."""
+NAMES = {
+    "untrained": "the untrained encoder",
+    "majority": "the majority class",
+    CONTROL: "the regularizer alone",
+    TRAINED: "the trained encoder",
+}
 Tone = Literal["good", "unsure", "bad", "none"]
 NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
 """The fields of a log line that the monitor needs."""
@@ -237,23 +245,22 @@ def details(items: Iterable[tuple[str, str]]) -> str:
 
 
 def _role(score: Score) -> str:
-    if score.encoder in NO_ENCODER or score.encoder.startswith("untrained"):
+    if score.encoder in (*NO_ENCODER, CONTROL) or score.encoder.startswith("untrained"):
         return score.encoder.replace(" encoder", "")
     return "trained"
 
 
 def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
-    names = {"untrained": "the untrained encoder", "majority": "the majority class"}
     unit = " %" if row.metric == "accuracy" else ""
     parts = []
     for other in others:
-        name = names.get(_role(other), other.encoder)
+        name = NAMES.get(_role(other), other.encoder)
         parts.append(f"{_relation(row, other)} {name} ({other.value:.1f}{unit})")
     measured = f"{row.metric} {row.value:.1f}{unit}"
     if row.low is not None and row.high is not None:
         measured += f" (95 % interval {row.low:.1f} to {row.high:.1f})"
     beside = f": {_listing(parts)}" if parts else ""
-    return f"Task {task}: {measured} with {row.encoder}{beside}."
+    return f"Task {task}: {measured} with {NAMES.get(row.encoder, row.encoder)}{beside}."
 
 
 def _relation(row: Score, other: Score) -> str:

@@ -95,6 +95,12 @@ def test_intervals_that_overlap_are_not_told_apart(other: float, relation: str):
     )
 
 
+def test_a_control_is_what_the_trained_encoder_is_compared_with():
+    scores = score("regularizer", 10.0, 1.0), score("trained", 16.0, 2.0)
+    (said,) = what_it_learnt(run_of(evaluations=evaluated(*scores)))
+    assert said.endswith(" with the trained encoder: clearly above the regularizer alone (10.0 %).")
+
+
 def test_without_intervals_nothing_is_clear():
     scores = score("raw pixels", 10.0), score("mine", 16.0, 2.0)
     (said,) = what_it_learnt(run_of(evaluations=evaluated(*scores)))
