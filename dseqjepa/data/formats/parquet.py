@@ -16,7 +16,7 @@ import numpy as np
 
 from dseqjepa.data.formats.parquet_files import (
     LABELS,
-    FileFacts,
+    ParquetFacts,
     ParquetPlace,
     RemoteParquet,
     facts_of,
@@ -87,7 +87,7 @@ class Parquet(ImageFiles):
         self._read_labels(facts, schema)
         self._read: OrderedDict[int, Any] = OrderedDict()
 
-    def _read_labels(self, facts: Sequence[FileFacts], schema: Any) -> None:
+    def _read_labels(self, facts: Sequence[ParquetFacts], schema: Any) -> None:
         column = next((name for name in LABELS if name in schema.names), "")
         if any(one.has_gaps for one in facts):
             self.notes = (f"some rows have no {column}: so no image has a label",)

@@ -4,7 +4,7 @@ Of a file behind a URL, the metadata and the column of labels are requested once
 machine; the images of a row group are downloaded when the first of them is read, and cached like
 tar files (`shards/remote.py`).
 
-Suffixes: N images of a data set.
+Suffixes: N images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ AT_ONCE = 16
 
 
 @dataclass(frozen=True, eq=False)
-class FileFacts:
+class ParquetFacts:
     """What is known of a file without its images."""
 
     metadata: Any
@@ -56,7 +56,7 @@ class ParquetPlace(ABC):
         """The path or the URL, for messages."""
 
     @abstractmethod
-    def facts(self) -> FileFacts:
+    def facts(self) -> ParquetFacts:
         """Raises `InputError` if it is no Parquet file or cannot be read."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class LocalParquet(ParquetPlace):
     def place(self) -> str:
         return str(self.path)
 
-    def facts(self) -> FileFacts:
+    def facts(self) -> ParquetFacts:
         return _facts(self.path, self.place)
 
     def rows(self, group: int, column: str) -> Any:
@@ -109,7 +109,7 @@ class RemoteParquet(ParquetPlace):
     def place(self) -> str:
         return f"{self.home.url}/{self.name}"
 
-    def facts(self) -> FileFacts:
+    def facts(self) -> ParquetFacts:
         file = self.home.folder / f"{self.name}-{self.entry.version}.facts.npz"
         try:
             if not file.exists():
@@ -193,7 +193,7 @@ def remote_files(url: str) -> list[ParquetPlace]:
     return []
 
 
-def facts_of(files: list[ParquetPlace]) -> list[FileFacts]:
+def facts_of(files: list[ParquetPlace]) -> list[ParquetFacts]:
     """What is known of each file; of those behind a URL several at a time."""
     if not isinstance(files[0], RemoteParquet):
         return [file.facts() for file in files]
@@ -206,7 +206,7 @@ def facts_of(files: list[ParquetPlace]) -> list[FileFacts]:
             )  # after an error the others do not matter
 
 
-def _facts(source: Any, place: str) -> FileFacts:
+def _facts(source: Any, place: str) -> ParquetFacts:
     import pyarrow
     from pyarrow import parquet
 
@@ -215,18 +215,18 @@ def _facts(source: Any, place: str) -> FileFacts:
         schema = file.schema_arrow
         column = next((name for name in LABELS if name in schema.names), "")
         if not column or not pyarrow.types.is_integer(schema.field(column).type):
-            return FileFacts(file.metadata, None, has_gaps=False)
+            return ParquetFacts(file.metadata, None, has_gaps=False)
         labels = file.read(columns=[column]).column(column)
         if labels.null_count:
-            return FileFacts(file.metadata, None, has_gaps=True)
-        return FileFacts(file.metadata, labels.to_numpy().astype(np.int64), has_gaps=False)
+            return ParquetFacts(file.metadata, None, has_gaps=True)
+        return ParquetFacts(file.metadata, labels.to_numpy().astype(np.int64), has_gaps=False)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(source, _Requested) and source.failed is not None:
             raise source.failed from error
         raise InputError(f"{printable(place)} is no Parquet file: {error}") from error
 
 
-def _keep(facts: FileFacts, home: Remote, file: Path) -> None:
+def _keep(facts: ParquetFacts, home: Remote, file: Path) -> None:
     footer = io.BytesIO()
     facts.metadata.write_metadata_file(footer)
     unfinished = file.with_name(f"{UNFINISHED}{os.getpid()}-{file.name}")
@@ -244,13 +244,13 @@ def _keep(facts: FileFacts, home: Remote, file: Path) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def _kept(file: Path) -> FileFacts:
+def _kept(file: Path) -> ParquetFacts:
     from pyarrow import parquet
 
-    with np.load(file) as kept:
+    with np.load(file, allow_pickle=False) as kept:
         metadata = parquet.read_metadata(io.BytesIO(kept["footer"].tobytes()))
         label_N = kept["label_N"] if kept["is_labelled"] else None
-        return FileFacts(metadata, label_N, bool(kept["has_gaps"]))
+        return ParquetFacts(metadata, label_N, bool(kept["has_gaps"]))
 
 
 class _Seen(io.RawIOBase):
