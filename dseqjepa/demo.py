@@ -68,7 +68,6 @@ def run_demo(config: Config, out: Path) -> None:
     pretrain(config, run, overwrite=True, source=train, console=console)
     without = config.with_(method={"prediction_weight": 0.0})
     with console.status("training the control, the regularizer alone"):
-        # Silent: the monitor judges predictions, which this run does not train.
         pretrain(without, control, overwrite=True, source=train, console=Console(quiet=True))
 
     with console.status("evaluating"):

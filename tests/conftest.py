@@ -28,7 +28,7 @@ class Arrays(_import_hook.JaxtypingTransformer):
     inside functions, whose checks would be compiled anew at every call of the outer one."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        every = [part for part in ast.walk(node.args) if isinstance(part, ast.arg)]
         hints = [node.returns, *(argument.annotation for argument in every)]
         is_inner = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
         return node if is_inner or _are_scalars(hints) else super().visit_FunctionDef(node)

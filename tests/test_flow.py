@@ -76,6 +76,8 @@ def test_the_demo_trains_tables_and_draws(
     assert names[4:] == [("attentive", name) for name in shown]
     run, control = (dj.load_encoder(out / name).state_dict() for name in ("run", "control"))
     assert any(not torch.equal(tensor, control[name]) for name, tensor in run.items())
+    logs = [(out / name / "metrics.jsonl").read_text() for name in ("run", "control")]
+    assert ["skill" in log for log in logs] == [True, False]
     assert f"report: {out / 'report.html'}" in printed.replace("\n", "")
     assert (out / "report.html").stat().st_size < 15 * 2**20
     command(monkeypatch, "demo", "--out", str(out), *settings)  # an earlier demo is replaced

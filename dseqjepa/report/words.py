@@ -26,7 +26,7 @@ NAMES = {
     TRAINED: "the trained encoder",
 }
 Tone = Literal["good", "unsure", "bad", "none"]
-NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me", "skill"}
+NEEDED = {"step", "lr", "feature_std", "cosine", "rank_me"}
 """The fields of a log line that the monitor needs."""
 
 
@@ -82,7 +82,8 @@ def verdict(run: Run) -> HealthSummary:
     ]
     more = ""
     if tone == "good":
-        more = "No sign of collapse, and better than predicting the mean target."
+        predicts = ", and better than predicting the mean target" * ("skill" in run.steps[-1])
+        more = f"No sign of collapse{predicts}."
     if tone == "bad":
         more = f"This has been the verdict since step {spans[-1][1][0]:,}."
     elif bad := [_span(steps) for key, steps in spans if key == "bad"]:

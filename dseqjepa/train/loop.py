@@ -352,7 +352,10 @@ class Trainer:
         self.window = Window()
         health = self._health(results)
         images = self.config.data.batch_size
-        skill = 1 - means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
+        skill = {}
+        if self.config.method.prediction_weight:  # else no prediction is trained
+            ratio = means["prediction_loss"] / max(means["mean_prediction_loss"], 1e-12)
+            skill = {"skill": 1 - ratio}
         values = {
             "step": self.step,
             "epoch": epoch,
@@ -364,7 +367,7 @@ class Trainer:
             **means,
             "gradient_norm": norm,
             "skipped": self.guard.skipped,
-            "skill": skill,
+            **skill,
             **health,
             **clock.read(),
         }

@@ -155,7 +155,8 @@ class Monitor:
         """Whether the last line raised an alarm."""
 
     def see(self, line: Mapping[str, Any]) -> Verdict | None:
-        """The verdict after this line of metrics.jsonl; None for lines without health metrics."""
+        """The verdict after this line of metrics.jsonl; None for lines without health metrics. A
+        line without `skill` comes from a run that trains no prediction: none is judged."""
         self.rang = False
         if "rank_me" not in line:
             return None
@@ -167,7 +168,7 @@ class Monitor:
             "feature_std": line["feature_std"] < SHRUNK_STD * first["feature_std"],
             "rank_me": line["rank_me"] < SHRUNK_RANK * first["rank_me"],
             "blank": line.get("variance_place", 0.0) > NOTHING_BUT_PLACE,
-            "skill": settled and line["skill"] < LITTLE_SKILL,
+            "skill": settled and line.get("skill", 1.0) < LITTLE_SKILL,
             "place": settled and line.get("variance_place", 0.0) > MOSTLY_PLACE,
         }
         lasting = tuple(key for key, sign in signs.items() if sign and key in self.before)
@@ -178,7 +179,7 @@ class Monitor:
             state = "collapsing"
         elif lasting:
             state = "not learning"
-        elif line["skill"] <= 0:
+        elif line.get("skill", 1.0) <= 0:
             state = "early"
         empty = line.get("empty_share", 0.0)
         note = ""
@@ -187,8 +188,10 @@ class Monitor:
         figures = (
             f"RankMe {line['rank_me']:.1f} (start {first['rank_me']:.1f}), "
             f"feature std {line['feature_std']:.3f} (start {first['feature_std']:.3f}), "
-            f"cosine {line['cosine']:.2f}, skill {line['skill']:.2f}"
+            f"cosine {line['cosine']:.2f}"
         )
+        if "skill" in line:
+            figures += f", skill {line['skill']:.2f}"
         if "variance_place" in line:  # runs of earlier versions lack it
             place, image = line["variance_place"], line["variance_image"]
             figures += f", variance by place {place:.0%}, by image {image:.0%}"

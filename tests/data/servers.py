@@ -18,6 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from dseqjepa.data import patience
+from dseqjepa.data.shards import remote
+
 SPOKEN = {"connection", "content-length", "date", "server", "transfer-encoding"}
 """Headers that are of a connection, not of what is answered."""
 ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>so it is</Message></Error>"
@@ -28,6 +31,15 @@ CODES = {
 """An error as S3 words it."""
 PACE = 0.3
 """Seconds between the pieces of a slow answer."""
+
+
+def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, silence: float) -> Path:
+    """An empty cache of this test alone; servers may be silent for so many seconds, and nothing is
+    waited for between tries."""
+    monkeypatch.setenv(remote.FOLDER, str(folder / "cache"))
+    monkeypatch.setattr(remote, "SILENCE", silence)
+    monkeypatch.setattr(patience, "WAITS", (0.0,) * len(patience.WAITS))
+    return folder / "cache"
 
 
 @dataclass

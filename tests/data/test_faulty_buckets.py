@@ -8,19 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from dseqjepa.data import patience
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.patience import WAITS, read_image
 from dseqjepa.data.shards import remote
 from dseqjepa.data.shards.index import LIST
 from dseqjepa.data.shards.pack import pack
 from dseqjepa.data.shards.push import push
-from dseqjepa.data.shards.remote import FOLDER
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import BadImage
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
-from tests.data.servers import Files, faulty_buckets
+from tests.data.servers import Files, faulty_buckets, own_cache
 from tests.data.test_remote import COUNT, FAULTS, same
 from tests.data.test_shards import pictures
 
@@ -35,9 +33,7 @@ def packed(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def files(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
-    monkeypatch.setenv(FOLDER, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "SILENCE", 2.0)
-    monkeypatch.setattr(patience, "WAITS", (0.0,) * len(WAITS))
+    own_cache(tmp_path, monkeypatch, silence=2.0)
     with faulty_buckets(monkeypatch, packed) as found:
         yield found
 

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from dseqjepa.cli import app
-from dseqjepa.data import patience
 from dseqjepa.data.labelled import located, open_source
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.patience import WAITS, read_image
@@ -28,7 +27,7 @@ from dseqjepa.data.source import BadImage
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError
 from tests.children import ends, start
-from tests.data.servers import Files, buckets, serving
+from tests.data.servers import Files, buckets, own_cache, serving
 from tests.data.test_shards import jpeg, pictures, shard
 
 COUNT = 12
@@ -48,10 +47,7 @@ def files(packed: Path) -> Iterator[Files]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(FOLDER, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "SILENCE", 4.0)
-    monkeypatch.setattr(patience, "WAITS", (0.0,) * len(WAITS))
-    return tmp_path / "cache"
+    return own_cache(tmp_path, monkeypatch, silence=4.0)
 
 
 def kept(cache: Path) -> list[str]:

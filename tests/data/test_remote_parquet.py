@@ -16,18 +16,16 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from dseqjepa.cli import app
-from dseqjepa.data import patience
 from dseqjepa.data.formats.parquet import Parquet
 from dseqjepa.data.labelled import open_source, open_splits
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.patience import WAITS, read_image
-from dseqjepa.data.shards import remote
-from dseqjepa.data.shards.remote import FOLDER, GIGABYTES
+from dseqjepa.data.shards.remote import GIGABYTES
 from dseqjepa.data.source import BadImage
 from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError
 from tests.data.formats.test_parquet import HOW, write
-from tests.data.servers import Files, faulty_buckets, serving
+from tests.data.servers import Files, faulty_buckets, own_cache, serving
 from tests.data.test_shards import jpeg
 from tests.train.tiny_runs import metrics, run_config, train
 
@@ -52,10 +50,7 @@ def files(folder: Path) -> Iterator[Files]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(FOLDER, str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "SILENCE", 2.0)
-    monkeypatch.setattr(patience, "WAITS", (0.0,) * len(WAITS))
-    return tmp_path / "cache"
+    return own_cache(tmp_path, monkeypatch, silence=2.0)
 
 
 def parts(cache: Path) -> list[str]:

@@ -175,6 +175,16 @@ def test_without_skill_a_run_is_early_until_its_learning_rate_has_settled() -> N
     assert "lower optim.lr" in str(follow(*settled)[-1])
 
 
+def test_a_run_that_trains_no_prediction_is_not_judged_by_it() -> None:
+    lines = [line(step) for step in (300, 310, 320)]
+    for values in lines:
+        del values["skill"]
+    assert [verdict.state for verdict in follow(*lines)] == ["healthy"] * 3
+    assert "skill" not in str(follow(*lines)[-1])
+    collapsed = [values | SIGNS["cosine"] for values in lines]
+    assert follow(*collapsed)[-1].state == "collapsing"
+
+
 def test_images_without_regions_are_mentioned() -> None:
     (verdict,) = follow(line(300, empty_share=0.75))
     assert not verdict.alarm

@@ -201,9 +201,8 @@ def facts_of(files: list[ParquetPlace]) -> list[ParquetFacts]:
         try:
             return list(pool.map(lambda file: file.facts(), files))
         finally:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # after an error the others do not matter
+            # After an error the others do not matter.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _facts(source: Any, place: str) -> ParquetFacts:
@@ -259,8 +258,9 @@ class _Seen(io.RawIOBase):
     def __init__(self, size: int) -> None:
         self.size, self._place = size, 0
 
+    @abstractmethod
     def between(self, start: int, stop: int) -> bytes:
-        raise NotImplementedError
+        """These bytes of the file."""
 
     def read(self, size: int | None = -1) -> bytes:
         stop = self.size if size is None or size < 0 else min(self._place + size, self.size)
