@@ -45,7 +45,12 @@ GOALS = {
 """Script -> goals as (part of a name, direction, figure); the first whose part a name contains
 applies. An empty direction means no goal."""
 SECTIONS = {
-    "step_time.py": "Whole training steps: the ratio is other / ours",
+    "step_time.py": (
+        "Whole training steps: the ratio is other / ours; for `overhead` it is the share itself.\n"
+        "*Packed* is this package's step, *dense* the same with full-length masked sequences as\n"
+        "in the release; *prefix* encodes each context on its own, *causal* all contexts of an\n"
+        "image in one sequence (`method.context`)"
+    ),
     "peak.py": "Hardware utilization: FLOP rate relative to matmuls, memory relative to dense",
     "regions.py": "From saliency maps to ranked regions",
     "loader.py": "Image loading in one process: the ratio is other / ours",
@@ -112,7 +117,8 @@ The tables are written by `make bench`, except where a date says otherwise. To m
 which takes a minute or two, run `python benchmarks/SCRIPT --only NAME`. The two sides of a row are
 timed alternately in one process on the same data; the ratio is the median over the pairs, with
 minimum and maximum in brackets. Machines differ and drift, so compare ratios, not seconds. Each
-script explains its rows in its docstring; [LOG.md](LOG.md) discusses what limits the missed goals.
+script explains its rows in its docstring. A goal is a target of this project, compared with the
+unrounded ratio; [LOG.md](LOG.md) explains what limits the rows that miss theirs.
 
 {datetime.date.today()}, {cpu} ({has}), {os.cpu_count()} cores, {torch.get_num_threads()} threads,
 Python {platform.python_version()}, torch {torch.__version__}, torchvision

@@ -525,7 +525,7 @@ class ProbeConfig(Section):
     training images, and object discovery if there are masks or boxes."""
 
     every_epochs: int = Field(0, ge=0, le=10**9)
-    """Epochs between probes; 0: never."""
+    """Epochs between probes, of which one always follows the last epoch; 0: never."""
     images: int = Field(2000, ge=2, le=10**7)
     """Number of training images for kNN."""
 

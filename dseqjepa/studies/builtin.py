@@ -20,6 +20,7 @@ SCALES: dict[str, Values] = {
     "laptop": {
         "preset": "vitt_demo",
         "overrides": [
+            "data.size=10000",
             "optim.epochs=26",
             "optim.warmup_epochs=2.6",
             "checkpoint.every_steps=0",

@@ -395,7 +395,8 @@ class Trainer:
 
     def _probe(self, epochs_done: int) -> None:
         every = self.config.probe.every_epochs
-        if self.probe is None or not every or epochs_done % every:
+        is_last = self.step == self.schedule.steps
+        if self.probe is None or not every or (epochs_done % every and not is_last):
             return
         target = whole_module(self.method.target, self.ranks, lambda: build_encoder(self.config))
         if self.ranks.first:

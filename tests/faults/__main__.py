@@ -53,7 +53,7 @@ def page(results: list[Result], seconds: float) -> str:
         "",
         "Every fault is injected for real: real processes, real signals, real files, two ranks",
         "with gloo. `make faults` runs the campaign and writes this page; the tests run a shorter",
-        "form of each row.",
+        "form of each fault. The numbers select faults: `make faults FAULTS=07`.",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes on a machine with "
         f"{os.cpu_count()} cores ({platform.machine()}) and {memory:.0f} GiB, Linux, "

@@ -65,7 +65,7 @@ class Attempts:
 @dataclass(frozen=True)
 class Fault:
     row: int
-    """The row of the specification that it belongs to; several faults may share one."""
+    """Number of the kind of fault; several faults may share one."""
     title: str
     run: Callable[[Attempts], None]
     quick: int

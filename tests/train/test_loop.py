@@ -229,21 +229,21 @@ def test_too_many_bad_files_stop_the_run(tmp_path: Path) -> None:
     assert open_checkpoint(out).step == 0
 
 
-def test_the_probe_sees_the_target_after_the_epochs_it_asks_for(tmp_path: Path) -> None:
+def test_the_probe_sees_the_target_after_the_epochs_it_asks_for_and_the_last(tmp_path: Path) -> None:
     seen: list[Tensor] = []
 
     def probe(encoder: VisionTransformer) -> tuple[dict[str, float], str]:
         seen.append(encoder.norm.weight.detach().clone())
         return {"probe_knn": 12.5 * len(seen), "probe_auc": 50.0}, f"seen {len(seen)} times"
 
-    config = run_config("ijepa", "probe.every_epochs=2", "checkpoint.every_epochs=3")
+    config = run_config("ijepa", "probe.every_epochs=3", "checkpoint.every_epochs=3")
     out = train(config, tmp_path / "run", probe=probe)
     told = [line for line in metrics(out) if "probe_knn" in line]
     assert told == [
-        {"step": 10, "epoch": 1, "probe_knn": 12.5, "probe_auc": 50.0},
+        {"step": 15, "epoch": 2, "probe_knn": 12.5, "probe_auc": 50.0},
         {"step": 20, "epoch": 3, "probe_knn": 25.0, "probe_auc": 50.0},
     ]
-    assert "epoch 2: seen 1 times" in (out / "log.txt").read_text()
+    assert "epoch 3: seen 1 times" in (out / "log.txt").read_text()
     assert torch.equal(seen[-1], tensors(out)["target/norm.weight"])
     assert not torch.equal(seen[-1], tensors(out)["context/norm.weight"])
 
