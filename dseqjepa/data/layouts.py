@@ -38,7 +38,7 @@ PALETTE = {
 }
 COLOURS = tuple(PALETTE)
 MAX_COUNT = 6
-DISTANCES = (3.2, 5.0)  # camera depth of the main object in scene units
+DISTANCES = (3.4, 6.4)  # camera depth of the main object in scene units
 
 REACH_MIN = 0.13  # of a bounding ball's disc in half pictures: 4 pixels of 64
 REACH_SHARE = 0.45  # the largest disc of another object, as a share of the main object's
@@ -163,7 +163,7 @@ def _place(facts: Facts, dice: _Dice, scale: float = 1.0) -> Layout | None:
     names = shape, COLOURS[facts.colour_B[0]], MATERIALS[facts.material_B[0]]
     focal, radius = float(facts.focal_B[0]), scale * float(facts.radius_B[0])
     distance, foot = float(facts.distance_B[0]), SHAPES[shape].foot * radius
-    across, down = dice.between(-0.25, 0.25), dice.between(0, 0.3)
+    across, down = dice.between(-0.5, 0.5), dice.between(0, 0.35)
     # How far below the horizon the main object appears decides how high the camera stands.
     drop, below = math.radians(dice.between(13, 31)), math.atan(down / focal)
     slope = distance / math.cos(below)

@@ -48,11 +48,11 @@ from dseqjepa.data.source import Objects
 from dseqjepa.errors import InputError
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
-GENERATOR_VERSION = 2  # to be incremented whenever the same (seed, index) gives a different image
+GENERATOR_VERSION = 3  # to be incremented whenever the same (seed, index) gives a different image
 
 SHAPES = SHAPE_NAMES
 COUNTS = tuple(str(count + 1) for count in range(MAX_COUNT))
-DISTANCE_EDGES = (3.5, 3.8, 4.1, 4.4, 4.7)  # six equal parts of DISTANCES
+DISTANCE_EDGES = (3.9, 4.4, 4.9, 5.4, 5.9)  # six equal parts of DISTANCES
 DISTANCE_RANGES = tuple(
     f"{low} to {high}" for low, high in pairwise((DISTANCES[0], *DISTANCE_EDGES, DISTANCES[1]))
 )
