@@ -122,7 +122,7 @@ def pretrain(
                 return Start(init_from=starting_weights(config, init_from)), config
             checkpoint = _checkpoint_of(out, None if resume is True or resume == "auto" else resume)
             settled = _as_chosen(config, checkpoint) if is_timed else config
-            return _go_on(settled, data, out, checkpoint, allow_changed), settled
+            return _resume(settled, data, out, checkpoint, allow_changed), settled
 
         start, config = ranks.together(begin)
         ranks.check_alike(start=_shown(start))
@@ -275,7 +275,7 @@ def _as_chosen(config: Config, checkpoint: Checkpoint) -> Config:
     return config.with_(optim={"epochs": then.epochs, "warmup_epochs": then.warmup_epochs})
 
 
-def _go_on(
+def _resume(
     config: Config,
     source: Source,
     out: Path,

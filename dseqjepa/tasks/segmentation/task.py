@@ -46,22 +46,7 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         RunError: training fails, more images than `max_bad` cannot be decoded, or no test image
             can.
     """
-    train, test = job.train, job.test
-    if not (isinstance(train, Segmentations) and isinstance(test, Segmentations)):
-        raise InputError(
-            "segmentation needs the class of every pixel: data=ade20k:PATH, or "
-            "`dseqjepa scenes export ade20k DIR` for a small one"
-        )
-    if config.crop % (2 * job.backbone.patch_size):
-        raise InputError(
-            f"crop ({config.crop}) must be a multiple of two patches, "
-            f"{2 * job.backbone.patch_size} px"
-        )
-    if config.batch_size == config.accumulate:
-        raise InputError(
-            f"accumulate={config.accumulate} leaves one image per part, but batch norm needs "
-            f"two: use at most {config.batch_size // 2}"
-        )
+    train, test = _checked(job, config)
     recipe = Recipe.of(
         config, steps=config.steps, warmup_steps=config.warmup_steps, schedule="poly"
     )
@@ -122,6 +107,27 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         **lacking("class", train=(train, bad), test=(test, bad_test)),
         examples={"examples": examples, "categories": train.categories},
     )
+
+
+def _checked(job: Job, config: SegmentationConfig) -> tuple[Segmentations, Segmentations]:
+    """The training and test images, once the config is known to suit them."""
+    train, test = job.train, job.test
+    if not (isinstance(train, Segmentations) and isinstance(test, Segmentations)):
+        raise InputError(
+            "segmentation needs the class of every pixel: data=ade20k:PATH, or "
+            "`dseqjepa scenes export ade20k DIR` for a small one"
+        )
+    if config.crop % (2 * job.backbone.patch_size):
+        raise InputError(
+            f"crop ({config.crop}) must be a multiple of two patches, "
+            f"{2 * job.backbone.patch_size} px"
+        )
+    if config.batch_size == config.accumulate:
+        raise InputError(
+            f"accumulate={config.accumulate} leaves one image per part, but batch norm needs "
+            f"two: use at most {config.batch_size // 2}"
+        )
+    return train, test
 
 
 def losses(model: Segmenter, samples: list[Labelled]) -> dict[str, Tensor]:
