@@ -13,8 +13,9 @@ and 4.
 
 Readouts, selected on a hold-out of the training images: kNN (20 neighbours, cosine) and ridge
 regression of mean features; ridge regression of mean, standard deviation, maximum and minimum
-(`moments`) and of all patches, centred by position, by 24 principal components (`patches`); and an
-attentive probe, which decides.
+(`moments`) and of all patches, centred by position, by 24 principal components (`patches`); and
+attentive probes of the patches of the last block (`attentive`, which decides unless `--decides`
+names another) and of all blocks side by side (`all blocks`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from dseqjepa.data.labelled import open_splits
 from dseqjepa.data.scenes import SPECS, Scenes
 from dseqjepa.keyed import Stream, sample_keys, shuffled, uniforms
 from dseqjepa.methods import build_method
-from dseqjepa.model.look import look
 from dseqjepa.model.vit import VisionTransformer, patchify
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.attentive import QueryHeads
@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 SIZES = {"fashion-mnist": (24, 4)}
 """Side of an image and of a patch in pixels, if not 64 and 8."""
 CONTROL = "regulariser"
-READINGS = ("knn", "ridge", "moments", "patches", "attentive")
+READINGS = ("knn", "ridge", "moments", "patches", "attentive", "all blocks")
 DECIDES = "attentive"
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 HOLDOUT, COMPONENTS, NEIGHBOURS, TEMPERATURE = 10, 24, 20, 0.07
@@ -242,24 +242,27 @@ def run_one(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def patches_of(
     encoder: VisionTransformer | None, images_BCHW: Tensor, pictures: Pictures
 ) -> Tensor:
-    """Patch features (B, N, D), or raw patches if there is no encoder."""
+    """Patch features (B, N, blocks * D) of all blocks, or raw patches if there is no encoder."""
     parts = []
     for some_BCHW in images_BCHW.split(1000):
         some_BCHW = resized(some_BCHW, pictures.size)
         if encoder is None:
             parts.append(patchify(some_BCHW.float() / 255, pictures.patch))
         else:
-            parts.append(look(encoder, some_BCHW).patches_BND.float())
+            blocks = encoder.get_intermediate_layers(some_BCHW, encoder.depth)
+            parts.append(torch.cat(blocks, dim=-1).float())
     return torch.cat(parts)
 
 
 def read(
     encoder: VisionTransformer | None, pictures: Pictures, seed: int, views: int
 ) -> dict[str, float]:
-    """The accuracy of every readout on the test images, in per cent. The attentive probe is shown
+    """The accuracy of every readout on the test images, in per cent. Attentive probes are shown
     `views` training images."""
-    train_BND = patches_of(encoder, pictures.train_BCHW[:READ], pictures)
-    test_BND = patches_of(encoder, pictures.test_BCHW, pictures)
+    train_BNE = patches_of(encoder, pictures.train_BCHW[:READ], pictures)
+    test_BNE = patches_of(encoder, pictures.test_BCHW, pictures)
+    width = train_BNE.shape[2] if encoder is None else encoder.width
+    train_BND, test_BND = train_BNE[..., -width:], test_BNE[..., -width:]
     whole = [x_BND.mean(dim=1) for x_BND in (train_BND, test_BND)]
     moments = [
         torch.cat([x.mean(1), x.std(1), x.amax(1), x.amin(1)], dim=1) for x in (train_BND, test_BND)
@@ -270,13 +273,17 @@ def read(
     patches = [((x_BND - mean_ND) @ basis_DC).flatten(1) for x_BND in (train_BND, test_BND)]
     if encoder is None:  # a mean of raw patches is a thumbnail of one patch: all pixels instead
         whole = [x_BND.flatten(1) for x_BND in (train_BND, test_BND)]
-    return {
+    found = {
         "knn": _knn(*whole, pictures),
         "ridge": _ridge(*whole, pictures),
         "moments": _ridge(*moments, pictures),
         "patches": _ridge(*patches, pictures),
         "attentive": _attentive(train_BND, test_BND, pictures, seed, views),
     }
+    of_all = found["attentive"]  # raw patches, and one block, have no others
+    if width < train_BNE.shape[2]:
+        of_all = _attentive(train_BNE, test_BNE, pictures, seed, views)
+    return {**found, "all blocks": of_all}
 
 
 def _basis(x_BND: Tensor, mean_ND: Tensor) -> Tensor:
@@ -412,20 +419,24 @@ def one(options: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means and standard deviations over seeds, and paired differences from the control."""
+def table(rows: list[dict[str, Any]], decides: str = DECIDES) -> str:
+    """Means and standard deviations over seeds, and paired differences from the control in the
+    readout that decides."""
     cells: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         cells[row["data"], row["variant"], row["step"]][row["seed"]] = row
     lines = [
-        f"| data | what | step | seeds | {' | '.join(READINGS)} | {DECIDES} minus {CONTROL} |",
+        f"| data | what | step | seeds | {' | '.join(READINGS)} | {decides} minus {CONTROL} |",
         "|" + "---|" * (5 + len(READINGS)),
     ]
     for (data, name, step), of_seed in sorted(cells.items(), key=lambda cell: _place(cell[0])):
-        means = [_spread([row[reading] for row in of_seed.values()]) for reading in READINGS]
+        means = [
+            _spread([row[reading] for row in of_seed.values() if reading in row])
+            for reading in READINGS
+        ]
         control = cells.get((data, CONTROL, step), {})
         gaps = [
-            row[DECIDES] - control[seed][DECIDES]
+            row[decides] - control[seed][decides]
             for seed, row in of_seed.items()
             if seed in control
         ]
@@ -440,6 +451,8 @@ def _place(cell: tuple[str, str, int]) -> tuple[str, int, int]:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
     mean = statistics.mean(values)
     return f"{mean:.1f} ±{statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
@@ -472,12 +485,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--decides", choices=READINGS, default=DECIDES, help="in the table")
     parser.add_argument("--until", type=float, default=np.inf, help="stop then (seconds, epoch)")
     options = parser.parse_args()
     options.variant = options.variant or list(VARIANTS)
     options.data = options.data or ["scenes"]
     if options.action == "table":
-        print(table([json.loads(line) for line in options.out.read_text().splitlines()]))
+        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+        print(table(rows, options.decides))
     else:
         {"run": run, "one": one}[options.action](options)
 

@@ -103,6 +103,7 @@ def test_the_table_pairs_seeds():
     lines = table(rows).splitlines()
     assert "| x | blocks | 10 | 4 |" in lines[3]
     assert "+2.1 (+1.9 to +2.3)" in lines[3]
+    assert "knn minus regulariser" in table(rows, "knn")
     assert lines[2].rstrip().endswith("|  |")
 
 
@@ -111,7 +112,7 @@ def test_a_run_writes_its_readings(tmp_path: Path):
     command = [
         sys.executable, str(script), "run", str(out), "--data=scenes", "--scenes=40",
         "--variant=ordered", "--seeds", "0", "--steps=3", "--at=1", "--batch=8",
-        "--set=model.depth=1", "--set=model.width=16", "--set=model.heads=2", "--jobs=1",
+        "--set=model.depth=2", "--set=model.width=16", "--set=model.heads=2", "--jobs=1",
         "--probe-views=1000",
     ]  # fmt: skip
     path = {"PYTHONPATH": f"{script.parent}:{script.parents[1]}"}
