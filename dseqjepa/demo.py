@@ -35,7 +35,7 @@ PROBES: Mapping[str, tuple[tuple[str, ...], FrozenConfig]] = {
         ("pooled", "patches"), LinearConfig(preset="quick", baselines=False, sweep=SWEEP)
     ),
     "attentive": (
-        ("accuracy",), AttentiveConfig(preset="quick", baselines=False, epochs=20)
+        ("accuracy",), AttentiveConfig(preset="quick", baselines=False, epochs=20, blocks=4)
     ),
 }  # fmt: skip
 """The evaluations of the demo, and which of their metrics its table shows."""
