@@ -1,4 +1,4 @@
-"""What somebody, or a disk, may have made of a file of plain values."""
+"""Variants of a file of plain values, as an attacker or a failing disk might leave it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the imports of the package, and draws them in docs/architecture.md.
+"""Read the package's imports and draw them in docs/architecture.md.
 
 `python -m tests.architecture` redraws; tests/test_architecture.py fails while the drawing is stale.
 """

@@ -1,3 +1,3 @@
-"""What the server of `tests.children` imports before it forks: all that takes time."""
+"""What the server of `tests.children` imports before it forks: everything slow to import."""
 
 import tests.train.tiny_runs  # noqa: F401

@@ -1,4 +1,4 @@
-"""Every test runs on one thread, with the types and shapes of `dseqjepa` checked at every call."""
+"""Run every test on one thread, and check array types and shapes at every call of `dseqjepa`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of the package may look like, and which of them may import which."""
+"""Rules for the package's files, and which may import which."""
 
 from __future__ import annotations
 

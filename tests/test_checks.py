@@ -1,4 +1,4 @@
-"""The checks of arrays that conftest.py puts around the package are there, where they belong."""
+"""The array checks of conftest.py really wrap the package's functions."""
 
 from __future__ import annotations
 

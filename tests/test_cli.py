@@ -1,4 +1,4 @@
-"""Whatever is wrong with what was typed: one line, exit code 2, and nothing written."""
+"""Any wrong input gives one line, exit code 2, and writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A config is closed, frozen, checked as a whole, and the same after a trip through YAML."""
+"""A config is closed, frozen, checked as a whole, and survives a round trip through YAML."""
 
 from __future__ import annotations
 

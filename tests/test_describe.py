@@ -1,4 +1,4 @@
-"""Every setting says what it means, and the command shows what the classes declare."""
+"""Every setting is documented, and the command shows what the classes declare."""
 
 from __future__ import annotations
 

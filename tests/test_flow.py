@@ -1,4 +1,4 @@
-"""The whole way on the embedded scenes: pre-train, load, evaluate, look."""
+"""End to end on rendered scenes: pre-train, load, evaluate, show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run would cost elsewhere: formulas against what was measured, and against torch."""
+"""The cost forecast for other hardware, against measurements and torch's counts."""
 
 from __future__ import annotations
 

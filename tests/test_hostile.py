@@ -1,4 +1,4 @@
-"""What no file of this project does: run a shell, or run or unpack what a stranger wrote."""
+"""No file of this project runs a shell, or runs or unpacks untrusted content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight finds what is wrong, refuses what a run would, and writes only what it is told."""
+"""Preflight finds problems, refuses what a run would refuse, and writes only the files named."""
 
 from __future__ import annotations
 

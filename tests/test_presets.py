@@ -1,4 +1,4 @@
-"""A preset is found by its name, says what it is, and the release's readings are all there."""
+"""Presets are found by name and described; the release's contains all its interpretations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made says of which code, on which machine, by which command."""
+"""Outputs record code version, machine and command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A release: built from what a checkout holds, and used from the wheel alone, in another folder."""
+"""A release is built from a checkout and works from the wheel alone, in another folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks find each other in time or say why not, and see whether they were started alike."""
+"""Ranks connect in time or say why not, and detect that they were started differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person, or a stranger, wrote is read as plain values, in bounded time and memory."""
+"""Settings and YAML are read as plain values, in bounded time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site builds strictly from the documents and the code, and needs no network to be read."""
+"""The site builds in strict mode and can be read offline."""
 
 from __future__ import annotations
 

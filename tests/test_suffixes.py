@@ -1,4 +1,4 @@
-"""The letters at the end of tensor names mean what docs/tour.md and the file itself say."""
+"""Shape suffixes of tensor names mean what docs/tour.md and the file itself say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of the method: what they show is what the package computes."""
+"""The method's figures show what the package computes."""
 
 from __future__ import annotations
 

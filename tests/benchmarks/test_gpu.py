@@ -1,4 +1,4 @@
-"""The checks of a GPU run here, on the CPU and on tiny sizes."""
+"""The GPU checks, run on the CPU at tiny sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of what prediction teaches: its readings, its crops, its table."""
+"""The learning benchmark: its readouts, crops and table."""
 
 from __future__ import annotations
 

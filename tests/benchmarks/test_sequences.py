@@ -1,4 +1,4 @@
-"""The count of regions by the way they are cut: it runs, and its random maps count as expected."""
+"""The benchmark that counts regions runs, and random maps give the expected counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of shards runs; libraries that it compares with are not installed everywhere."""
+"""The shard benchmark runs; the libraries it compares with may be missing."""
 
 from __future__ import annotations
 

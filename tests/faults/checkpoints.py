@@ -1,4 +1,4 @@
-"""Checkpoints: killed while they are written, torn, damaged, of another shape, of another time."""
+"""Checkpoints: killed during a save, truncated, damaged, of another shape or version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data: files that are broken, odd, hostile or gone, and disks that are slow or fail."""
+"""Data: broken, odd, hostile or missing files; slow or failing disks."""
 
 from __future__ import annotations
 

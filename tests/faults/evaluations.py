@@ -1,4 +1,4 @@
-"""Evaluations: nobody listens, the data changes, a second one comes, it is killed."""
+"""Evaluations: closed output, changing data, a concurrent evaluation, a kill."""
 
 from __future__ import annotations
 

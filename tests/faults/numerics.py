@@ -1,4 +1,4 @@
-"""Numerics: what is not finite, what jumps, images with nothing in them, collapse."""
+"""Numerics: non-finite values, spikes, blank images, collapse."""
 
 from __future__ import annotations
 

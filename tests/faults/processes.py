@@ -1,4 +1,4 @@
-"""Processes: signals at every point, ranks that die or hang, readers that die."""
+"""Processes: signals at any point, ranks that die or hang, workers that die."""
 
 from __future__ import annotations
 

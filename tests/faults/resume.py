@@ -1,4 +1,4 @@
-"""Resume: cut anywhere, with other workers, other ranks, other data; the run that was not cut."""
+"""Resume: interrupted anywhere, with other workers, ranks or data, against an uninterrupted run."""
 
 from __future__ import annotations
 

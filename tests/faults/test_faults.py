@@ -1,4 +1,4 @@
-"""Every registered fault, in its quick form; `make faults` has the long one."""
+"""Every registered fault in its quick form; `make faults` runs the long one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twenty fp32 steps against a text file: a change of the numbers has to be meant.
+"""Twenty fp32 steps against losses on file: numbers change only on purpose.
 
 `python -m tests.golden.test_golden` writes the file anew.
 """

@@ -1,4 +1,4 @@
-"""A training step asks the device one question: how many tokens there are."""
+"""A training step waits for the device once, for the numbers of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each method plans, and what its step computes."""
+"""What each method plans and what its step computes."""
 
 from __future__ import annotations
 

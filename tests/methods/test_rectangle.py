@@ -1,4 +1,4 @@
-"""A method is one file and one line: that of docs/tour.md, through every command.
+"""A method takes one file and one line: the example of docs/tour.md, through every command.
 
 The file and the line go into a copy of the package; nothing else is told of the method.
 """

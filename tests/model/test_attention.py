@@ -1,4 +1,4 @@
-"""Attention of packed sequences is attention of each, whatever computes it."""
+"""Attention over packed sequences equals attention over each, whatever the backend."""
 
 from __future__ import annotations
 

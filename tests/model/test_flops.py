@@ -1,4 +1,4 @@
-"""The formula gives what torch counts while a step runs, where nothing is padded."""
+"""The FLOP formula equals torch's count during a step without padding."""
 
 from __future__ import annotations
 

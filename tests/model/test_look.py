@@ -1,4 +1,4 @@
-"""The target encoder's look: features and the saliency readings, against plain computations."""
+"""The target encoder's features and saliency maps against plain computations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photometric changes are what torchvision computes, and a function of the key.
+"""Photometric augmentation equals torchvision's and is a function of the key.
 
 Suffixes: B images, C colours.
 """

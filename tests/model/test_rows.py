@@ -1,4 +1,4 @@
-"""A model of which a rank keeps its rows is the whole model, cut, and is never whole in memory."""
+"""A row-sharded model equals the whole model and is never whole in one rank's memory."""
 
 from __future__ import annotations
 

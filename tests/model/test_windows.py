@@ -1,4 +1,4 @@
-"""Windows lie in the view, and what is sampled in one lies where the window says.
+"""Windows lie within the view, and samples lie where the window says.
 
 Suffixes: B images, C channels.
 """

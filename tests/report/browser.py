@@ -1,4 +1,4 @@
-"""Debian's chromium, driven by Playwright: a page that tells what went wrong on it."""
+"""Debian's chromium, driven by Playwright: a page that reports its own errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small runs, made once."""
+"""Small runs, made once per session."""
 
 from __future__ import annotations
 

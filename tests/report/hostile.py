@@ -1,4 +1,4 @@
-"""Two small runs whose folders, pictures and results are named to be read as HTML."""
+"""Two small runs whose folders, pictures and results have names that look like HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in a real browser, from the disk: it shows what the run's files say, and is quiet."""
+"""The report in a real browser, from disk, shows what the run's files say, without errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: one file, nothing from outside, and no text of a run that could become markup."""
+"""The page is one file, loads nothing from outside, and escapes every text of a run."""
 
 from __future__ import annotations
 

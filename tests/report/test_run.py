@@ -1,4 +1,4 @@
-"""A run's folder is read as it is; what is damaged is left out and said."""
+"""A run's folder is read as it is; damaged parts are left out and named."""
 
 from __future__ import annotations
 

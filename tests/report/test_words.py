@@ -1,4 +1,4 @@
-"""The words of a report follow from what is in the run, and from the monitor."""
+"""The sentences of a report follow from the run's contents and the monitor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that leave the files that `pretrain` and `evaluate` would, in an instant.
+"""Commands that instantly leave the files that `pretrain` and `evaluate` would.
 
     python tests/studies/fakes.py pretrain ... out=RUN
     python tests/studies/fakes.py evaluate TASK RUN ... out=FILE

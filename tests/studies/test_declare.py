@@ -1,4 +1,4 @@
-"""A study is checked whole before it runs: what is wrong with it is one line."""
+"""A study is checked completely before it runs, and an error is one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was declared stays declared, and a run belongs to one process at a time."""
+"""A declaration is frozen, and a run belongs to one process at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants of one seed differ in nothing but what is compared."""
+"""Variants of one seed differ only in what is compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a pool computes everything once and drops nothing."""
+"""A pool that is killed at any moment and restarted computes every run once and drops none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals cover and tests err as often as they say, on data whose effect is known."""
+"""Intervals and tests have their nominal coverage and error rates on data with a known effect."""
 
 from __future__ import annotations
 

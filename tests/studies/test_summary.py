@@ -1,4 +1,4 @@
-"""What a study says: the numbers of its runs, each with the way back to them, and no more."""
+"""A study's summary holds the numbers of its runs, each traceable, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backbone computes what the encoder it was made of computes, whole and taken apart."""
+"""A backbone computes what its encoder computes, as a whole and block by block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beside every frozen encoder stand raw pixels and its untrained self, read in the same way."""
+"""Every frozen encoder is compared with raw pixels and its untrained self, read alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One row of features for each readable image, in order, whatever the batches are."""
+"""One row of features per readable image, in order, whatever the batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: MAE's recipe, and numbers that repeat themselves."""
+"""Fine-tuning follows MAE's recipe and is reproducible."""
 
 from __future__ import annotations
 

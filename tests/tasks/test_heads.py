@@ -1,4 +1,4 @@
-"""Heads that are trained together are those trained alone, and their minimum is scikit-learn's."""
+"""Heads trained together equal heads trained alone, and reach scikit-learn's minimum."""
 
 from __future__ import annotations
 

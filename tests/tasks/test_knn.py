@@ -1,4 +1,4 @@
-"""Votes equal those counted one neighbour at a time; no image is compared with itself."""
+"""Votes equal those counted neighbour by neighbour; no image is its own neighbour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's protocol is computed as stated, goes on after a stop, and is one on several ranks."""
+"""The paper's protocol is computed as stated, resumes exactly, and is the same on two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few labels are used, and it is said which."""
+"""Only the few chosen labels are used, and the result names them."""
 
 from __future__ import annotations
 

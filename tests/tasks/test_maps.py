@@ -1,4 +1,4 @@
-"""Maps of four blocks, attention in windows, and branches that are left out."""
+"""Feature maps of four blocks, windowed attention, and drop path."""
 
 from __future__ import annotations
 

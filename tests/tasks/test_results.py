@@ -1,4 +1,4 @@
-"""Intervals are those they claim to be; a result does not replace what it is no newer form of."""
+"""Intervals are what they claim to be; a result only replaces an older form of itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a command to a file that says what was measured, how, on what, and by which code."""
+"""From a command to a result file that says what was measured, how, on what, and by which code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images may be used: those that a list names, or as many of each class as were asked for."""
+"""Selecting images: by a list, or a number per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features on disk are those in memory, whoever made them, however often that was stopped."""
+"""Features on disk equal those in memory, however many ranks and interruptions there were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Like beside like: one column a protocol, one line a recipe, mean and interval over seeds."""
+"""One column per protocol, one row per recipe, mean and interval over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations that train find on two ranks what they find on one."""
+"""Evaluations that train give the same result on two ranks as on one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training that was stopped goes on as if it had not been, and each part learns at its rate."""
+"""An interrupted training resumes exactly, and each parameter group has its own rate."""
 
 from __future__ import annotations
 

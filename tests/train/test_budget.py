@@ -1,4 +1,4 @@
-"""A run of `optim.minutes` has the epochs that fit, and is from then on one of that many epochs."""
+"""`optim.minutes` chooses the number of epochs that fit, which the run then keeps."""
 
 from __future__ import annotations
 

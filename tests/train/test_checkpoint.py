@@ -1,4 +1,4 @@
-"""A checkpoint is the old one or the new one, never a part, and nothing damaged is read."""
+"""Saving is atomic, and nothing damaged is read."""
 
 from __future__ import annotations
 

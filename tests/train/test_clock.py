@@ -1,4 +1,4 @@
-"""The clock tells how long was waited, and the watch says for what while it lasts."""
+"""The clock measures waiting time, and the watch names what is being waited for."""
 
 from __future__ import annotations
 

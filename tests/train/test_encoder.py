@@ -1,4 +1,4 @@
-"""A loaded encoder is an nn.Module as one expects it to be."""
+"""A loaded encoder behaves as an nn.Module should."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder is claimed by one process, and nothing of anybody else's is removed."""
+"""A run's folder belongs to one process, and foreign files are never removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An encoder brought in computes what it computed where it came from, and nothing else is read."""
+"""An imported encoder computes what the original computes, and nothing else is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that is not finite, or that jumps, leaves no trace in what is trained."""
+"""A non-finite step or a spike leaves no trace in parameters and optimizer state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that come later: what a run goes on with is exactly what it had, and no more is."""
+"""Continuing with new pictures keeps exactly the encoders of the old run, and nothing else."""
 
 from __future__ import annotations
 

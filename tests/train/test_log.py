@@ -1,4 +1,4 @@
-"""What a run says adds up, survives a file, and goes back to where a run goes on."""
+"""Logged values add up, survive a file, and are rewound to the step of a resume."""
 
 from __future__ import annotations
 

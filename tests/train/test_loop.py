@@ -1,4 +1,4 @@
-"""A run writes what was promised, learns, and does not depend on how its batches are split."""
+"""A run writes the files it promises, learns, and does not depend on micro-batches."""
 
 from __future__ import annotations
 

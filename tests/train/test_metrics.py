@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl are read by one reader, those of older versions too."""
+"""One reader for metrics.jsonl, including files of older versions."""
 
 from __future__ import annotations
 

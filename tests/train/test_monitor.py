@@ -1,4 +1,4 @@
-"""The health numbers are what their definitions say, and the words follow from them.
+"""Health metrics match their definitions, and the verdict follows from them.
 
 Suffixes: B images, N patches, D width.
 """

@@ -1,4 +1,4 @@
-"""AdamW decays matrices and nothing else, and its state survives a file."""
+"""AdamW decays only matrices, and its state survives a file."""
 
 from __future__ import annotations
 

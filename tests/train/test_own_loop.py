@@ -1,4 +1,4 @@
-"""A loop of one's own over `Trainer.steps` trains as `run` does, on any torch Dataset."""
+"""A custom loop over `Trainer.steps` trains as `run` does, on any torch Dataset."""
 
 from __future__ import annotations
 

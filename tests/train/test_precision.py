@@ -1,4 +1,4 @@
-"""Mixed precision without waste: full-precision weights, each cast once a step."""
+"""Mixed precision: full-precision weights, each cast once per step."""
 
 from __future__ import annotations
 

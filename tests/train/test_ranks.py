@@ -1,4 +1,4 @@
-"""Ranks: how a batch is spread over processes does not show in what is learnt."""
+"""How a batch is spread over ranks does not change what is learnt."""
 
 from __future__ import annotations
 

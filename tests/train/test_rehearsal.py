@@ -1,4 +1,4 @@
-"""Rehearsed steps are the run's own, and what they are said to cost is what they cost."""
+"""Rehearsed steps are the run's own, and their reported cost is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was cut and went on is the run that was not cut: bit for bit, line for line."""
+"""A resumed run equals an uninterrupted one, bit for bit and line for line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run runs: who started how many processes, what signals do, the commands as typed."""
+"""The runtime: how processes are launched, what signals do, the recorded command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schedules are what the paper's recipe says, as functions of the step alone."""
+"""The schedules follow the paper's recipe and depend only on the step."""
 
 from __future__ import annotations
 

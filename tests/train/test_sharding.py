@@ -1,4 +1,4 @@
-"""Sharded checkpoints: written by all ranks, read by any number of them, whole or invisible."""
+"""Sharded checkpoints: written by all ranks, read by any number, complete or invisible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer's own step: what the loop takes, without what the loop does around it."""
+"""`Trainer.take_step`: a training step without logging, saving or guards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify-resume` says exact where it is, and what differs where it is not."""
+"""`verify-resume` reports exactness, or what differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of pictures share: maps of ranks, small images, and what makes a page legible."""
+"""Shared by the picture tests: rank maps, small images, and checks that a page is legible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages: text stays on them and apart, tiles lie in a table, the same page gives the same bytes."""
+"""Pages: text neither overflows nor overlaps, tiles form a table, output is reproducible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clusters: the same patches, the same colours, whatever k-means calls them."""
+"""Clusters: the same patches get the same colours, whatever k-means numbers them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sheet of Fig. 4: a row an image, saliency and regions by each method."""
+"""The sheet of Fig. 4: one row per image, saliency and regions of each method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The share of a class that is taken for another stands where they meet, and can be read."""
+"""The confusion matrix shows each share in its cell, legibly."""
 
 from __future__ import annotations
 

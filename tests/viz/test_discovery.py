@@ -1,4 +1,4 @@
-"""The sheet of a discovery shows each map and the regions with their numbers, and can be read."""
+"""The discovery sheet shows each map and numbered regions, legibly."""
 
 from __future__ import annotations
 

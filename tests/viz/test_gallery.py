@@ -1,4 +1,4 @@
-"""The images of a picture: every file, and an even choice of a folder or a data set."""
+"""Choosing a picture's images: every file, or an even sample of a folder or data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moments: the patch features of each checkpoint, and what is matched to what."""
+"""Moments: patch features of each checkpoint, matched across checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours: an image that is in the data is its own nearest."""
+"""Nearest neighbours: an image in the data is its own nearest neighbour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scatter of images: every image once, in its class's colour and marker."""
+"""The scatter plot: every image once, with its class's colour and marker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sheet of an image: every step with what it saw, predicted and lost."""
+"""The sheet of an image: context, target and loss of every step."""
 
 from __future__ import annotations
 

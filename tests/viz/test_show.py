@@ -1,4 +1,4 @@
-"""`dseqjepa show`: the pictures that are asked for, and one line for what is wrong."""
+"""`dseqjepa show`: the pictures requested, and one line per error."""
 
 from __future__ import annotations
 

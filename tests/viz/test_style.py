@@ -1,4 +1,4 @@
-"""The colours: an even heat, and a palette whose colours everyone tells apart."""
+"""Colours: a perceptually uniform colour map, and a colour-blind safe palette."""
 
 from __future__ import annotations
 

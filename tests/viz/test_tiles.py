@@ -1,4 +1,4 @@
-"""The tiles say what the patches say: colours, borders between them, numbers inside."""
+"""Tiles match their patches: colours, borders, numbers."""
 
 from __future__ import annotations
 

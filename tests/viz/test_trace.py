@@ -1,4 +1,4 @@
-"""A trace is what the method does: its plan, its loss, its regions, as plain arrays."""
+"""A trace holds the method's plan, loss and regions as plain arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ground truth beside prediction: the same colour is the same class, and all can be read."""
+"""Ground truth beside prediction: same colour, same class, all legible."""
 
 from __future__ import annotations
 

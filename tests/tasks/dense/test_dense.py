@@ -1,4 +1,4 @@
-"""Who sees the truth of a patch is right of every pixel; every part is computed as it says."""
+"""A backbone that is given each patch's truth scores every pixel; parts compute what they say."""
 
 from __future__ import annotations
 

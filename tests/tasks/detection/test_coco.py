@@ -1,4 +1,4 @@
-"""Average precision: the libraries agree, and predictors known on paper have what they should."""
+"""Average precision: libraries agree, and predictors with a known score get it."""
 
 from __future__ import annotations
 

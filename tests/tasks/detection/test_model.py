@@ -1,4 +1,4 @@
-"""Mask R-CNN sees images that are normalized once, and learns from what can be learnt."""
+"""Mask R-CNN gets images that are normalized once, and overfits a learnable set."""
 
 from __future__ import annotations
 

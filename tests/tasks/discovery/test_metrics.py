@@ -1,4 +1,4 @@
-"""The metrics equal scikit-learn's where it has them, and cases that are known on paper.
+"""The metrics equal scikit-learn's, or known values where it has none.
 
 Suffixes: B images, P patches, T thresholds, O objects.
 """

@@ -1,4 +1,4 @@
-"""What a run is told of its objects while it trains."""
+"""The discovery probe during training."""
 
 from __future__ import annotations
 

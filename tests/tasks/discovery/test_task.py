@@ -1,4 +1,4 @@
-"""The whole task: every map and every kind of regions, beside what needs no encoder."""
+"""The whole task: every saliency and region kind, beside baselines without an encoder."""
 
 from __future__ import annotations
 

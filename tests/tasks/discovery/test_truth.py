@@ -1,4 +1,4 @@
-"""Objects are brought to the patches as the image is, and by area."""
+"""Object masks reach the patches by the image's own transform, and by area."""
 
 from __future__ import annotations
 

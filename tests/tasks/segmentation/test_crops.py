@@ -1,4 +1,4 @@
-"""Crops: image and labels stay together, and a key says all."""
+"""Crops: image and labels stay aligned, and the key determines everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heads are UPerNet's, and the loss sees only what is labelled."""
+"""The heads are UPerNet's, and unlabelled pixels do not enter the loss."""
 
 from __future__ import annotations
 

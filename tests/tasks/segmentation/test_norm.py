@@ -1,4 +1,4 @@
-"""Batch norm over ranks is batch norm over the whole batch."""
+"""Batch norm over ranks equals batch norm over the whole batch."""
 
 from __future__ import annotations
 

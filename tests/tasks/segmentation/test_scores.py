@@ -1,4 +1,4 @@
-"""mIoU against scikit-learn, and for predictors whose score is known on paper."""
+"""mIoU against scikit-learn, and for predictors with a known score."""
 
 from __future__ import annotations
 

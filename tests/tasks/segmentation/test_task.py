@@ -1,4 +1,4 @@
-"""The whole task: it learns, it repeats itself, and what it writes says how it was made."""
+"""The whole task learns, is reproducible, and writes results that say how they were made."""
 
 from __future__ import annotations
 

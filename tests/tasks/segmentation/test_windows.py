@@ -1,4 +1,4 @@
-"""Windows cover an image, and agree with the whole where one covers it."""
+"""Windows cover an image, and a single window equals the whole image."""
 
 from __future__ import annotations
 
