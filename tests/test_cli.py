@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_take_the_run_is_refused(refuse: Refuse, settings: 
     assert OUT[settings] in refuse("pretrain", PRESET, "data=pictures", *SMALL, *typed)
 
 
-def test_a_run_does_not_go_on_with_other_images(refuse: Refuse, here: Path) -> None:
+def test_a_run_is_not_resumed_with_other_images(refuse: Refuse, here: Path) -> None:
     (here / "pictures/a/0.png").rename(here / "pictures/a/00.png")
     line = refuse("pretrain", PRESET, "data=pictures", "out=run", "resume=true", *SMALL)
     assert "the images of pictures are not those of the checkpoint" in line
@@ -412,7 +412,7 @@ def test_an_old_run_is_replaced_and_a_home_folder_is_understood(
     assert not (here / "~").exists()
 
 
-def test_a_run_goes_on_with_what_may_change(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_what_may_change(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = ["log.every_steps=7", "checkpoint.keep=5", "probe.every_epochs=0"]
     typed = ["pretrain", PRESET, "data=pictures", "out=run", "resume=true", *SMALL, *free]
     assert run(monkeypatch, *typed) == 0

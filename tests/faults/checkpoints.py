@@ -215,7 +215,7 @@ def rank_killed_while_saving(attempts: Attempts) -> None:
             ]  # fmt: skip
 
 
-def go_on_with_limit(out: Path, largest: int) -> None:
+def resume_with_limit(out: Path, largest: int) -> None:
     """In a child: no file may grow beyond `largest` bytes, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     train(run_config(), out, resume=True)
@@ -250,7 +250,7 @@ def disk_full(attempts: Attempts) -> None:
         limit = (6000, largest - 1)[number] if number < 2 else sizes.randrange(6000, largest)
         with attempts.attempt(f"no file beyond {limit} bytes"):
             log = attempts.folder / f"log {number}"
-            assert ends([start(go_on_with_limit, out, limit, log=log)], 120) == [1]
+            assert ends([start(resume_with_limit, out, limit, log=log)], 120) == [1]
             assert_kept(out, before, log.read_text())
             train(run_config(), out, resume=True)
             assert_same_run(whole, out)

@@ -159,7 +159,7 @@ def image_files(attempts: Attempts) -> None:
 
 @fault(16, "More bad files than data.max_bad allows", quick=2, full=4)
 def too_many_bad_files(attempts: Attempts) -> None:
-    """At the limit the run goes on; with one more it stops, and the count is exact."""
+    """At the limit the run continues; with one more it stops, and the count is exact."""
     for workers in (0, 2) if attempts.full else (0,):
         for extra in (0, 1):
             with attempts.attempt(f"{2 + extra} of 200 bad, {workers} workers"):

@@ -77,7 +77,7 @@ def train_with_fault_on_one_rank(
 @fault(18, "NaN, Inf or a spike on one rank of two: both skip the step", quick=2, full=14)
 def on_one_rank(attempts: Attempts) -> None:
     """The images of both ranks are written down, the state is bit for bit what it was, and the run
-    goes on to its end. With whole parameters on each rank, and with spread ones."""
+    continues to its end. With whole parameters on each rank, and with spread ones."""
     names = ["saliency", "jump"] if not attempts.full else [*FAULTS, *JUMPS]
     for number in range(attempts.count):
         name, rank = names[number % len(names)], 1 - number % 2

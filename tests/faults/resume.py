@@ -64,10 +64,10 @@ def train_and_cut(config: Config, out: Path, batch: int, number: int, by: int) -
     train(config, out)
 
 
-def cut_and_go_on(
+def cut_and_resume(
     place: Path, workers: int, ranks: int, batch: int, number: signal.Signals
 ) -> tuple[Path, int]:
-    """A run that is cut and goes on in new processes; where, and from which step."""
+    """An interrupted run, resumed in new processes: its folder and the step it resumed from."""
     config = config_of(workers)
     out, log = place / "run", place / "log"
     # SIGTERM to one rank stops them all; a SIGKILL that takes the machine takes them all.
@@ -108,7 +108,7 @@ def cut_anywhere(attempts: Attempts) -> None:
         batch = PARTS * (step - 1) + 1 + number % 2
         with attempts.attempt(f"{by.name}, step {step}, {workers} workers, {ranks} ranks"):
             place = attempts.place(number)
-            out, resumed = cut_and_go_on(place, workers, ranks, batch, by)
+            out, resumed = cut_and_resume(place, workers, ranks, batch, by)
             assert resumed == step if by == signal.SIGTERM else resumed < step
             assert_same_run(whole[ranks], out)
 

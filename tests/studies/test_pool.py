@@ -67,7 +67,7 @@ def test_every_command_runs_once_and_a_second_start_runs_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_pool_that_is_killed_goes_on_and_nothing_is_computed_twice(
+def test_a_pool_that_is_killed_resumes_and_nothing_is_computed_twice(
     how: signal.Signals, tmp_path: Path
 ) -> None:
     study, _ = freeze(tiny_study(), tmp_path)

@@ -52,7 +52,7 @@ def test_the_same_seed_gives_the_same_numbers_to_the_last_digit(
     assert seen[0] == seen[1]
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
+def test_a_stopped_evaluation_resumes_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = full("epochs=2", "batch_size=8")

@@ -96,7 +96,7 @@ def test_every_epoch_encodes_other_crops(tmp_path: Path) -> None:
     assert len({images.sum().item() for images in epochs}) == 4
 
 
-def test_a_training_that_was_stopped_goes_on(
+def test_a_training_that_was_stopped_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = Cards(70, bad=(5,))

@@ -86,7 +86,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 7, 8, 9, 30])
-def test_an_extraction_that_was_killed_goes_on(tmp_path: Path, after: int) -> None:
+def test_an_extraction_that_was_killed_resumes(tmp_path: Path, after: int) -> None:
     class Mortal(Cards):
         def image(self, index: int) -> torch.Tensor:
             if len(self.read) == after:

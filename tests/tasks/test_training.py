@@ -110,7 +110,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_stopped_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole")
     with pytest.raises(Stopped):
         trained(tmp_path / "cut", stop_after=3)
@@ -181,14 +181,14 @@ def stop_on_ranks(folder: Path) -> None:
         train_on_ranks(folder, stop_after=3)
 
 
-def go_on_on_ranks(folder: Path) -> None:
+def resume_on_ranks(folder: Path) -> None:
     train_on_ranks(folder, resume=True)
 
 
-def test_a_stopped_training_goes_on_on_ranks(tmp_path: Path) -> None:
+def test_a_stopped_training_resumes_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, train_on_ranks, tmp_path / "whole", log=tmp_path / "log")
     run_ranks(2, stop_on_ranks, tmp_path / "cut", log=tmp_path / "log")
-    run_ranks(2, go_on_on_ranks, tmp_path / "cut", log=tmp_path / "log")
+    run_ranks(2, resume_on_ranks, tmp_path / "cut", log=tmp_path / "log")
     whole, cut = (load_file(tmp_path / name / "0.safetensors") for name in ("whole", "cut"))
     assert_equal(cut, whole)
     said = (tmp_path / "cut" / "log.txt").read_text()

@@ -92,7 +92,7 @@ def test_leftovers_of_a_killed_process_are_neither_read_nor_kept(tmp_path: Path)
     assert names(tmp_path) == {"last", "step-00000001", "step-00000002"}
 
 
-def test_a_copy_that_has_no_links_is_read_and_goes_on(tmp_path: Path) -> None:
+def test_a_copy_that_has_no_links_is_read_and_resumes(tmp_path: Path) -> None:
     save(tmp_path / "run", 1)
     copy = shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
     assert not (copy / "last").is_symlink()

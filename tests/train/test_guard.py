@@ -89,7 +89,7 @@ def test_what_is_not_finite_does_not_enter_the_window() -> None:
     assert (guard.skipped, guard.in_a_row) == (6, 0)
 
 
-def test_a_guard_goes_on_from_its_json_as_if_it_had_never_stopped() -> None:
+def test_a_guard_resumes_from_its_json_as_if_it_had_never_stopped() -> None:
     config = GuardConfig(window=16)
     pairs = GENERATOR.lognormal(0, 1, (200, 2)).tolist()
     pairs[50][1] = pairs[51][0] = math.nan
@@ -244,7 +244,7 @@ def test_a_spike_is_left_out_and_counted(
     assert metrics(out)[-1]["skipped"] == len(skipped(out))
 
 
-def test_a_run_with_steps_left_out_goes_on_as_if_it_had_not_been_cut(
+def test_a_run_with_steps_left_out_resumes_as_if_it_had_not_been_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spike_or_nan(loss: Tensor, method: Method) -> Tensor:

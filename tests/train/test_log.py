@@ -80,7 +80,7 @@ def test_sums_keep_no_graph() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4])
-def test_a_window_that_went_through_json_goes_on_bit_for_bit(cut: int) -> None:
+def test_a_window_that_went_through_json_resumes_bit_for_bit(cut: int) -> None:
     whole, part = Window(), Window()
     for seed in range(cut):
         part.add(random_step(seed), WEIGHT)
@@ -205,7 +205,7 @@ class Gone:
     "error",
     [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), OSError(28, "full")],
 )
-def test_a_console_that_is_gone_is_given_up_and_the_log_goes_on(
+def test_a_console_that_is_gone_is_given_up_and_the_log_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     with (tmp_path / "stdout").open("w") as stdout:

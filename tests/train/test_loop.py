@@ -205,7 +205,7 @@ def test_bf16_runs_and_keeps_full_weights(finished: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_files_are_named_once_and_the_run_goes_on(tmp_path: Path, workers: int) -> None:
+def test_bad_files_are_named_once_and_the_run_resumes(tmp_path: Path, workers: int) -> None:
     config = run_config("ijepa", "data.max_bad=0.05", f"data.workers={workers}")
     out = train(config, tmp_path / "run", Pictures(bad=(3, 17)))
     lines = (out / "bad_files.jsonl").read_text().splitlines()

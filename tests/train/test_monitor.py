@@ -209,7 +209,7 @@ def test_lines_without_health_are_passed_over() -> None:
     assert list(verdicts(lines)) == [1, 10]
 
 
-def test_a_monitor_goes_on_from_its_json() -> None:
+def test_a_monitor_resumes_from_its_json() -> None:
     lines = [line(1)] + [line(n, **SIGNS[key]) for n, key in enumerate([*SIGNS, *SIGNS], 250)]
     lines += [line(300, **SIGNS["skill"]), line(301, **SIGNS["skill"])]
     monitor, whole = Monitor(), Monitor()

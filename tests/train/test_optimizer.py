@@ -97,7 +97,7 @@ def steps(module: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> 
         optimizer.step()
 
 
-def test_state_that_went_through_a_file_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_state_that_went_through_a_file_resumes_bit_for_bit(tmp_path: Path) -> None:
     method = build_method(tiny_config())
     optimizer = build_optimizer(method)
     steps(method, optimizer, range(3))

@@ -130,7 +130,7 @@ def test_a_run_stopped_again_and_again_is_the_run_never_stopped(
         ["target.centring=place", "data.photometric=0.2", "optim.clip_norm=0.05", *PAPER],
     ],
 )
-def test_other_recipes_go_on_as_well(
+def test_other_recipes_resume_as_well(
     tmp_path: Path, uncut: Callable[..., Path], settings: list[str]
 ) -> None:
     config = run_config("dseq", *UNEVEN, *settings)
@@ -139,7 +139,7 @@ def test_other_recipes_go_on_as_well(
 
 
 @pytest.mark.parametrize("batch", [2, 9, 26, 40])
-def test_a_run_that_dies_goes_on_from_its_last_checkpoint(
+def test_a_run_that_dies_resumes_from_its_last_checkpoint(
     tmp_path: Path, uncut: Callable[..., Path], batch: int
 ) -> None:
     config = run_config("dseq", *UNEVEN, "optim.accumulate=2")
@@ -412,7 +412,7 @@ def test_a_process_killed_and_then_terminated_ends_as_if_nothing_had_been(tmp_pa
     assert_same_run(whole, out)
 
 
-def test_a_run_goes_on_with_another_spelling_of_its_folder_and_no_other_folder(
+def test_a_run_resumes_with_another_spelling_of_its_folder_and_no_other_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("here", "there"):

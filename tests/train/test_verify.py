@@ -23,7 +23,7 @@ class Pipe:
 
 
 def change_when_resumed(monkeypatch: pytest.MonkeyPatch, **change: Any) -> None:
-    """The training processes become calls; the one that goes on has another config."""
+    """The training processes become calls; the resumed one has another config."""
 
     def train(config: Config, out: Path, stop_after: int, *, resume: bool) -> None:
         config = config.with_(**change) if resume else config

@@ -91,7 +91,7 @@ def test_images_of_another_size_than_their_annotations_are_bad(
     assert said == ["the image is (32, 32) pixels high and wide, its annotation says (64, 64)"] * 2
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
+def test_a_stopped_evaluation_resumes_to_the_same_numbers(
     tmp_path: Path, train: SceneObjects, test: SceneObjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(job_of(tmp_path, train, test, "whole"), config())

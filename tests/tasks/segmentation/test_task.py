@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_numbers_to_the_last_digit(tmp_path: Path) 
     assert other.metrics != first.metrics
 
 
-def test_a_stopped_evaluation_goes_on_to_the_same_numbers(
+def test_a_stopped_evaluation_resumes_to_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(job_of(tmp_path, TRAIN, TEST, "whole"), config())
