@@ -339,6 +339,10 @@ class MethodConfig(Section):
 
     @model_validator(mode="after")
     def _check_regularizer(self) -> Self:
+        if not self.prediction_weight and self.regularizer == "none":
+            raise ValueError(
+                "prediction_weight=0 without a regularizer trains nothing: set method.regularizer"
+            )
         if self.regularizer == "vicreg" and self.regularizer_over == "patches":
             for key in ("similarity", "projector_width"):
                 if getattr(self.vicreg, key):

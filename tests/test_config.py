@@ -309,6 +309,8 @@ def test_what_is_wrong_is_said_in_one_line(override: str, message: str) -> None:
         (["method.prediction=flat", "method.context_lag=1"], "flat has one context"),
         (["model.class_token=false"], "use rarity or grad_cam, or keep the token"),
         (["model.width=30", "model.heads=2"], "multiple of 4"),
+        (["method.prediction_weight=0"], "without a regularizer trains nothing"),
+        (["method.regularizer=vicreg", "method.regularizer_over=patches"], "vicreg.similarity=0"),
         (["data.crop_scale=[0.9, 0.2]"], "0 < low <= high <= 1, found 0.9, 0.2"),
         (["method.blocks.target_area=[0.2, 0.1]"], "target_area must be an ordered"),
         (["method.blocks.context_area=[0.5, 1.5]"], "context_area must be an ordered"),

@@ -113,6 +113,7 @@ class Method(nn.Module):
         self.steps_per_image = self.random_targets
         self.seed = config.runtime.seed
         self.prediction_weight = config.method.prediction_weight
+        self.predictor.requires_grad_(self.prediction_weight > 0)
         self.regularizer_weight = config.method.regularizer_weight
         self.over_patches = config.method.regularizer_over == "patches"
         self.regularizer: Vicreg | Sigreg | None = None
@@ -172,7 +173,9 @@ class Method(nn.Module):
         )
         queries = self.predictor.pack(plan, contexts)
         row_V, patch_V = queries.row_V, queries.patch_V
-        values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
+        # A control without the prediction loss measures its predictions, but trains nothing by them.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.prediction_weight > 0):
+            values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
         return Predictions(values_UD[: len(row_V)], row_V, patch_V), contexts, context_TD
 
     def _views(self, images_BCHW: Images, keys_B: Int64[Tensor, " B"]) -> tuple[Images, Look]:

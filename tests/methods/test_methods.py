@@ -250,7 +250,13 @@ def test_the_weight_of_prediction_scales_it_and_at_zero_leaves_the_regulariser_a
     torch.testing.assert_close(full.loss - alone.loss, full.metrics["prediction_loss"])
     assert alone.metrics["prediction_loss"] > 0, "it is measured all the same"
     alone.loss.backward()
-    assert not any(p.grad.any() for p in method.predictor.parameters())
+    assert all(p.grad is None for p in method.predictor.parameters())
+    nearly, step = loss_of(*term, "method.prediction_weight=1e-30")
+    step.loss.backward()
+    for parameter, other in zip(
+        method.encoder.parameters(), nearly.encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, other.grad)
     assert method.encoder.patch_embed.proj.weight.grad.any()
 
 
