@@ -173,7 +173,7 @@ class Method(nn.Module):
         )
         queries = self.predictor.pack(plan, contexts)
         row_V, patch_V = queries.row_V, queries.patch_V
-        # A control without the prediction loss measures its predictions, but trains nothing by them.
+        # A control measures its predictions, but is not trained by them.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prediction_weight > 0):
             values_UD = self.predictor.predict(context_TD, contexts, queries, grid)
         return Predictions(values_UD[: len(row_V)], row_V, patch_V), contexts, context_TD
