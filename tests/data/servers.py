@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +31,8 @@ CODES = {
 """An error as S3 words it."""
 PACE = 0.3
 """Seconds between the pieces of a slow answer."""
+TRICKLE = 60
+"""Seconds for which an answer comes byte by byte."""
 
 
 def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, silence: float) -> Path:
@@ -107,6 +109,12 @@ class _Faulty(SimpleHTTPRequestHandler):
                 self.wfile.write(content[start : start + len(content) // 3 + 1])
                 self.wfile.flush()
                 time.sleep(PACE)
+        elif fault == "trickle":
+            with suppress(OSError):  # whoever asked has gone
+                for byte in content[: round(TRICKLE / PACE)]:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(PACE)
         elif fault in ("silent", "frozen"):
             self.wfile.write(half)
             self.wfile.flush()
@@ -168,6 +176,7 @@ def serving(folder: Path) -> Iterator[Files]:
 def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server with the bucket `pictures`; the environment leads there."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -182,6 +191,7 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in words.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="pictures")
+    s3fs.S3FileSystem.clear_instance_cache()  # they remember another test's server
     yield "s3://pictures"
     server.stop()
 
@@ -235,6 +245,6 @@ def faulty_buckets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Fi
 
         with _running(Handler) as files:
             monkeypatch.setenv("AWS_ENDPOINT_URL", files.url)
-            s3fs.S3FileSystem.clear_instance_cache()  # they remember another test's server
+            s3fs.S3FileSystem.clear_instance_cache()
             files.url = f"{bucket}/mine"
             yield files
