@@ -205,7 +205,7 @@ class Remote:
 
         def found(fs: Any, path: str) -> bool:
             with suppress(FileNotFoundError):
-                return bool(fs.info(f"{path}/{entry.name}")["size"] == entry.size)
+                return bool(_info(fs, f"{path}/{entry.name}")["size"] == entry.size)
             return False
 
         return patiently(lambda: _asked(self.url, found))
@@ -270,11 +270,12 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
         fs.invalidate_cache()
         paths = [f"{path}/{name}" for name in names]
         if not paths:
-            there = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
+            entries = _bounded(fs, "ls", path, detail=False, size=AT_ONCE)
+            there = {entry.rstrip("/").rpartition("/")[2] for entry in entries}
             wanted = last or f"*{ending}"
             chosen = [name for name in there if fnmatchcase(name, wanted)]
             paths = [f"{path}/{name}" for name in sorted(chosen) if not name.startswith(".")]
-        infos = [(path.rpartition("/")[2], fs.info(path)) for path in paths]
+        infos = [(path.rpartition("/")[2], _info(fs, path)) for path in paths]
         for name, info in infos:
             if info.get("size") is None:
                 raise InputError(f"{printable(pattern)}: the server reports no size for {name}")
@@ -339,9 +340,9 @@ def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
 
 def _is_no(error: BaseException | None) -> bool:
     """Whether an error is permanent, so that retrying cannot help."""
-    status = getattr(error, "status", None)
+    status = getattr(error, "status" if hasattr(error, "status") else "code", None)
     if not isinstance(status, int):
-        return False
+        return type(error) is OSError and str(error).startswith("Forbidden")  # as gcsfs says it
     return status == 501 or (400 <= status < 500 and status not in (408, 429))
 
 
@@ -370,10 +371,12 @@ def file_system(url: str) -> tuple[Any, str]:
 
 def _patience(kind: str) -> dict[str, Any]:
     """Timeouts, in the form that the library of a kind of server takes."""
-    if kind == "http":
+    if kind in ("http", "gs"):
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=LONGEST, sock_connect=SILENCE, sock_read=SILENCE)
+        if kind == "gs":
+            return {"requests_timeout": limits}
         return {"client_kwargs": {"timeout": limits}}
     if kind == "s3":
         # Its own retries would multiply those of `patience`, and the seconds until it gives up.
@@ -440,6 +443,12 @@ def _bounded(fs: Any, method: str, *arguments: Any, size: int, **more: Any) -> A
     return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=seconds, **more)
 
 
+def _info(fs: Any, path: str) -> dict[str, Any]:
+    """What a server says of a file."""
+    said: dict[str, Any] = _bounded(fs, "info", path, size=AT_ONCE)
+    return said
+
+
 class _Changed(OSError):
     """A file is no longer the one that was listed."""
 
@@ -484,7 +493,7 @@ def _arriving(fs: Any, path: str, size: int) -> Iterator[bytes]:
                 yield part
         return
     fs.invalidate_cache()
-    if (there := fs.info(path)["size"]) != size:
+    if (there := _info(fs, path)["size"]) != size:
         raise _other_size(there, size)
     for start in range(0, size, AT_ONCE):
         yield _range(fs, path, start, min(start + AT_ONCE, size))
@@ -498,7 +507,7 @@ def _copy_part(
         for first in range(start, stop, AT_ONCE):
             _write(out, _range(fs, path, first, min(first + AT_ONCE, stop)))
     fs.invalidate_cache()
-    info = fs.info(path)
+    info = _info(fs, path)
     if _version(info) != entry.version:
         raise _Changed(errno.EBADMSG, f"{entry.name} has changed since it was opened: start again")
 
