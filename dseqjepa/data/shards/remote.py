@@ -47,7 +47,7 @@ SLOWEST = 10**5
 """Bytes per second below which an upload or a request for a part fails."""
 PATIENCE = 2 * LONGEST
 """Seconds that another process of this machine is waited for."""
-PAUSE = 0.05
+PAUSE = 0.02
 """Seconds until it is asked for again."""
 AT_ONCE = 2**23
 """Bytes requested and written at a time."""
