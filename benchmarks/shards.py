@@ -12,15 +12,14 @@ image.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import tempfile
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from dseqjepa.data.decode import decode_reduced
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.order import full_shuffle, window_shuffle
-from dseqjepa.data.shards.index import LIST, RECORDS, VERSION, Shard, read_shard
+from dseqjepa.data.shards.index import LIST, RECORDS, Shard, list_text, read_shard
 from dseqjepa.data.shards.pack import pack
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.transforms import TrainTransform
@@ -147,9 +146,9 @@ def made_index(root: Path, images: int) -> Path:
         for shard in names:
             os.link(few, place / shard)
             out.write(records_N.tobytes())
-    rows = [asdict(Shard(shard, few.stat().st_size, each)) for shard in names]
-    listed = {"version": VERSION, "classes": [], "shards": rows}
-    (place / LIST).write_text(json.dumps(listed))
+    crc = zlib.crc32(records_N.tobytes())
+    rows = (Shard(shard, few.stat().st_size, each, crc) for shard in names)
+    (place / LIST).write_text(list_text([], rows))
     return place
 
 

@@ -768,9 +768,10 @@ def index_shards(
     """
     from dseqjepa.data.images import list_images
     from dseqjepa.data.shards.index import write_index
+    from dseqjepa.files import visible
 
     folder = Path(place).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.tar*")):
+    if folder.is_dir() and not visible(folder.glob("*.tar*")):
         print(f"{list_images(folder)} images listed; data={place} looks at none of them to start")
         return
     index = write_index(place, workers=workers, tell=print)
@@ -787,8 +788,7 @@ def push_shards(
 ) -> None:
     """Upload shards.
 
-    Tar files that are already there, with the same name and size, are skipped; the index is
-    copied last.
+    Tar files that are already there, with the same images, are skipped; the index is copied last.
     """
     from dseqjepa.data.shards.push import push
 

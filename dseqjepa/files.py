@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order, without those of hidden files, which are unfinished or another program's."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def folder_above(path: Path) -> Path:

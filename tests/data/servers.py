@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import json
 import os
 import re
 import threading
@@ -10,11 +12,11 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -31,6 +33,8 @@ CODES = {
 """An error as S3 words it."""
 PACE = 0.3
 """Seconds between the pieces of a slow answer."""
+TRICKLE = 60
+"""Seconds for which an answer comes byte by byte."""
 
 
 def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, silence: float) -> Path:
@@ -107,6 +111,12 @@ class _Faulty(SimpleHTTPRequestHandler):
                 self.wfile.write(content[start : start + len(content) // 3 + 1])
                 self.wfile.flush()
                 time.sleep(PACE)
+        elif fault == "trickle":
+            with suppress(OSError):  # whoever asked has gone
+                for byte in content[: round(TRICKLE / PACE)]:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(PACE)
         elif fault in ("silent", "frozen"):
             self.wfile.write(half)
             self.wfile.flush()
@@ -168,6 +178,7 @@ def serving(folder: Path) -> Iterator[Files]:
 def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An S3 server with the bucket `pictures`; the environment leads there."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -182,8 +193,59 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in words.items():
         monkeypatch.setenv(name, value)
     boto3.client("s3").create_bucket(Bucket="pictures")
+    s3fs.S3FileSystem.clear_instance_cache()  # they remember another test's server
     yield "s3://pictures"
     server.stop()
+
+
+@contextmanager
+def google_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Files]:
+    """An empty bucket as Google Cloud Storage's JSON API shows it; the environment leads there."""
+    import gcsfs
+    from gcsfs.extended_gcsfs import BucketType
+
+    async def kind(fs: object, bucket: str) -> BucketType:
+        return BucketType.NON_HIERARCHICAL
+
+    # It would ask a server of another protocol.
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_get_bucket_type", kind)
+    objects: dict[str, bytes] = {}
+
+    class Handler(_Faulty):
+        def answer(self) -> Answer:
+            found = urlsplit(self.path)
+            _, _, name = found.path.partition("/b/pictures/o")
+            name = unquote(name.strip("/"))
+            if not name:
+                prefix = parse_qs(found.query).get("prefix", [""])[0]
+                items = [facts(name) for name in objects if name.startswith(prefix)]
+                return 200, {}, json.dumps({"items": items}).encode()
+            if name not in objects:
+                return 404, {}, b"not found"
+            if "alt=media" in found.query:
+                return _part(objects[name], self.headers.get("Range"))
+            return 200, {}, json.dumps(facts(name)).encode()
+
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            _, about, content = sent.removesuffix(b"\n--==0==--").split(b"--==0==", 2)
+            name = json.loads(about.partition(b"\n\n")[2])["name"]
+            planned = self.files.faults.get(f"PUT {name.rpartition('/')[2]}", [])
+            if planned:
+                self.fail(planned.pop(0))
+                return
+            objects[name] = content.partition(b"\n\n")[2]
+            self.send(200, {}, json.dumps(facts(name)).encode())
+
+    def facts(name: str) -> dict[str, str]:
+        etag = hashlib.sha256(objects[name]).hexdigest()
+        return {"bucket": "pictures", "name": name, "size": str(len(objects[name])), "etag": etag}
+
+    with _running(Handler) as files:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", files.url)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        files.url = "gs://pictures/mine"
+        yield files
 
 
 @contextmanager
@@ -235,6 +297,6 @@ def faulty_buckets(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Fi
 
         with _running(Handler) as files:
             monkeypatch.setenv("AWS_ENDPOINT_URL", files.url)
-            s3fs.S3FileSystem.clear_instance_cache()  # they remember another test's server
+            s3fs.S3FileSystem.clear_instance_cache()
             files.url = f"{bucket}/mine"
             yield files

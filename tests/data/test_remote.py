@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from dseqjepa.data.patience import WAITS, read_image
 from dseqjepa.data.shards import remote
 from dseqjepa.data.shards.index import LIST, RECORDS, write_index
 from dseqjepa.data.shards.pack import pack
+from dseqjepa.data.shards.push import push
 from dseqjepa.data.shards.remote import FOLDER, GIGABYTES, Remote
 from dseqjepa.data.shards.source import Shards
 from dseqjepa.data.source import BadImage
@@ -51,7 +53,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept(cache: Path) -> list[str]:
-    return sorted(path.name for path in cache.glob("*/[!.]*.tar"))
+    """The tar files in it, without what says which images they hold."""
+    return sorted(path.name.rpartition("-")[2] for path in cache.glob("*/[!.]*.tar"))
 
 
 def same(source: Shards, folder: Path) -> None:
@@ -174,16 +177,91 @@ def test_a_refusal_is_final(files: Files, status: str):
     assert files.asked["000000.tar"] == 1
 
 
-def test_bytes_that_changed_on_the_way_are_no_image(packed: Path, files: Files):
-    source, local = Shards(files.url, "train"), Shards(packed, "train")
+def test_bytes_that_changed_on_the_way_are_asked_for_once_more(
+    packed: Path, files: Files, cache: Path
+):
+    source = Shards(files.url, "train")
     files.faults["000000.tar"] = ["flipped"]
-    reasons = set()
-    for index in range(source.counts[0]):
-        try:
-            assert source.content(index) == local.content(index)
-        except BadImage as error:
-            reasons.add(str(error))
-    assert reasons == {"its bytes are not those that were indexed (checksum)"}
+    same(source, packed)
+    assert files.asked["000000.tar"] == 2
+    same(Shards(files.url, "train"), packed)
+    assert files.asked["000000.tar"] == 2
+    assert kept(cache) == [shard.name for shard in source.shards]
+
+
+def test_bytes_that_changed_on_this_machine_are_fetched_once_more(
+    packed: Path, files: Files, cache: Path
+):
+    source = Shards(files.url, "train")
+    same(source, packed)
+    for file in cache.glob("*/*.tar"):
+        file.write_bytes(bytes(file.stat().st_size))
+    same(source, packed)
+    assert {files.asked[shard.name] for shard in source.shards} == {2}
+
+
+def test_bytes_that_are_others_at_the_server_are_no_image_and_fetched_twice(
+    packed: Path, files: Files
+):
+    file = packed / "000000.tar"
+    whole = file.read_bytes()
+    file.write_bytes(bytes(255 - byte for byte in whole))
+    for source in (Shards(files.url, "train"), Shards(files.url, "train")):  # two processes
+        for index in range(source.counts[0]):
+            with pytest.raises(BadImage, match="not those that were indexed"):
+                source.content(index)
+    assert files.asked[file.name] == 2
+    assert source.content(source.counts[0]) == Shards(packed, "train").content(source.counts[0])
+
+
+def test_a_shard_that_was_made_anew_in_the_same_size_is_downloaded(tmp_path: Path):
+    """Tar files are padded to 10,240 bytes, so their sizes say little."""
+    with serving(tmp_path / "here") as files:
+        for number in range(3):
+            size = shard(tmp_path / "here" / "a.tar", {"x.jpg": jpeg(number)}).stat().st_size
+            assert size == 10_240
+            write_index(tmp_path / "here")
+            source = Shards(files.url, "train")
+            assert source.content(0) == jpeg(number)
+            assert source.name(0) == f"{files.url}/a.tar/x.jpg"
+
+
+def test_an_index_made_from_here_is_of_the_files_as_they_are(tmp_path: Path):
+    with serving(tmp_path / "here") as files:
+        url = f"{files.url}/{{1..2}}.tar"
+        for number in range(3):
+            for name in ("1.tar", "2.tar"):
+                file = shard(tmp_path / "here" / name, {"x.jpg": jpeg(number)})
+                os.utime(file, (number, number))
+            write_index(url)
+            source = Shards(url, "train")
+            assert [source.content(n) for n in (0, 1)] == [jpeg(number)] * 2
+            # What was downloaded to be indexed is what is read.
+            assert files.asked["1.tar"] == files.asked["2.tar"] == number + 1
+
+
+def test_shards_in_the_order_of_a_pattern_keep_their_records(tmp_path: Path):
+    for number in (9, 10):
+        members = {f"{n}.jpg": jpeg(n + number) for n in range(number)}
+        shard(tmp_path / "here" / f"{number}.tar", members)
+    write_index(tmp_path / "here")
+    with serving(tmp_path / "here") as files:
+        source = Shards(f"{files.url}/{{9..10}}.tar", "train")
+        assert source.counts == [9, 10]
+        wanted = [jpeg(n + number) for number in (9, 10) for n in range(number)]
+        assert [source.content(n) for n in range(19)] == wanted
+
+
+def test_records_of_another_list_are_not_used(packed: Path, files: Files):
+    """As they lie behind a URL while somebody replaces both."""
+    content = bytearray((packed / RECORDS).read_bytes())
+    content[0] ^= 1
+    (packed / RECORDS).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{RECORDS} of {files.url} does not belong to {LIST}"):
+        Shards(files.url, "train")
+    content[0] ^= 1
+    (packed / RECORDS).write_bytes(content)
+    same(Shards(files.url, "train"), packed)
 
 
 def test_an_index_older_than_its_shard_is_seen(packed: Path, files: Files):
@@ -378,6 +456,60 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_wrong(
     same(source, packed)
 
 
+@pytest.mark.parametrize("name", ["a file's", "the folder's"])
+def test_a_process_that_is_stopped_is_not_waited_for_without_end(
+    files: Files, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    source = Shards(files.url, "train")
+    entry = source.shards[0].entry
+    file = Remote(files.url).file(entry)
+    lock = cache / ".lock" if name == "the folder's" else file.with_name(f".{file.name}.lock")
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    with lock.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match=rf"waited 0 seconds for the process that holds {lock}"):
+            source.content(0)
+    source.content(0)
+
+
+def test_room_that_others_take_is_not_waited_for_without_end(
+    files: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = Shards(files.url, "train")
+    taken = cache / "other" / ".tmp-x.tar"
+    taken.parent.mkdir()
+    taken.write_bytes(bytes(10**4))
+    set_limit(monkeypatch, max(s.size for s in source.shards))
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
+    with (taken.parent / ".x.tar.lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="waited 0 seconds for processes whose downloads take"):
+            source.content(0)
+    source.content(0)
+
+
+def test_no_lock_stays(packed: Path, files: Files, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    source = Shards(files.url, "train")
+    set_limit(monkeypatch, 2 * max(s.size for s in source.shards))
+    same(source, packed)
+    assert list(cache.rglob(".*.lock")) == list(cache.rglob(".lock")) == []
+
+
+def add_up(folder: str, count: int) -> None:
+    """In a child: count in a file under a lock."""
+    number = Path(folder) / "number"
+    for _ in range(count):
+        with remote._locked(Path(folder) / ".lock"):
+            number.write_text(str(int(number.read_text()) + 1))
+
+
+def test_a_lock_that_comes_and_goes_keeps_others_out(tmp_path: Path):
+    (tmp_path / "number").write_text("0")
+    log = tmp_path / "said.txt"
+    assert ends([start(add_up, str(tmp_path), 60, log=log) for _ in range(3)], 100) == [0] * 3
+    assert (tmp_path / "number").read_text() == "180", log.read_text()
+
+
 # Hostile lists
 
 
@@ -407,6 +539,13 @@ def test_from_a_folder_to_a_bucket(
         again = runner.invoke(app, ["shards", "push", str(packed), url])
         assert "copied: 2 files" in again.output  # the index; tar files are there
         same(Shards(url, "train"), packed)
+        # one with another image, of the same size
+        size = (packed / "000001.tar").stat().st_size
+        assert shard(packed / "000001.tar", {"x.jpg": jpeg(99)}).stat().st_size == size
+        write_index(packed)
+        again = runner.invoke(app, ["shards", "push", str(packed), url])
+        assert "copied: 3 files" in again.output
+        same(Shards(url, "train"), packed)
         same(Shards(f"{url}/*.tar", "train"), packed)
         # tar files of others, without an index
         import boto3
@@ -421,8 +560,9 @@ def test_from_a_folder_to_a_bucket(
         assert done.exit_code == 0, (done.output, done.exception)
         shutil.rmtree(cache)
         source = Shards(url, "train")  # the index lies in the bucket
-        loader = Loader(source, TrainTransform((8, 8)), batch_size=4, seed=0, workers=2)
-        assert sum(len(batch.index_B) for batch in loader.batches(0)) == COUNT
+        count = len(source)
+        loader = Loader(source, TrainTransform((8, 8)), batch_size=count, seed=0, workers=2)
+        assert sum(len(batch.index_B) for batch in loader.batches(0)) == count
         loader.close()
         client.put_object(Bucket="pictures", Key="mine/000000.tar", Body=b"0" * 99)
         shutil.rmtree(cache)
@@ -437,9 +577,41 @@ def test_from_a_folder_to_a_bucket(
             Shards("s3://none/nothing", "train")
 
 
+def test_a_push_that_was_stopped_copies_the_rest(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    with buckets(monkeypatch) as bucket:
+        url = f"{bucket}/mine"
+        push(packed, url)
+
+        def stopped(home: Remote, name: str, content: Path | bytes) -> None:
+            if name == "000002.tar":
+                raise KeyboardInterrupt
+            put(home, name, content)
+
+        put = Remote.put
+        others = tmp_path / "others"
+        pack(pictures(tmp_path / "more", COUNT + 1), others, size=5000, seed=0)
+        monkeypatch.setattr(Remote, "put", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            push(others, url)
+        monkeypatch.setattr(Remote, "put", put)
+        # Its list is neither that of before nor that of now.
+        with pytest.raises(InputError, match=rf"not all .* copied to {url}: repeat dseqjepa"):
+            Shards(url, "train")
+        said: list[str] = []
+        push(others, url, tell=said.append)
+        assert said[:3] == [
+            f"there: {url}/000000.tar", f"there: {url}/000001.tar", f"copied: {url}/000002.tar",
+        ]  # fmt: skip
+        same(Shards(url, "train"), others)
+        push(packed, url)
+        same(Shards(url, "train"), packed)
+
+
 def test_a_name_is_opened_once_it_is_whole(packed: Path, files: Files):
     """A file of another size under the same name is not taken for it."""
     home = Remote(files.url)
     home.folder.mkdir(parents=True)
-    (home.folder / "000000.tar").write_bytes(b"left by an older set")
+    home.file(Shards(packed, "train").shards[0].entry).write_bytes(b"not all of it")
     same(Shards(files.url, "train"), packed)

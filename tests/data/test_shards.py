@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import pickle
+import re
 import tarfile
 import tracemalloc
 from functools import partial
@@ -21,6 +24,7 @@ from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.labelled import open_source, open_splits
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.shards.index import (
+    LARGEST,
     LIST,
     PARTS,
     RECORD,
@@ -165,6 +169,35 @@ def test_webdataset_as_others_write_it(tmp_path: Path):
     assert Shards(tmp_path / "a-*1.tar", "pretrain").content(0) == jpeg(3)
 
 
+def test_hidden_files_are_neither_shards_nor_images(tmp_path: Path):
+    """Such as those that macOS puts beside others, and those that are being written."""
+    shard(tmp_path / "a.tar", {"._a.jpg": b"x", "a.jpg": jpeg(0), "b/._a.jpg": b"x"})
+    for name in ("._a.tar", ".tmp-000001.tar"):
+        (tmp_path / name).write_bytes(b"no tar file")
+    write_index(tmp_path)
+    source = Shards(tmp_path, "train")
+    assert [source.content(n) for n in range(len(source))] == [jpeg(0)]
+    assert source.notes == ()
+
+
+def test_a_pickle_is_small_and_maps_the_index_again(packed: Path):
+    records_N = np.fromfile(packed / RECORDS, RECORD)
+    source = Shards(packed, "train")
+    whole = pickle.dumps(source)
+    assert records_N[:2].tobytes() not in whole
+    again = pickle.loads(whole)
+    assert isinstance(again._records_N, np.memmap)
+    assert [again.content(n) for n in range(12)] == [source.content(n) for n in range(12)]
+    assert again.labels["class"].tolist() == source.labels["class"].tolist()
+    assert again.classes == source.classes
+    some = pickle.loads(pickle.dumps(Shards(packed / "00000[12].tar", "train")))
+    assert some.content(0) == source.content(source.counts[0])
+    shard(packed / "000000.tar", {"x.jpg": jpeg(99)})
+    write_index(packed)
+    with pytest.raises(InputError, match="replaced: start again"):
+        pickle.loads(whole)
+
+
 def test_an_image_without_a_label_leaves_all_without(tmp_path: Path):
     shard(tmp_path / "a.tar", {"0.jpg": jpeg(0), "0.cls": b"1", "1.jpg": jpeg(1)})
     assert write_index(tmp_path).classes == ()
@@ -251,6 +284,7 @@ def test_what_is_no_tar_file_is_refused(tmp_path: Path, kind: str):
     [
         ({"a.txt": b"x"}, "holds no image"),
         ({"a.jpg": b"x", "a.png": b"y"}, "tar: a has 2 images, expected one"),
+        ({"a.jpg": b"x", "b.jpg": b"y", "a.png": b"z"}, r"a has another image .*\(a\.png\)"),
         ({"a.jpg": b"x", "a.cls": b"cat"}, "cls cannot be read"),
         ({"a.jpg": b"x", "a.cls": b"-5"}, "label -5"),
         ({"a.jpg": b"x", "a.json": b"{"}, "json cannot be read"),
@@ -390,6 +424,75 @@ def test_hostile_labels_are_refused(tmp_path: Path, name: str, content: bytes):
     shard(tmp_path / "a.tar", {"a.jpg": jpeg(0), f"a.{name}": content})
     with pytest.raises(InputError, match=r"a\.tar"):
         write_index(tmp_path)
+
+
+def test_a_huge_image_is_left_out_by_name(tmp_path: Path):
+    """It takes no memory, neither when it is indexed nor later; its bytes are a hole."""
+    member = tarfile.TarInfo("huge.jpg")
+    member.size = LARGEST + 1
+    file = shard(tmp_path / "a.tar", {"a.jpg": jpeg(0)})
+    whole = file.read_bytes()[:-1024].rstrip(b"\0")
+    whole = whole.ljust(-(-len(whole) // 512) * 512, b"\0") + member.tobuf(tarfile.GNU_FORMAT)
+    file.write_bytes(whole)
+    os.truncate(file, len(whole) + LARGEST + 512 + 1024)
+    tracemalloc.start()
+    write_index(tmp_path)
+    source = Shards(tmp_path, "train")
+    with pytest.raises(BadImage, match=r"has 268,435,457 bytes, expected at most 268,435,456"):
+        source.content(1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**22
+    assert source.name(1).endswith("a.tar/huge.jpg")
+    assert source.content(0) == jpeg(0)
+
+
+def test_a_folder_that_lacks_a_shard_is_refused_and_a_pattern_chooses(packed: Path):
+    (packed / "000001.tar").unlink()
+    with pytest.raises(InputError, match=r"lacks 000001\.tar of its index.* shards index"):
+        Shards(packed, "train")
+    assert len(Shards(packed / "*.tar", "train")) < 12
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_what_is_no_file_is_told_in_a_line(packed: Path, tmp_path: Path, is_indexed: bool):
+    name = "000000.tar" if is_indexed else "more.tar"
+    (packed / name).unlink(missing_ok=True)
+    (packed / name).symlink_to(tmp_path / "nowhere")
+    for read in (write_index, lambda place: Shards(place, "train")):
+        with pytest.raises(InputError, match=rf"{name}: its link leads nowhere|not in it"):
+            read(packed)
+    (packed / name).unlink()
+    (packed / name).mkdir()
+    with pytest.raises(InputError, match=rf"found \S+{name}, which is none"):
+        write_index(packed)
+
+
+def test_an_index_of_an_older_version_is_to_be_made_again(packed: Path):
+    text = (packed / LIST).read_text()
+    old = re.sub(r'\n *"crc": \d+,', "", text.replace('"version": 2', '"version": 1'))
+    assert old.count("crc") == 0
+    (packed / LIST).write_text(old)
+    with pytest.raises(InputError, match=r"version 1, expected 2: dseqjepa shards index \S+ makes"):
+        Shards(packed, "train")
+    assert len(write_index(packed).records_N) == 12
+
+
+def test_a_picture_that_cannot_be_read_is_named_when_it_is_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pictures(tmp_path / "pictures")
+    gone = "a picture.5.jpg"
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == gone:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(InputError, match=rf"cannot read \S+/{gone}: Permission denied"):
+        pack(tmp_path / "pictures", tmp_path / "out", size=10**6)
 
 
 def test_records_that_lead_outside_of_their_shard_are_no_images(packed: Path):

@@ -24,6 +24,7 @@ from dseqjepa.data.formats.parquet_files import (
     remote_files,
 )
 from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
+from dseqjepa.data.shards.index import MOST_CLASSES
 from dseqjepa.data.shards.remote import check_room, is_url
 from dseqjepa.data.source import BadImage, Split
 from dseqjepa.errors import InputError, printable
@@ -31,6 +32,8 @@ from dseqjepa.files import json_digest
 
 KEPT = 4
 """Row groups whose images a process keeps."""
+OPEN_AT_ONCE = 16
+"""Files that a process keeps open."""
 IMAGES = ("image", "img")
 """Names of the column of images; else it is the only one that looks like it."""
 
@@ -70,6 +73,13 @@ class Parquet(ImageFiles):
                     f"{printable(self.files[0].name)} {', '.join(names)}"
                 )
         self._column = _image_column(schema, self.files[0].place)
+        for file, one in zip(self.files, facts, strict=True):
+            kind = one.metadata.schema.to_arrow_schema().field(self._column).type
+            if not _holds_images(kind):
+                raise InputError(
+                    f"{printable(file.place)}: expected images in the column {self._column}, as in "
+                    f"{printable(self.files[0].name)}, found {kind}"
+                )
         # A row group is what is read at once: which file it is in, and its number there.
         self._groups = [
             (number, group)
@@ -80,12 +90,15 @@ class Parquet(ImageFiles):
             facts[number].metadata.row_group(group).num_rows for number, group in self._groups
         ]
         self._start_G = np.cumsum([0, *self.counts])
+        rows = [one.metadata.num_rows for one in facts]
+        self._first_rows: Sequence[int] = np.cumsum([0, *rows]).tolist()
         if not self._start_G[-1]:
             raise InputError(f"{printable(place)} holds no rows")
         self.labels: Mapping[str, np.ndarray] = {}
         self.classes: Mapping[str, tuple[str, ...]] = {}
         self._read_labels(facts, schema)
         self._read: OrderedDict[int, Any] = OrderedDict()
+        self._used: OrderedDict[int, None] = OrderedDict()
 
     def _read_labels(self, facts: Sequence[ParquetFacts], schema: Any) -> None:
         column = next((name for name in LABELS if name in schema.names), "")
@@ -98,6 +111,11 @@ class Parquet(ImageFiles):
         label_N = np.concatenate(parts)
         if label_N.min() < 0 or label_N.max() < 1:  # -1 marks test sets whose labels are withheld
             return
+        if label_N.max() >= MOST_CLASSES:
+            raise InputError(
+                f"{column} goes up to {label_N.max()}, expected classes below {MOST_CLASSES:,}: "
+                f"give a column of other numbers another name"
+            )
         self.labels = {"class": label_N}
         names = _class_names(schema, column) or tuple(map(str, range(int(label_N.max()) + 1)))
         if len(names) <= label_N.max():
@@ -133,17 +151,13 @@ class Parquet(ImageFiles):
 
     def name(self, index: int) -> str:
         number, _ = self._groups[self._find(index)[0]]
-        return printable(f"{self.files[number].place}/row {index - self._first_row(number)}")
+        return printable(f"{self.files[number].place}/row {index - self._first_rows[number]}")
 
     def fingerprint(self) -> str:
         sizes = [[file.name, file.size] for file in self.files]
         return json_digest(
             {"files": sizes, "counts": list(self.counts), "pixel_range": self.pixel_range}
         )
-
-    def _first_row(self, number: int) -> int:
-        first = next(g for g, (file, _) in enumerate(self._groups) if file == number)
-        return int(self._start_G[first])
 
     def _find(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]
@@ -154,13 +168,17 @@ class Parquet(ImageFiles):
         group, row = self._find(index)
         if group not in self._read:
             number, at = self._groups[group]
+            self._used[number] = None
+            self._used.move_to_end(number)
+            while len(self._used) > OPEN_AT_ONCE:
+                self.files[self._used.popitem(last=False)[0]].close()
             self._read[group] = self.files[number].rows(at, self._column)
             while len(self._read) > KEPT:
                 self._read.popitem(last=False)
         return self._read[group][row].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": OrderedDict()}
+        return {**self.__dict__, "_read": OrderedDict(), "_used": OrderedDict()}
 
 
 def _of_split(found: list[ParquetPlace], split: Split) -> tuple[bool, list[ParquetPlace]]:
@@ -175,21 +193,16 @@ def _of_split(found: list[ParquetPlace], split: Split) -> tuple[bool, list[Parqu
     return True, held_out if split == "val" else of_part["train"]
 
 
-def _image_column(schema: Any, place: str) -> str:
+def _holds_images(kind: Any) -> bool:
     import pyarrow
 
-    def holds_images(name: str) -> bool:
-        kind = schema.field(name).type
-        return (
-            (
-                pyarrow.types.is_struct(kind)
-                and "bytes" in {kind.field(i).name for i in range(len(kind))}
-            )
-            or pyarrow.types.is_binary(kind)
-            or pyarrow.types.is_large_binary(kind)
-        )
+    if pyarrow.types.is_struct(kind):
+        return "bytes" in {kind.field(i).name for i in range(len(kind))}
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
-    found = [name for name in schema.names if holds_images(name)]
+
+def _image_column(schema: Any, place: str) -> str:
+    found = [name for name in schema.names if _holds_images(schema.field(name).type)]
     named = [name for name in found if name in IMAGES]
     if len(named or found) != 1:
         raise InputError(

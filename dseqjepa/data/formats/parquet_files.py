@@ -23,7 +23,7 @@ import numpy as np
 from dseqjepa.data.shards.remote import Entry, Remote, Tries, listed
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError, printable
-from dseqjepa.files import UNFINISHED
+from dseqjepa.files import UNFINISHED, visible
 
 LABELS = ("label", "labels", "fine_label")
 """Names of the column of labels."""
@@ -64,6 +64,10 @@ class ParquetPlace(ABC):
         """A column of a row group, as pyarrow's `ChunkedArray`. Raises `BadImage`, or an `OSError`
         that `patience` knows how to treat."""
 
+    def close(self) -> None:
+        """Close what reading keeps open; reading opens it again."""
+        return
+
 
 class LocalParquet(ParquetPlace):
     """A file of a folder."""
@@ -91,7 +95,12 @@ class LocalParquet(ParquetPlace):
                 self._opened = parquet.ParquetFile(self.path, page_checksum_verification=True)
             return self._opened.read_row_group(group, columns=[column]).column(0)
         except (OSError, ValueError) as error:
-            raise _unreadable(error) from error
+            raise _Unreadable(error) from error
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -137,11 +146,18 @@ class RemoteParquet(ParquetPlace):
         return start, min(stop + 100, self.size)  # pyarrow allows for a bug of an old writer
 
     def rows(self, group: int, column: str) -> Any:
-        from pyarrow import parquet
-
         start, stop = self.span(group, column)
         if not 0 <= start < stop:
             raise BadImage(f"row group {group} of {self.name} lies outside of the file")
+        try:
+            return self._rows(group, column, start, stop)
+        except _Unreadable:  # the cached copy may be damaged and the server's not
+            self.home.renew_part(self.entry, start, stop)
+        return self._rows(group, column, start, stop)
+
+    def _rows(self, group: int, column: str, start: int, stop: int) -> Any:
+        from pyarrow import parquet
+
         descriptor = self._tries.descriptor(
             f"row group {group} of {self.name}", lambda: self.home.part(self.entry, start, stop)
         )
@@ -152,21 +168,24 @@ class RemoteParquet(ParquetPlace):
         try:
             return parquet.ParquetFile(known, **how).read_row_group(group, [column]).column(0)
         except (OSError, ValueError) as error:
-            raise _unreadable(error) from error
+            raise _Unreadable(error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_metadata"}
 
 
-def _unreadable(error: Exception) -> BadImage:
-    return BadImage(f"its row group cannot be read: {error}")
+class _Unreadable(BadImage):
+    """An image whose row group is damaged."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"its row group cannot be read: {error}")
 
 
 def local_files(path: Path) -> list[ParquetPlace]:
     """A file, or the files of a folder; empty if there are none."""
     if path.is_file():
         return [LocalParquet(path)]
-    found = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    found = visible(path.glob("*.parquet")) or visible(path.glob("data/*.parquet"))
     return [LocalParquet(file) for file in found]
 
 
@@ -178,12 +197,11 @@ def remote_files(url: str) -> list[ParquetPlace]:
     """
     for place in (url, f"{url.rstrip('/')}/data"):
         try:
-            home, entries = listed(place, ".parquet")
+            home, files = listed(place, ".parquet")
         except FileNotFoundError:
             continue
         except OSError as error:
             raise InputError(f"cannot list {printable(place)}: {error}") from error
-        files = [entry for entry in entries if not entry.name.startswith(".")]
         if files:
             try:
                 home.check_parts(files[0])

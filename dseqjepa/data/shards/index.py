@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,14 +34,15 @@ from dseqjepa.data.patience import patiently
 from dseqjepa.data.processes import end_with_parent
 from dseqjepa.data.shards.remote import Entry, Remote, is_url, listed, matching
 from dseqjepa.errors import InputError, RunError, printable
-from dseqjepa.files import remove, sync, write_whole
+from dseqjepa.files import remove, sync, visible, write_whole
 
 LIST, RECORDS, PARTS = "dseqjepa-shards.json", "dseqjepa-shards.bin", ".dseqjepa-shards"
-VERSION = 1
+VERSION = 2
 RECORD = np.dtype([("offset", "<i8"), ("label", "<i8"), ("size", "<u4"), ("crc", "<u4")])
 UNKNOWN = -1
 """The label of an image without one."""
-LARGEST = 2**32 - 1
+LARGEST = 2**28
+"""Bytes of an image that are read."""
 MOST_TEXT = 2**20
 """Bytes of a .json or .cls that are read."""
 MOST_HEADER = 2**18
@@ -54,9 +56,13 @@ class Local:
 
     folder: Path
 
-    def descriptor(self, name: str, size: int) -> int:
+    def file(self, entry: Entry) -> Path:
+        """Where a file is."""
+        return self.folder / entry.name
+
+    def descriptor(self, entry: Entry) -> int:
         """A descriptor of a file."""
-        return os.open(self.folder / name, os.O_RDONLY)
+        return os.open(self.file(entry), os.O_RDONLY)
 
 
 Home = Local | Remote
@@ -70,8 +76,16 @@ class Shard:
     name: str
     size: int
     count: int
+    crc: int
+    """Checksum of its records, and so of all its images: sizes are padded, so two files often have
+    the same."""
     without: int = 0
     """Samples without an image; they are left out."""
+
+    @property
+    def entry(self) -> Entry:
+        """The file of these images, and of no others."""
+        return Entry(self.name, self.size, f"{self.crc:08x}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +112,10 @@ class _Part:
 def shard_paths(pattern: str) -> list[Path]:
     """The tar files in a folder, or matching a pattern; `InputError` if there are none."""
     path = Path(pattern).expanduser()
-    found = glob(str(path)) if has_magic(str(path)) else []
-    paths = [Path(name) for name in found] if found else sorted(path.glob("*.tar"))
-    if path.is_file():
-        paths = [path]
+    found = map(Path, glob(str(path)) if has_magic(str(path)) else [])
+    paths = visible([path] if path.is_file() else list(found) or path.glob("*.tar"))
     if not paths:
-        zipped = sorted(path.glob("*.tar.*"))
+        zipped = visible(path.glob("*.tar.*"))
         hint = (
             f"; {zipped[0].name} is compressed: unpack it, images hardly shrink" if zipped else ""
         )
@@ -114,14 +126,26 @@ def shard_paths(pattern: str) -> list[Path]:
             f"expected the tar files of one folder, found {len(folders)} folders match "
             f"{printable(path)}: an index is stored next to its files"
         )
-    return sorted(paths)
+    return paths
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        status = path.stat()
+    except OSError as error:
+        hint = ": its link leads nowhere" if path.is_symlink() else ""
+        raise InputError(f"cannot read {printable(path)}{hint} ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"expected a tar file, found {printable(path)}, which is none")
+    return status
 
 
 def open_index(pattern: str) -> Index:
     """The index of the shards that a folder, a pattern or a URL denotes.
 
     Raises:
-        InputError: there is no index, it does not fit these files, or a server cannot be read.
+        InputError: there is no index, it does not fit these files, a folder lacks one of them, or a
+            server cannot be read.
     """
     if is_url(pattern):
         home, _ = matching(pattern, [])
@@ -135,17 +159,30 @@ def open_index(pattern: str) -> Index:
     local = Local(paths[0].parent)
     shards, classes = _listed(local)
     for path in paths:
-        if path.name in shards and path.stat().st_size != shards[path.name].size:
+        if path.name in shards and _status(path).st_size != shards[path.name].size:
             raise InputError(
                 f"the index in {printable(local.folder)} is older: {path.name} has another size by "
                 f"now; {_again(local)}"
             )
-    return _chosen(local, shards, classes, [path.name for path in paths])
+    names = [path.name for path in paths]
+    if Path(pattern).expanduser().is_dir():
+        lost = sorted(shards.keys() - set(names))
+        # A file that was renamed is told as one that is not in the index.
+        if lost and shards.keys() >= set(names):
+            more = f" and {len(lost) - 1} more" if lost[1:] else ""
+            raise InputError(
+                f"{printable(local.folder)} lacks {lost[0]}{more} of its index: restore it, name "
+                f"some files by a pattern, or index what is left; {_again(local)}"
+            )
+    return _chosen(local, shards, classes, names)
+
+
+def _where(home: Home) -> str:
+    return printable(home.url if isinstance(home, Remote) else home.folder)
 
 
 def _again(home: Home) -> str:
-    where = home.url if isinstance(home, Remote) else home.folder
-    return f"dseqjepa shards index {printable(where)} makes it"
+    return f"dseqjepa shards index {_where(home)} makes it"
 
 
 def _bring(home: Remote) -> None:
@@ -156,7 +193,9 @@ def _bring(home: Remote) -> None:
         with home.alone(LIST):
             if not file.exists() or file.read_bytes() != text:
                 shards, _ = _parsed(home, text)
+                file.unlink(missing_ok=True)  # a list is of the records beside it, or not there
                 home.fetch(RECORDS, _records_size(shards), anew=True)
+                _check_records(home, shards)
                 write_whole(file, text.decode())
     except FileNotFoundError as error:
         if not file.exists():
@@ -187,6 +226,10 @@ def _parsed(home: Home, text: bytes) -> tuple[dict[str, Shard], tuple[str, ...]]
             raise InputError(
                 f"{file} is of version {version}, expected {VERSION}: {_again(home)} anew"
             )
+        if told.get("unfinished"):
+            raise InputError(
+                f"not all tar files have been copied to {_where(home)}: repeat dseqjepa shards push"
+            )
         shards = {str(row["name"]): Shard(**row) for row in rows}
         for name, shard in shards.items():
             _check(name, shard)
@@ -200,7 +243,7 @@ def _parsed(home: Home, text: bytes) -> tuple[dict[str, Shard], tuple[str, ...]]
 def _check(name: str, shard: Shard) -> None:
     if Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ValueError(f"{printable(name)} is not the name of a tar file in this folder")
-    numbers = (shard.size, shard.count, shard.without)
+    numbers = (shard.size, shard.count, shard.crc, shard.without)
     if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
         raise ValueError(f"{name} has the sizes {numbers}")
 
@@ -219,17 +262,66 @@ def _chosen(
                 f"the index in {printable(home.folder)} is older: {printable(name)} is not in it; "
                 f"{_again(home)}"
             )
+    all_N = _mapped(home, shards)
+    chosen = tuple(shards[name] for name in names)
+    if list(names) == list(shards):
+        return Index(home, chosen, classes, all_N)
+    of_shard = _by_shard(all_N, shards)
+    return Index(home, chosen, classes, np.concatenate([of_shard[name] for name in names]))
+
+
+def _mapped(home: Home, shards: dict[str, Shard]) -> np.ndarray:
+    """The records of all shards, mapped into memory."""
     size, file = _records_size(shards), home.folder / RECORDS
     if not file.is_file() or file.stat().st_size != size:
         raise InputError(f"{file} does not belong to {LIST}: {_again(home)} anew")
     total = size // RECORD.itemsize
-    all_N = np.memmap(file, RECORD, mode="r", shape=(total,)) if total else np.empty(0, RECORD)
-    chosen = tuple(shards[name] for name in names)
-    if len(chosen) == len(shards):
-        return Index(home, chosen, classes, all_N)
-    starts = dict(zip(shards, np.cumsum([0, *(s.count for s in shards.values())]), strict=False))
-    parts = [all_N[starts[shard.name] :][: shard.count] for shard in chosen]
-    return Index(home, chosen, classes, np.concatenate(parts))
+    return np.memmap(file, RECORD, mode="r", shape=(total,)) if total else np.empty(0, RECORD)
+
+
+def _by_shard(all_N: np.ndarray, shards: dict[str, Shard]) -> dict[str, np.ndarray]:
+    starts = np.cumsum([0, *(shard.count for shard in shards.values())])
+    return {
+        name: all_N[start:][: shard.count]
+        for (name, shard), start in zip(shards.items(), starts, strict=False)
+    }
+
+
+def _sum(records_N: np.ndarray) -> int:
+    return zlib.crc32(records_N.data)
+
+
+def _check_records(home: Home, shards: dict[str, Shard]) -> None:
+    """`InputError` unless the records that were downloaded are those of a list."""
+    for name, records_N in _by_shard(_mapped(home, shards), shards).items():
+        if _sum(records_N) != shards[name].crc:
+            raise InputError(
+                f"{RECORDS} of {_where(home)} does not belong to {LIST}: try again; if that does "
+                f"not help, {_again(home)} anew"
+            )
+
+
+def reopened(home: Home, shards: Sequence[Shard]) -> Index:
+    """The index of these shards, in another process; `InputError` if it has been replaced."""
+    listed, classes = _listed(home)
+    if any(listed.get(shard.name) != shard for shard in shards):
+        raise InputError(f"the index in {printable(home.folder)} was replaced: start again")
+    return _chosen(home, listed, classes, [shard.name for shard in shards])
+
+
+def rows_behind(home: Remote) -> dict[str, Shard]:
+    """The shards that a push has copied to a URL by now, by name."""
+    try:
+        told = json.loads(home.text(LIST))
+        return {str(row["name"]): Shard(**row) for row in told["shards"]}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return {}  # none that it can be sure of
+
+
+def list_text(classes: Sequence[str], shards: Iterable[Shard], **more: Any) -> str:
+    """The content of a list of shards."""
+    told = {"version": VERSION, "classes": classes, "shards": [asdict(shard) for shard in shards]}
+    return json.dumps(told | more, indent=1) + "\n"
 
 
 def write_index(
@@ -268,9 +360,7 @@ def write_index(
             os.fsync(file.fileno())
         (folder / LIST).unlink(missing_ok=True)  # a list is of the records beside it, or not there
         unfinished.replace(folder / RECORDS)
-        shards = [asdict(part.shard) for part in parts]
-        told = {"version": VERSION, "classes": classes, "shards": shards}
-        write_whole(folder / LIST, json.dumps(told, indent=1) + "\n")
+        write_whole(folder / LIST, list_text(classes, (part.shard for part in parts)))
         sync(folder)
         remove(kept)
         if isinstance(home, Remote):
@@ -290,7 +380,7 @@ def _found(place: Path | str) -> tuple[Home, list[Entry]]:
         paths = shard_paths(str(place))
         return Local(paths[0].parent), [
             Entry(path.name, status.st_size, str(status.st_mtime_ns))
-            for path, status in ((path, path.stat()) for path in paths)
+            for path, status in ((path, _status(path)) for path in paths)
         ]
     try:
         home, files = listed(str(place), ".tar")
@@ -305,7 +395,7 @@ def _publish(home: Remote, tell: Callable[[str], None]) -> None:
     """Copy an index to where its tar files are, the list last."""
     try:
         for name in (RECORDS, LIST):
-            home.put(home.folder / name)
+            home.put(name, home.folder / name)
     except (OSError, NotImplementedError) as error:
         try:
             is_other = home.text(LIST) != (home.folder / LIST).read_bytes()
@@ -345,15 +435,17 @@ def _read(
 
 def _part(home: Home, found: Entry) -> _Part:
     """What a shard holds: read, or as it was read before."""
-    file = home.folder / PARTS / f"{found.name}-{found.size}-{found.version}.bin"
+    file = home.folder / PARTS / f"{found.name}-{found.size}-{found.version}-{VERSION}.bin"
     said = file.with_suffix(".json")
     if said.exists():  # written last
         told = json.loads(said.read_text(encoding="utf-8"))
         names = {int(label): name for label, name in told["names"].items()}
         return _Part(Shard(**told["shard"]), np.fromfile(file, RECORD), names)
-    descriptor = patiently(lambda: home.descriptor(found.name, found.size))
+    descriptor = patiently(lambda: home.descriptor(found))
     with os.fdopen(descriptor, "rb") as tar:
         part = read_shard(tar, found.name)
+    if isinstance(home, Remote):
+        home.keep_as(found, part.shard.entry)
     part.records_N.tofile(file)
     write_whole(said, json.dumps({"shard": asdict(part.shard), "names": part.names}))
     return part
@@ -361,7 +453,7 @@ def _part(home: Home, found: Entry) -> _Part:
 
 def read_shard(file: BinaryIO, name: str) -> _Part:
     """Read a tar file from its beginning to its end."""
-    records, names, without = [], {}, 0
+    records, names, without, seen = [], {}, 0, set[int]()
     size = os.fstat(file.fileno()).st_size
     try:
         headers: Any = _Headers(file)
@@ -380,8 +472,15 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
                     without += 1
                     continue
                 (image,) = images
+                if hash(key) in seen:  # names would take the memory that hashes do not
+                    raise InputError(
+                        f"{name}: {printable(key.lstrip('/'))} has another image further on "
+                        f"({printable(Path(image.name).name)}), expected one"
+                    )
+                seen.add(hash(key))
                 file.seek(image.offset_data)
-                crc = zlib.crc32(file.read(image.size))
+                is_read = image.size <= LARGEST  # or else it is left out when its turn comes
+                crc = zlib.crc32(file.read(image.size)) if is_read else 0
                 records.append((image.offset_data, label, image.size, crc))
                 if class_name:
                     names[label] = class_name
@@ -393,7 +492,8 @@ def read_shard(file: BinaryIO, name: str) -> _Part:
         raise InputError(f"{name} cannot be read: {error}") from error
     if not records:
         raise InputError(f"{name} holds no image: expected names that end in {' '.join(ENDINGS)}")
-    return _Part(Shard(name, size, len(records), without), np.array(records, dtype=RECORD), names)
+    records_N = np.array(records, dtype=RECORD)
+    return _Part(Shard(name, size, len(records), _sum(records_N), without), records_N, names)
 
 
 class _Headers:
@@ -409,7 +509,7 @@ class _Headers:
 
 
 def _check_member(shard: str, member: tarfile.TarInfo, size: int) -> None:
-    if member.size < 0 or member.size > LARGEST:
+    if not 0 <= member.size <= np.iinfo(RECORD["size"]).max:
         raise InputError(f"{shard}: {printable(member.name)} claims {member.size} bytes")
     if member.issparse():
         raise InputError(f"{shard}: {printable(member.name)} is stored with holes: pack it anew")
@@ -427,6 +527,8 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")
+        if name.startswith("."):  # what macOS puts beside a file
+            continue
         own = f"{folder}/{name.partition('.')[0]}"
         if members and own != key:
             yield key, members

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dseqjepa.data.images import ImageFolder
+from dseqjepa.data.patience import patiently
 from dseqjepa.data.shards.index import write_index
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import UNFINISHED, check_writable, sync
@@ -37,7 +38,8 @@ def pack(
     where the folder is sorted by class. Splits become folders. Gives the tar files.
 
     Raises:
-        InputError: the folder holds no images, `out` is not empty or cannot be written to.
+        InputError: the folder holds no images, one cannot be read, or `out` is not empty or cannot
+            be written to.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"expected a new or an empty folder, found {printable(out)} in use")
@@ -76,7 +78,7 @@ def _write(
                 file = source.path(index)
                 stem = re.sub(r"[^0-9A-Za-z_-]+", "_", file.stem)[:LONGEST]
                 key = f"{place:09d}-{stem}"
-                _add(tar, f"{key}{file.suffix.lower() or '.jpg'}", file.read_bytes())
+                _add(tar, f"{key}{file.suffix.lower() or '.jpg'}", _content(file))
                 told = {"path": str(file.relative_to(source.root))}
                 if label_N is not None:
                     label = int(label_N[index])
@@ -89,6 +91,13 @@ def _write(
         done.append(path)
         tell(f"{place} of {len(source)} images: {path.name}")
     return done
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return patiently(file.read_bytes)
+    except OSError as error:
+        raise InputError(f"cannot read {printable(file)}: {error.strerror}") from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

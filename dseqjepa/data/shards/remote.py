@@ -44,12 +44,18 @@ SILENCE = 60.0
 LONGEST = 3600.0
 """Seconds that a response may take in total, however slowly it arrives."""
 SLOWEST = 10**5
-"""Bytes per second below which an upload fails."""
+"""Bytes per second below which an upload or a request for a part fails."""
+PATIENCE = 2 * LONGEST
+"""Seconds that another process of this machine is waited for."""
+PAUSE = 0.02
+"""Seconds until it is asked for again."""
 AT_ONCE = 2**23
 """Bytes requested and written at a time."""
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 """Scheme -> the extra of this package that it needs."""
 PART = ".part"
+AGAIN = "again-"
+"""Prefix of a cached file that was downloaded in place of a damaged one."""
 CACHED = (".tar", PART)
 """Endings of the files that `DSEQJEPA_CACHE_GB` limits."""
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -88,27 +94,54 @@ class Remote:
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         return cache_folder() / digest
 
-    def descriptor(self, name: str, size: int) -> int:
-        """A descriptor of a file of `size` bytes, downloaded first if it is not cached.
+    def file(self, entry: Entry) -> Path:
+        """Where a file is cached, once it is."""
+        return self._newest(_cached(entry))
+
+    def descriptor(self, entry: Entry) -> int:
+        """A descriptor of a file, downloaded first if it is not cached.
 
         Raises:
             OSError: the download failed; `patience` decides whether to retry.
             RunError: this machine has no room for it.
         """
-        while True:  # another process may make room between fetching and opening
-            with suppress(FileNotFoundError):
-                return _opened(self.folder / name, size)
-            self.fetch(name, size)
+        return self._descriptor(_cached(entry), entry, entry.size, partial(_copy, size=entry.size))
 
     def part(self, entry: Entry, start: int, stop: int) -> int:
         """A descriptor of bytes `start` to `stop` of a file, downloaded first if they are not
         cached. Raises as `descriptor` does."""
-        cached = f"{entry.name}-{entry.version}-{start}{PART}"
         copy = partial(_copy_part, entry=entry, start=start, stop=stop)
-        while True:
+        return self._descriptor(_cached_part(entry, start), entry, stop - start, copy)
+
+    def renew(self, entry: Entry) -> None:
+        """Download a file once more, in place of one that is cached and damaged. A second copy that
+        is no better stays. Raises as `descriptor` does."""
+        self._renew(_cached(entry), entry, entry.size, partial(_copy, size=entry.size))
+
+    def renew_part(self, entry: Entry, start: int, stop: int) -> None:
+        """The same of a part of a file."""
+        copy = partial(_copy_part, entry=entry, start=start, stop=stop)
+        self._renew(_cached_part(entry, start), entry, stop - start, copy)
+
+    def keep_as(self, old: Entry, new: Entry) -> None:
+        """Let what is cached of a file be that of another entry for it."""
+        with suppress(FileNotFoundError):  # another process needed its room
+            self.file(old).replace(self.folder / _cached(new))
+
+    def _newest(self, cached: str) -> Path:
+        again = self.folder / f"{AGAIN}{cached}"
+        return again if again.exists() else self.folder / cached
+
+    def _descriptor(self, cached: str, entry: Entry, size: int, copy: Copy) -> int:
+        while True:  # another process may make room between fetching and opening
             with suppress(FileNotFoundError):
-                return _opened(self.folder / cached, stop - start)
-            self._cache(cached, entry.name, stop - start, copy)
+                return _opened(self._newest(cached), size)
+            self._cache(cached, entry.name, size, copy)
+
+    def _renew(self, cached: str, entry: Entry, size: int, copy: Copy) -> None:
+        # The name of a second copy says that there was a first one, to all processes.
+        (self.folder / cached).unlink(missing_ok=True)
+        self._cache(f"{AGAIN}{cached}", entry.name, size, copy)
 
     def fetch(self, name: str, size: int, *, anew: bool = False) -> None:
         """Cache a file of `size` bytes; `anew`: even if a file of that size is cached."""
@@ -160,22 +193,35 @@ class Remote:
 
     def text(self, name: str) -> bytes:
         """The current content of a small file; `FileNotFoundError` if there is none."""
-        return patiently(lambda: _asked(self.url, lambda fs, path: fs.cat_file(f"{path}/{name}")))
 
-    def put(self, file: Path) -> bool:
-        """Upload a file, unless one with its name and size exists; whether it was uploaded."""
-        size = file.stat().st_size
+        def found(fs: Any, path: str) -> bytes:
+            content: bytes = _bounded(fs, "cat_file", f"{path}/{name}", size=AT_ONCE)
+            return content
 
-        def copied(fs: Any, path: str) -> bool:
-            there = f"{path}/{file.name}"
+        return patiently(lambda: _asked(self.url, found))
+
+    def has(self, entry: Entry) -> bool:
+        """Whether there is a file of this name and size."""
+
+        def found(fs: Any, path: str) -> bool:
             with suppress(FileNotFoundError):
-                if file.suffix == ".tar" and fs.info(there)["size"] == size:
-                    return False
-            fs.makedirs(path, exist_ok=True)
-            _put(fs, file, there, size)
-            return True
+                return bool(_info(fs, f"{path}/{entry.name}")["size"] == entry.size)
+            return False
 
-        return patiently(lambda: _asked(self.url, copied))
+        return patiently(lambda: _asked(self.url, found))
+
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Upload a file, or a few bytes."""
+
+        def copied(fs: Any, path: str) -> None:
+            there = f"{path}/{name}"
+            fs.makedirs(path, exist_ok=True)
+            if isinstance(content, bytes):
+                _bounded(fs, "pipe_file", there, content, size=len(content))
+            else:
+                _bounded(fs, "put_file", str(content), there, size=content.stat().st_size)
+
+        patiently(lambda: _asked(self.url, copied))
 
 
 @dataclass(frozen=True)
@@ -186,6 +232,14 @@ class Entry:
     size: int
     version: str
     """Changes when the file does."""
+
+
+def _cached(entry: Entry) -> str:
+    return f"{entry.version}-{entry.name}"
+
+
+def _cached_part(entry: Entry, start: int) -> str:
+    return f"{entry.name}-{entry.version}-{start}{PART}"
 
 
 def has_file(url: str, name: str) -> bool:
@@ -216,10 +270,12 @@ def listed(pattern: str, ending: str) -> tuple[Remote, list[Entry]]:
         fs.invalidate_cache()
         paths = [f"{path}/{name}" for name in names]
         if not paths:
-            there = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)}
+            entries = _bounded(fs, "ls", path, detail=False, size=AT_ONCE)
+            there = {entry.rstrip("/").rpartition("/")[2] for entry in entries}
             wanted = last or f"*{ending}"
-            paths = [f"{path}/{name}" for name in sorted(there) if fnmatchcase(name, wanted)]
-        infos = [(path.rpartition("/")[2], fs.info(path)) for path in paths]
+            chosen = [name for name in there if fnmatchcase(name, wanted)]
+            paths = [f"{path}/{name}" for name in sorted(chosen) if not name.startswith(".")]
+        infos = [(path.rpartition("/")[2], _info(fs, path)) for path in paths]
         for name, info in infos:
             if info.get("size") is None:
                 raise InputError(f"{printable(pattern)}: the server reports no size for {name}")
@@ -284,9 +340,9 @@ def _asked(url: str, ask: Callable[[Any, str], T]) -> T:
 
 def _is_no(error: BaseException | None) -> bool:
     """Whether an error is permanent, so that retrying cannot help."""
-    status = getattr(error, "status", None)
+    status = getattr(error, "status" if hasattr(error, "status") else "code", None)
     if not isinstance(status, int):
-        return False
+        return type(error) is OSError and str(error).startswith("Forbidden")  # as gcsfs says it
     return status == 501 or (400 <= status < 500 and status not in (408, 429))
 
 
@@ -315,10 +371,12 @@ def file_system(url: str) -> tuple[Any, str]:
 
 def _patience(kind: str) -> dict[str, Any]:
     """Timeouts, in the form that the library of a kind of server takes."""
-    if kind == "http":
+    if kind in ("http", "gs"):
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=LONGEST, sock_connect=SILENCE, sock_read=SILENCE)
+        if kind == "gs":
+            return {"requests_timeout": limits}
         return {"client_kwargs": {"timeout": limits}}
     if kind == "s3":
         # Its own retries would multiply those of `patience`, and the seconds until it gives up.
@@ -374,15 +432,21 @@ class _NoRoom(RunError):
     """This machine has no room for a file."""
 
 
-def _put(fs: Any, file: Path, there: str, size: int) -> None:
-    """Upload a file, within a time that depends on its size: the library of S3 would wait without
-    end for a server that neither takes nor refuses it."""
+def _bounded(fs: Any, method: str, *arguments: Any, size: int, **more: Any) -> Any:
+    """What a method of a file system returns, within a time that depends on the bytes it moves: the
+    libraries would wait without end for a server that takes or sends one of them now and then."""
     from fsspec.asyn import sync
 
-    if fs.async_impl:
-        sync(fs.loop, fs._put_file, str(file), there, timeout=SILENCE + size / SLOWEST)
-    else:
-        fs.put_file(str(file), there)
+    if not fs.async_impl:
+        return getattr(fs, method)(*arguments, **more)
+    seconds = SILENCE + size / SLOWEST
+    return sync(fs.loop, getattr(fs, f"_{method}"), *arguments, timeout=seconds, **more)
+
+
+def _info(fs: Any, path: str) -> dict[str, Any]:
+    """What a server says of a file."""
+    said: dict[str, Any] = _bounded(fs, "info", path, size=AT_ONCE)
+    return said
 
 
 class _Changed(OSError):
@@ -393,8 +457,10 @@ def _fetch(url: str, file: Path, size: int, copy: Copy) -> None:
     """Download a URL, or a part of it, of `size` bytes into a file."""
     unfinished = file.with_name(f"{UNFINISHED}{file.name}")
     try:
-        while not _set_apart(unfinished, size):
-            time.sleep(0.1)
+        _wait(
+            lambda: _set_apart(unfinished, size),
+            f"processes whose downloads take the room in {cache_folder()}",
+        )
         _asked(url, lambda fs, path: copy(fs, path, unfinished))
         unfinished.replace(file)
     finally:
@@ -403,17 +469,34 @@ def _fetch(url: str, file: Path, size: int, copy: Copy) -> None:
 
 def _copy(fs: Any, path: str, unfinished: Path, *, size: int) -> None:
     """A whole file; an error unless it has `size` bytes."""
-    # HTTP responses are read as a stream, other stores in parts.
-    part_by_part = {"block_size": AT_ONCE, "cache_type": "none"}
-    how = {"block_size": 0, "size": size} if "http" in fs.protocol else part_by_part
     done = 0
-    with fs.open(path, "rb", **how) as coming, unfinished.open("r+b") as out:
-        while done <= size and (part := coming.read(AT_ONCE)):
+    with unfinished.open("r+b") as out:
+        for part in _arriving(fs, path, size):
             _write(out, part)
             done += len(part)
+            if done > size:
+                break
     if done != size:
-        more = "more" if done > size else f"{done}"
-        raise OSError(errno.EIO, f"{more} bytes arrived, the index says {size}: cut off or newer")
+        raise _other_size(done, size)
+
+
+def _other_size(found: int, size: int) -> OSError:
+    more = "more" if found > size else f"{found}"
+    return OSError(errno.EIO, f"{more} bytes arrived, the index says {size}: cut off or newer")
+
+
+def _arriving(fs: Any, path: str, size: int) -> Iterator[bytes]:
+    """HTTP responses are read as a stream, other stores in parts."""
+    if "http" in fs.protocol:
+        with fs.open(path, "rb", block_size=0, size=size) as coming:
+            while part := coming.read(AT_ONCE):
+                yield part
+        return
+    fs.invalidate_cache()
+    if (there := _info(fs, path)["size"]) != size:
+        raise _other_size(there, size)
+    for start in range(0, size, AT_ONCE):
+        yield _range(fs, path, start, min(start + AT_ONCE, size))
 
 
 def _copy_part(
@@ -424,13 +507,13 @@ def _copy_part(
         for first in range(start, stop, AT_ONCE):
             _write(out, _range(fs, path, first, min(first + AT_ONCE, stop)))
     fs.invalidate_cache()
-    info = fs.info(path)
+    info = _info(fs, path)
     if _version(info) != entry.version:
         raise _Changed(errno.EBADMSG, f"{entry.name} has changed since it was opened: start again")
 
 
 def _range(fs: Any, path: str, start: int, stop: int) -> bytes:
-    found: bytes = fs.cat_file(path, start=start, end=stop)
+    found: bytes = _bounded(fs, "cat_file", path, start=start, end=stop, size=stop - start)
     if len(found) != stop - start:
         raise OSError(errno.EIO, f"{len(found)} bytes arrived, {stop - start} were asked for")
     return found
@@ -485,11 +568,11 @@ def _is_idle(path: Path) -> bool:
     if not path.name.startswith(UNFINISHED):
         return True
     lock = path.with_name(f".{path.name.removeprefix(UNFINISHED)}.lock")
-    with lock.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    file = _taken(lock)
+    if file is None:
+        return False
+    with file:
+        lock.unlink(missing_ok=True)
     return True
 
 
@@ -514,10 +597,42 @@ def _is_whole(file: Path, size: int) -> bool:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Lock against other processes of this machine; a process that dies releases it."""
-    try:
-        file = path.open("wb")
-    except OSError as error:
-        raise _NoRoom(f"{error.strerror}: {error.filename}") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    found: list[BinaryIO] = []
+
+    def is_free() -> bool:
+        try:
+            found.extend(filter(None, [_taken(path)]))
+        except OSError as error:
+            raise _NoRoom(f"{error.strerror}: {error.filename}") from error
+        return bool(found)
+
+    _wait(is_free, f"the process that holds {path}")
+    with found[0]:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _taken(path: Path) -> BinaryIO | None:
+    """A lock's open file, which holds it until it is closed; None while another process does."""
+    file = path.open("wb")
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever is done unlinks the file: a lock on one that was unlinked keeps nobody out.
+        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+    file.close()
+    return None
+
+
+def _wait(is_ready: Callable[[], bool], whom: str) -> None:
+    """Wait for other processes; `RunError` if they take too long, as one that is stopped does."""
+    until = time.monotonic() + PATIENCE
+    while not is_ready():
+        if time.monotonic() > until:
+            raise RunError(
+                f"waited {PATIENCE:,.0f} seconds for {whom}: end it if it is stopped, or name "
+                f"another folder by {FOLDER}"
+            )
+        time.sleep(PAUSE)

@@ -10,12 +10,12 @@ import tarfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dseqjepa.data.images import HELD_OUT_FOLDERS, ImageFiles
-from dseqjepa.data.shards.index import LIST, open_index
+from dseqjepa.data.shards.index import LARGEST, LIST, Index, open_index, reopened
 from dseqjepa.data.shards.remote import Remote, Tries, check_room, has_file, is_folder, is_url
 from dseqjepa.data.source import BadImage, Split
 from dseqjepa.errors import printable
@@ -26,6 +26,10 @@ SUMS = 4096
 """Checksums of images that a fingerprint reads, evenly spaced."""
 OPEN_AT_ONCE = 64
 """Tar files that a process keeps open."""
+
+
+class _Damaged(BadImage):
+    """An image whose bytes are not those that were indexed."""
 
 
 class Shards(ImageFiles):
@@ -52,12 +56,7 @@ class Shards(ImageFiles):
             check_room(self.home, [shard.size for shard in self.shards])
         self.counts = [shard.count for shard in index.shards]
         self._start_S = np.cumsum([0, *self.counts])
-        self._records_N = index.records_N
-        self.labels: Mapping[str, np.ndarray] = {}
-        self.classes: Mapping[str, tuple[str, ...]] = {}
-        if len(index.classes) > 1:
-            self.labels = {"class": index.records_N["label"]}
-            self.classes = {"class": index.classes}
+        self._use(index)
         without = sum(shard.without for shard in index.shards)
         if without:
             self.notes = (f"{without} samples in {printable(self.root)} have no image",)
@@ -73,11 +72,24 @@ class Shards(ImageFiles):
         size, offset = int(record["size"]), int(record["offset"])
         if not 0 <= offset <= self.shards[shard].size - size:
             raise BadImage(f"its index says that it lies outside of {self.shards[shard].name}")
-        found = self._pread(shard, size, offset)
+        if size > LARGEST:
+            raise BadImage(f"it has {size:,} bytes, expected at most {LARGEST:,}")
+        try:
+            return self._checked(shard, record)
+        except _Damaged:
+            if not isinstance(self.home, Remote):
+                raise
+        # The cached copy may be damaged and the server's not.
+        self.home.renew(self.shards[shard].entry)
+        return self._checked(shard, record)
+
+    def _checked(self, shard: int, record: np.void) -> bytes:
+        size = int(record["size"])
+        found = self._pread(shard, size, int(record["offset"]))
         if len(found) < size:
-            raise BadImage(f"{self.shards[shard].name} is cut off: {len(found)} of {size} bytes")
+            raise _Damaged(f"{self.shards[shard].name} is cut off: {len(found)} of {size} bytes")
         if zlib.crc32(found) != int(record["crc"]):
-            raise BadImage("its bytes are not those that were indexed (checksum)")
+            raise _Damaged("its bytes are not those that were indexed (checksum)")
         return found
 
     def name(self, index: int) -> str:
@@ -86,7 +98,7 @@ class Shards(ImageFiles):
         offset = int(record["offset"])
         where = self.home.url if isinstance(self.home, Remote) else self.root
         try:  # of a file that is here: whoever asks what is being read must not wait for it too
-            with open(self.root / self.shards[shard].name, "rb") as file:
+            with self.home.file(self.shards[shard].entry).open("rb") as file:
                 header = os.pread(file.fileno(), HEADER, max(offset - HEADER, 0))
             member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         except (tarfile.TarError, OSError):
@@ -111,8 +123,8 @@ class Shards(ImageFiles):
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if isinstance(self.home, Remote):
             # A file that is kept open would keep its room when another one takes its place.
-            home, name, whole = self.home, self.shards[shard].name, self.shards[shard].size
-            descriptor = self._tries.descriptor(name, lambda: home.descriptor(name, whole))
+            home, entry = self.home, self.shards[shard].entry
+            descriptor = self._tries.descriptor(entry.name, lambda: home.descriptor(entry))
             try:
                 return os.pread(descriptor, size, offset)
             finally:
@@ -120,13 +132,25 @@ class Shards(ImageFiles):
         if shard not in self._open:
             if len(self._open) >= OPEN_AT_ONCE:
                 os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = self.home.descriptor(
-                self.shards[shard].name, self.shards[shard].size
-            )
+            self._open[shard] = self.home.descriptor(self.shards[shard].entry)
         return os.pread(self._open[shard], size, offset)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
+    def _use(self, index: Index) -> None:
+        """Take images from an index."""
+        self._records_N = index.records_N
+        self.labels: Mapping[str, np.ndarray] = {}
+        self.classes: Mapping[str, tuple[str, ...]] = {}
+        if len(index.classes) > 1:
+            self.labels = {"class": index.records_N["label"]}
+            self.classes = {"class": index.classes}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_records_N", "labels", "classes"}  # another process maps them itself
+        return {name: it for name, it in self.__dict__.items() if name not in own} | {"_open": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._use(reopened(self.home, self.shards))
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from pyarrow import parquet
 
 from dseqjepa.data.decode import decode
-from dseqjepa.data.formats.parquet import KEPT, Parquet
+from dseqjepa.data.formats.parquet import KEPT, OPEN_AT_ONCE, Parquet
 from dseqjepa.data.labelled import open_source, open_splits
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import BadImage
@@ -72,6 +75,35 @@ def test_any_order_gives_the_images_and_few_row_groups_stay(folder: Path):
     assert len(source._read) == KEPT
 
 
+def test_of_many_files_few_stay_open(tmp_path: Path):
+    many = OPEN_AT_ONCE + 4
+    for number in range(many):
+        write(tmp_path / f"{number:03d}.parquet", [number])
+    before = len(os.listdir("/proc/self/fd"))
+    source = Parquet(tmp_path, "train")
+    for _ in range(2):
+        assert [source.content(n) for n in range(many)] == [jpeg(n) for n in range(many)]
+        assert len(os.listdir("/proc/self/fd")) <= before + OPEN_AT_ONCE
+    assert pickle.loads(pickle.dumps(source)).content(0) == jpeg(0)
+
+
+def test_a_name_is_found_without_a_walk_over_the_row_groups(folder: Path):
+    class Unwalked(list[tuple[int, int]]):
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            raise AssertionError
+
+    source = Parquet(folder, "train")
+    source._groups = Unwalked(source._groups)
+    rows = [source.name(number).rpartition("-of-")[2] for number in range(8)]
+    assert rows == [f"00002.parquet/row {row}" for row in (0, 1, 2, 3, 4, 0, 1, 2)]
+
+
+def test_hidden_files_are_not_read(folder: Path):
+    (folder / "._train-00000-of-00002.parquet").write_bytes(b"of macOS")
+    (folder / ".tmp-train-3.parquet").write_bytes(b"unfinished")
+    assert len(Parquet(folder, "train")) == 8
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_windows_of_row_groups(folder: Path, workers: int):
     source = open_source(f"parquet:{folder}", split="pretrain", **HOW)
@@ -115,6 +147,21 @@ def test_plain_bytes_and_labels_without_names(tmp_path: Path):
                 write(folder / "b.parquet", [1], more=[1]),
             ),
             "b.parquet has the columns image, label, more",
+        ),
+        (
+            lambda folder: (
+                write(folder / "a.parquet", [0]),
+                parquet.write_table(
+                    pyarrow.table({"image": [10**12], "label": [1]}), folder / "b.parquet"
+                ),
+            ),
+            r"b\.parquet: expected images in the column image, as in a\.parquet, found int64",
+        ),
+        (
+            lambda folder: parquet.write_table(
+                pyarrow.table({"image": [jpeg(0)], "label": [10**12]}), folder / "a.parquet"
+            ),
+            "label goes up to 1000000000000, expected classes below 1,048,576",
         ),
         (
             lambda folder: write(folder / "a.parquet", []),
