@@ -28,8 +28,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of a message about an unknown word: the nearest known one; otherwise all of them, or
     the nearest few of many."""
     known = sorted(words)
-    if near := nearest(word, known):
-        return near
+    if hint := nearest(word, known):
+        return hint
     if len(known) > FEW:
         near = difflib.get_close_matches(word, known, n=NEAREST, cutoff=0.0)
         return f"; nearest of {len(known)}: {', '.join(near)}"
