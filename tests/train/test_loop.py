@@ -229,7 +229,9 @@ def test_too_many_bad_files_stop_the_run(tmp_path: Path) -> None:
     assert open_checkpoint(out).step == 0
 
 
-def test_the_probe_sees_the_target_after_the_epochs_it_asks_for_and_the_last(tmp_path: Path) -> None:
+def test_the_probe_sees_the_target_after_the_epochs_it_asks_for_and_the_last(
+    tmp_path: Path,
+) -> None:
     seen: list[Tensor] = []
 
     def probe(encoder: VisionTransformer) -> tuple[dict[str, float], str]:
