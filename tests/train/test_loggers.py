@@ -116,6 +116,16 @@ def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
     assert f"regions/{STEPS:08d}.png" in pictures
 
 
+def test_mlflow_takes_a_folder_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    place = tmp_path / "elsewhere"
+    out = train(config_with("mlflow", tracking=place.as_uri()), tmp_path / "run")
+    assert "abandoned" not in (out / "log.txt").read_text()
+    assert list(place.rglob("metrics/loss"))
+
+
 def test_wandb_writes_offline_and_keeps_its_name(tmp_path: Path) -> None:
     out = cut_and_resumed(tmp_path / "run", "wandb")
     name = json.loads((out / "loggers/names.json").read_text())["wandb"]
