@@ -386,7 +386,10 @@ def import_(
 @app.command(epilog=examples("export runs/mine --to hf --out mine-hf"))
 def export(
     encoder: Annotated[
-        str, typer.Argument(metavar="ENCODER", help="A run, a checkpoint or a weights file.")
+        str,
+        typer.Argument(
+            metavar="ENCODER", help="A run, a checkpoint, a weights file or random:PRESET."
+        ),
     ],
     to: Annotated[
         str,

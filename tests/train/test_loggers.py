@@ -116,9 +116,7 @@ def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
     assert f"regions/{STEPS:08d}.png" in pictures
 
 
-def test_mlflow_takes_a_folder_of_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_takes_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
     place = tmp_path / "elsewhere"
     out = train(config_with("mlflow", tracking=place.as_uri()), tmp_path / "run")
