@@ -386,7 +386,10 @@ def import_(
 @app.command(epilog=examples("export runs/mine --to hf --out mine-hf"))
 def export(
     encoder: Annotated[
-        str, typer.Argument(metavar="ENCODER", help="A run, a checkpoint or a weights file.")
+        str,
+        typer.Argument(
+            metavar="ENCODER", help="A run, a checkpoint, a weights file or random:PRESET."
+        ),
     ],
     to: Annotated[
         str,
@@ -461,17 +464,20 @@ def embed(
         raise InputError("out=FILE is missing: name the table, such as out=features.parquet")
     from dseqjepa.commands import EmbedConfig
     from dseqjepa.embeddings.findings import Asked
-    from dseqjepa.embeddings.run import embed_images
+    from dseqjepa.embeddings.run import RESUMES, embed_images
 
-    written = embed_images(
-        encoder,
-        EmbedConfig.from_settings(overrides),
-        Path(run["out"]).expanduser(),
-        images=images,
-        data=run.get("data"),
-        overwrite=flag(run, "overwrite"),
-        asked=Asked(neighbours, duplicates, outliers, clusters, map),
-    )
+    try:
+        written = embed_images(
+            encoder,
+            EmbedConfig.from_settings(overrides),
+            Path(run["out"]).expanduser(),
+            images=images,
+            data=run.get("data"),
+            overwrite=flag(run, "overwrite"),
+            asked=Asked(neighbours, duplicates, outliers, clusters, map),
+        )
+    except KeyboardInterrupt:
+        fail(f"interrupted; {RESUMES}", 130)
     for path in written:
         print(f"written: {path}")
 

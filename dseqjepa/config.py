@@ -43,6 +43,13 @@ def positive(name: str, values: Colours) -> Colours:
     return values
 
 
+def once(words: tuple[str, ...]) -> tuple[str, ...]:
+    for word in words:
+        if words.count(word) > 1:
+            raise ValueError(f"{word!r} is named more than once")
+    return words
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -539,7 +546,11 @@ class LogConfig(Section):
 
     every_steps: int = Field(50, ge=1, le=10**9)
     """Steps between lines of metrics.jsonl and of the log."""
-    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        AfterValidator(once),
+    ] = ()
     """Loggers in addition to metrics.jsonl. Their data stay in the run's folder unless `online` or
     `tracking` is set."""
     pictures_every_epochs: int = Field(10, ge=0, le=10**9)

@@ -28,13 +28,18 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """The end of a message about an unknown word: the nearest known one; otherwise all of them, or
     the nearest few of many."""
     known = sorted(words)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]!r}?"
+    if hint := nearest(word, known):
+        return hint
     if len(known) > FEW:
         near = difflib.get_close_matches(word, known, n=NEAREST, cutoff=0.0)
         return f"; nearest of {len(known)}: {', '.join(near)}"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.5) -> str:
+    """The same, but nothing if no known word is near."""
+    near = difflib.get_close_matches(word, sorted(words), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def printable(text: object) -> str:

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,25 @@ def visible(paths: Iterable[Path]) -> list[Path]:
 def folder_above(path: Path) -> Path:
     """The nearest parent folder that exists."""
     return next(above for above in path.absolute().parents if os.path.lexists(above))
+
+
+@contextmanager
+def parents_made(path: Path) -> Iterator[None]:
+    """Create the folders above `path`. On an error, remove again those that it created and that are
+    empty."""
+    made = []
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = folder.parent
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):  # another program's file is in it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def check_writable(path: Path, name: str) -> None:

@@ -202,9 +202,14 @@ class Ranks:
         return value  # type: ignore[return-value]
 
     @contextmanager
-    def failing_together(self, agreed: type[Exception]) -> Iterator[None]:
+    def failing_together(
+        self,
+        agreed: type[Exception],
+        advice: str = "resume=true continues from the last checkpoint",
+    ) -> Iterator[None]:
         """Report an error inside on this rank to the others. If another rank failed or is gone,
-        raise a `RunError` that names it. `agreed` are exceptions that all ranks raise together."""
+        raise a `RunError` that names it, with `advice`. `agreed` are exceptions that all ranks
+        raise together."""
         try:
             yield
         except (agreed, InputError):
@@ -219,7 +224,7 @@ class Ranks:
                 self._pulse.tell(f"rank {self.rank} failed: {said}")
                 self._part()
                 raise
-            raise RunError(f"{reason}; resume=true continues from the last checkpoint") from error
+            raise RunError(f"{reason}; {advice}") from error
 
     def _part(self) -> None:
         """Close the connections, which tells the others immediately that something is wrong. Rank 0

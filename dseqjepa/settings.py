@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.errors import InputError, did_you_mean, nearest
 
 MOST_TEXT = 2**20
 """Maximum number of characters in a config file."""
@@ -22,12 +23,12 @@ WORDS = {
     "finite": "a finite number",
     "bool": "true or false",
     "string": "text",
-    "tuple": "two numbers in brackets",
-    "missing": "two numbers in brackets",
-    "too": "two numbers in brackets",
     "model": "a section, whose keys are set one by one",
 }
 """pydantic's error types by their first word -> what was expected."""
+OF_LISTS = ("tuple", "missing", "too")
+"""Those of which the field's type says what was expected."""
+COUNTS = {2: "two", 3: "three"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -125,11 +126,33 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             tags = (repr(_tag(model)) for model in sections_of(section, name))
             says[key] = f"{key}.name must be {' or '.join(tags)}, found {found.get('name')!r}"
         else:
-            word = WORDS.get(kind.partition("_")[0], message.removeprefix("Input should be "))
+            first = kind.partition("_")[0]
+            word = WORDS.get(first, message.removeprefix("Input should be "))
+            if first in OF_LISTS:
+                word = _in_brackets(section, name) or word
             # A key of two types has one error per type: a whole number or 'auto'.
             wanted[key] = f"{wanted[key]} or {word}" if key in wanted else word
-            says[key] = f"{key} must be {wanted[key]}, found {found!r}"
+            near = ""
+            if kind == "literal_error" and isinstance(found, str):
+                near = nearest(found, re.findall("'(.+?)'", item["ctx"]["expected"]), cutoff=0.6)
+            says[key] = f"{key} must be {wanted[key]}, found {found!r}{near}"
     return "; ".join(says.values())
+
+
+def _in_brackets(section: type[BaseModel], name: str) -> str | None:
+    """What a field with a list must be, such as `two numbers in brackets`; None for any other."""
+    field = section.model_fields.get(name)
+    kinds = [field.annotation] if field is not None else []
+    while kinds and get_origin(kinds[0]) is not tuple:
+        kinds = [*get_args(kinds[0]), *kinds[1:]]
+    if not kinds:
+        return None
+    first, *rest = get_args(kinds[0])
+    if get_origin(first) is Annotated:
+        first = get_args(first)[0]
+    what = "number" if first in (int, float) else "word"
+    many = f"{what}s" if rest == [...] else f"{COUNTS[len(rest) + 1]} {what}s"
+    return f"{many} in brackets"
 
 
 def _walk(location: Iterable[int | str], root: type[BaseModel]) -> tuple[str, type[BaseModel]]:

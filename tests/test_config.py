@@ -15,6 +15,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.methods.dseqjepa import DSeqConfig
 from dseqjepa.methods.ijepa import IJepaConfig
 from dseqjepa.presets import load_config, preset_names
+from dseqjepa.tasks.config import TASKS
 
 PRESETS = tuple(preset_names())
 BASE = "dseq_vitb16_in1k"
@@ -189,6 +190,8 @@ def test_cjepa_is_ijepa_with_vicreg_on_projected_features() -> None:
         ("optim.lr=2.5E-4", 2.5e-4),
         ("optim.epochs=70", 70),
         ("optim.epochs=auto", "auto"),
+        ("log.to=tensorboard", ("tensorboard",)),
+        ("log.to=[wandb, mlflow]", ("wandb", "mlflow")),
         ("optim.warmup_epochs=2.5", 2.5),
         ("data.batch_size=1e2", 100),
         ("data.image_size=64", (64, 64)),
@@ -276,8 +279,16 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
         "data.image_size=[1, 2, 3]": "data.image_size must be two numbers in brackets, "
         "found [1, 2, 3]",
         "data.image_size=[64]": "data.image_size must be two numbers in brackets, found [64]",
+        "data.mean=0.5": "data.mean must be three numbers in brackets, found 0.5",
+        "data.std=[0.5, 0.5]": "data.std must be three numbers in brackets, found [0.5, 0.5]",
+        "log.to=3": "log.to must be words in brackets, found 3",
+        "log.to=tensorbord": "log.to must be 'tensorboard', 'wandb' or 'mlflow', "
+        "found 'tensorbord'; did you mean 'tensorboard'?",
+        "log.to=[mlflow,wandbb]": "log.to must be 'tensorboard', 'wandb' or 'mlflow', "
+        "found 'wandbb'; did you mean 'wandb'?",
+        "log.to=[wandb,wandb]": "log.to: 'wandb' is named more than once",
         "runtime.precision=fp16": "runtime.precision must be 'auto', 'fp32' or 'bf16', "
-        "found 'fp16'",
+        "found 'fp16'; did you mean 'bf16'?",
         "data.size.x=1": "data.size.x: 'size' is a value, not a section",
         "data.workers=[": "data.workers: cannot read the value '[' as YAML",
         "data.workers": "expected section.key=value, found 'data.workers'",
@@ -326,6 +337,19 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert message.count(";") == 3  # two between the three, one before the nearest key
     for key in ("data.wokers", "optim.lr", "method.saliency.kind"):
         assert key in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    {
+        "sweep.lrs=0.1": "sweep.lrs must be numbers in brackets, found 0.1",
+        "sweep.features=last": "sweep.features must be words in brackets, found 'last'",
+    }.items(),
+)
+def test_a_list_is_asked_for_in_the_words_of_its_type(setting: str, message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        TASKS["linear"].from_settings([setting])
+    assert str(raised.value) == message
 
 
 def test_an_encoder_without_class_token_can_look_by_grad_cam() -> None:

@@ -213,8 +213,6 @@ def find_clusters(
     rows: Rows, names: Sequence[str], label_M: Sequence[str] | None, count: int, seed: int
 ) -> Finding:
     """Spherical k-means; cluster 0 is the largest."""
-    if count > len(names):
-        raise InputError(f"--clusters {count}: there are {len(names)} images")
     some = drawn(len(names), FITTED, seed)
     unit_ND = F.normalize(rows[some], dim=1).numpy().astype(np.float64)
     centre_KD, _ = kmeans2(unit_ND, count, iter=50, minit="++", rng=seed, missing="warn")
@@ -273,6 +271,14 @@ def check_asked(asked: Asked) -> None:
         raise InputError(f"--map must be pca or umap, found {asked.map!r}")
     if asked.map == "umap" and find_spec("umap") is None:
         raise InputError("--map umap needs umap-learn: pip install 'dseqjepa[umap]', or use pca")
+
+
+def check_enough(asked: Asked, images: int) -> None:
+    """`InputError` if there are too few images for what is asked."""
+    if asked and images < 2:
+        raise InputError(f"comparing images needs at least two, found {images}")
+    if asked.clusters > images:
+        raise InputError(f"--clusters {asked.clusters}: there are only {images} images")
 
 
 def sample_of_copies(source: Source, found: Extracted) -> tuple[Subset, Int64[Tensor, " N"]]:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dseqjepa.data.dataset import DatasetSource
 from dseqjepa.data.source import Source
 from dseqjepa.embeddings.images import name_of, named_images
-from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.model.vit import VisionTransformer, in_eval_mode
 from dseqjepa.tasks.backbone import OwnBackbone
 from dseqjepa.tasks.features import extract
 
@@ -45,7 +45,7 @@ def embed(
     """Features of every image, on the encoder's device.
 
     Args:
-        encoder: from `load_encoder`; it is not modified.
+        encoder: from `load_encoder`, or one in training; it is not modified.
         images: a folder, image files, a `.txt` list of paths; a `Source`; or a torch Dataset of
             images.
         features: `last` (mean patch of the last block), `last4`, `cls`, `block7`, ...
@@ -66,11 +66,12 @@ def embed(
     own_size = (rows * encoder.patch_size, columns * encoder.patch_size)
     stem = copy(encoder)  # a backbone takes it apart
     stem._modules = {**encoder._modules}
-    backbone = OwnBackbone(stem, image_size or own_size).eval()
+    backbone = OwnBackbone(stem, image_size or own_size)
     pieces = backbone.pieces(features)
-    found = extract(
-        backbone, source, backbone.image_size, pieces, batch_size=batch_size, workers=workers,
-        device=encoder.pos_embed.device,
-    )  # fmt: skip
+    with in_eval_mode(backbone):  # parts of the encoder
+        found = extract(
+            backbone, source, backbone.image_size, pieces, batch_size=batch_size, workers=workers,
+            device=encoder.pos_embed.device,
+        )  # fmt: skip
     names = tuple(name_of(source, index) for index in found.index_M.tolist())
     return Embedded(names, found.feature(*pieces), found.labels, found.bad)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from dseqjepa.embeddings.findings import (
     Asked,
     Finding,
     check_asked,
+    check_enough,
     find_clusters,
     find_duplicates,
     find_map,
@@ -42,15 +44,19 @@ from dseqjepa.embeddings.images import data_images, name_of, named_images
 from dseqjepa.embeddings.page import THUMBNAIL, write_page
 from dseqjepa.embeddings.table import check_table, files_of, new_table
 from dseqjepa.errors import InputError
+from dseqjepa.files import parents_made
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.features import Extracted, Rows, extract, split_piece
-from dseqjepa.tasks.store import stored
+from dseqjepa.tasks.store import Advice, stored
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.runtime import Stopped, join
 from dseqjepa.train.trained_on import trained_on
 
 PARTS = ".parts"
 """Suffix of the folder that holds the features of an unfinished table."""
+ADVICE = Advice("give another out=FILE", "free some space, or use another disk with out=FILE")
+"""About that folder."""
+RESUMES = "the same command resumes"
 VALUES = 2**22
 """Features held in memory while the table is written."""
 
@@ -71,12 +77,14 @@ def embed_images(
         spec: as `open_backbone` takes it.
         images: files, folders and lists of paths.
         data: a `data=` source, instead of `images`; without either, the run's training data.
+        overwrite: replace the table, and discard features of something else left next to it.
 
     Returns:
         The files written; none except on the first rank.
 
     Raises:
-        InputError: before anything is written, or if no image can be decoded.
+        InputError: nothing is left of what was written.
+        RunError: the disk is full.
     """
     asked = asked or Asked()
     runtime = join(
@@ -93,7 +101,9 @@ def embed_images(
             spec, weights=config.weights, pretrained=config.pretrained, image_size=size,
             seed=config.seed,
         )  # fmt: skip
-        return opened, _source(opened, config, images, data), _pieces(opened, config)
+        found = _source(opened, config, images, data)
+        check_enough(asked, len(found))
+        return opened, found, _pieces(opened, config)
 
     backbone, source, pieces = ranks.together(prepared)
     ranks.check_alike(weights=backbone.digest(), data=source.fingerprint())
@@ -108,14 +118,28 @@ def embed_images(
     parts = out.with_name(out.name + PARTS)
     backbone = backbone.to(device)
     written: list[Path] = []
-    with ranks.failing_together(Stopped):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        found = stored(parts, backbone, source, pieces, ranks=ranks, console=console, **how)
+    with ranks.failing_together(Stopped, RESUMES), parents_made(out), _removed_if_refused(parts):
+        found = stored(
+            parts, backbone, source, pieces, ranks=ranks, console=console, advice=ADVICE,
+            replace=overwrite, **how,
+        )  # fmt: skip
         if ranks.first:
             written = _Job(config, backbone, source, found, pieces, how).write(out, asked, console)
             shutil.rmtree(parts)
     ranks.close()
     return written
+
+
+@contextmanager
+def _removed_if_refused(parts: Path) -> Iterator[None]:
+    """Remove a new folder of parts on an `InputError`. Other errors leave it, to resume."""
+    is_new = not parts.exists()
+    try:
+        yield
+    except InputError:
+        if is_new:
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +215,7 @@ class _Job:
 
     def _findings(self, asked: Asked) -> Iterator[Finding]:
         names, config = self.names, self.config
-        if len(names) < 2:
-            raise InputError(f"comparing images needs at least two, found {len(names)}")
+        check_enough(asked, len(names))
         rows = self.found.rows(self.pieces)
         rows = rows.less(rows.moments()[0].float())
         if asked.map:
@@ -258,6 +281,8 @@ def _check(
 ) -> None:
     check_table(out, overwrite, beside=[page_of(out)] if asked else [])
     check_asked(asked)
+    if config.threshold != "auto" and not asked.duplicates:
+        raise InputError("threshold= is for --duplicates: add it, or leave out threshold=")
     if images and data is not None:
         raise InputError("name images or give data=, not both")
     if asked and config.per == "patch":

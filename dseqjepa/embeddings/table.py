@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dseqjepa.errors import InputError
-from dseqjepa.files import UNFINISHED, check_writable, sync
+from dseqjepa.files import UNFINISHED, check_writable, parents_made, sync
 
 ENDINGS = (".parquet", ".npy", ".csv")
 Columns = Mapping[str, Sequence[Any]]
@@ -51,22 +51,24 @@ def files_of(out: Path) -> tuple[Path, ...]:
 
 @contextmanager
 def new_table(out: Path, rows: int, about: Mapping[str, Any]) -> Iterator[Add]:
-    """A function that adds rows to `out`, `rows` in total; the file appears complete or not at all.
+    """A function that adds rows to `out`, `rows` in total; the file, and its folder if that is new,
+    appears complete or not at all.
 
     `about` describes the features; Parquet stores it in the metadata of the schema.
     """
     unfinished = [path.with_name(f"{UNFINISHED}{path.name}") for path in files_of(out)]
     writer = {".parquet": _parquet, ".npy": _numpy, ".csv": _csv}[out.suffix]
-    try:
-        with ExitStack() as held:
-            yield writer(unfinished, rows, about, held)
-        for path, final in zip(unfinished, files_of(out), strict=True):
-            sync(path)
-            path.replace(final)
-        sync(out.parent)
-    finally:
-        for path in unfinished:
-            path.unlink(missing_ok=True)
+    with parents_made(out):
+        try:
+            with ExitStack() as held:
+                yield writer(unfinished, rows, about, held)
+            for path, final in zip(unfinished, files_of(out), strict=True):
+                sync(path)
+                path.replace(final)
+            sync(out.parent)
+        finally:
+            for path in unfinished:
+                path.unlink(missing_ok=True)
 
 
 def _parquet(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitStack) -> Add:

@@ -14,6 +14,7 @@ from dseqjepa.errors import printable
 from dseqjepa.export.check import IMAGES, Difference
 from dseqjepa.export.formats import Format
 from dseqjepa.model.vit import VisionTransformer
+from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.results import Metric, text
 from dseqjepa.tasks.table import read_results
 from dseqjepa.train.checkpoint import Checkpoint
@@ -109,19 +110,29 @@ def _cell(value: str) -> str:
 
 
 def origin_of(
-    checkpoint: Checkpoint | None, weights: str, images: int | None
+    backbone: Backbone, checkpoint: Checkpoint | None, images: int | None
 ) -> list[tuple[str, str]]:
-    """Facts about a checkpoint's training; `images` is the size of its data, if known."""
+    """Facts about an encoder's training.
+
+    Args:
+        backbone: the encoder.
+        checkpoint: the one it comes from, if any.
+        images: the size of its training data, if that is at hand.
+    """
+    if backbone.weights == "random":
+        preset = Path(backbone.source.partition(":")[2]).name
+        return [("origin", f"untrained: random weights of {preset}, seed {backbone.seed}")]
     if checkpoint is None:
         return [("origin", "a weights file of another project")]
     config, state = checkpoint.config, checkpoint.state
+    images = state.get("images", images)
     if "imported_from" in state:
         return [("origin", f"imported from {Path(str(state['imported_from'])).name}")]
     data = f"fingerprint {str(state['data_fingerprint'])[:16]}"
     return [
         ("preset", _preset(checkpoint.run) or "unknown"),
         ("method", config.method.name),
-        ("encoder", f"{config.model.name}, {weights} weights"),
+        ("encoder", f"{config.model.name}, {backbone.weights} weights"),
         ("steps", f"{checkpoint.step} of {state['steps']}, {config.data.batch_size} images each"),
         ("data", data if images is None else f"{images:,} images, {data}"),
         ("seed", str(config.runtime.seed)),

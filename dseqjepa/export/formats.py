@@ -31,6 +31,8 @@ class Format(NamedTuple):
     """Python code that loads it; {height} and {width} are filled in from the encoder."""
     differences: tuple[str, ...]
     """What the other library does differently."""
+    least: int = 1
+    """The smallest number of patches per side that it can run."""
 
 
 FORMATS = {
@@ -118,6 +120,7 @@ image = pil_to_tensor({PICTURE}.resize(({{width}}, {{height}})))
             "two patches.",
             "It is a graph for inference, not a module to train.",
         ),
+        least=2,
     ),
 }
 

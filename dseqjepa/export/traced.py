@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dseqjepa.model.vit import Block, VisionTransformer
+from dseqjepa.model.vit import Block, VisionTransformer, in_eval_mode
 
 CUBIC = -0.5
 """Keys' coefficient, as torch uses it for bicubic interpolation with antialiasing."""
@@ -108,14 +108,14 @@ def _resizing(old: int, new: Side) -> Tensor:
 
 def _traced(encoder: VisionTransformer) -> tuple[TracedEncoder, Any]:
     """The module and its exported program, for any batch size and image size."""
-    model = TracedEncoder(encoder).eval()
+    model = TracedEncoder(encoder)
     patch = encoder.patch_size
     # Another size than the stored grid's, so that the program does not specialize to that one.
     height, width = ((side + 1) * patch for side in encoder.grid)
     images_BCHW = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
     shape = {0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * columns}
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(model):
         return model, torch.export.export(model, (images_BCHW,), dynamic_shapes=(shape,))
 
 

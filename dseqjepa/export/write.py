@@ -40,7 +40,7 @@ def export_encoder(
     """Write the folder `out`; it appears only if the export computes the encoder's features.
 
     Args:
-        spec: a run's folder, a checkpoint, or a third-party weights file.
+        spec: a run's folder, a checkpoint, a third-party weights file, or `random:PRESET`.
         to: a key of `formats.FORMATS`.
         out: a new or an empty folder.
         data: the images to compare on, as `open_source` takes it; by default the training images,
@@ -63,6 +63,12 @@ def export_encoder(
         )
     digest = backbone.digest()
     encoder = _with_grid(backbone.whole(), backbone.image_size)
+    if min(encoder.grid) < form.least:
+        smallest = [max(side, form.least * encoder.patch_size) for side in backbone.image_size]
+        raise InputError(
+            f"--to {to} needs at least {form.least} patches per side, found "
+            f"{' x '.join(map(str, encoder.grid))}: give image_size={smallest} or larger"
+        )
     checkpoint = open_checkpoint(Path(backbone.source)) if backbone.run is not None else None
     source, name = _images(checkpoint, data, backbone.image_size)
     trained = checkpoint is not None and source.fingerprint() == checkpoint.state.get(
@@ -71,7 +77,7 @@ def export_encoder(
     with _new_folder(out) as folder:
         form.write(encoder, folder)
         differences = compare(encoder, to, folder, source)
-        origin = origin_of(checkpoint, settings.weights, len(source) if trained else None)
+        origin = origin_of(backbone, checkpoint, len(source) if trained else None)
         results = results_of(checkpoint, digest)
         card = model_card(encoder, form, origin, results, differences, name)
         write_whole(folder / "README.md", card)
@@ -106,7 +112,7 @@ def _images(
             return open_training_source(config.with_(data={"source": data})), "the training data"
     side = min(max(*image_size, 32), 512)
     how: dict[str, Any] = {"size": SCENES, "image_size": (side, side), "seed": 0}
-    name = "rendered scenes" if data in (None, *SPECS) else "a private data set"
+    name = "rendered scenes" if data in (None, *SPECS) else "a data set named by data="
     return open_source(data or "scenes", split="pretrain", **how), name
 
 

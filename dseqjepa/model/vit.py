@@ -11,7 +11,8 @@ H heads, C head width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -59,6 +60,18 @@ def normalize(
         return images_BCHW
     scale_C11, shift_C11 = _scale_and_shift(images_BCHW.device, mean, std)
     return images_BCHW.float().mul_(scale_C11).add_(shift_C11)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Every part of a module in eval mode; afterwards, each in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def check_normalized(images_BCHW: Images) -> None:

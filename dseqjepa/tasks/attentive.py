@@ -243,7 +243,7 @@ def train(
         label_N = source.labels[config.task]
 
         def read(index: int, _key: int) -> LabelledImage:
-            return LabelledImage(rows[index : index + 1][0], int(label_N[index]))
+            return LabelledImage(rows.row(index), int(label_N[index]))
 
     def losses(batch: LabelledImages) -> dict[str, Tensor]:
         inputs_B, label_B = batch.to(job.device)

@@ -296,12 +296,12 @@ class FrozenHf(Backbone):
     def __init__(
         self, model: nn.Module, folder: Folder, image_size: tuple[int, int] | None
     ) -> None:
-        if folder.normalisation is None:
+        mean, std = folder.mean, folder.std
+        if mean is None or std is None:
             raise InputError(
                 f"{folder.path} does not state the normalization: add a "
                 "preprocessor_config.json with image_mean and image_std"
             )
-        mean, std = folder.normalisation
         size = image_size or folder.image_size
         if size is None:
             raise InputError(f"{folder.path} does not state an image size: give image_size=[H,W]")
@@ -511,6 +511,7 @@ def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed:
         folder = folder_of(Path(name).expanduser())
         if folder.library != "timm":
             raise InputError(f"{name} is for {folder.library}: use hf:{name}")
+        folder.check_images()
         name, architecture = f"local-dir:{folder.path}", str(folder.config["architecture"])
     is_hub = ":" in architecture  # hf-hub:..., local-dir:...: timm's own syntax for locations
     if not is_hub and not timm.is_model(architecture):

@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,22 @@ FORMAT = 2
 TRANSFORM = "resize to 256/224 of the size, centre crop, bilinear"
 
 
+class Advice(NamedTuple):
+    """What a user of a command can do about its folder of features."""
+
+    occupied: str
+    """It contains something else."""
+    full: str
+    """Its disk is full."""
+
+
+CACHE = Advice(
+    "give another cache=DIR",
+    "free some space, use another disk with cache=DIR, or set cache=none",
+)
+"""That of an evaluation."""
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
     """The features of one source by one backbone, in `folder`."""
@@ -55,6 +72,7 @@ class Store:
     chunks: Sequence[range]
     basis: PatchBasis | None = None
     """The projection for `patches1`; pieces of different projections are kept side by side."""
+    advice: Advice = CACHE
 
     def _stem(self, piece: str) -> str:
         is_reduced = self.basis is not None and piece.startswith("patches")
@@ -64,7 +82,7 @@ class Store:
         """All rows of a piece, on disk."""
         path, size = self.folder / f"{self._stem(piece)}.f32", self.images * width * 4
         if create:
-            _allocate(path, size)
+            _allocate(path, size, self.advice)
         found = path.stat().st_size if path.exists() else 0
         if found != size:
             raise InputError(f"{path} has {found} bytes, expected {size}: remove {self.folder}")
@@ -131,7 +149,7 @@ class Store:
         return done
 
 
-def _allocate(path: Path, size: int) -> None:
+def _allocate(path: Path, size: int, advice: Advice) -> None:
     """Reserve disk space for the whole file: writing to a mapped page on a full disk kills the
     process. Several ranks may do this at once."""
     try:
@@ -142,8 +160,7 @@ def _allocate(path: Path, size: int) -> None:
                 file.truncate(size)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be created: it needs {size} bytes ({error.strerror}); free some space, "
-            "use another disk with cache=DIR, or set cache=none"
+            f"{path} cannot be created: it needs {size} bytes ({error.strerror}); {advice.full}"
         ) from None
 
 
@@ -164,12 +181,17 @@ def stored(
     ranks: Ranks,
     console: Console,
     basis: PatchBasis | None = None,
+    advice: Advice = CACHE,
+    replace: bool = False,
 ) -> Extracted:
     """Features of every image, from `folder` as far as available; the rest is computed and stored.
+
+    `replace` discards features of something else in `folder`.
 
     Raises:
         InputError: the folder contains features of something else, or is damaged, or no image can
             be decoded.
+        RunError: the disk is full.
     """
     chunks = chunks_of(len(source))
     manifest = {
@@ -183,8 +205,8 @@ def stored(
         "chunks": len(chunks),
         "batch": batch_size,
     }
-    ranks.together(lambda: _claim(folder, manifest) if ranks.first else None)
-    store = Store(folder, len(source), chunks, basis)
+    ranks.together(lambda: _claim(folder, manifest, advice, replace) if ranks.first else None)
+    store = Store(folder, len(source), chunks, basis, advice)
     missing = store.missing(pieces)
     ranks.wait()  # all ranks have checked before any writes
     mine = missing[ranks.rank :: ranks.world]
@@ -212,26 +234,35 @@ def stored(
     return store.open(pieces, source)
 
 
-def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _claim(folder: Path, manifest: Mapping[str, Any], advice: Advice, replace: bool) -> None:
     """Create the folder, or check that its content has the same origin."""
     path = folder / "manifest.json"
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("it is not an object")
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove {folder}") from None
-        unlike = [key for key in manifest if found.get(key) != manifest[key]]
-        if unlike:
-            raise InputError(
-                f"{folder} contains features of another {', '.join(unlike)}: "
-                "give another cache=DIR, or delete it"
-            )
+            _check_origin(path, manifest, advice)
+        except InputError:
+            if not replace:
+                raise
+            shutil.rmtree(folder)
     elif folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"cache={folder} contains other files: give another folder")
-    else:
+        raise InputError(f"{folder} contains other files: {advice.occupied}")
+    if not path.exists():
         write_json(path, manifest)
+
+
+def _check_origin(path: Path, manifest: Mapping[str, Any], advice: Advice) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove {path.parent}") from None
+    unlike = [key for key in manifest if found.get(key) != manifest[key]]
+    if unlike:
+        raise InputError(
+            f"{path.parent} contains features of another {', '.join(unlike)}: {advice.occupied}, "
+            "or delete it"
+        )
 
 
 def reading(job: Job, config: FrozenConfig) -> dict[str, Any]:

@@ -156,7 +156,13 @@ class _Built:
         images = [EvalTransform(size)(scenes.image(index)) for index in range(SCENES)]
         images_BCHW = encoder.normalized(torch.stack(images))
         with torch.no_grad():
-            value = farthest(encoder.forward_features(images_BCHW), theirs(images_BCHW))
+            ours_BLD = encoder.forward_features(images_BCHW)
+            try:
+                theirs_BLD = theirs(images_BCHW)
+            except Exception as error:  # on odd settings a library raises whatever it ran into
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise InputError(f"{library} cannot run {self.file}: {reason}") from None
+            value = farthest(ours_BLD, theirs_BLD)
         if not value <= BOUND:
             said = {} if self.folder is None else self.folder.config
             named = [
@@ -228,11 +234,11 @@ def _how(folder: Folder | None) -> str:
 
 def _as_said(folder: Folder, settings: ImportConfig) -> ImportConfig:
     """With what the folder says of that which the settings leave open."""
-    mean, std = folder.normalisation or ("auto", "auto")
-    said = {"heads": folder.heads, "image_size": folder.image_size, "mean": mean, "std": std}
-    known = {key: value for key, value in said.items() if value is not None}
     chosen = {key: value for key, value in settings.model_dump().items() if value != "auto"}
-    return ImportConfig(**{**known, **chosen})
+    open_ = [key for key in ImportConfig.model_fields if key not in chosen]
+    said = {key: getattr(folder, key) for key in open_}
+    known = {key: value for key, value in said.items() if value is not None}
+    return ImportConfig(**known, **chosen)
 
 
 def _files(file: Path, folder: Folder | None) -> list[Path]:

@@ -209,17 +209,22 @@ class _Mlflow:
     def __init__(self, config: Config, folder: Path, name: str, step: int) -> None:
         from mlflow import MlflowClient
 
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # or it refuses files from 3.17 on
         place = config.log.tracking
         if place == "auto":
             place = (folder / "mlflow").absolute().as_uri()
-            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         self.client = MlflowClient(place)
         project = config.log.project
         known = self.client.get_experiment_by_name(project)
         experiment = known.experiment_id if known else self.client.create_experiment(project)
         found = self.client.search_runs([experiment], f"tags.dseqjepa = '{name}'")
+        # It cannot drop what is beyond the checkpoint: that is not logged again.
+        self.last: dict[str, int] = {}
         if found:
             self.run = found[0].info.run_id
+            for key in found[0].data.metrics:
+                history = self.client.get_metric_history(self.run, key)
+                self.last[key] = max(metric.step for metric in history)
             return
         made = self.client.create_run(
             experiment, tags={"dseqjepa": name}, run_name=folder.parent.name
@@ -232,7 +237,11 @@ class _Mlflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        told = [Metric(key, value, now, step) for key, value in values.items()]
+        told = [
+            Metric(key, value, now, step)
+            for key, value in values.items()
+            if step > self.last.get(key, -1)
+        ]
         self.client.log_batch(self.run, metrics=told)
 
     def picture(self, image: Image.Image, step: int) -> None:

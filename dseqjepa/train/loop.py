@@ -494,6 +494,7 @@ class Trainer:
             "steps": self.schedule.steps,
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.fingerprint,
+            "images": len(self.source),
             "data_path": self.data_path,
             "ranks": self.ranks.world,
             "windows": self.ranks.share(self.window.to_json()),

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dseqjepa.config import Colours
 from dseqjepa.errors import InputError
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -29,12 +31,15 @@ NORMS = ("layernorm", "norm", "post_layernorm")
 """What models of transformers call their final norm."""
 CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
 MOST_TEXT = 2**20
-Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A model that transformers or timm wrote: `config` is its config.json."""
+    """A model that transformers or timm wrote: `config` is its config.json.
+
+    What is read of it is None where the folder does not state it, and an `InputError` that names
+    file and key where it is unusable.
+    """
 
     path: Path
     library: str
@@ -49,37 +54,68 @@ class Folder:
 
     @property
     def heads(self) -> int | None:
-        if self.library == "timm":
-            return self.config.get("model_args", {}).get("num_heads")
-        return self.config.get("num_attention_heads")
+        keys = ("model_args.num_heads",) if self.library == "timm" else ("num_attention_heads",)
+        return self._said(keys, _is_count, "a whole number from 1")
 
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width in pixels that positions are stored for."""
+        keys: tuple[str, ...] = ("image_size",)
         if self.library == "timm":
-            size = self.config.get("model_args", {}).get("img_size") or self._timm("input_size")
-        else:
-            size = self.config.get("image_size")
-        if isinstance(size, int):
-            return size, size
-        return tuple(size[-2:]) if isinstance(size, list) else None
+            keys = ("model_args.img_size", "pretrained_cfg.input_size", "input_size")
+        size = self._said(keys, _is_size, "a side, or a height and a width, in pixels")
+        if size is None:
+            return None
+        return (size, size) if isinstance(size, int) else tuple(size[-2:])
 
     @property
-    def normalisation(self) -> Normalisation | None:
-        """Mean and deviation by which images are normalised; None where it is not said."""
-        if self.library == "timm":
-            values = self._timm("mean"), self._timm("std")
-        else:
-            path = self.path / "preprocessor_config.json"
-            said = _json(path) if path.is_file() else {}
-            values = said.get("image_mean"), said.get("image_std")
-        if any(not isinstance(value, list) or len(value) != 3 for value in values):
-            return None
-        mean, std = (tuple(map(float, value)) for value in values)
-        return mean, std  # type: ignore[return-value]
+    def mean(self) -> Colours | None:
+        """By which images are normalised."""
+        return self._colours("mean", _is_colours, "three finite numbers")
 
-    def _timm(self, key: str) -> Any:
-        return self.config.get("pretrained_cfg", {}).get(key, self.config.get(key))
+    @property
+    def std(self) -> Colours | None:
+        """By which images are normalised."""
+        return self._colours(
+            "std",
+            lambda value: _is_colours(value) and min(value) > 0,
+            "three finite numbers above 0",
+        )
+
+    def check_images(self) -> None:
+        """`InputError` if what is said of images is unusable: the libraries do not look."""
+        _ = self.image_size, self.mean, self.std
+
+    def _colours(self, key: str, fits: Callable[[Any], bool], expected: str) -> Colours | None:
+        if self.library == "timm":
+            found = self._said((f"pretrained_cfg.{key}", key), fits, expected)
+        else:
+            found = self._said((f"image_{key}",), fits, expected, "preprocessor_config.json")
+        return found and tuple(map(float, found))
+
+    def _said(
+        self,
+        keys: Sequence[str],
+        fits: Callable[[Any], bool],
+        expected: str,
+        file: str = "config.json",
+    ) -> Any:
+        """The value of the first of these dotted keys that a file has, or None."""
+        path, values = self.path / file, self.config
+        if file != "config.json":
+            values = _json(path) if path.is_file() else {}
+        for key in keys:
+            value: Any = values
+            for part in key.split("."):
+                if not isinstance(value, Mapping | None):
+                    section = key.rpartition(".")[0]
+                    raise InputError(_unusable(path, section, "an object", value))
+                value = None if value is None else value.get(part)
+            if value is not None:
+                if not fits(value):
+                    raise InputError(_unusable(path, key, expected, value))
+                return value
+        return None
 
     def tokens(self) -> Callable[[Tensor], Tensor]:
         """What its library makes of normalised images: tokens (B, L, D) after the final norm."""
@@ -88,6 +124,27 @@ class Folder:
             return lambda images_BCHW: model.eval().forward_features(images_BCHW)
         found = HuggingFace(hugging_face(self))
         return lambda images_BCHW: found.eval()(images_BCHW, 1)[-1]
+
+
+def _unusable(path: Path, key: str, expected: str, found: Any) -> str:
+    return f"{path}: {key} must be {expected}, found {json.dumps(found)[:80]}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(value: Any) -> bool:
+    sides = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value]
+    return all(map(_is_count, sides))
+
+
+def _is_colours(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(item) in (int, float) and math.isfinite(item) for item in value)
+    )
 
 
 def folder_of(path: Path) -> Folder:
@@ -231,8 +288,10 @@ def timm_model(name: str, pretrained: bool, **more: Any) -> Any:
     """A model of timm without a classifier; `InputError` where there is none."""
     try:
         return timm_library().create_model(name, pretrained=pretrained, num_classes=0, **more)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split()[:60])
+    except InputError:
+        raise
+    except Exception as error:  # on what it does not know it raises whatever it ran into
+        reason = " ".join(str(error).split()[:60]) or type(error).__name__
         raise InputError(f"timm cannot make {name}: {reason}") from error
 
 

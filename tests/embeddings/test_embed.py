@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -194,6 +195,67 @@ def test_a_command_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.Monk
     assert not list(here.glob("*.parts"))
 
 
+def test_the_end_by_ctrl_c_says_how_to_go_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = Store.write
+
+    def until_one(self: Store, number: int, *rest: Any) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        write(self, number, *rest)
+
+    typed = ["embed", "encoder.pth", "pictures", "out=new/x.csv", "accelerator=cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", until_one)
+        assert run(monkeypatch, *typed) == 130
+    assert capsys.readouterr().err == "dseqjepa: interrupted; the same command resumes\n"
+    kept = set(Path("new/x.csv.parts/done").iterdir())
+    assert len(kept) == 1
+    assert run(monkeypatch, *typed) == 0
+    assert "encoding 11 of 16 images" in capsys.readouterr().out
+    assert os.listdir("new") == ["x.csv"]
+
+
+def test_parts_of_something_else_are_left_unless_overwritten(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dseqjepa.embeddings.run.new_table", stop)
+        with pytest.raises(KeyboardInterrupt):
+            embed("x.csv")
+    before = contents(here)
+    typed = ["embed", "encoder.pth", "pictures", "out=x.csv", "accelerator=cpu", "batch_size=2"]
+    capsys.readouterr()
+    assert run(monkeypatch, *typed) == 2
+    said = capsys.readouterr().err
+    assert "contains features of another batch: give another out=FILE, or delete it" in said
+    assert contents(here) == before
+    assert run(monkeypatch, *typed, "overwrite=true") == 0
+    assert not Path("x.csv.parts").exists()
+    Path("x.csv.parts").mkdir()
+    Path("x.csv.parts/mine.txt").write_text("mine")
+    assert run(monkeypatch, *typed, "overwrite=true") == 2
+    assert "x.csv.parts contains other files: give another out=FILE" in capsys.readouterr().err
+    assert Path("x.csv.parts/mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_answered_with_what_embed_takes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert run(monkeypatch, "embed", "encoder.pth", "pictures", "out=x.csv") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "free some space, or use another disk with out=FILE" in line
+    assert "cache" not in line
+
+
 def on_ranks(folder: Path) -> None:
     """In a child, as torchrun would."""
     os.chdir(folder)
@@ -326,6 +388,11 @@ def test_a_umap_is_by_cosine_and_by_seed(here: Path, monkeypatch: pytest.MonkeyP
         "pictures out=x.csv feature=last": "unknown key 'feature'; did you mean 'features'?",
         "pictures out=x.csv --clusters 1": "--clusters at least 2",
         "pictures out=x.csv --map tsne": "--map must be pca or umap, found 'tsne'",
+        "pictures out=x.csv threshold=0.9 --outliers": "threshold= is for --duplicates: add it",
+        "pictures out=new/x.csv --clusters 17": "--clusters 17: there are only 16 images",
+        "pictures/a/00.png out=new/x.csv --outliers": "needs at least two, found 1",
+        "pictures/a/bad.png out=new/deep/x.csv": "none of 1 is readable",
+        "pictures out=new/x.csv --clusters 16": "--clusters 16: there are only 15 images",
         "pictures out=there.csv/x.csv": "there.csv",
     }.items(),
 )

@@ -64,6 +64,22 @@ def test_features_of_a_folder_a_source_and_a_data_set_are_the_same(
     assert encoder(images.permute(0, 3, 1, 2)).cls_BD is not None
 
 
+def test_every_part_of_an_encoder_stays_in_its_mode(
+    encoder: VisionTransformer, tmp_path: Path
+) -> None:
+    folder = pictures(tmp_path / "pictures", 3)
+    encoder.train()
+    encoder.blocks[1].eval()
+    before = [part.training for part in encoder.modules()]
+    dj.embed(encoder, folder)
+    assert [part.training for part in encoder.modules()] == before
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(dj.InputError, match="none of 3 is readable"):
+        dj.embed(encoder, folder)
+    assert [part.training for part in encoder.modules()] == before
+
+
 def test_what_is_no_data_set_is_refused(encoder: VisionTransformer, tmp_path: Path) -> None:
     with pytest.raises(dj.InputError, match="expected a data set with a length"):
         dj.embed(encoder, Endless())

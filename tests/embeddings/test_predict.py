@@ -126,12 +126,12 @@ def test_a_batch_is_in_memory_at_a_time_and_bad_images_are_named(
     real = predict._columns
     monkeypatch.setattr(predict, "_columns", lambda b, top: sizes.append(len(b)) or real(b, top))
     (here / "pictures/red/00.png").write_bytes(b"no picture")
-    assert run(monkeypatch, "predict", HEAD, "pictures", "out=p.csv", "batch_size=8") == 0
+    assert run(monkeypatch, "predict", HEAD, "pictures", "out=new/p.csv", "batch_size=8") == 0
     assert max(sizes) <= 8
-    assert sum(sizes) == len(rows("p.csv")) == 35
+    assert sum(sizes) == len(rows("new/p.csv")) == 35
     said = capsys.readouterr().out
     assert "cannot decode pictures/red/00.png: not a known image" in said
-    assert "35 of 36 images classified\nwritten: p.csv\n" in said
+    assert "35 of 36 images classified\nwritten: new/p.csv\n" in said
 
 
 def test_without_a_file_there_is_a_line_for_each_image(
@@ -195,6 +195,7 @@ def test_a_head_of_the_context_encoder_reads_that(
         f"predict {HEAD} picture": "no such folder: picture; did you mean",
         f"predict {HEAD} pictures topp=2": "unknown key 'topp'; did you mean 'top'?",
         f"predict {HEAD} empty.png out=p.csv": "none of the 1 images can be decoded",
+        f"predict {HEAD} empty.png out=a/b/p.csv": "none of the 1 images can be decoded",
     }.items(),
 )
 def test_a_wrong_word_is_refused(

@@ -18,14 +18,15 @@ from dseqjepa.config import ENCODER_SIZES
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.transforms import EvalTransform
+from dseqjepa.errors import InputError
 from dseqjepa.export import check, formats, reader
 from dseqjepa.export.check import compare
 from dseqjepa.export.folders import hf_names, hf_settings, timm_settings, write_hf, write_timm
 from dseqjepa.export.formats import FORMATS
-from dseqjepa.export.traced import TracedEncoder, _resizing
+from dseqjepa.export.traced import TracedEncoder, _resizing, write_torch
 from dseqjepa.export.write import export_encoder
 from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.train.checkpoint import load_encoder
+from dseqjepa.train.checkpoint import Checkpoint, load_encoder
 from tests.test_cli import contents, pictures, run
 from tests.tiny import TINY
 
@@ -211,8 +212,10 @@ def test_positions_are_brought_to_a_grid_as_torch_interpolates(old: int, new: in
     torch.testing.assert_close(_resizing(old, new) @ values_1CHW, wanted_1CHW)
 
 
-def test_the_traced_encoder_shares_the_weights() -> None:
-    ours = encoder()
+def test_the_traced_encoder_shares_the_weights_and_stays_in_training(tmp_path: Path) -> None:
+    ours = encoder().train()
+    write_torch(ours, tmp_path)
+    assert all(part.training for part in ours.modules())
     traced = TracedEncoder(ours)
     assert {id(p) for p in traced.parameters()} == {id(p) for p in ours.parameters()}
     assert "multiples of 8" in traced.about
@@ -261,6 +264,32 @@ def test_a_file_of_another_project_leaves_as_well(here: Path, in_this_process: N
     assert "None yet; run `dseqjepa evaluate`" in card
 
 
+def test_what_is_untrained_says_so(here: Path, in_this_process: None) -> None:
+    said: list[str] = []
+    settings = ExportConfig(image_size=(16, 16))
+    export_encoder(
+        "random:vitt8_64", "timm", here / "out", settings, data="pictures", tell=said.append
+    )
+    assert "on images of a data set named by data=" in said[0]
+    card = (here / "out/README.md").read_text(encoding="utf-8")
+    assert "| origin | untrained: random weights of vitt8_64, seed 0 |" in card
+    assert "weights file" not in card
+    assert "private" not in card
+
+
+def test_the_number_of_images_is_known_when_they_are_gone(
+    here: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(checkpoint: Checkpoint) -> str:
+        raise InputError("cannot find the images")
+
+    monkeypatch.setattr("dseqjepa.export.write.trained_on", gone)
+    export_encoder("run", "hf", here / "out", ExportConfig())
+    card = (here / "out/README.md").read_text(encoding="utf-8")
+    assert "| data | 12 images, fingerprint " in card
+    assert "images of rendered scenes" in card
+
+
 # Nothing is left of what failed
 
 
@@ -280,6 +309,9 @@ def test_a_file_of_another_project_leaves_as_well(here: Path, in_this_process: N
         "export run --to hf --out x size=3": "unknown key 'size'; did you mean 'image_size'?",
         "export run --to hf --out x image_size=30": "not a multiple of the patch size 8",
         "export run --to hf --out x data=gone": "no such folder: gone",
+        "export random:vitt8_64 --to torch --out x image_size=8": "--to torch needs at least 2 "
+        "patches per side, found 1 x 1: give image_size=[16, 16] or larger",
+        "export run --to torch --out x image_size=[8,40]": "give image_size=[16, 40] or larger",
         "export run --to hf --out x weights=best": "weights must be 'target' or 'context'",
     }.items(),
 )

@@ -166,6 +166,8 @@ def test_rows_are_what_they_would_be_in_memory() -> None:
     assert torch.equal(rows.only(torch.tensor([5, 2, 9]))[1:], whole_MD[[2, 9]])
     mean_D = whole_MD.mean(dim=0)
     assert torch.equal(rows.less(mean_D).only(torch.tensor([4]))[:], whole_MD[[4]] - mean_D)
+    assert torch.equal(rows.row(7), whole_MD[7])
+    assert torch.equal(rows.less(mean_D).row(4), whole_MD[4] - mean_D)
     assert [start for start, _ in rows.blocks(10)] == [0, 10, 20]
     assert torch.equal(torch.cat([part for _, part in rows.blocks(10)]), whole_MD)
 

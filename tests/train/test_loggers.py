@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from tests.train.tiny_runs import (
 )
 
 BOARD = "tensorboard"
+BLOCK, WHOLE, LAST = 2**15, 1, 4
+"""Of a file of W&B."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +57,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 def config_with(*names: str, **more: str) -> Any:
     settings = [f"log.{key}={value}" for key, value in more.items()]
-    return run_config("dseq", f"log.to=[{','.join(names)}]", *settings)
+    kept = ["checkpoint.every_steps=5", "checkpoint.keep=9"]
+    return run_config("dseq", f"log.to=[{','.join(names)}]", *settings, *kept)
 
 
 def told(out: Path) -> dict[int, float]:
@@ -68,9 +72,11 @@ def run_with(out: Path, *names: str, **how: Any) -> Path:
 
 
 def cut_and_resumed(out: Path, name: str) -> Path:
+    """Resumed from before its last step, as after a crash: some steps are taken and told twice."""
     with pytest.raises(Stopped):
-        run_with(out, name, stop_after=7)
-    return run_with(out, name, resume=True)
+        run_with(out, name, stop_after=13)
+    assert max(told(out)) > 5
+    return run_with(out, name, resume=5)
 
 
 def scalars(out: Path) -> Any:
@@ -102,19 +108,55 @@ def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "run"
     assert run.data.params["optim.epochs"] == "4"
-    found = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
+    history = client.get_metric_history(run.info.run_id, "loss")
+    found = {metric.step: metric.value for metric in history}
     assert found == pytest.approx(told(out))
+    assert len(history) == len(found), "a step that was taken again is told once"
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "regions")]
     assert f"regions/{STEPS:08d}.png" in pictures
+
+
+def test_mlflow_takes_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    place = tmp_path / "elsewhere"
+    out = train(config_with("mlflow", tracking=place.as_uri()), tmp_path / "run")
+    assert "abandoned" not in (out / "log.txt").read_text()
+    assert list(place.rglob("metrics/loss"))
 
 
 def test_wandb_writes_offline_and_keeps_its_name(tmp_path: Path) -> None:
     out = cut_and_resumed(tmp_path / "run", "wandb")
     name = json.loads((out / "loggers/names.json").read_text())["wandb"]
-    folders = [path.name for path in (out / "loggers/wandb").glob("offline-run-*")]
-    assert len(folders) == 2
-    assert all(folder.endswith(name) for folder in folders)
+    folders = sorted((out / "loggers/wandb").glob("offline-run-*"))
+    assert all(folder.name.endswith(name) for folder in folders)
+    first, second = (losses(next(folder.glob("*.wandb"))) for folder in folders)
+    assert min(second) > 5
+    assert first.keys() & second.keys(), "steps that were taken again are in both"
+    assert first | second == pytest.approx(told(out))
+    assert second | first == pytest.approx(told(out))
     assert list((out / "loggers/wandb").rglob("*.png"))
+
+
+def losses(file: Path) -> dict[int, float]:
+    """Those in a file of W&B, which holds messages as LevelDB's log does: in blocks, whose parts
+    have a hash, a length and a kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, message, found = file.read_bytes(), 7, b"", dict[int, float]()
+    while place + 7 < len(content):
+        if (room := BLOCK - place % BLOCK) < 7:
+            place += room
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        place += 7 + length
+        message += content[place - length : place]
+        if kind in (WHOLE, LAST):
+            items = Record.FromString(message).history.item
+            values = {".".join(item.nested_key) or item.key: item.value_json for item in items}
+            if "loss" in values:
+                found[int(values["_step"])] = float(values["loss"])
+            message = b""
+    return found
 
 
 def test_a_run_is_the_same_with_a_logger(tmp_path: Path) -> None:

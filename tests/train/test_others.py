@@ -344,6 +344,94 @@ def test_a_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
         load_encoder(tmp_path / "plain")
 
 
+HF_ODD: list[tuple[str, str, Any, str]] = [
+    ("config.json", "num_attention_heads", 0, "num_attention_heads must be a whole number from 1"),
+    ("config.json", "num_attention_heads", [2, 4], "found [2, 4]"),
+    ("config.json", "image_size", [0], "image_size must be a side, or a height and a width"),
+    ("config.json", "image_size", [32, 0], "image_size must be"),
+    ("config.json", "image_size", True, "image_size must be"),
+    ("preprocessor_config.json", "image_mean", ["a", 0, 0], "image_mean must be three finite"),
+    ("preprocessor_config.json", "image_mean", [0.5], "image_mean must be three finite numbers"),
+    ("preprocessor_config.json", "image_mean", [float("nan")] * 3, "image_mean must be"),
+    ("preprocessor_config.json", "image_std", [0, 0, 0], "image_std must be three finite numbers"),
+    ("preprocessor_config.json", "image_std", 1, "numbers above 0, found 1"),
+]
+TIMM_ODD: list[tuple[str, str, Any, str]] = [
+    ("", "model_args", 3, "model_args must be an object, found 3"),
+    ("", "model_args", None, "timm cannot make"),
+    ("", "pretrained_cfg", [], "pretrained_cfg must be an object, found []"),
+    ("model_args", "num_heads", 0, "model_args.num_heads must be a whole number from 1, found 0"),
+    ("model_args", "img_size", "32", "model_args.img_size must be a side"),
+    ("pretrained_cfg", "mean", ["a", 0, 0], "pretrained_cfg.mean must be three finite numbers"),
+    ("pretrained_cfg", "std", [0, 0, 0], "pretrained_cfg.std must be three finite numbers above 0"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value", "part"), HF_ODD)
+def test_an_odd_setting_of_transformers_is_named(
+    file: str,
+    key: str,
+    value: Any,
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written(tmp_path / "theirs", "ViT", {})
+    path = tmp_path / "theirs" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    monkeypatch.chdir(tmp_path)
+    typed = [["import", "theirs", "out=ours"]]
+    if file == "preprocessor_config.json":
+        typed.append(["embed", "hf:theirs", "data=scenes", "size=4", "out=x.csv"])
+    elif key == "image_size":  # transformers may refuse it first
+        with pytest.raises(InputError):
+            open_backbone("hf:theirs")
+    capsys.readouterr()
+    for words in typed:
+        assert run(monkeypatch, *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"theirs/{file}: " in line
+        assert part in line
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(("section", "key", "value", "part"), TIMM_ODD)
+def test_an_odd_setting_of_timm_is_named(
+    section: str,
+    key: str,
+    value: Any,
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    timm_folder(tmp_path / "theirs", timm_vit(), "vit_base_patch16_224", ARGS)
+    path = tmp_path / "theirs/config.json"
+    said = json.loads(path.read_text())
+    (said[section] if section else said)[key] = value
+    path.write_text(json.dumps(said))
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["import", "theirs", "out=ours"],
+        ["export", "theirs", "--to", "timm", "--out", "ours"],
+        ["embed", "timm:theirs", "data=scenes", "size=4", "out=x.csv"],
+    ):
+        assert run(monkeypatch, *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line or (words[0] == "embed" and "timm cannot make" in line)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_what_a_library_cannot_run_is_one_line(tmp_path: Path) -> None:
+    written(tmp_path / "theirs", "ViT", {})
+    path = tmp_path / "theirs/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_dropout_prob": "none"}))
+    with pytest.raises(InputError, match="transformers cannot") as raised:
+        import_encoder(tmp_path / "theirs", tmp_path / "ours", AUTO)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_library_that_is_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
