@@ -70,12 +70,12 @@ class Folder:
 
     @property
     def mean(self) -> Colours | None:
-        """By which images are normalised."""
+        """By which images are normalized."""
         return self._colours("mean", _is_colours, "three finite numbers")
 
     @property
     def std(self) -> Colours | None:
-        """By which images are normalised."""
+        """By which images are normalized."""
         return self._colours(
             "std",
             lambda value: _is_colours(value) and min(value) > 0,
@@ -118,7 +118,7 @@ class Folder:
         return None
 
     def tokens(self) -> Callable[[Tensor], Tensor]:
-        """What its library makes of normalised images: tokens (B, L, D) after the final norm."""
+        """What its library makes of normalized images: tokens (B, L, D) after the final norm."""
         if self.library == "timm":
             model = timm_model(f"local-dir:{self.path}", pretrained=True)
             return lambda images_BCHW: model.eval().forward_features(images_BCHW)
@@ -232,7 +232,7 @@ def _vision(model: Any) -> nn.Module:
 
 
 class HuggingFace(nn.Module):
-    """A vision model of transformers: normalised images to the tokens of its last blocks."""
+    """A vision model of transformers: normalized images to the tokens of its last blocks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ def timm_model(name: str, pretrained: bool, **more: Any) -> Any:
 
 
 def timm_vit(state: Mapping[str, Tensor], **shape: Any) -> Callable[[Tensor], Tensor] | None:
-    """timm's plain ViT with these weights: normalised images to tokens (B, L, D) after the final
+    """timm's plain ViT with these weights: normalized images to tokens (B, L, D) after the final
     norm. None where timm is not installed."""
     try:
         from timm.models.vision_transformer import VisionTransformer
