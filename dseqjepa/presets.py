@@ -151,7 +151,7 @@ def vitt_demo() -> Config:
     """A shallow ViT-Ti/8 on the rendered scenes at 64 px: what `dseqjepa demo` trains.
 
     `dseqjepa pretrain vitt_demo data=scenes out=runs/demo` only trains it, in minutes on a CPU.
-    Linear probe on the class of 5,000 scenes: 43.6 % (untrained 24.4): README.
+    Attentive probe on the class of 5,000 scenes: 55.0 % (untrained 50.8): README.
     """
     return vitt8_64().with_(
         data={"source": "scenes", "size": 5000, "batch_size": 64, "workers": 0},
