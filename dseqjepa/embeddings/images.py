@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dseqjepa.config import Section
 from dseqjepa.data.decode import ENDINGS
 from dseqjepa.data.images import ImageFiles, ImageFolder, existing_folder, images_below
 from dseqjepa.data.labelled import open_source
@@ -52,6 +53,15 @@ def _listed(path: Path) -> list[str]:
     if not places:
         raise InputError(f"the list {path} names no file")
     return places
+
+
+def check_names(words: Sequence[str], config: Section) -> None:
+    """`InputError` if a config selects images of `data=` although images are named."""
+    for key in ("size", "split"):
+        if words and key in config.model_fields_set:
+            raise InputError(
+                f"{key}= selects images of data=, but images are named: leave one of them out"
+            )
 
 
 def data_images(spec: str, split: Split, **how: Any) -> Source:

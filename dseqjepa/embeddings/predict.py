@@ -14,7 +14,7 @@ from dseqjepa.commands import PredictConfig
 from dseqjepa.config import RuntimeConfig
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
-from dseqjepa.embeddings.images import data_images, name_of, named_images
+from dseqjepa.embeddings.images import check_names, data_images, name_of, named_images
 from dseqjepa.embeddings.table import check_table, new_table
 from dseqjepa.errors import InputError, printable
 from dseqjepa.tasks.backbone import Backbone
@@ -69,6 +69,7 @@ def predict_images(
         check_table(out, overwrite)
     backbone = encoder_of(head, trained, about, encoder)
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
+    check_names(images, config)
     source = named_images(images) if data is None else data_images(data, config.split, **how)
     for note in notes_of(source):
         tell(note)

@@ -40,7 +40,7 @@ from dseqjepa.embeddings.findings import (
     sample_of_copies,
     threshold_of,
 )
-from dseqjepa.embeddings.images import data_images, name_of, named_images
+from dseqjepa.embeddings.images import check_names, data_images, name_of, named_images
 from dseqjepa.embeddings.page import THUMBNAIL, write_page
 from dseqjepa.embeddings.table import check_table, files_of, new_table
 from dseqjepa.errors import InputError
@@ -292,6 +292,7 @@ def _check(
 def _source(
     backbone: Backbone, config: EmbedConfig, images: Sequence[str], data: str | None
 ) -> Source:
+    check_names(images, config)
     if images:
         return named_images(images)
     if data is None:

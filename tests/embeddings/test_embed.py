@@ -394,6 +394,8 @@ def test_a_umap_is_by_cosine_and_by_seed(here: Path, monkeypatch: pytest.MonkeyP
         "pictures/a/bad.png out=new/deep/x.csv": "none of 1 is readable",
         "pictures out=new/x.csv --clusters 16": "--clusters 16: there are only 15 images",
         "pictures out=there.csv/x.csv": "there.csv",
+        "pictures out=x.csv size=5": "size= selects images of data=, but images are named",
+        "pictures out=x.csv split=val": "split= selects images of data=, but images are named",
     }.items(),
 )
 def test_a_wrong_word_is_refused(

@@ -187,6 +187,7 @@ def test_a_head_of_the_context_encoder_reads_that(
         "predict weights.safetensors pictures": "holds no classifier",
         f"predict {HEAD}": "name the images",
         f"predict {HEAD} pictures data=scenes": "not both",
+        f"predict {HEAD} pictures split=val": "split= selects images of data=",
         f"predict {HEAD} pictures top=4": "top=4: ",
         f"predict {HEAD} pictures top=0": "top must be",
         f"predict {HEAD} pictures out=p.npy": "must end in .parquet or .csv",
