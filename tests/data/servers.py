@@ -38,8 +38,8 @@ TRICKLE = 60
 
 
 def own_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, silence: float) -> Path:
-    """An empty cache of this test alone; servers may be silent for so many seconds, and nothing is
-    waited for between tries."""
+    """An empty cache of this test alone; `silence` seconds are granted to servers, and there
+    is no pause between tries."""
     monkeypatch.setenv(remote.FOLDER, str(folder / "cache"))
     monkeypatch.setattr(remote, "SILENCE", silence)
     monkeypatch.setattr(patience, "WAITS", (0.0,) * len(patience.WAITS))
