@@ -408,7 +408,7 @@ def read_all(url: str, folder: str, order: int) -> None:
     source, local = Shards(url, "train"), Shards(Path(folder), "train")
     for index in sorted(range(len(local)), key=lambda n: (n * 7 + order * 5) % len(local)):
         assert source.content(index) == local.content(index)
-        with remote._locked(remote.cache_folder() / ".lock"):
+        with remote._counting():
             assert sum(status.st_size for _, status in remote._kept()) <= remote.cache_limit()
 
 
@@ -428,6 +428,28 @@ def test_several_processes_share_a_folder_that_is_too_small(
     ]  # fmt: skip
     assert ends(children, 200) == [0, 0, 0], log.read_text()
     assert not list(cache.glob("*/.tmp-*"))
+
+
+def test_cached_files_are_renamed_while_no_process_adds_them_up(
+    packed: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    free: list[bool] = []
+    replace = Path.replace
+
+    def watched(old: Path, new: Path) -> Path:
+        if new.suffix == ".tar":
+            found = remote._taken(cache / ".lock")
+            free.append(found is not None)
+        return replace(old, new)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    for name in (LIST, RECORDS):  # without them, files are cached under two names
+        (packed / name).unlink()
+    shards = len(list(packed.glob("*.tar")))
+    with serving(packed) as files:
+        write_index(f"{files.url}/{{000000..{shards - 1:06d}}}.tar")
+    assert len(free) == 2 * shards
+    assert not any(free)
 
 
 def read_one(url: str) -> None:

@@ -20,7 +20,7 @@ import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -126,7 +126,7 @@ class Remote:
     def keep_as(self, old: Entry, new: Entry) -> None:
         """Let what is cached of a file be that of another entry for it."""
         with suppress(FileNotFoundError):  # another process needed its room
-            self.file(old).replace(self.folder / _cached(new))
+            _rename(self.file(old), self.folder / _cached(new))
 
     def _newest(self, cached: str) -> Path:
         again = self.folder / f"{AGAIN}{cached}"
@@ -462,7 +462,7 @@ def _fetch(url: str, file: Path, size: int, copy: Copy) -> None:
             f"processes whose downloads take the room in {cache_folder()}",
         )
         _asked(url, lambda fs, path: copy(fs, path, unfinished))
-        unfinished.replace(file)
+        _rename(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -533,7 +533,7 @@ def _set_apart(unfinished: Path, size: int) -> bool:
     limit = cache_limit()
     if size > limit:
         raise _NoRoom(f"it has {size:,} bytes, and {GIGABYTES} allows {limit:,}")
-    with _locked(cache_folder() / ".lock"):
+    with _counting():
         unfinished.unlink(missing_ok=True)  # of a process that was killed
         oldest_first = sorted(_kept(), key=lambda kept: kept[1].st_mtime)
         used = sum(status.st_size for _, status in oldest_first)
@@ -561,6 +561,12 @@ def _kept() -> Iterator[tuple[Path, os.stat_result]]:
         with suppress(FileNotFoundError):
             if path.suffix in CACHED:
                 yield path, path.stat()
+
+
+def _rename(old: Path, new: Path) -> None:
+    """Rename a cached file between the counts of other processes, which could miss both names."""
+    with _counting():
+        old.replace(new)
 
 
 def _is_idle(path: Path) -> bool:
@@ -592,6 +598,11 @@ def _is_whole(file: Path, size: int) -> bool:
         status = file.stat()
         return stat.S_ISREG(status.st_mode) and status.st_size == size
     return False
+
+
+def _counting() -> AbstractContextManager[None]:
+    """Keep other processes from adding up the cache, and from changing what is in it."""
+    return _locked(cache_folder() / ".lock")
 
 
 @contextmanager
