@@ -17,8 +17,9 @@ from jaxtyping import Int64
 
 from dseqjepa.keyed import Stream, permuted, sample_keys, shuffled
 
-AT_ONCE = 2**20
-"""Up to this many images an epoch's order is one array; above, each position is computed alone."""
+AT_ONCE = 2**17
+"""Up to this many images an epoch's order is one array (1 MB); above, each position is computed
+alone."""
 
 Places = Int64[np.ndarray, " P"]
 
