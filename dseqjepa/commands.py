@@ -37,8 +37,8 @@ class EmbedConfig(_Images):
     """Which encoder of a run is used."""
     image_size: Literal["auto"] | Size = "auto"
     """Height and width in pixels; `auto`: those of pre-training."""
-    split: Literal["train", "val"] = "train"
-    """Which part of a benchmark is read; a folder without splits is read whole."""
+    split: Literal["auto", "train", "val"] = "auto"
+    """Which part is read; `auto`: all of a folder, or the training images of a benchmark."""
     pretrained: bool = False
     """Download the weights of `timm:NAME`; otherwise they are random."""
     threshold: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
@@ -55,8 +55,8 @@ class PredictConfig(_Images):
 
     top: int = Field(1, ge=1)
     """Number of classes per image, the most probable first."""
-    split: Literal["train", "val"] = "val"
-    """Which part of a benchmark is read; a folder without splits is read whole."""
+    split: Literal["auto", "train", "val"] = "auto"
+    """Which part is read; `auto`: all of a folder, or the test images of a benchmark."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of `scenes`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dseqjepa.config import Section
 from dseqjepa.data.decode import ENDINGS
@@ -64,11 +64,19 @@ def check_names(words: Sequence[str], config: Section) -> None:
             )
 
 
-def data_images(spec: str, split: Split, **how: Any) -> Source:
-    """The source that `data=` names; a folder is read whole."""
-    if spec not in SPECS and Path(spec).expanduser().is_dir():
-        return ImageFolder(Path(spec).expanduser())
-    return open_source(spec, split=split, **how)
+def data_images(
+    spec: str, split: Literal["auto", "train", "val"], usual: Split, **how: Any
+) -> Source:
+    """The source that `data=` names; with split `auto` a folder is read whole, and of other data
+    the `usual` part. `InputError` if a folder has no such part."""
+    if spec in SPECS or not Path(spec).expanduser().is_dir():
+        return open_source(spec, split=usual if split == "auto" else split, **how)
+    source = ImageFolder(Path(spec).expanduser(), "all" if split == "auto" else split)
+    if split != "auto" and not source.has_splits:
+        raise InputError(
+            f"split={split}: {spec} has no folders train and val: leave out split= to read it whole"
+        )
+    return source
 
 
 def name_of(source: Source, index: int) -> str:

@@ -70,7 +70,10 @@ def predict_images(
     backbone = encoder_of(head, trained, about, encoder)
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
     check_names(images, config)
-    source = named_images(images) if data is None else data_images(data, config.split, **how)
+    if data is not None:
+        source = data_images(data, config.split, "val", **how)
+    else:
+        source = named_images(images)
     for note in notes_of(source):
         tell(note)
     device = runtime.fabric.device

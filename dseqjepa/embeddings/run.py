@@ -300,7 +300,7 @@ def _source(
             raise InputError("name the images, as files, folders or lists, or give data=")
         data = trained_on(open_checkpoint(Path(backbone.source)))
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
-    return data_images(data, config.split, **how)
+    return data_images(data, config.split, "train", **how)
 
 
 def _grid(backbone: Backbone) -> tuple[int, int]:

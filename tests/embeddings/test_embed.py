@@ -97,6 +97,27 @@ def wanted(name: str, feature: str = "last") -> torch.Tensor:
     }[feature]().detach()
 
 
+# The images
+
+
+@pytest.mark.parametrize(("split", "count"), {"auto": 15, "train": 7, "val": 8}.items())
+def test_a_part_of_a_folder_is_read_if_it_is_named(here: Path, split: str, count: int) -> None:
+    for name, part in (("a", "train"), ("b", "val")):
+        shutil.move(here / "pictures" / name, here / "parts" / part / "x")
+    embed("x.csv", f"split={split}", images=[], data="parts")
+    with open("x.csv", encoding="utf-8", newline="") as file:
+        names = {Path(line["name"]).name for line in csv.DictReader(file)}
+    assert len(names) == count
+    assert ("00.png" in names) == (split != "val")
+    assert ("copy.jpg" in names) == (split != "train")
+
+
+def test_a_part_that_a_folder_lacks_is_refused(here: Path) -> None:
+    with pytest.raises(InputError, match="split=val: pictures has no folders train and val: leave"):
+        embed("x.csv", "split=val", images=[], data="pictures")
+    assert not Path("x.csv").exists()
+
+
 # The table
 
 
