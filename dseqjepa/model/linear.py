@@ -37,6 +37,8 @@ def linear(
 ) -> Float[Tensor, "... O"]:
     """`torch.nn.functional.linear`, through oneDNN where that is faster."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    # A compiler knows torch's own product, and chooses for itself how it is computed.
+    plain = plain and not torch.compiler.is_compiling()
     if plain and mkl_is_slow() and not torch.is_autocast_enabled("cpu"):
         rows_TI = x.flatten(0, -2).contiguous()
         return _OneDnn.apply(rows_TI, weight_OI, bias_O).unflatten(0, x.shape[:-1])

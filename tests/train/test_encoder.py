@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 import dseqjepa as dj
 from dseqjepa.data.decode import decode
 from dseqjepa.data.transforms import EvalTransform
+from dseqjepa.model import linear
 from dseqjepa.train.encoder import TrainedEncoder
 from tests.children import ends, start
 from tests.tiny import tiny_config
@@ -97,10 +99,27 @@ def test_it_is_fine_tuned_in_ones_own_loop(encoder: TrainedEncoder, images: torc
 
 def compile_it(run: Path) -> None:
     """In a child, where calls are not checked, which compiling would look into."""
-    encoder = dj.load_encoder(run)
-    compiled = torch.compile(encoder, backend="eager")
+    encoder = dj.load_encoder(run).requires_grad_(True)
+    products = 0
+
+    def public(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        """Without torch's private operators, of which its compilers know only some uses."""
+        nonlocal products
+        for node in graph.graph.nodes:
+            assert "OneDnn" not in str(node.target), node
+            assert "mkldnn" not in str(node.target), node
+            products += node.target is torch.nn.functional.linear
+        return graph.forward
+
+    linear.mkl_is_slow = lambda: True
+    compiled = torch.compile(encoder, backend=public)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(compiled(images).patches_BND, encoder(images).patches_BND)
+    found = compiled(images).patches_BND
+    linear.mkl_is_slow = lambda: False
+    torch.testing.assert_close(found, encoder(images).patches_BND)
+    assert products >= 4  # of a block, whose code is compiled once
+    found.square().mean().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
 
 
 def test_it_can_be_compiled(run: Path, tmp_path: Path) -> None:
