@@ -1,7 +1,7 @@
-"""`make faults`: every fault in its long form, one row each, and docs/faults.md.
+"""`make faults`: every fault in its long form, one row each in docs/faults.md.
 
-Arguments are parts of names (`make faults FAULTS="01 killed"`): only what matches is run, and
-docs/faults.md is then left alone.
+Arguments are parts of names (`make faults FAULTS="01 killed"`): only what matches is run, and the
+other rows of docs/faults.md stay as they are.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import logging
 import os
 import platform
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from tests.faults.campaign import Result, faults, inject
+from tests.faults.campaign import Fault, Result, faults, inject
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
@@ -28,7 +27,6 @@ def main(wanted: list[str]) -> int:
     sys.path.append(str(ROOT / "benchmarks"))  # as the tests have it
     chosen = [f for f in faults() if not wanted or any(part in f.name for part in wanted)]
     width = max(len(f.title) for f in chosen)
-    began = time.perf_counter()
     results = []
     for one in chosen:
         result = inject(one, full=True)
@@ -40,34 +38,40 @@ def main(wanted: list[str]) -> int:
         )
         for failure in result.failures:
             print(failure, file=sys.stderr, flush=True)
-    if not wanted:
-        PAGE.write_text(page(results, time.perf_counter() - began))
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), faults(), results), encoding="utf-8")
     return 0 if all(result.held for result in results) else 1
 
 
-def page(results: list[Result], seconds: float) -> str:
-    """docs/faults.md: what was injected, how often, and what became of it."""
+def page(old: str, known: list[Fault], results: list[Result]) -> str:
+    """docs/faults.md: what was injected, how often, and what became of it.
+
+    Args:
+        old: the page so far, whose rows stay for faults that were not run now.
+        known: the faults that may have a row.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    rows = {line.split(" | ")[1]: line for line in old.splitlines() if line.startswith("| ")}
+    for result in results:
+        survived = str(result.survived) if result.held else f"**{result.survived}**"
+        one = result.fault
+        rows[one.title] = (
+            f"| {one.row} | {one.title} | {result.tried} | {survived} | {result.seconds:.1f} "
+            f"| {datetime.now(UTC):%Y-%m-%d} |"
+        )
     lines = [
         "# Fault injection",
         "",
         "Every fault is injected for real: real processes, real signals, real files, two ranks",
-        "with gloo. `make faults` runs the campaign and writes this page; the tests run a shorter",
+        "with gloo. `make faults` runs the campaign and updates this page; the tests run a shorter",
         "form of each fault. The numbers select faults: `make faults FAULTS=07`.",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {seconds / 60:.0f} minutes on a machine with "
-        f"{os.cpu_count()} cores ({platform.machine()}) and {memory:.0f} GiB, Linux, "
-        f"Python {platform.python_version()}, torch {torch.__version__}.",
+        f"The machine of the latest run has {os.cpu_count()} cores ({platform.machine()}) and "
+        f"{memory:.0f} GiB, Linux, Python {platform.python_version()}, torch {torch.__version__}.",
         "",
-        "| row | fault | injected | survived | seconds |",
-        "|---|---|---|---|---|",
+        "| row | fault | injected | survived | seconds | date |",
+        "|---|---|---|---|---|---|",
+        *(rows[one.title] for one in known if one.title in rows),
     ]
-    for result in results:
-        survived = str(result.survived) if result.held else f"**{result.survived}**"
-        one = result.fault
-        lines.append(
-            f"| {one.row} | {one.title} | {result.tried} | {survived} | {result.seconds:.1f} |"
-        )
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import Attempts, Fault, fault, faults, inject
+from tests.faults.__main__ import page
+from tests.faults.campaign import Attempts, Fault, Result, fault, faults, inject
 
 
 @pytest.mark.parametrize("chosen", faults(), ids=lambda chosen: chosen.name)
@@ -52,3 +53,21 @@ def test_a_name_is_taken_once() -> None:
     taken = faults()[0]
     with pytest.raises(ValueError, match="two faults are called"):
         fault(taken.row, "again")(taken.run)
+
+
+def test_a_run_of_some_faults_updates_their_rows_and_leaves_the_others() -> None:
+    first, second, third = (Fault(row, f"fault {row}", half, 2, 2) for row in (1, 2, 3))
+    old = page("", [first, second, third], [Result(one, 2, 2, 1.0, ()) for one in (first, third)])
+    new = page(old, [first, second], [Result(second, 4, 3, 2.0, ("failed",))])
+    found = [line for line in new.splitlines() if line.startswith("| ")]
+    assert found[0] == "| row | fault | injected | survived | seconds | date |"
+    assert found[1] == next(line for line in old.splitlines() if line.startswith("| 1 |"))
+    assert found[2].startswith("| 2 | fault 2 | 4 | **3** | 2.0 | ")
+    assert len(found) == 3
+
+
+def test_every_fault_has_its_row() -> None:
+    """One that is new gets it by `make faults FAULTS=its_name`."""
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == [[f"| {one.row}", one.title] for one in faults()]
