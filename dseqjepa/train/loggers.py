@@ -50,7 +50,7 @@ class Logger(Protocol):
 
     def picture(self, image: Image.Image, step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, finished: bool) -> None: ...
 
 
 def check_loggers(config: LogConfig) -> None:
@@ -91,10 +91,10 @@ class Loggers:
         for logger in self._behind.values():
             logger.tell(lambda to: to.picture(image, step))
 
-    def close(self) -> None:
-        """Wait until everything is logged, up to a limit."""
+    def close(self, *, finished: bool) -> None:
+        """Wait until everything is logged, up to a limit; `finished`: the run need not resume."""
         for logger in self._behind.values():
-            logger.close()
+            logger.close(finished)
 
 
 class _Behind:
@@ -118,8 +118,8 @@ class _Behind:
         self.last = self._later(lambda: what(self.logger) if self.logger is not None else None)
         self.waiting.append(self.last)
 
-    def close(self) -> None:
-        self.tell(lambda logger: logger.close())
+    def close(self, finished: bool) -> None:
+        self.tell(lambda logger: logger.close(finished=finished))
         self.last.wait(PATIENCE_S)
         if not self.last.ready():
             self._give_up(TimeoutError(f"it did not finish within {PATIENCE_S:.0f} s"))
@@ -174,8 +174,8 @@ class _TensorBoard:
         pixels_HWC = np.asarray(image)
         self.logger.experiment.add_image("regions", pixels_HWC, step, dataformats="HWC")
 
-    def close(self) -> None:
-        self.logger.finalize("success")
+    def close(self, *, finished: bool) -> None:
+        self.logger.finalize("success" if finished else "aborted")
 
 
 class _Wandb:
@@ -201,8 +201,8 @@ class _Wandb:
 
         self.run.log({"regions": wandb.Image(image)}, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, *, finished: bool) -> None:
+        self.run.finish(exit_code=0 if finished else 1)
 
 
 class _Mlflow:
@@ -222,6 +222,7 @@ class _Mlflow:
         self.last: dict[str, int] = {}
         if found:
             self.run = found[0].info.run_id
+            self.client.update_run(self.run, "RUNNING")
             for key in found[0].data.metrics:
                 history = self.client.get_metric_history(self.run, key)
                 self.last[key] = max(metric.step for metric in history)
@@ -247,8 +248,8 @@ class _Mlflow:
     def picture(self, image: Image.Image, step: int) -> None:
         self.client.log_image(self.run, image, f"regions/{step:08d}.png")
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run)
+    def close(self, *, finished: bool) -> None:
+        self.client.set_terminated(self.run, "FINISHED" if finished else "KILLED")
 
 
 OPENERS: dict[str, Callable[[Config, Path, str, int], Logger]] = {

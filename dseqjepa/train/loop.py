@@ -187,7 +187,7 @@ class Trainer:
             ) from error
         finally:
             if self.loggers is not None:
-                self.loggers.close()
+                self.loggers.close(finished=self.step == self.schedule.steps)
             self.journal.close()
             self.watch.close()
             self.loader.close()

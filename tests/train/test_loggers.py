@@ -98,14 +98,31 @@ def test_tensorboard_hears_every_line_and_sees_pictures(tmp_path: Path) -> None:
     assert read.Tags()["tensors"] == ["config/text_summary"]
 
 
-def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
+def test_mlflow_keeps_one_run_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    out = cut_and_resumed(tmp_path / "run", "mlflow")
+    out = tmp_path / "run"
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    client = MlflowClient((out / "loggers/mlflow").as_uri())
-    experiment = client.get_experiment_by_name("dseqjepa")
-    (run,) = client.search_runs([experiment.experiment_id])
+    place = (out / "loggers/mlflow").as_uri()
+
+    def the_run() -> Any:
+        client = MlflowClient(place)  # makes the folder, which only a run may
+        experiment = client.get_experiment_by_name("dseqjepa")
+        (found,) = client.search_runs([experiment.experiment_id])
+        return found
+
+    status = []
+    update = MlflowClient.update_run
+
+    def watched(self: MlflowClient, *arguments: Any, **more: Any) -> None:
+        status.append(the_run().info.status)
+        update(self, *arguments, **more)
+        status.append(the_run().info.status)
+
+    monkeypatch.setattr(MlflowClient, "update_run", watched)
+    cut_and_resumed(out, "mlflow")
+    client, run = MlflowClient(place), the_run()
+    assert [*status, run.info.status] == ["KILLED", "RUNNING", "FINISHED"]
     assert run.info.run_name == "run"
     assert run.data.params["optim.epochs"] == "4"
     history = client.get_metric_history(run.info.run_id, "loss")
@@ -177,7 +194,7 @@ class Broken:
 
     def picture(self, image: Image.Image, step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, finished: bool) -> None: ...
 
 
 @pytest.mark.parametrize("error", [ValueError("a bad\nvalue"), KeyError("x")])
@@ -202,7 +219,7 @@ def test_a_logger_that_cannot_be_opened_or_hangs_ends_no_run(
 
     waiting = threading.Event()
     hanging = SimpleNamespace(
-        metrics=lambda values, step: waiting.wait(), picture=None, close=lambda: None
+        metrics=lambda values, step: waiting.wait(), picture=None, close=lambda finished: None
     )
     monkeypatch.setattr(loggers, "PATIENCE_S", 0.05)
     monkeypatch.setitem(loggers.OPENERS, "wandb", refused)
