@@ -36,28 +36,28 @@ def main(wanted: list[str]) -> int:
             f"survived {result.survived:4d}  {result.seconds:7.1f} s",
             flush=True,
         )
+        old = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(page(old, faults(), result), encoding="utf-8")
         for failure in result.failures:
             print(failure, file=sys.stderr, flush=True)
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), faults(), results), encoding="utf-8")
     return 0 if all(result.held for result in results) else 1
 
 
-def page(old: str, known: list[Fault], results: list[Result]) -> str:
+def page(old: str, known: list[Fault], result: Result) -> str:
     """docs/faults.md: what was injected, how often, and what became of it.
 
     Args:
-        old: the page so far, whose rows stay for faults that were not run now.
+        old: the page so far; the rows of other faults stay.
         known: the faults that may have a row.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     rows = {line.split(" | ")[1]: line for line in old.splitlines() if line.startswith("| ")}
-    for result in results:
-        survived = str(result.survived) if result.held else f"**{result.survived}**"
-        one = result.fault
-        rows[one.title] = (
-            f"| {one.row} | {one.title} | {result.tried} | {survived} | {result.seconds:.1f} "
-            f"| {datetime.now(UTC):%Y-%m-%d} |"
-        )
+    survived = str(result.survived) if result.held else f"**{result.survived}**"
+    one = result.fault
+    rows[one.title] = (
+        f"| {one.row} | {one.title} | {result.tried} | {survived} | {result.seconds:.1f} "
+        f"| {datetime.now(UTC):%Y-%m-%d} |"
+    )
     lines = [
         "# Fault injection",
         "",

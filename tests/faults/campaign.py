@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 import tests.faults
 
 
@@ -48,7 +50,7 @@ class Attempts:
         self.tried += 1
         try:
             yield
-        except Exception:  # an attempt that fails is what the campaign is there to count
+        except (Exception, pytest.fail.Exception):  # failed attempts are what is to be counted
             self.failures.append(f"{what}\n{traceback.format_exc()}")
 
     def place(self, name: object) -> Path:
@@ -123,7 +125,7 @@ def inject(chosen: Fault, *, full: bool, folder: Path | None = None) -> Result:
     began = time.perf_counter()
     try:
         chosen.run(attempts)
-    except Exception:  # counted as an attempt that failed, so that the others are still run
+    except (Exception, pytest.fail.Exception):  # counted as failed, so that the others are run
         attempts.tried += 1
         attempts.failures.append(f"the fault itself\n{traceback.format_exc()}")
     finally:

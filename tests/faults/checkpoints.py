@@ -304,12 +304,19 @@ def used(disk: Path) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
+def content_bytes(path: Path) -> int:
+    """The bytes of a file of which none may be missing: JSON is whole without its last newline."""
+    content = path.read_bytes()
+    return len(content if path.suffix == ".safetensors" else content.rstrip())
+
+
 def boundaries(path: Path) -> list[int]:
     """Every length at which a section of a file ends: safetensors have a length, a header, and one
     section a tensor."""
     content = path.read_bytes()
     if path.suffix != ".safetensors":
-        return [0, *[place for place, byte in enumerate(content) if byte == ord("\n")][::5]]
+        lines = [place for place in range(content_bytes(path)) if content[place] == ord("\n")]
+        return [0, *lines[::5]]
     header = int.from_bytes(content[:8], "little")
     table = json.loads(content[8 : 8 + header])
     starts = [value["data_offsets"][0] for key, value in table.items() if key != "__metadata__"]
@@ -346,7 +353,7 @@ def damaged(attempts: Attempts) -> None:
     for kind in ("cut", "flip"):
         for _ in range(half):
             file = places.choice(files)
-            cuts.append((kind, file, places.randrange(file.stat().st_size)))
+            cuts.append((kind, file, places.randrange(content_bytes(file))))
     for kind, file, place in cuts:
         with attempts.attempt(f"{kind} {file.name} at {place}"):
             content = file.read_bytes()

@@ -22,6 +22,14 @@ def half(attempts: Attempts) -> None:
             assert number, "made to fail"
 
 
+def unraised(attempts: Attempts) -> None:
+    """pytest's own failures are no Exceptions."""
+    with attempts.attempt("one"), pytest.raises(KeyError):
+        pass
+    with attempts.attempt("two"):
+        pytest.fail("by hand")
+
+
 def broken(attempts: Attempts) -> None:
     raise OSError("the fault could not be injected")
 
@@ -35,6 +43,7 @@ def lazy(attempts: Attempts) -> None:
     ("run", "tried", "survived", "said"),
     [
         (half, 2, 1, "made to fail"),
+        (unraised, 2, 0, "DID NOT RAISE"),
         (broken, 1, 0, "could not be injected"),
         (lazy, 1, 0, "1 attempts instead of 2"),
         (lambda attempts: None, 0, 0, "0 attempts instead of 2"),
@@ -57,8 +66,9 @@ def test_a_name_is_taken_once() -> None:
 
 def test_a_run_of_some_faults_updates_their_rows_and_leaves_the_others() -> None:
     first, second, third = (Fault(row, f"fault {row}", half, 2, 2) for row in (1, 2, 3))
-    old = page("", [first, second, third], [Result(one, 2, 2, 1.0, ()) for one in (first, third)])
-    new = page(old, [first, second], [Result(second, 4, 3, 2.0, ("failed",))])
+    old = page("", [first, second, third], Result(first, 2, 2, 1.0, ()))
+    old = page(old, [first, second, third], Result(third, 2, 2, 1.0, ()))
+    new = page(old, [first, second], Result(second, 4, 3, 2.0, ("failed",)))
     found = [line for line in new.splitlines() if line.startswith("| ")]
     assert found[0] == "| row | fault | injected | survived | seconds | date |"
     assert found[1] == next(line for line in old.splitlines() if line.startswith("| 1 |"))
