@@ -29,6 +29,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(module, "_product", counted)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     return calls
 
 
@@ -55,6 +56,20 @@ def test_values_and_gradients_are_torchs(onednn: list[int], shape: tuple[int, ..
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     assert len(onednn) == 3
+
+
+@needs_onednn
+def test_with_avx2_the_gradient_of_the_weight_is_torchs_own(
+    onednn: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    given = tensors(513, 192)
+    wanted = torch.autograd.grad(linear(*given).square().sum(), given)
+    assert len(onednn) == 3
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    found = torch.autograd.grad(linear(*given).square().sum(), given)
+    assert len(onednn) == 3 + 2
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
 
 
 @needs_onednn
