@@ -110,7 +110,7 @@ class TrainedConfig(TaskConfig):
 
 
 class FinetuneConfig(TrainedConfig):
-    """`dseqjepa evaluate finetune`: MAE's recipe (He et al., 2022, table 9) by default.
+    """`dseqjepa evaluate finetune`: by default the recipe of MAE's PyTorch release.
 
     `auto` uses ViT-B's values for up to 12 blocks, ViT-L's for up to 24, and ViT-H's beyond.
     """

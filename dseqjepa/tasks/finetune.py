@@ -34,7 +34,7 @@ BINS = 11
 
 @dataclass(frozen=True)
 class Sizes:
-    """Settings that depend on the size of the backbone (He et al., 2022, table 9)."""
+    """Settings that depend on the size of the backbone (the release of MAE)."""
 
     epochs: int
     lr: float
