@@ -39,9 +39,9 @@ def regions_sheet(
         some[0].rank_hw.shape,
         title="Saliency and ordered regions",
         caption=(
-            "Saliency, scaled per image (dark: low, light: high), and the regions cut from it: 1 "
-            "is the most salient, the last is the left-over region. Images with only the number 1 "
-            "have no region that is large enough."
+            "Saliency, scaled per image (dark: low, light: high), and regions: 1 is the most "
+            "salient; of components, the last is the left-over region. Images with only the "
+            "number 1 have a single region."
         ),
         groups=2 if len(rows) > 3 else 1,
         spans=[(label, 1 + 2 * index, 2) for index, label in enumerate(labels)],

@@ -38,10 +38,10 @@ TILE = (WIDTH - (ACROSS - 1) * GAP) / ACROSS
 HEAD = inches_of(TEXT) + 0.05
 NOTE = inches_of(SMALL) + 0.04
 CAPTION = (
-    "Saliency is scaled to this image. The foreground lies above Otsu's threshold. Regions are "
-    "numbered in order; if there are several, the last is the left-over region. A prediction step "
-    "shows the patches that the context encoder sees, and the loss of each predicted patch as "
-    "heat; greyed patches are neither."
+    "Saliency is scaled to this image. The foreground lies above Otsu's threshold; only components "
+    "are cut from it. Regions are numbered from the most salient; of components, the last is the "
+    "left-over region. A prediction step shows the patches that the context encoder sees, and the "
+    "loss of each predicted patch as heat; greyed patches are neither."
 )
 
 
