@@ -703,7 +703,7 @@ def demo(
 ) -> None:
     """Train on the rendered scenes and show what was learnt.
 
-    It takes 5 to 20 minutes on two CPU cores and needs no network.
+    It takes up to 20 minutes on two CPU cores and needs no network.
     """
     from dseqjepa.presets import load_config
 
