@@ -18,7 +18,7 @@ import yaml
 from dseqjepa import ending
 from dseqjepa.arguments import as_options, flag, resume_of, row_and_column, split_settings
 from dseqjepa.ending import fail
-from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.errors import InputError, Stopped, did_you_mean
 from dseqjepa.kernels import keep_few
 
 
@@ -142,7 +142,7 @@ def pretrain(
     from dseqjepa.tasks.online import online_probe
     from dseqjepa.train.pretrain import open_training_source
     from dseqjepa.train.pretrain import pretrain as train
-    from dseqjepa.train.runtime import Stopped, connect, place, spread
+    from dseqjepa.train.runtime import connect, place, spread
     from dseqjepa.viz.regions import training_picture
 
     devices = config.runtime.devices
@@ -167,7 +167,7 @@ def pretrain(
         )
     except Stopped:
         runtime.ranks.close()
-        sys.exit(143)
+        raise
     except KeyboardInterrupt:
         fail("interrupted; resume=true continues from the last checkpoint", 130)
     runtime.ranks.close()
@@ -296,24 +296,20 @@ def evaluate(
         print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000), end="")
         return
     from dseqjepa.tasks.run import run_task
-    from dseqjepa.train.runtime import Stopped
 
     out = Path(own["out"]).expanduser() if "out" in own else None
     resume = own.get("resume", "").lower() == "auto" or flag(own, "resume", " or auto")
     overwrite = flag(own, "overwrite")
-    try:
-        run_task(
-            task,
-            backbone,
-            config,
-            data=own.get("data"),
-            out=out,
-            resume=resume,
-            overwrite=overwrite,
-            draw=_picture_of(task),
-        )
-    except Stopped:
-        sys.exit(143)
+    run_task(
+        task,
+        backbone,
+        config,
+        data=own.get("data"),
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        draw=_picture_of(task),
+    )
 
 
 def _picture_of(task: str) -> Any:

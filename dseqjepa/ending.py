@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from dseqjepa.errors import AgreedError, InputError, RunError, printable
+from dseqjepa.errors import AgreedError, InputError, RunError, Stopped, printable
 
 
 def run(app: Callable[..., Any], arguments: list[str]) -> None:
@@ -31,6 +31,8 @@ def run(app: Callable[..., Any], arguments: list[str]) -> None:
         fail(f"{error.format_message()} (--help shows the usage)", 2)
     except (RunError, OSError) as error:  # such as a disk that is full
         fail(error, 1)
+    except Stopped:
+        sys.exit(143)
     if code:
         sys.exit(code)
 

@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """A run that had started and cannot continue: exit code 1."""
 
 
+class Stopped(Exception):
+    """SIGTERM or SIGHUP arrived; the state is saved: exit code 143."""
+
+
 FEW, NEAREST = 40, 5
 
 

@@ -76,8 +76,7 @@ def _run(
     """The exit codes are those of the command line."""
     import torch
 
-    from dseqjepa.errors import InputError
-    from dseqjepa.train.runtime import Stopped
+    from dseqjepa.errors import InputError, Stopped
 
     os.environ.update(environment)
     torch.set_num_threads(1)

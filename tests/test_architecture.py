@@ -251,7 +251,7 @@ def test_an_import_upwards_is_seen(module: str, source: str) -> None:
 
 def test_what_is_allowed_late_only_is_seen_at_import() -> None:
     for module, line in (
-        ("dseqjepa.cli", "from dseqjepa.train.loop import Stopped"),
+        ("dseqjepa.cli", "from dseqjepa.train.loop import Trainer"),
         ("dseqjepa.__init__", "from dseqjepa.config import Config"),
     ):
         assert forbidden(module, line, everywhere=False)

@@ -20,9 +20,10 @@ from PIL import Image
 import dseqjepa as dj
 from dseqjepa.arguments import as_options
 from dseqjepa.cli import TASK_HELP, app, main
+from dseqjepa.errors import Stopped
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS, KnnConfig
-from dseqjepa.train.loop import Stopped, Trainer
+from dseqjepa.train.loop import Trainer
 from tests.test_docs import commands as documented_commands
 from tests.tiny import TINY
 
@@ -390,6 +391,17 @@ def test_a_run_that_is_stopped_says_so_by_its_exit_code(
     assert run(monkeypatch, "pretrain", PRESET, "data=pictures", "out=new", *SMALL) == code
     assert capsys.readouterr().err.startswith(said)
     assert len(said.splitlines()) <= 1
+
+
+def test_a_demo_that_is_stopped_exits_without_a_traceback(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(trainer: Trainer) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(Trainer, "run", stop)
+    assert run(monkeypatch, "demo", "--out", "new", "data.size=8", "data.batch_size=4") == 143
+    assert not capsys.readouterr().err
 
 
 def test_an_error_of_the_program_is_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

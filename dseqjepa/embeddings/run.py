@@ -43,13 +43,13 @@ from dseqjepa.embeddings.findings import (
 from dseqjepa.embeddings.images import check_names, data_images, name_of, named_images
 from dseqjepa.embeddings.page import THUMBNAIL, write_page
 from dseqjepa.embeddings.table import check_table, files_of, new_table
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.files import parents_made
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.features import Extracted, Rows, extract, split_piece
 from dseqjepa.tasks.store import Advice, stored
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.runtime import Stopped, join
+from dseqjepa.train.runtime import join
 from dseqjepa.train.trained_on import trained_on
 
 PARTS = ".parts"

@@ -18,7 +18,7 @@ from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import PixelRange, notes_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.files import check_writable, json_digest, remove
 from dseqjepa.provenance import environment
 from dseqjepa.ranks import Ranks
@@ -36,7 +36,7 @@ from dseqjepa.tasks.results import (
 )
 from dseqjepa.tasks.saved import head_path, save_head
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.runtime import Runtime, Stopped, device_name, join
+from dseqjepa.train.runtime import Runtime, device_name, join
 from dseqjepa.train.trained_on import trained_on
 
 SCENES = 20_000

@@ -27,7 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.files import json_digest, remove
 from dseqjepa.keyed import Stream, hash_int64
 from dseqjepa.ranks import Ranks
@@ -56,7 +56,7 @@ from dseqjepa.train.clock import duration
 from dseqjepa.train.folder import locked
 from dseqjepa.train.log import Journal
 from dseqjepa.train.optimizer import load_optimizer_state, optimizer_state
-from dseqjepa.train.runtime import Stopped, StopRequest
+from dseqjepa.train.runtime import StopRequest
 from dseqjepa.train.schedules import cosine, linear, stepped
 
 Losses = dict[str, Tensor]

@@ -22,7 +22,7 @@ from dseqjepa.data.labelled import located
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.files import write_whole
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method, Step
@@ -48,13 +48,7 @@ from dseqjepa.train.optimizer import (
     set_rates,
 )
 from dseqjepa.train.parts import MeanOverParts
-from dseqjepa.train.runtime import (
-    Runtime,
-    Stopped,
-    StopRequest,
-    connect,
-    on_this_machine,
-)
+from dseqjepa.train.runtime import Runtime, StopRequest, connect, on_this_machine
 from dseqjepa.train.schedules import Schedule
 from dseqjepa.train.sharding import own_parts, whole_module, whole_tensors
 

@@ -22,7 +22,7 @@ from dseqjepa.data.labelled import located, prepare
 from dseqjepa.data.loader import check_window
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.methods import build_method
 from dseqjepa.provenance import record
 from dseqjepa.train.budget import within_minutes
@@ -31,14 +31,7 @@ from dseqjepa.train.folder import claimed, is_worthless, locked
 from dseqjepa.train.loggers import check_loggers
 from dseqjepa.train.loop import Picture, Probe, Trainer
 from dseqjepa.train.rehearsal import state_bytes, time_epochs
-from dseqjepa.train.runtime import (
-    Runtime,
-    Stopped,
-    connect,
-    device_name,
-    on_this_machine,
-    place,
-)
+from dseqjepa.train.runtime import Runtime, connect, device_name, on_this_machine, place
 from dseqjepa.train.trained_on import source_of
 
 FREE_ON_RESUME = (

@@ -41,10 +41,6 @@ from dseqjepa.train.sharding import shard
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(Exception):
-    """SIGTERM or SIGHUP arrived: the state is saved, and the process should exit with code 143."""
-
-
 @dataclass(frozen=True)
 class Launch:
     """This process's rank and the number of processes, as set by the launcher."""

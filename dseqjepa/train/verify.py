@@ -13,12 +13,11 @@ import torch
 from rich.console import Console
 
 from dseqjepa.config import Config
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS
 from dseqjepa.train.metrics import read_metrics
 from dseqjepa.train.pretrain import pretrain
-from dseqjepa.train.runtime import Stopped
 
 STEPS = 6
 FILES = ("target", "context", "predictor", "optimizer", "rng")

@@ -24,7 +24,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.methods import build_method
 from dseqjepa.ranks import Ranks
 from dseqjepa.train import checkpoint as module
@@ -34,7 +34,6 @@ from dseqjepa.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from dseqjepa.train.runtime import Stopped
 from tests.children import ends, start, start_ranks
 from tests.faults.campaign import Attempts, fault
 from tests.train.tiny_ranks import join_ranks

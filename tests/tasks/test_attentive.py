@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dseqjepa.data.images import Subset
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.tasks import attentive
 from dseqjepa.tasks.attentive import Head, QueryHeads, Reader, evaluate, train
 from dseqjepa.tasks.backbone import Encoded, Pixels
@@ -22,7 +22,6 @@ from dseqjepa.tasks.config import AttentiveConfig
 from dseqjepa.tasks.reading import seeded
 from dseqjepa.tasks.results import Result
 from dseqjepa.tasks.training import fit
-from dseqjepa.train.runtime import Stopped
 from tests.tasks.fakes import CLASSES, SIZE, Cards, Seer, make_job
 
 PATCHES = 9

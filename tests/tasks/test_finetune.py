@@ -13,13 +13,12 @@ from torch import Tensor
 from dseqjepa.data.images import Subset
 from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.scenes import Scenes
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.tasks import finetune
 from dseqjepa.tasks.config import FinetuneConfig
 from dseqjepa.tasks.finetune import Augment, Classifier, MixedLoss, Sizes, evaluate
 from dseqjepa.tasks.reading import LabelledImage, stacked
 from dseqjepa.tasks.run import run_task
-from dseqjepa.train.runtime import Stopped
 from tests.tasks.dense_data import tiny_backbone
 from tests.tasks.jobs import job_of, stop_after
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.tasks import linear
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
 from dseqjepa.tasks.features import pooling_of
 from dseqjepa.tasks.linear import Probe, all_pieces, evaluate, features_for, train
 from dseqjepa.tasks.results import Result
 from dseqjepa.tasks.training import fit
-from dseqjepa.train.runtime import Stopped
 from tests.children import run_ranks
 from tests.tasks.fakes import CLASSES, SIZE, Cards, Seer, make_job
 from tests.train.tiny_ranks import join_ranks

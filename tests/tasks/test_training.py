@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage
 from dseqjepa.data.transforms import TrainTransform
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone, open_backbone
 from dseqjepa.tasks.maps import DropPath
@@ -38,7 +38,6 @@ from dseqjepa.tasks.reading import (
 )
 from dseqjepa.tasks.training import Place, Recipe, adamw, fit, parameter_groups, trained_state
 from dseqjepa.train.checkpoint import holds_checkpoint, save_checkpoint
-from dseqjepa.train.runtime import Stopped
 from tests.children import ends, run_ranks, start
 from tests.tasks.dense_data import tiny_backbone
 

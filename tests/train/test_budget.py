@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dseqjepa.cli import main
 from dseqjepa.config import Config
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.presets import load_config
 from dseqjepa.train import pretrain as module
 from dseqjepa.train import rehearsal
@@ -21,7 +21,7 @@ from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.pretrain import fitting
 from dseqjepa.train.rehearsal import EpochTimes, time_epochs
-from dseqjepa.train.runtime import Stopped, connect
+from dseqjepa.train.runtime import connect
 from tests.children import run_ranks
 from tests.tiny import TINY
 from tests.train.tiny_runs import BATCH, IMAGES, Pictures, assert_same_run, train

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dseqjepa.config import GuardConfig
-from dseqjepa.errors import RunError
+from dseqjepa.errors import RunError, Stopped
 from dseqjepa.methods import ordered as dseq_module
 from dseqjepa.methods.base import Method, Step
 from dseqjepa.model.look import Look, look_for_saliency
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.guard import Guard, Level
-from dseqjepa.train.loop import Stopped, Trainer
+from dseqjepa.train.loop import Trainer
 from tests.train.test_resume import at_batch, terminate
 from tests.train.tiny_runs import (
     BATCH,

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.train import loggers
-from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.regions import training_picture
 from tests.train.tiny_runs import (
     PER_EPOCH,

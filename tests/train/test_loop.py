@@ -16,13 +16,12 @@ from rich.console import Console
 from torch import Tensor
 
 from dseqjepa.data.images import ImageFolder
-from dseqjepa.errors import RunError
+from dseqjepa.errors import RunError, Stopped
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.loop import Start, Trainer
 from dseqjepa.train.pretrain import pretrain
-from dseqjepa.train.runtime import Stopped
 from dseqjepa.train.schedules import Schedule
 from tests.children import ends, start
 from tests.train.tiny_runs import (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dseqjepa.errors import Stopped
 from dseqjepa.files import json_digest
 from dseqjepa.report.run import read_run, step_loss
 from dseqjepa.train.metrics import read_metrics
-from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.curves import read_metrics as rows_of_curves
 from tests.train.tiny_runs import run_config, train
 

@@ -12,11 +12,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dseqjepa.config import Config
+from dseqjepa.errors import Stopped
 from dseqjepa.methods.base import Method
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.train.checkpoint import load_encoder, open_checkpoint
 from dseqjepa.train.log import CLOCK_KEYS
-from dseqjepa.train.runtime import Runtime, Stopped
+from dseqjepa.train.runtime import Runtime
 from tests.children import run_ranks
 from tests.tiny import PAPER
 from tests.train.tiny_runs import Pictures, assert_same_run, metrics, run_config, tensors, train

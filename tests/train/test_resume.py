@@ -18,11 +18,11 @@ import pytest
 from PIL import Image
 
 from dseqjepa.config import Config
-from dseqjepa.errors import InputError
+from dseqjepa.errors import InputError, Stopped
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.presets import load_config
 from dseqjepa.train.checkpoint import open_checkpoint
-from dseqjepa.train.loop import Stopped, Trainer
+from dseqjepa.train.loop import Trainer
 from dseqjepa.train.pretrain import pretrain
 from tests.tiny import PAPER
 from tests.train.tiny_runs import (

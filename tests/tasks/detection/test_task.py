@@ -12,12 +12,11 @@ from torch import Tensor
 from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import Instances
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.tasks.config import DetectionConfig
 from dseqjepa.tasks.detection import evaluate
 from dseqjepa.tasks.detection import task as module
 from dseqjepa.tasks.run import run_task
-from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps, SceneObjects
 from tests.tasks.jobs import job_of, stop_after

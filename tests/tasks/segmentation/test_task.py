@@ -12,12 +12,11 @@ from torch import Tensor
 
 from dseqjepa.data.miniatures.export import export
 from dseqjepa.data.source import BadImage
-from dseqjepa.errors import InputError, RunError
+from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.run import run_task
 from dseqjepa.tasks.segmentation import evaluate
 from dseqjepa.tasks.segmentation import task as module
-from dseqjepa.train.runtime import Stopped
 from dseqjepa.viz.results import draw_result
 from tests.tasks.dense_data import SceneMaps
 from tests.tasks.jobs import job_of, stop_after
