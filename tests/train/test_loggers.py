@@ -1,4 +1,4 @@
-"""Loggers hear what metrics.jsonl holds, go on where a run goes on, and never stop it."""
+"""Loggers receive what metrics.jsonl contains, resume with the run, and never stop it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,7 +145,10 @@ def test_wandb_writes_offline_and_keeps_its_name(tmp_path: Path) -> None:
     name = json.loads((out / "loggers/names.json").read_text())["wandb"]
     folders = sorted((out / "loggers/wandb").glob("offline-run-*"))
     assert all(folder.name.endswith(name) for folder in folders)
-    first, second = (losses(next(folder.glob("*.wandb"))) for folder in folders)
+    parts = [list(records(next(folder.glob("*.wandb")))) for folder in folders]
+    exits = [[each.exit.exit_code for each in part if each.HasField("exit")] for part in parts]
+    assert exits == [[1], [0]], "the first run was cut, the second finished"
+    first, second = map(losses, parts)
     assert min(second) > 5
     assert first.keys() & second.keys(), "steps that were taken again are in both"
     assert first | second == pytest.approx(told(out))
@@ -153,12 +156,12 @@ def test_wandb_writes_offline_and_keeps_its_name(tmp_path: Path) -> None:
     assert list((out / "loggers/wandb").rglob("*.png"))
 
 
-def losses(file: Path) -> dict[int, float]:
+def records(file: Path) -> Iterator[Any]:
     """Those in a file of W&B, which holds messages as LevelDB's log does: in blocks, whose parts
     have a hash, a length and a kind."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    content, place, message, found = file.read_bytes(), 7, b"", dict[int, float]()
+    content, place, message = file.read_bytes(), 7, b""
     while place + 7 < len(content):
         if (room := BLOCK - place % BLOCK) < 7:
             place += room
@@ -167,11 +170,17 @@ def losses(file: Path) -> dict[int, float]:
         place += 7 + length
         message += content[place - length : place]
         if kind in (WHOLE, LAST):
-            items = Record.FromString(message).history.item
-            values = {".".join(item.nested_key) or item.key: item.value_json for item in items}
-            if "loss" in values:
-                found[int(values["_step"])] = float(values["loss"])
+            yield Record.FromString(message)
             message = b""
+
+
+def losses(part: Sequence[Any]) -> dict[int, float]:
+    found = {}
+    for each in part:
+        items = each.history.item
+        values = {".".join(item.nested_key) or item.key: item.value_json for item in items}
+        if "loss" in values:
+            found[int(values["_step"])] = float(values["loss"])
     return found
 
 
