@@ -92,19 +92,8 @@ def pretrain(
     config = on_this_machine(config)
     runtime = runtime or connect(config)
     ranks, began = runtime.ranks, time.perf_counter()
-    is_timed = config.optim.is_timed
-
-    def check() -> None:
-        check_loggers(config.log)
-        if resume is not False and (overwrite or (init_from is not None and resume != "auto")):
-            raise InputError(
-                "resume continues a run: leave out overwrite and init_from (resume=auto accepts "
-                "init_from, for the start)"
-            )
-        if unknown := sorted(set(allow_changed) - set(CHANGES)):
-            raise InputError(f"allow_changed accepts {' and '.join(CHANGES)}, found {unknown[0]!r}")
-
-    ranks.together(check)
+    is_timed = config.optim.is_timed  # until `fitting` resolves the epochs
+    ranks.together(lambda: _check_how(config, resume, overwrite, init_from, allow_changed))
     with ranks.failing_together(Stopped), ExitStack() as held:
         data = ranks.together(lambda: source or open_training_source(config))
         config = ranks.together(lambda: fitting(config, data))
@@ -134,12 +123,7 @@ def pretrain(
             )
         prepare(data)
         if is_timed and start.resume is None:
-            if ranks.first:
-                (console or Console()).print("timing some steps, for optim.minutes")
-            times = time_epochs(config, data, start.init_from, runtime)
-            (spent,) = ranks.share(time.perf_counter() - began)[:1]
-            config, chosen = within_minutes(config, times, spent)
-            start = replace(start, notes=(chosen,))
+            config, start = _in_time(config, data, start, runtime, console or Console(), began)
         Trainer(
             config,
             data,
@@ -152,6 +136,36 @@ def pretrain(
             picture=picture,
         ).run()
         ranks.wait()
+
+
+def _check_how(
+    config: Config,
+    resume: bool | int | str,
+    overwrite: bool,
+    init_from: Path | None,
+    allow_changed: Collection[str],
+) -> None:
+    """`InputError` for arguments of `pretrain` that contradict each other."""
+    check_loggers(config.log)
+    if resume is not False and (overwrite or (init_from is not None and resume != "auto")):
+        raise InputError(
+            "resume continues a run: leave out overwrite and init_from (resume=auto accepts "
+            "init_from, for the start)"
+        )
+    if unknown := sorted(set(allow_changed) - set(CHANGES)):
+        raise InputError(f"allow_changed accepts {' and '.join(CHANGES)}, found {unknown[0]!r}")
+
+
+def _in_time(
+    config: Config, data: Source, start: Start, runtime: Runtime, console: Console, began: float
+) -> tuple[Config, Start]:
+    """The config with as many epochs as fit into `optim.minutes`, and a start that says so."""
+    if runtime.ranks.first:
+        console.print("timing some steps, for optim.minutes")
+    times = time_epochs(config, data, start.init_from, runtime)
+    (spent,) = runtime.ranks.share(time.perf_counter() - began)[:1]
+    config, chosen = within_minutes(config, times, spent)
+    return config, replace(start, notes=(chosen,))
 
 
 def _shown(start: Start) -> str:
