@@ -62,6 +62,7 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
             held[task] = 100 * right_H.double().mean().item()
     return Result(
         metrics={task: each.metrics["accuracy"] for task, each in found.items()},
+        correct={task: each.correct_N[None] for task, each in found.items()},
         protocol={
             "split": split,
             "features": config.features,

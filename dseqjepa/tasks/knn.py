@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from dseqjepa.data.images import Subset, notes_of
@@ -18,7 +18,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Encoder, Rows, as_rows, extract, lacking, pooling_of
-from dseqjepa.tasks.results import Metric, Result, accuracy_metric, classified
+from dseqjepa.tasks.results import Result, accuracy_metric, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import splits_of
@@ -159,10 +159,10 @@ def probe(
     return 100 * (pred_M == label_M).double().mean().item()
 
 
-def _accuracy(
+def _correct(
     found: Neighbours, label_N: Tensor, classes: int, k: int, temperature: float
-) -> Metric:
-    return accuracy_metric(found.vote(classes, k, temperature).cpu() == label_N)
+) -> Bool[Tensor, " N"]:
+    return found.vote(classes, k, temperature).cpu() == label_N
 
 
 def evaluate(job: Job, config: KnnConfig) -> Result:
@@ -186,7 +186,7 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
     near = neighbours(rows_M, label_M, rows_N, k=most, device=job.device)
     pred_N = near.vote(len(names), k, temperature).cpu()
     found = classified(pred_N, label_N, label_M, names, task)
-    metrics: dict[str, Metric] = {}
+    correct: dict[str, Tensor] = {}
     details: dict[str, Any] = {"k": min(k, len(label_M))}
     swept: dict[str, Any] = {}
     if config.sweep:
@@ -194,12 +194,13 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
         grid = sweep(rows_M, label_M, len(names), config, job.device)
         best = max(grid, key=lambda entry: entry["train_accuracy"])  # the first of equals
         details |= {"sweep": grid, "chosen": best}
-        metrics["swept"] = _accuracy(near, label_N, len(names), best["k"], best["temperature"])
+        chosen = best["k"], best["temperature"]
+        correct["swept"] = _correct(near, label_N, len(names), *chosen)
     protocol: dict[str, Any] = {"features": config.features, "k": k, "temperature": temperature}
     protocol |= {"center": config.center} if config.center != "none" else {}
     return found.result(
-        metrics,
         details,
+        correct,
         protocol=protocol | {"transform": "centre crop"} | swept,
         layers=config.features,
         pooling=pooling_of(pieces),
@@ -225,7 +226,9 @@ def sweep(
         {
             "k": k,
             "temperature": temperature,
-            "train_accuracy": _accuracy(found, label_M[query_N], classes, k, temperature).value,
+            "train_accuracy": accuracy_metric(
+                _correct(found, label_M[query_N], classes, k, temperature)
+            ).value,
         }
         for k in config.ks
         for temperature in config.temperatures

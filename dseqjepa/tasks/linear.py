@@ -25,7 +25,7 @@ from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lacking, pooled, po
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import Crops, LabelledImages, stacked
-from dseqjepa.tasks.results import Result, accuracy_metric, classified
+from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.saved import SavedHead, linear_head
 from dseqjepa.tasks.store import features_of, splits_of
@@ -189,11 +189,8 @@ def by_sweep(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
     predicted = chosen.predict(test.rows(pieces), job.device)
     best = chosen.setting
     found = classified(predicted[chosen.group], label_N, train.labels[task], names, task)
-    readings = {
-        reading: accuracy_metric(pred_N == label_N) for reading, pred_N in predicted.items()
-    }
     return found.result(
-        metrics=readings,
+        correct={reading: pred_N == label_N for reading, pred_N in predicted.items()},
         details={
             "chosen": vars(best),
             "readings": {reading: vars(each) for reading, each in chosen.by_group.items()},

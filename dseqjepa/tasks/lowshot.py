@@ -103,6 +103,7 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
         pooling=pooling_of(pieces),
         n_train=draws[0]["labelled"],
         n_test=len(label_N),
+        correct={"accuracy": torch.stack([each.correct_N for each in found])},
         interval=f"Student's t over {len(draws)} draws"
         if several
         else "bootstrap over test images",

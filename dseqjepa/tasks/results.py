@@ -3,7 +3,7 @@
 `protocol` contains everything that must be equal for two numbers to share a column. The rest
 records the encoder (`backbone`), the data (`data`), the settings (`config`) and the environment.
 
-Suffixes: N test images, M training images, C classes, R resamples.
+Suffixes: N test images, M training images, C classes, R resamples, L draws.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Result:
     `labels` is what was predicted ("class", ...), `protocol` the task's part of what must be equal
     for two results to be comparable, `interval` what the metrics' intervals are over. `floors` are
     the metrics of predictions that ignore the image, by row name; `others` those of raw pixels and
-    the untrained encoder under the same protocol.
+    the untrained encoder under the same protocol. `correct` tells, for each metric that is an
+    accuracy, which images were classified correctly (L, N).
     """
 
     metrics: Mapping[str, Metric]
@@ -69,6 +70,7 @@ class Result:
     details: Mapping[str, Any] = field(default_factory=dict)
     floors: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
     others: Mapping[str, Result] = field(default_factory=dict)
+    correct: Mapping[str, Tensor] = field(default_factory=dict)
     missing: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     """By split ("train", "test") and class: the number of undecodable images, and of all."""
     examples: Mapping[str, Any] = field(default_factory=dict)
@@ -99,12 +101,55 @@ def accuracy_metric(correct_N: Bool[Tensor, " N"]) -> Metric:
     return Metric(100 * share, 100 * float(low) / count, 100 * float(high) / count)
 
 
+def differences(result: Result, others: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """Every metric of `result` less that of each other one, paired over the same test images."""
+    return [
+        {"minus": name, "metric": metric, **paired(correct_LN, other.correct[metric])._asdict()}
+        for name, other in others.items()
+        for metric, correct_LN in result.correct.items()
+        if metric in other.correct
+    ]
+
+
+def paired(correct_LN: Bool[Tensor, "L N"], other_LN: Bool[Tensor, "L N"]) -> Metric:
+    """Difference of two accuracies in percentage points, with its 95 % interval: over draws by
+    Student's t if there are several, otherwise by bootstrap over the test images.
+
+    The same images are resampled for both, so what makes an image hard for both cancels. Only
+    images on which the two disagree matter, and their numbers in a resample are multinomial.
+    """
+    if len(correct_LN) > 1:
+        shares_L = correct_LN.double().mean(dim=1) - other_LN.double().mean(dim=1)
+        return mean_metric((100 * shares_L).tolist(), (-100.0, 100.0))
+    (correct_N,), (other_N,) = correct_LN, other_LN
+    count = len(correct_N)
+    only = [int((a & ~b).sum()) for a, b in ((correct_N, other_N), (other_N, correct_N))]
+    shares = [*(number / count for number in only), 1 - sum(only) / count]
+    drawn_R3 = np.random.default_rng(0).multinomial(count, shares, RESAMPLES)
+    difference_R = 100 * (drawn_R3[:, 0] - drawn_R3[:, 1]) / count
+    low, high = np.quantile(difference_R, [0.025, 0.975])
+    return Metric(100 * (only[0] - only[1]) / count, float(low), float(high))
+
+
+def in_words(found: Sequence[Mapping[str, Any]], encoder: str) -> list[str]:
+    """`differences` as lines of text, one for each encoder that was subtracted."""
+    lines: dict[str, list[str]] = {}
+    for each in found:
+        ends = f"({each['low']:+.1f} to {each['high']:+.1f})"
+        shown = f"{each['metric'].replace('_', ' ')} {each['value']:+.1f} {ends}"
+        lines.setdefault(each["minus"], []).append(shown)
+    return [
+        f"{encoder} minus {name}, on the same images: {', '.join(shown)}"
+        for name, shown in lines.items()
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class Classified:
     """Metrics and details for the predicted classes of the test images."""
 
     task: str
-    n_test: int
+    correct_N: Bool[Tensor, " N"]
     metrics: Mapping[str, Metric]
     """`accuracy`, and `balanced_accuracy`, the mean of the per-class accuracies."""
     floors: Mapping[str, Mapping[str, Metric]]
@@ -113,16 +158,19 @@ class Classified:
 
     def result(
         self,
-        metrics: Mapping[str, Metric] = MappingProxyType({}),
         details: Mapping[str, Any] = MappingProxyType({}),
+        correct: Mapping[str, Bool[Tensor, " N"]] = MappingProxyType({}),
         **others: Any,
     ) -> Result:
-        """A result from this and its other fields, with further metrics and details."""
+        """A result from this and its other fields, with further details and accuracies."""
+        further = {name: accuracy_metric(right_N) for name, right_N in correct.items()}
+        every = {"accuracy": self.correct_N, **correct}
         return Result(
-            metrics={**self.metrics, **metrics},
+            metrics={**self.metrics, **further},
             details={**details, **self.details},
+            correct={name: right_N[None] for name, right_N in every.items()},
             labels=self.task,
-            n_test=self.n_test,
+            n_test=len(self.correct_N),
             floors=self.floors,
             examples=self.examples,
             **others,
@@ -158,7 +206,7 @@ def classified(
         per_class[true] = {"accuracy": 100 * said.get(true, 0) / images, "n_test": images}
     return Classified(
         task=task,
-        n_test=len(label_N),
+        correct_N=predicted_N == label_N,
         metrics=_accuracies(predicted_N == label_N, label_N),
         floors={MAJORITY: _accuracies(label_N == commonest, label_N)},
         details={"per_class": per_class, "confusion": found},

@@ -30,6 +30,8 @@ from dseqjepa.tasks.results import (
     NOT_PER_CENT,
     Result,
     choose_path,
+    differences,
+    in_words,
     row,
     show,
     write_json,
@@ -188,7 +190,8 @@ def _publish(
     quick = ", preset=quick" if config.preset == "quick" else ""
     title = f"{values['title']}{quick} (95 % interval: {result.interval})"
     job.console.print(show(values["results"], title))
-    for line in (*_missing(result), *values["warnings"]):
+    paired = in_words(values["differences"], job.backbone.name)
+    for line in (*paired, *_missing(result), *values["warnings"]):
         job.console.print(line, markup=False, highlight=False, soft_wrap=True)
     print(f"written: {path}")
     for rest in result.unfinished:
@@ -269,6 +272,7 @@ def describe(
         "config": config.model_dump(mode="json"),
         "details": dict(result.details),
         "results": rows,
+        "differences": differences(result, result.others),
         "device": device_name(job.device),
         "ranks": job.ranks.world,
         **environment(),

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from scipy import stats
 
 from dseqjepa.tasks.results import (
     Metric,
+    Result,
     accuracy_metric,
     choose_path,
     classified,
+    differences,
+    in_words,
     mean_metric,
+    paired,
     row,
     show,
     text,
@@ -37,6 +42,48 @@ def test_the_interval_is_the_one_that_resampling_approaches(right: int, count: i
     metric = accuracy_metric(correct_N)
     assert metric.value == pytest.approx(100 * right / count)
     assert metric[1:] == pytest.approx(wanted, abs=0.21)
+
+
+@pytest.mark.parametrize("agree", [0.0, 0.7, 1.0])
+def test_a_paired_difference_is_the_one_that_resampling_the_same_images_approaches(
+    agree: float,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first_N = torch.rand(400, generator=generator) < 0.7
+    other_N = torch.rand(400, generator=generator) < 0.6
+    other_N = torch.where(torch.rand(400, generator=generator) < agree, first_N, other_N)
+    drawn = torch.randint(400, (20_000, 400), generator=generator)
+    gap_N = 100 * (first_N.double() - other_N.double())
+    ends = gap_N[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    found = paired(first_N[None], other_N[None])
+    assert found.value == pytest.approx(gap_N.mean().item())
+    assert found[1:] == pytest.approx(ends.tolist(), abs=0.5)
+    back = paired(other_N[None], first_N[None])
+    assert back.value == -found.value
+    assert back[1:] == pytest.approx((-found[2], -found[1]), abs=0.5)
+
+
+def test_pairing_narrows_the_interval_of_encoders_that_err_alike() -> None:
+    first_N = torch.arange(1000) < 700
+    other_N = torch.arange(1000) < 680
+    low, high = paired(first_N[None], other_N[None])[1:]
+    assert 0 < low < 2 < high < 4
+    one, two = accuracy_metric(first_N), accuracy_metric(other_N)
+    assert one.low < two.high, "by their own intervals the two are not told apart"
+
+
+def test_a_difference_over_several_draws_is_students() -> None:
+    generator = torch.Generator().manual_seed(2)
+    first_LN, other_LN = torch.rand(2, 4, 50, generator=generator) < 0.5
+    gaps = [100 * float(a.double().mean() - b.double().mean())
+            for a, b in zip(first_LN, other_LN, strict=True)]  # fmt: skip
+    wanted = stats.t.interval(0.95, 3, statistics.mean(gaps), statistics.stdev(gaps) / 2)
+    assert paired(first_LN, other_LN) == pytest.approx((statistics.mean(gaps), *wanted))
+    result = Result({}, {}, "class", "", "", 1, 1, 0, correct={"accuracy": first_LN})
+    other = replace(result, correct={"accuracy": other_LN})
+    (line,) = in_words(differences(result, {"untrained": other}), "mine")
+    assert line.startswith("mine minus untrained, on the same images: accuracy ")
+    assert f"({wanted[0]:+.1f} to {wanted[1]:+.1f})" in line
 
 
 def test_the_interval_over_seeds_is_students() -> None:

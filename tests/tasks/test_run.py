@@ -158,6 +158,18 @@ def test_a_result_says_all_that_is_needed_to_trust_it(
     encoders = ["majority", "raw pixels", "untrained", "dseq, step 5"]
     assert [line["encoder"] for line in found["results"]] == encoders
     assert "cannot decode" in printed
+    told_in = [(line, m) for line in found["results"] for m in found["metrics"] if m in line]
+    value = {(line["encoder"], m): line[m] for line, m in told_in}
+    accuracies = [metric for metric in found["metrics"] if "balanced" not in metric]
+    for baseline in ("raw pixels", "untrained"):
+        gaps = [each for each in found["differences"] if each["minus"] == baseline]
+        assert [each["metric"] for each in gaps] == accuracies
+        for each in gaps:
+            metric = each["metric"]
+            wanted = value["dseq, step 5", metric] - value[baseline, metric]
+            assert each["value"] == pytest.approx(wanted)
+            assert each["low"] <= each["value"] <= each["high"]
+        assert f"dseq, step 5 minus {baseline}, on the same images: " in printed
     if task not in ("lowshot", "clevr"):  # which need not come by it
         assert "train images that cannot be decoded: 1 of 24 of a" in printed
         assert found["missing"] == {"train": {"a": [1, 24]}, "test": {}}
