@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from dseqjepa.forecast import Forecast, forecast
+from dseqjepa.forecast import Forecast, forecast, three_digits
 from dseqjepa.presets import load_config, preset_names
 
 ON, DEVICES = "h100", 64
@@ -27,9 +27,9 @@ def names() -> list[str]:
 def line(name: str) -> str:
     found: Forecast = forecast(load_config(name), ON, DEVICES)
     numbers = (
-        f"{found.flops / 1e9:.1f}", f"{found.images_per_s:,.0f}", f"{found.hours:.1f}",
+        f"{found.flops / 1e9:.1f}", three_digits(found.images_per_s), f"{found.hours:.1f}",
         f"{found.device_hours:,.0f}", f"{found.memory_ddp / 1e9:.1f}",
-        f"{found.memory_fsdp / 1e9:.1f}", f"{found.read_per_s / 1e6:,.0f}",
+        f"{found.memory_fsdp / 1e9:.1f}", three_digits(found.read_per_s / 1e6),
         f"{found.checkpoint / 1e9:.2f}", f"{found.sent_ddp / 1e9:.2f}",
         f"{found.sent_fsdp / 1e9:.2f}",
     )  # fmt: skip

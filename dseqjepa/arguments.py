@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,21 @@ def as_options(command: Any, words: list[str]) -> list[str]:
         else:
             done.append(word)
     return done
+
+
+def check_positions(command: Any, words: list[str]) -> None:
+    """`InputError` if a setting is where the command expects something else, such as the preset
+    that was left out in `pretrain data=my_pictures`."""
+    rest = list(words)
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command = command.commands[rest.pop(0)]
+    for parameter in command.params:
+        if not (parameter.param_type_name == "argument" and parameter.required and rest):
+            return
+        word = rest.pop(0)
+        if re.match(r"[a-z_]+(\.[a-z_]+)*=", word) and not Path(word).exists():
+            what = parameter.metavar or parameter.name.upper()
+            raise InputError(f"{what} is missing before {word!r} (--help shows the usage)")
 
 
 def split_settings(settings: list[str], own: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -16,7 +16,14 @@ import typer
 import yaml
 
 from dseqjepa import ending
-from dseqjepa.arguments import as_options, flag, resume_of, row_and_column, split_settings
+from dseqjepa.arguments import (
+    as_options,
+    check_positions,
+    flag,
+    resume_of,
+    row_and_column,
+    split_settings,
+)
 from dseqjepa.ending import fail
 from dseqjepa.errors import InputError, Stopped, did_you_mean
 from dseqjepa.kernels import keep_few
@@ -86,8 +93,14 @@ RUN_KEYS = ("out", "resume", "overwrite", "init_from", "allow_changed")
 def main() -> None:
     """Run a command; an error that the user can mend is one line and an exit code."""
     keep_few()
-    words = sys.argv[1:] or ["--help"]
-    ending.run(app, as_options(typer.main.get_command(app), words))
+    ending.run(_called, sys.argv[1:] or ["--help"])
+
+
+def _called(words: list[str], **how: Any) -> Any:
+    program = typer.main.get_command(app)
+    options = as_options(program, words)
+    check_positions(program, options)
+    return app(options, **how)
 
 
 def _version(wanted: bool) -> bool:
@@ -834,8 +847,9 @@ def settings(
     section: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SECTION]",
-            help="A section, such as data, method.regions, knn or embed; default: all.",
+            metavar="[SECTION|KEY]",
+            help="A section or setting, such as data, method.regions, knn or optim.minutes; "
+            "default: all.",
             autocompletion=_sections,
         ),
     ] = None,

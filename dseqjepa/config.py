@@ -385,8 +385,9 @@ class SaliencyConfig(Section):
     """How saliency is computed: where an image is discriminative."""
 
     kind: Literal["cls_similarity", "cls_attention", "grad_cam", "rarity"] = "cls_similarity"
-    """`rarity`: distance of a patch's content to its nearest neighbours in the image; needs no
-    [CLS]."""
+    """`cls_similarity`: scaled dot product of a patch with [CLS]; `cls_attention`: attention of
+    [CLS] to it, averaged over heads; `grad_cam`: Grad-CAM of the norm of the mean target feature;
+    `rarity`: mean distance of a patch's content to the nearest third of the other patches."""
     query: Literal["state", "parameter"] = "state"
     """The [CLS] query: its state at the block (the paper), or the parameter (the release)."""
     block: int = Field(-1, ge=-1, le=1000)
@@ -401,14 +402,15 @@ class RegionsConfig(Section):
     """`random`: use I-JEPA's blocks as regions, the context block first (Table 4)."""
     kind: Literal["components", "clusters", "bands"] = "components"
     """`components` of the saliency above Otsu's threshold (the paper), `clusters` of content
-    features, or `bands` of equal saliency."""
+    features (those of the image less those of a blank one), or `bands`: quantiles of the saliency,
+    of equal area."""
     features: Literal["target"] | Annotated[int, Field(ge=0, le=1000)] = "target"
     """Features to cluster: `target` features, normalized as in the loss, or the unnormalized output
     of this 0-based block."""
     count: int = Field(5, ge=2, le=1000)
-    """Maximum number of regions per image, including the left-over region."""
+    """Maximum number of regions per image; of components, the left-over region counts."""
     min_area: Fraction = 0.15
-    """Minimum share of the grid that a region must cover, except the left-over region."""
+    """Minimum share of the grid that a region must cover, except the left-over of components."""
 
     @property
     def content(self) -> Literal["target"] | int | None:
@@ -427,7 +429,7 @@ class OptimConfig(Section):
     """Training length, learning rate and weight decay."""
 
     epochs: int | Literal["auto"] = Field(600)
-    """Passes over the data; `auto`: enough to show three million images, from 30 to 600."""
+    """Passes over the data; `auto`: enough for three million samples, from 30 to 600."""
     minutes: Literal["none"] | Annotated[float, Field(gt=0, le=10**6)] = "none"
     """Time budget: the run times its own steps and sets `epochs` to fit. On the command line it
     replaces `epochs` and `warmup_epochs`; in a config.yaml whose `epochs` is a number it has been

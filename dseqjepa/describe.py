@@ -24,15 +24,19 @@ BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def describe_settings(section: str | None = None) -> Iterator[str]:
-    """Lines describing the settings of a section and its subsections; of all sections if None.
+    """Lines describing the settings of a section and its subsections, or a single setting; of all
+    sections if None.
 
     Raises:
-        InputError: there is no such section; the nearest one is named.
+        InputError: there is no such section or setting; the nearest one is named.
     """
     known = _sections()
-    if section is not None and section not in known:
-        raise InputError(f"there is no section {section!r}{did_you_mean(section, known)}")
-    return _lines(known, section)
+    if section is None or section in known:
+        return _lines(known, section)
+    if found := _setting(known, section):
+        return iter(found)
+    hint = did_you_mean(section, [*known, *_keys(known)])
+    raise InputError(f"there is no section or setting {section!r}{hint}")
 
 
 def section_names() -> list[str]:
@@ -58,11 +62,33 @@ def _lines(known: dict[str, list[type[BaseModel]]], section: str | None) -> Iter
             yield f"{name}{which}: {_sentence(model.__doc__ or '')}"
             for key, field in model.model_fields.items():
                 if key not in seen and not sections_of(model, key):
-                    kind = f"{_type(field.annotation)}{_bounds(field.metadata)}"
-                    yield f"  {key}  {kind}, default {_text(field)}"
-                    yield from _indented(field.description or "")
+                    yield from _described(key, field)
                 seen.add(key)
         yield ""
+
+
+def _setting(known: dict[str, list[type[BaseModel]]], name: str) -> list[str]:
+    """The settings of that name, with or without their section."""
+    lines: list[str] = []
+    for full, field in _keys(known).items():
+        if name in (full, full.rpartition(".")[2]):
+            lines += _described(full, field)
+    return lines
+
+
+def _keys(known: dict[str, list[type[BaseModel]]]) -> dict[str, FieldInfo]:
+    return {
+        f"{section}.{key}": field
+        for section, models in known.items()
+        for model in reversed(models)  # of several that have it, the first one's is described
+        for key, field in model.model_fields.items()
+        if not sections_of(model, key)
+    }
+
+
+def _described(name: str, field: FieldInfo) -> Iterator[str]:
+    yield f"  {name}  {_type(field.annotation)}{_bounds(field.metadata)}, default {_text(field)}"
+    yield from _indented(field.description or "")
 
 
 def _walk(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:

@@ -28,22 +28,29 @@ class Stopped(Exception):
 FEW, NEAREST = 40, 5
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
+def did_you_mean(
+    word: str, words: Iterable[str], *, called: str = "known", prefix: str = ""
+) -> str:
     """The end of a message about an unknown word: the nearest known one; otherwise all of them, or
-    the nearest few of many."""
+    the nearest few of many.
+
+    Args:
+        called: what all of them are.
+        prefix: what is written before the nearest one, such as its section.
+    """
     known = sorted(words)
-    if hint := nearest(word, known):
+    if hint := nearest(word, known, prefix=prefix):
         return hint
     if len(known) > FEW:
         near = difflib.get_close_matches(word, known, n=NEAREST, cutoff=0.0)
         return f"; nearest of {len(known)}: {', '.join(near)}"
-    return f"; known: {', '.join(known)}" if known else ""
+    return f"; {called}: {', '.join(known)}" if known else ""
 
 
-def nearest(word: str, words: Iterable[str], cutoff: float = 0.5) -> str:
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.5, prefix: str = "") -> str:
     """The same, but nothing if no known word is near."""
     near = difflib.get_close_matches(word, sorted(words), n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {prefix + near[0]!r}?" if near else ""
 
 
 def printable(text: object) -> str:

@@ -215,14 +215,14 @@ def table(config: Config, on: str, found: Forecast) -> Table:
         "images at a time, per device": f"{found.batch}",
         "GFLOP per image": f"{found.flops / 1e9:.1f}",
         "share of a matrix product's rate": f"{found.share:.1%} (docs/gpu.md)",
-        "images/s": f"{found.images_per_s:,.0f}",
+        "images/s": three_digits(found.images_per_s),
         "seconds per step": f"{found.step_s:.2f}",
         f"hours, {config.optim.epochs} epochs": f"{found.hours:,.1f}",
         "device-hours": f"{found.device_hours:,.0f}",
         "memory per device, ddp": _of(found.memory_ddp, found.memory_there),
         "memory per device, fsdp": _of(found.memory_fsdp, found.memory_there),
         "  activations, included": _gb(found.activations),
-        "image files read": f"{found.read_per_s / 1e6:,.0f} MB/s",
+        "image files read": f"{three_digits(found.read_per_s / 1e6)} MB/s",
         "checkpoint": _gb(found.checkpoint),
         "sent per device and step, ddp": _sent(found.sent_ddp, found.step_s),
         "sent per device and step, fsdp": _sent(found.sent_fsdp, found.step_s),
@@ -230,6 +230,11 @@ def table(config: Config, on: str, found: Forecast) -> Table:
     for row in rows.items():
         shown.add_row(*row)
     return shown
+
+
+def three_digits(value: float) -> str:
+    """`282,001` as `282,000`: an estimate is not exact to more."""
+    return f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _gb(size: float) -> str:

@@ -104,7 +104,7 @@ def vitt8_64() -> Config:
     """A small ViT at 64 px for your own folder of 5,000 to 100,000 pictures, on a CPU.
 
     `dseqjepa pretrain vitt8_64 data=my_pictures out=runs/mine`.
-    The schedule shows three million images whatever the folder's size (30 to 600 epochs).
+    It trains on about three million samples (epochs x images); epochs are limited to 30 to 600.
     """
     return Config(
         data=DataConfig(image_size=(64, 64), batch_size=128, workers=2),
@@ -137,7 +137,7 @@ def vits16_small() -> Config:
     """ViT-S/16 at 160 px for your own folder of 5,000 to 100,000 pictures, on one GPU.
 
     `dseqjepa pretrain vits16_small data=my_pictures out=runs/mine`.
-    The schedule shows three million images whatever the folder's size (30 to 600 epochs).
+    It trains on about three million samples (epochs x images); epochs are limited to 30 to 600.
     """
     return vitt8_64().with_(
         data={"image_size": (160, 160), "batch_size": 256, "workers": 8},
@@ -148,7 +148,7 @@ def vits16_small() -> Config:
 
 
 def vitt_demo() -> Config:
-    """A shallow ViT-Ti/8 on the rendered scenes at 64 px: what `dseqjepa demo` trains.
+    """A ViT of width 128 and depth 4, patch 8, on rendered scenes: what `dseqjepa demo` trains.
 
     `dseqjepa pretrain vitt_demo data=scenes out=runs/demo` only trains it, in minutes on a CPU.
     Attentive probe on the class of 5,000 scenes: 55.0 % (untrained 50.8): README.

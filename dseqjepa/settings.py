@@ -116,7 +116,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         if kind in ("extra_forbidden", "invalid_key"):
             elsewhere = sorted(k for k in _leaves(root) if k.rpartition(".")[2] == name)
             hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
-            says[key] = f"unknown key {key!r}{hint or did_you_mean(name, section.model_fields)}"
+            section_of = key.removesuffix(name)
+            hint = hint or did_you_mean(name, section.model_fields, prefix=section_of)
+            says[key] = f"unknown key {key!r}{hint}"
         elif kind == "value_error":
             message = message.removeprefix("Value error, ")
             says[key] = message if key in message else f"{key}: {message}"

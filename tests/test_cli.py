@@ -130,7 +130,7 @@ def refuse(
 # What is refused
 
 SETTINGS = {
-    "data.wokers=2": "unknown key 'data.wokers'; did you mean 'workers'?",
+    "data.wokers=2": "unknown key 'data.wokers'; did you mean 'data.workers'?",
     "dat.size=2": "unknown key 'dat'; did you mean 'data'?",
     "data.workers=two": "data.workers must be a whole number, found 'two'",
     "data.workers=-1": "data.workers must be greater than or equal to 0",
@@ -208,7 +208,7 @@ DATA = {
     "mnist:pictures": "found the unknown format 'mnist'; did you mean 'fashion-mnist'?",
     "fashion-mnist:pictures": "expected train-images-idx3-ubyte",
     "fashion-mnist:gone": "no such folder: gone",
-    "2023": "no such folder: 2023",
+    "2023": "no such folder: 2023; folders there: ",
     "gone\nthere": "no such folder: gone there",
 }
 
@@ -319,6 +319,12 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "pretrain": "Missing argument",
         "pretrian x": "No such command 'pretrian'",
         "presets --all": "No such option: --all",
+        "pretrain data=pictures out=new": "PRESET|FILE.yaml is missing before 'data=pictures'",
+        "evaluate knn data=pictures": "BACKBONE is missing before 'data=pictures'",
+        "predict run pictures": "run is a folder: name a classifier saved by an evaluation, such "
+        "as run/evaluations/linear-head.safetensors",
+        "settings optim.minuts": "no section or setting 'optim.minuts'; did you mean "
+        "'optim.minutes'?",
         "presets vitt8_46": "unknown preset 'vitt8_46'; did you mean 'vitt8_64'?",
         "presets a b": "unexpected extra argument",
         "evaluate knn": "Missing argument",

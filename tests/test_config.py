@@ -259,9 +259,10 @@ def test_overrides_apply_to_a_file_as_to_a_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     {
-        "data.batchsize=8": "unknown key 'data.batchsize'; did you mean 'batch_size'?",
+        "data.batchsize=8": "unknown key 'data.batchsize'; did you mean 'data.batch_size'?",
         "dat.size=8": "unknown key 'dat'; did you mean 'data'?",
-        "method.saliency.king=x": "unknown key 'method.saliency.king'; did you mean 'kind'?",
+        "method.saliency.king=x": "unknown key 'method.saliency.king'; did you mean "
+        "'method.saliency.kind'?",
         "zzz=1": "unknown key 'zzz'; known: checkpoint, data, ema, guard, log, method, model, "
         "optim, predictor, probe, runtime, target",
         "method.name=dsqe": "method.name must be 'dseq' or 'ijepa' or 'cjepa', found 'dsqe'",

@@ -43,6 +43,16 @@ def test_a_section_shows_type_range_default_and_meaning() -> None:
     assert "  ks  [whole number >= 1 and <= 1000000000, ...], default [5, 10," in knn
 
 
+def test_a_single_setting_is_explained_with_or_without_its_section() -> None:
+    lines = list(describe_settings("optim.minutes"))
+    assert lines[0].startswith("  optim.minutes  none | number > 0")
+    assert list(describe_settings("minutes")) == lines
+    named = [line for line in describe_settings("workers") if not line.startswith("      ")]
+    assert len(named) > 3
+    assert all(line.split()[0].endswith(".workers") for line in named)
+    assert len({line.split()[0] for line in named}) == len(named)
+
+
 def test_all_sections_are_shown_once_and_the_methods_keys_by_method() -> None:
     lines = list(describe_settings())
     heads = [line.partition(":")[0] for line in lines if line and not line.startswith(" ")]
@@ -56,5 +66,5 @@ def test_all_sections_are_shown_once_and_the_methods_keys_by_method() -> None:
 
 
 def test_an_unknown_section_names_the_nearest_one() -> None:
-    with pytest.raises(InputError, match=r"no section 'optimm'; did you mean 'optim'\?"):
+    with pytest.raises(InputError, match=r"no section or setting 'optimm'; did you mean 'optim'\?"):
         list(describe_settings("optimm"))

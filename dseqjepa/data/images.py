@@ -298,7 +298,9 @@ def existing_folder(path: Path) -> Path:
     siblings: list[str] = []
     if os.access(path.parent, os.R_OK):
         siblings = [entry.name for entry in path.parent.iterdir() if os.path.isdir(entry)]
-    raise InputError(f"no such folder: {path}{did_you_mean(path.name, siblings)}")
+    raise InputError(
+        f"no such folder: {path}{did_you_mean(path.name, siblings, called='folders there')}"
+    )
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

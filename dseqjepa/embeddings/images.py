@@ -31,7 +31,8 @@ def named_images(words: Sequence[str]) -> Source:
             paths.append(str(path))
         elif path.suffix.lower() in ENDINGS and not path.exists():
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise InputError(f"no such image: {path}{did_you_mean(path.name, siblings)}")
+            hint = did_you_mean(path.name, siblings, called="files there")
+            raise InputError(f"no such image: {path}{hint}")
         else:
             found, _ = images_below(existing_folder(path))
             paths += [str(path / name) for name in found]

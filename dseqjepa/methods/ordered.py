@@ -6,7 +6,7 @@ Suffixes: B images, N patches, K regions, M the most steps per image.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dseqjepa.config import Config
@@ -68,7 +68,7 @@ class DSeqJepa(Method):
         else:
             # A non-finite map shows in the loss; the plan of its batch does not matter.
             regions = cut(sight, grid, self.config.regions)
-            found = {"region_area": _mean_area(regions)}
+            found = {"region_area": (regions.rank_BN == 0).double().mean()}
             regions = order_regions(regions, self.config.order, grid, keys_B)
             rank_BN, count_B = regions.rank_BN, regions.count_B
         usable_B = count_B > 1
@@ -149,10 +149,3 @@ class DSeqJepa(Method):
         """Pad with empty steps to the maximum per image."""
         B, M, N = mask_BMN.shape
         return torch.cat([mask_BMN, mask_BMN.new_zeros(B, self.steps_per_image - M, N)], dim=1)
-
-
-def _mean_area(regions: Regions) -> Float64[Tensor, ""]:
-    """The mean share of the grid per region, without the left-over region, and 0 for images without
-    regions; averaged over images, so that ranks can be averaged."""
-    cut_BN = regions.rank_BN < regions.count_B[:, None] - 1
-    return (cut_BN.double().mean(dim=1) / (regions.count_B - 1).clamp(min=1)).mean()

@@ -5,7 +5,7 @@ context for each of its targets. Here the context's keys and values are computed
 block, and mask tokens neither attend to each other nor change the context: all targets of a context
 can be predicted together.
 
-Suffixes: T context tokens, W predictor width, V predicted tokens, U the same with idle ones, K
+Suffixes: T context tokens, W predictor width, V predicted tokens, U the same with padding, K
 gathered keys, C distinct contexts, L longest query or key list of a context, H heads, E head width.
 """
 
@@ -33,7 +33,7 @@ class CrossQueries:
     """The step of each predicted token, an index into the plan."""
     patch_V: Int64[Tensor, " predicted"]
     patch_U: Int64[Tensor, " U"]
-    """The same with a few idle tokens at the end, as in the encoder; their output is ignored."""
+    """The same with a few padding tokens at the end, as in the encoder; their output is ignored."""
     key_CL: Int64[Tensor, "C keys"]
     """The context tokens of each distinct context, an index into T; the last repeats as padding."""
     unseen_CL: Bool[Tensor, "C keys"]

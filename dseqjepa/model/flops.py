@@ -48,7 +48,7 @@ def count_tokens(
     plan: Plan, images: int, mode: str, encoder: VisionTransformer, predictor: AnyPredictor
 ) -> Tokens:
     """The packed tokens of a plan for `images` images in a context mode, including [CLS] but not
-    idle tokens."""
+    padding tokens."""
     contexts = pack_contexts(plan, mode, class_token=bool(encoder.prefix))
     encoder_Q = contexts.sequences.lengths[: -1 if contexts.idle else None]
     target_S = plan.counts.target_S

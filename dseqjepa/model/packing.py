@@ -11,10 +11,10 @@ A patch arrives at the first step whose context contains it; with ranked regions
 [CLS] arrives with the first context: in a causal sequence it sees only that one, so nothing later
 reaches an earlier patch through it.
 
-A few idle tokens follow, in their own sequence, whose output is ignored (`_idle`).
+A few padding tokens follow, in their own sequence, whose output is ignored (`_idle`).
 
 Suffixes: B images, N patches, S steps, Q encoder sequences, T encoder tokens and U predictor tokens
-(both with the idle ones), V predicted tokens.
+(both with padding), V predicted tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dseqjepa.model.sequences import Sequences
 from dseqjepa.plans.plan import NEVER, Plan, true_places
 
 IDLE_SHARE = 32
-"""At most one idle token per this many tokens, and about a third of that on average."""
+"""At most one padding token per this many tokens, and about a third of that on average."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Contexts:
 
     image_T: Int64[Tensor, " T"]
     patch_T: Int64[Tensor, " T"]
-    """-1 for [CLS], and for an idle token."""
+    """-1 for [CLS], and for a padding token."""
     sequences: Sequences
     idle: int
-    """Number of idle tokens at the end."""
+    """Number of padding tokens at the end."""
     token_SN: Int64[Tensor, "S N"]
     """The token that carries a patch to a step's predictor; meaningful inside the context."""
 
@@ -139,12 +139,12 @@ def pack_queries(plan: Plan, contexts: Contexts) -> Queries:
 
 
 def pad_idle(index: Int64[Tensor, " tokens"], value: int = 0) -> Int64[Tensor, " padded"]:
-    """Indices of tokens, with idle ones at the end (`_idle`)."""
+    """Indices of tokens, with padding at the end (`_idle`)."""
     return F.pad(index, (0, _idle(len(index))), value=value)
 
 
 def _idle(tokens: int) -> int:
-    """How many idle tokens to add, so that the total takes few different values.
+    """How many padding tokens to add, so that the total takes few different values.
 
     On a CPU, oneDNN compiles a kernel for each shape and caches it. The number of context tokens
     varies, so every step would compile new kernels of about a megabyte each.

@@ -459,7 +459,7 @@ class AnyPredictor(nn.Module, ABC):
         queries: Any,
         grid: tuple[int, int],
     ) -> Float[Tensor, "U D"]:
-        """Predicted target features of the tokens from `pack`, followed by those of idle tokens."""
+        """Predicted target features of the tokens from `pack`, then those of padding."""
 
     @abstractmethod
     def count(self, context_S: np.ndarray, target_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

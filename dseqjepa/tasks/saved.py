@@ -156,6 +156,12 @@ def load_head(path: Path) -> tuple[SavedHead, About]:
     except (OSError, SafetensorError, ValueError, ValidationError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
+        if path.is_dir():
+            usual = path / "evaluations/linear-head.safetensors"
+            head = min(path.glob("evaluations/*-head.safetensors"), default=usual)
+            raise InputError(
+                f"{path} is a folder: name a classifier saved by an evaluation, such as {head}"
+            ) from None
         known = "it does not exist" if not path.exists() else "it is damaged, or not a classifier"
         raise InputError(f"{path} cannot be read: {known}") from None
     basis = None

@@ -54,7 +54,8 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
             names.append(str(path))
         elif path.suffix.lower() in ENDINGS and not path.exists():
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise InputError(f"no such image: {path}{did_you_mean(path.name, siblings)}")
+            hint = did_you_mean(path.name, siblings, called="files there")
+            raise InputError(f"no such image: {path}{hint}")
         else:
             found = spread(open_images(word, config), limit)
             for index in range(len(found)):

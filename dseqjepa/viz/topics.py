@@ -90,7 +90,7 @@ HEALTH = (
 REGIONS = (
     Topic(
         "Regions per image",
-        "The number of regions per image, including the left-over region.",
+        "The number of regions per image; of components, the left-over region counts.",
         "regions",
         {"regions": "regions"},
     ),
@@ -102,8 +102,8 @@ REGIONS = (
         {"steps_per_image": "steps"},
     ),
     Topic(
-        "Size of a region",
-        "The mean size of the regions, without the left-over region.",
+        "Size of region 1",
+        "The share of the grid that the most salient region covers.",
         "share of the grid",
         {"region_area": "size"},
         at_zero=True,

@@ -51,6 +51,8 @@ def test_ranked_regions_are_predicted_in_order_of_saliency():
     plan = drawn(1.0).plan
     regions = rank_regions(SMOOTH, GRID, 5, 0.05)
     assert (regions.count_B > 2).sum() > 100
+    area = sum(float((rank_N == 0).sum()) / 64 for rank_N in regions.rank_BN) / len(regions.rank_BN)
+    assert drawn(1.0).metrics["region_area"].item() == pytest.approx(area)
     for image in range(100):
         context, target = steps_of(plan, image)
         for step in range(len(context)):

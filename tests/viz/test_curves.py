@@ -88,8 +88,6 @@ def test_a_probe_has_its_chart_and_gaps_stay_gaps() -> None:
 def test_the_size_of_regions_is_logged(runs: dict[str, Path]) -> None:
     for row in metrics(runs["dseq"]):
         assert 0 < row["region_area"] < 1
-        # The regions and what is left over fill the grid.
-        assert row["region_area"] * (row["regions"] - 1) < 1
     assert all("region_area" not in row for row in metrics(runs["ijepa"]))
 
 
