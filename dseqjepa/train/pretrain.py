@@ -277,7 +277,8 @@ def _as_chosen(config: Config, checkpoint: Checkpoint) -> Config:
     if config.optim.minutes != then.minutes:
         raise InputError(
             f"cannot resume {checkpoint.run} with optim.minutes={config.optim.minutes:g}: it began "
-            f"with optim.minutes={then.minutes} and optim.epochs={then.epochs}; keep these values"
+            f"with optim.minutes={then.minutes} and optim.epochs={then.epochs}; keep these values, "
+            f"or train longer in another folder, with init_from={checkpoint.run}"
         )
     return config.with_(optim={"epochs": then.epochs, "warmup_epochs": then.warmup_epochs})
 
