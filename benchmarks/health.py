@@ -196,7 +196,7 @@ def train(kind: Kind, seed: int, out: Path, pictures: Path | None) -> None:
     warmup = 0 if config.optim.warmup_epochs == 0 else epochs / 10
     config = config.with_(optim={"epochs": epochs, "warmup_epochs": warmup})
     console = Console(file=io.StringIO())
-    with mock.patch("dseqjepa.train.loop.build_method", kind.build):
+    with mock.patch("dseqjepa.train.runtime.build_method", kind.build):
         try:
             pretrain(config, out, source=source, overwrite=True, console=console)
         except RunError as error:

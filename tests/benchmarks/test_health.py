@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import health
 import pytest
+
+from dseqjepa.config import Config
+from dseqjepa.methods.base import Method
 
 
 def write(out: Path, kind: str, seed: int, ranks: list[float], *, done: bool = True) -> None:
@@ -38,16 +42,21 @@ def test_the_tables_tell_the_spread_and_the_first_alarm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", health.KINDS)
 def test_every_kind_trains(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of each, on scenes."""
-    from dataclasses import replace
+    """Two steps of each, on scenes, by the method that the kind builds."""
+    built = []
+
+    def build(config: Config) -> Method:
+        built.append(health.KINDS[kind].build(config))
+        return built[-1]
 
     size = ["data.batch_size=8", "model.width=16", "model.depth=1", "predictor.width=8"]
     monkeypatch.setattr(health, "STEPS", 2)
     monkeypatch.setattr(health, "SCENES", 16)
     monkeypatch.setattr(health, "SIZE", (*health.SIZE, *size))
     health.scenes.cache_clear()
-    on_scenes = replace(health.KINDS[kind], pictures=False)
+    on_scenes = replace(health.KINDS[kind], pictures=False, build=build)
     settings = tuple(s for s in on_scenes.settings if "batch_size" not in s)
     health.train(replace(on_scenes, settings=settings), 0, tmp_path / "run", None)
     health.scenes.cache_clear()
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len(built) == 1
