@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -239,7 +240,7 @@ def table(out: Path) -> str:
         if not of_kind:
             continue
         late = [
-            {key: line[key] / (run[0][key] if key in ("feature_std", "rank_me") else 1)
+            {key: line[key] / ((run[0][key] or nan) if key in ("feature_std", "rank_me") else 1)
              for key in NUMBERS}
             for run in of_kind
             for line in run

@@ -40,6 +40,14 @@ def test_the_tables_tell_the_spread_and_the_first_alarm(tmp_path: Path) -> None:
     assert "scenes-ijepa" not in numbers + alarms
 
 
+def test_what_was_zero_at_the_start_has_no_ratio(tmp_path: Path) -> None:
+    write(tmp_path, "white", 0, [0, 0, 0])
+    (row,) = [
+        line for line in health.table(tmp_path).splitlines() if line.startswith("| white | 1")
+    ]
+    assert row.split(" | ")[4] == "nan / nan / nan"
+
+
 @pytest.mark.parametrize("kind", health.KINDS)
 def test_every_kind_trains(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of each, on scenes, by the method that the kind builds."""
