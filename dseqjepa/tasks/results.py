@@ -102,12 +102,15 @@ def accuracy_metric(correct_N: Bool[Tensor, " N"]) -> Metric:
 
 
 def differences(result: Result, others: Mapping[str, Result]) -> list[dict[str, Any]]:
-    """Every metric of `result` less that of each other one, paired over the same test images."""
+    """Every metric of `result` less that of each other one, paired over the same test images.
+
+    A pair of which one lacks images, such as files that became unreadable in between, is left out.
+    """
     return [
         {"minus": name, "metric": metric, **paired(correct_LN, other.correct[metric])._asdict()}
         for name, other in others.items()
         for metric, correct_LN in result.correct.items()
-        if metric in other.correct
+        if metric in other.correct and other.correct[metric].shape == correct_LN.shape
     ]
 
 
@@ -204,10 +207,11 @@ def classified(
     for true, said in found.items():
         images = sum(said.values())
         per_class[true] = {"accuracy": 100 * said.get(true, 0) / images, "n_test": images}
+    correct_N = predicted_N == label_N
     return Classified(
         task=task,
-        correct_N=predicted_N == label_N,
-        metrics=_accuracies(predicted_N == label_N, label_N),
+        correct_N=correct_N,
+        metrics=_accuracies(correct_N, label_N),
         floors={MAJORITY: _accuracies(label_N == commonest, label_N)},
         details={"per_class": per_class, "confusion": found},
         examples={"matrices": {task: (found, tuple(names))}},

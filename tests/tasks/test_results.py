@@ -84,6 +84,8 @@ def test_a_difference_over_several_draws_is_students() -> None:
     (line,) = in_words(differences(result, {"untrained": other}), "mine")
     assert line.startswith("mine minus untrained, on the same images: accuracy ")
     assert f"({wanted[0]:+.1f} to {wanted[1]:+.1f})" in line
+    fewer = replace(result, correct={"accuracy": other_LN[:, 1:]})
+    assert differences(result, {"untrained": fewer}) == [], "an image was lost in between"
 
 
 def test_the_interval_over_seeds_is_students() -> None:
