@@ -3,7 +3,7 @@
 `protocol` contains everything that must be equal for two numbers to share a column. The rest
 records the encoder (`backbone`), the data (`data`), the settings (`config`) and the environment.
 
-Suffixes: N test images, M training images, C classes, R resamples, L draws.
+Suffixes: N test images, M training images, C classes, R resamples, L draws of a training subset.
 """
 
 from __future__ import annotations
