@@ -106,7 +106,7 @@ def random_maps(side: int, count: int) -> Iterator[tuple[str, Maps]]:
     for bumps in BUMPS:
         coarse = torch.randn(count, 1, bumps, bumps, generator=generator)
         smooth = F.interpolate(coarse, size=(side, side), mode="bicubic").flatten(1)
-        yield f"{bumps} bumps a side", Maps(smooth)
+        yield f"{bumps} bumps per side", Maps(smooth)
 
 
 Counts = Mapping[str, Mapping[int, Mapping[float, Tensor]]]
@@ -285,7 +285,7 @@ def main() -> None:
     for who in encoders:
         print(f"\n{who}: clusters and bands\n\n{others(maps[who])}")
     shown = {f"{kind}, trained": counts["trained"][kind] for kind in WORDS.values()}
-    shown |= {kind: counts["random"][kind] for kind in ("white noise", "3 bumps a side")}
+    shown |= {kind: counts["random"][kind] for kind in ("white noise", "3 bumps per side")}
     figure = chart_of(
         shown, "Regions by Otsu's threshold and components",
         f"{wanted.each} crops of each of seven photographs, and as many random maps; at most five "

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError, printable
@@ -19,6 +19,14 @@ from dseqjepa.train.metrics import is_step, read_metrics
 
 Line = Mapping[str, float]
 """The finite numbers of a line of metrics.jsonl by name; `loss_by_step` uses `step_loss` names."""
+
+
+class Difference(NamedTuple):
+    """A paired difference with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Score:
     high: float | None
     details: Mapping[str, str]
     """Other fields of the row, such as the number of test images."""
+    minus: Mapping[str, Difference] = field(default_factory=dict)
+    """The value less that of each other encoder, on the same test images."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +190,25 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
             notes.append(f"The evaluation {name} cannot be read ({type(error).__name__}).")
             continue
         scores = [score for row in rows for score in _scores(row, default_task=path.stem)]
+        owner, paired = _differences(content)
+        scores = [
+            replace(score, minus=paired.get(score.metric, {})) if score.encoder == owner else score
+            for score in scores
+        ]
         evaluations.append(Evaluation(name, source, scores))
     return evaluations, notes
+
+
+def _differences(content: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Difference]]]:
+    """The evaluated encoder, and its paired differences by metric and encoder subtracted."""
+    backbone, listed = content.get("backbone"), content.get("differences")
+    found: dict[str, dict[str, Difference]] = {}
+    for each in listed if isinstance(listed, list) else []:
+        if isinstance(each, dict) and all(map(_is_number, map(each.get, Difference._fields))):
+            gap = Difference(*(float(each[name]) for name in Difference._fields))
+            by_metric = found.setdefault(printable(each.get("metric")), {})
+            by_metric[printable(each.get("minus"))] = gap
+    return printable(backbone.get("name") if isinstance(backbone, dict) else ""), found
 
 
 def _scores(row: Mapping[str, Any], default_task: str) -> Iterable[Score]:

@@ -12,7 +12,7 @@ from dseqjepa.config import Config, differences
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.errors import printable
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Run, Score
+from dseqjepa.report.run import Difference, Run, Score
 from dseqjepa.train import monitor
 
 NO_ENCODER = ("majority", "place alone", "raw pixels")
@@ -256,7 +256,9 @@ def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
     parts = []
     for other in others:
         name = NAMES.get(_role(other), other.encoder)
-        parts.append(f"{_relation(row, other)} {name} ({other.value:.1f}{unit})")
+        gap = row.minus.get(other.encoder)
+        paired = f", {_signed(gap)} on the same images" if gap else ""
+        parts.append(f"{_relation(row, other)} {name} ({other.value:.1f}{unit}{paired})")
     measured = f"{row.metric} {row.value:.1f}{unit}"
     if row.low is not None and row.high is not None:
         measured += f" (95 % interval {row.low:.1f} to {row.high:.1f})"
@@ -265,7 +267,12 @@ def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
 
 
 def _relation(row: Score, other: Score) -> str:
-    """Compare two values; overlapping intervals count as indistinguishable."""
+    """Compare two values, by the interval of their paired difference if it is known. Otherwise
+    values are clearly apart if their own intervals are, which is stricter."""
+    if gap := row.minus.get(other.encoder):
+        if gap.low > 0:
+            return "clearly above"
+        return "clearly below" if gap.high < 0 else "not clearly apart from"
     bounds = (row.low, row.high, other.low, other.high)
     if None in bounds:
         return "above" if row.value > other.value else "not above"
@@ -273,7 +280,12 @@ def _relation(row: Score, other: Score) -> str:
         return "clearly above"
     if row.high < other.low:  # type: ignore[operator]
         return "clearly below"
-    return "not distinguishable from"
+    return "not clearly apart from"
+
+
+def _signed(gap: Difference) -> str:
+    """`+2.1 (+0.4 to +3.8)`."""
+    return f"{gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})"
 
 
 def _tone(found: monitor.Verdict) -> Tone:

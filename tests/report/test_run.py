@@ -55,6 +55,17 @@ def test_names_tell_runs_apart(runs: Runs, tmp_path: Path):
     assert names == [f"{tmp_path.name}/second", "c/second"]
 
 
+def test_paired_differences_belong_to_the_encoder_that_was_evaluated(made: Runs):
+    evaluations = [each for each in read(made[0]).evaluations if each.file == "knn.json"]
+    written = json.loads((made[0] / "evaluations/knn.json").read_text())
+    wanted = {(gap["metric"], gap["minus"]): gap["value"] for gap in written["differences"]}
+    scores = [score for each in evaluations for score in each.scores]
+    found = {(s.metric, other): gap.value for s in scores for other, gap in s.minus.items()}
+    assert found == wanted
+    assert {other for _, other in wanted} >= {"raw pixels"}
+    assert len({score.encoder for score in scores if score.minus}) == 1
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[1]", "{}", '{"step": "x"}', '{"step": null}', '{"loss": 1}', "7", '{"step": NaN}'],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Evaluation, Run, Score
+from dseqjepa.report.run import Difference, Evaluation, Run, Score
 from dseqjepa.report.words import (
     config_table,
     nearest_preset,
@@ -84,7 +84,7 @@ def test_the_verdict_is_the_monitors():
 
 @pytest.mark.parametrize(
     ("other", "relation"),
-    [(10.0, "clearly above"), (15.0, "not distinguishable from"), (25.0, "clearly below")],
+    [(10.0, "clearly above"), (15.0, "not clearly apart from"), (25.0, "clearly below")],
 )
 def test_intervals_that_overlap_are_not_told_apart(other: float, relation: str):
     scores = score("untrained", other, 2.0), score("dseq, step 9", 16.0, 2.0)
@@ -92,6 +92,26 @@ def test_intervals_that_overlap_are_not_told_apart(other: float, relation: str):
     assert said == (
         "Task class: accuracy 16.0 % (95 % interval 14.0 to 18.0) with dseq, step 9: "
         f"{relation} the untrained encoder ({other:.1f} %)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "relation"),
+    [
+        (0.5, 3.5, "clearly above"), (-0.5, 4.5, "not clearly apart from"),
+        (-9.0, -1.0, "clearly below"),
+    ],
+)  # fmt: skip
+def test_paired_differences_decide_where_they_are_known(low: float, high: float, relation: str):
+    trained = replace(
+        score("dseq, step 9", 16.0, 2.0),
+        minus={"untrained": Difference(2.0, low, high), "raw pixels": Difference(9.0, 8.0, 10.0)},
+    )
+    evaluations = evaluated(score("untrained", 14.0, 2.0), trained)
+    (said,) = what_it_learnt(run_of(evaluations=evaluations))
+    assert said.endswith(
+        f": {relation} the untrained encoder "
+        f"(14.0 %, +2.0 ({low:+.1f} to {high:+.1f}) on the same images)."
     )
 
 
