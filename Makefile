@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/dseqjepa demo $(SETTINGS)
 
 test: $(VENV)/installed-dev lint types browser
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=100 --durations-min=5
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/report.py

@@ -712,7 +712,7 @@ def demo(
 ) -> None:
     """Train on the rendered scenes and show what was learnt.
 
-    It takes up to 20 minutes on two CPU cores and needs no network.
+    It took 35 minutes on two CPU cores beside two other jobs, and needs no network.
     """
     from dseqjepa.presets import load_config
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.children_preload"])
@@ -70,6 +72,36 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, log: Pa
     assert codes == [0] * world, f"{codes}\n{said}"
 
 
+class Ended(NamedTuple):
+    """A script's exit code, and what it wrote to stdout and stderr."""
+
+    code: int | None
+    said: str
+
+
+def run_script(script: Path, *arguments: str, log: Path, seconds: float = 300) -> Ended:
+    """A script with its command line, as `python SCRIPT ...` but without importing torch again."""
+    child = start(_as_main, str(script), arguments, log=log)
+    (code,) = ends([child], seconds)
+    return Ended(code, log.read_text())
+
+
+def run_command(*arguments: str, log: Path, seconds: float = 300) -> Ended:
+    """`python -m dseqjepa ...`, likewise."""
+    child = start(_as_main, None, arguments, log=log)
+    (code,) = ends([child], seconds)
+    return Ended(code, log.read_text())
+
+
+def _as_main(script: str | None, arguments: Sequence[str]) -> None:
+    sys.argv = [script or "dseqjepa", *arguments]
+    if script is None:
+        runpy.run_module("dseqjepa", run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(script).parent))
+        runpy.run_path(script, run_name="__main__")
+
+
 def _run(
     function: Callable[..., Any], arguments: tuple[Any, ...], log: Path, environment: dict[str, str]
 ) -> None:
@@ -86,11 +118,16 @@ def _run(
         code = 0
         try:
             function(*arguments)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                file.write(end.code)
         except Stopped:
             code = 128 + signal.SIGTERM
         except BaseException as error:
             code = 2 if isinstance(error, InputError) else 1
             code = 130 if isinstance(error, KeyboardInterrupt) else code
             traceback.print_exc(file=file)
-        file.flush()
+        for stream in (sys.stdout, sys.stderr, file):
+            stream.flush()
         os._exit(code)

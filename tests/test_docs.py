@@ -192,7 +192,16 @@ def test_every_printed_piece_of_python_runs(path: Path, code: str, folder: Path)
     if "runs/mine" in code and not (folder / "runs" / "mine").exists():
         arguments = ["pretrain", "vitt8_64", "data=my_pictures", "out=runs/mine", *SHRINK]
         run_typed(arguments, folder)
-    run([sys.executable, "-c", code], folder)
+    log = folder / "said.txt"
+    child = start(executed, code, folder, log=log, OMP_NUM_THREADS="1")
+    assert ends([child], 300) == [0], f"{code}\n{log.read_text()}"
+
+
+def executed(code: str, cwd: Path) -> None:
+    """In a child: a piece of Python, as `python -c` would run it."""
+    os.chdir(cwd)
+    sys.path.insert(0, "")
+    exec(compile(code, "printed.py", "exec"), {"__name__": "__main__"})
 
 
 def test_the_documents_use_public_names_alone():

@@ -11,6 +11,8 @@ from pathlib import Path
 import gpu
 import pytest
 
+from tests.children import run_command, run_script
+
 HERE = gpu.Place("cpu", smoke=True)
 
 
@@ -25,7 +27,15 @@ def test_a_stage_holds_where_the_device_is_the_cpu_itself(stage: str):
 
 
 @pytest.mark.parametrize("stage", ["loader", "evaluate", "resume", "train"])
-def test_a_stage_that_runs_commands_holds(stage: str):
+def test_a_stage_that_runs_commands_holds(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def command(*arguments: str) -> str:
+        done = run_command(*arguments, log=tmp_path / "log")
+        assert done.code == 0, done.said
+        return done.said
+
+    monkeypatch.setattr(gpu, "dseqjepa", command)
     found = list(gpu.STAGES[stage][0](HERE))
     assert found
     assert all(finding.holds for finding in found)
@@ -66,9 +76,8 @@ def test_findings_go_to_a_file_and_a_table_and_a_broken_stage_costs_itself_alone
     assert "| broken | too large | 2 | 1 | does not hold |" in table.read_text()
 
 
-def test_without_a_gpu_it_says_so():
-    script = gpu.__file__
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+def test_without_a_gpu_it_says_so(tmp_path: Path):
+    done = run_script(Path(gpu.__file__), log=tmp_path / "log")
     if not gpu.torch.cuda.is_available():
-        assert done.returncode == 2
-        assert "no GPU" in done.stderr
+        assert done.code == 2
+        assert "no GPU" in done.said

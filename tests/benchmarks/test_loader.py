@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from dseqjepa.data.transforms import DRAWS, crop_box
 from dseqjepa.keyed import Stream, sample_keys, uniforms
+from tests.children import run_script
 
 FILE = Path(benchmark.__file__)
 
@@ -23,12 +22,13 @@ FILE = Path(benchmark.__file__)
 @pytest.mark.parametrize("name", benchmark.BENCHMARKS)
 def test_it_runs_and_writes_its_row(name: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    command = [sys.executable, str(FILE), "--only", name, "--smoke", "--json", str(out)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = ("--only", name, "--smoke", "--json", str(out))
+    done = run_script(FILE, *command, log=tmp_path / "log")
+    assert done.code == 0, done.said
     (row,) = json.loads(out.read_text())
     assert row["name"] == name
     assert row["ratio"] == row["other"] / row["ours"] > 0
-    assert name in printed
+    assert name in done.said
 
 
 @pytest.mark.parametrize("name", ["jpeg_500x375_224", "jpeg_500x375_64", "jpeg_large"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shards as benchmark
+
+from tests.children import run_script
 
 FILE = Path(benchmark.__file__)
 HERE = [
@@ -23,11 +23,12 @@ HERE = [
 def test_they_run_and_write_their_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     only = [word for name in HERE for word in ("--only", name)]
-    command = [sys.executable, str(FILE), *only, "--smoke", "--json", str(out)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = (*only, "--smoke", "--json", str(out))
+    done = run_script(FILE, *command, log=tmp_path / "log")
+    assert done.code == 0, done.said
     rows = json.loads(out.read_text())
     assert [row["name"] for row in rows] == HERE
-    assert all(row["ratio"] > 0 and row["name"] in printed for row in rows)
+    assert all(row["ratio"] > 0 and row["name"] in done.said for row in rows)
 
 
 def test_entropy_is_that_of_the_classes() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from truncated import Cut, draw
 
 from dseqjepa.plans.plan import from_candidates, steps_of_ranks
 from dseqjepa.plans.regions import rank_regions
+from tests.children import run_script
 from tests.tiny import tiny_config
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -138,20 +136,18 @@ def test_a_benchmark_runs_and_writes_its_rows(script: str, names: list[str], tmp
     """That it runs, never how quickly."""
     file = tmp_path / "rows.json"
     only = [word for name in names for word in ("--only", name)]
-    command = [sys.executable, str(FOLDER / script), "--smoke", "--json", str(file), *only]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = [FOLDER / script, "--smoke", "--json", str(file), *only]
+    done = run_script(*command, log=tmp_path / "log")
+    assert done.code == 0, done.said
     rows = json.loads(file.read_text())
     assert [row["name"] for row in rows] == names
     for row in rows:
         assert {"name", "ours", "other", "ratio", "unit"} <= row.keys()
         assert row["ours"] > 0
-        assert row["name"] in done.stdout
+        assert row["name"] in done.said
 
 
-def test_a_name_that_is_none_is_refused():
-    command = [sys.executable, str(FOLDER / "step_time.py"), "--only", "vitx"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "vitx" in done.stderr
+def test_a_name_that_is_none_is_refused(tmp_path: Path):
+    done = run_script(FOLDER / "step_time.py", "--only", "vitx", log=tmp_path / "log")
+    assert done.code == 2
+    assert "vitx" in done.said

@@ -63,7 +63,8 @@ def page(old: str, known: list[Fault], result: Result) -> str:
         "",
         "Every fault is injected for real: real processes, real signals, real files, two ranks",
         "with gloo. `make faults` runs the campaign and updates this page; the tests run a shorter",
-        "form of each fault. The numbers select faults: `make faults FAULTS=07`.",
+        "form of each fault. The numbers select faults: `make faults FAULTS=07`; a number that is",
+        "missing has no fault.",
         "",
         f"The machine of the latest run has {os.cpu_count()} cores ({platform.machine()}) and "
         f"{memory:.0f} GiB, Linux, Python {platform.python_version()}, torch {torch.__version__}.",
