@@ -15,17 +15,17 @@ Suffixes: B images, C colours or random numbers, H and W pixels.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 
 from dseqjepa.data.source import Decoded
 from dseqjepa.keyed import Stream, uniforms
@@ -39,6 +39,7 @@ MARGIN = 1.5
 REDUCTIONS = (8, 4, 2)
 """The reductions that libjpeg offers."""
 
+Mode = Literal["bilinear", "nearest-exact"]
 Cut = Callable[[Decoded], UInt8[Tensor, "3 H W"]]
 
 
@@ -97,7 +98,7 @@ class TrainTransform:
     def _cut(self, draws: list[float], decoded: Decoded) -> Tensor:
         box = crop_box(draws, decoded.height, decoded.width, self.crop_scale)
         crop = resized_crop(decoded, box, self.image_size)
-        return F.horizontal_flip(crop) if self.flip and draws[-1] < 0.5 else crop
+        return crop.flip(-1) if self.flip and draws[-1] < 0.5 else crop
 
 
 class EvalTransform:
@@ -113,29 +114,55 @@ class EvalTransform:
         self.image_size = image_size
 
     def __call__(self, image: UInt8[Tensor, "C h w"], key: int = 0) -> UInt8[Tensor, "C H W"]:
-        return self._cut(image, InterpolationMode.BILINEAR)
+        return self._cut(image)
 
     def of_map(self, map_hw: Shaped[Tensor, "h w"]) -> Shaped[Tensor, "H W"]:
         """The same for a map of the image's pixels, without mixing values."""
-        return self._cut(map_hw[None], InterpolationMode.NEAREST_EXACT)[0]
+        return self._cut(map_hw[None], "nearest-exact")[0]
 
-    def _cut(self, image: Tensor, mode: InterpolationMode) -> Tensor:
+    def _cut(self, image: Tensor, mode: Mode = "bilinear") -> Tensor:
         height, width = image.shape[-2:]
         if (height, width) == self.image_size:
             return image
         cover_height, cover_width = cover(self.image_size)
         if cover_height * width >= cover_width * height:
-            size = [cover_height, cover_height * width // height]
+            size = cover_height, cover_height * width // height
         else:
-            size = [cover_width * height // width, cover_width]
-        resized = F.resize(image, size, mode, antialias=True)
-        return F.center_crop(resized, list(self.image_size))
+            size = cover_width * height // width, cover_width
+        return center_crop(resize(image, size, mode), self.image_size)
 
     def reduction(self, height: int, width: int) -> int:
         return 1
 
     def cuts(self, keys_B: Int64[Tensor, " B"]) -> list[Cut]:
         return [lambda decoded: self(decoded.image_CHW)] * len(keys_B)
+
+
+def resize(
+    image_CHW: Shaped[Tensor, "C h w"], size: tuple[int, int], mode: Mode = "bilinear"
+) -> Shaped[Tensor, "C H W"]:
+    """Resize bilinearly with antialiasing, or to the nearest pixel.
+
+    Gives what torchvision's `resize` gives, in 0.5 to 0.8 of its time.
+    """
+    if image_CHW.shape[1:] == size:
+        return image_CHW
+    # A batch of one. Its stride lets torch see channels that lie side by side, as they are decoded:
+    # that saves two copies and half of the time.
+    whole = max(map(operator.mul, image_CHW.shape, image_CHW.stride()))
+    image_1CHW = image_CHW.as_strided((1, *image_CHW.shape), (whole, *image_CHW.stride()))
+    if mode == "nearest-exact":
+        exact = image_1CHW if image_CHW.dtype == torch.uint8 else image_1CHW.double()
+        return F.interpolate(exact, size, mode=mode)[0].to(image_CHW.dtype)
+    return F.interpolate(image_1CHW, size, mode=mode, align_corners=False, antialias=True)[0]
+
+
+def center_crop(image_CHW: Shaped[Tensor, "C h w"], size: tuple[int, int]) -> Tensor:
+    """The middle of an image that is at least this large."""
+    top, left = (
+        round((side - kept) / 2) for side, kept in zip(image_CHW.shape[-2:], size, strict=True)
+    )
+    return image_CHW[:, top : top + size[0], left : left + size[1]]
 
 
 def cover(image_size: tuple[int, int]) -> tuple[int, int]:
@@ -157,9 +184,8 @@ class Box(NamedTuple):
 def resized_crop(decoded: Decoded, box: Box, size: tuple[int, int]) -> UInt8[Tensor, "3 H W"]:
     """Crop a box, given in the full image's pixels, and resize it bilinearly with antialiasing."""
     if decoded.reduction == 1:
-        return F.resized_crop(
-            decoded.image_CHW, *box, list(size), InterpolationMode.BILINEAR, antialias=True
-        )
+        rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+        return resize(decoded.image_CHW[:, rows, columns], size)
     # The box has fractional coordinates in the reduced image, which Pillow's resize (copied by
     # torch) supports.
     image = Image.fromarray(decoded.image_CHW.permute(1, 2, 0).numpy())

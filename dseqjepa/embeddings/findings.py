@@ -24,10 +24,10 @@ from scipy.cluster.vq import kmeans2
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from torchvision.transforms.v2 import functional as T
 
 from dseqjepa.data.images import Subset
 from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import center_crop
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.features import Extracted, Rows
 from dseqjepa.tasks.knn import neighbours
@@ -95,7 +95,7 @@ class Altered:
     def image(self, index: int) -> Tensor:
         image_CHW = self.source.image(index)
         height, width = (max(1, round(side * (1 - self.MARGIN))) for side in image_CHW.shape[1:])
-        cut_CHW = T.center_crop(image_CHW, [height, width])
+        cut_CHW = center_crop(image_CHW, (height, width))
         file = io.BytesIO()
         pixels = cut_CHW.permute(1, 2, 0).contiguous().numpy()
         Image.fromarray(pixels).save(file, "JPEG", quality=self.QUALITY)

@@ -18,13 +18,13 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from dseqjepa.commands import EmbedConfig
 from dseqjepa.config import RuntimeConfig
 from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
+from dseqjepa.data.transforms import resize
 from dseqjepa.embeddings.findings import (
     NEAR,
     Asked,
@@ -246,8 +246,8 @@ class _Job:
         image_CHW = self.source.image(int(self.found.index_M[place]))
         height, width = image_CHW.shape[1:]
         scale = min(1, THUMBNAIL / max(height, width))
-        size = [max(1, round(height * scale)), max(1, round(width * scale))]
-        return F.resize(image_CHW, size, antialias=True)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        return resize(image_CHW, size)
 
 
 def _by_patch(

@@ -21,7 +21,7 @@ Line = Mapping[str, float]
 """The finite numbers of a line of metrics.jsonl by name; `loss_by_step` uses `step_loss` names."""
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """A paired difference with its 95 % interval."""
 
     value: float
@@ -41,7 +41,7 @@ class Score:
     high: float | None
     details: Mapping[str, str]
     """Other fields of the row, such as the number of test images."""
-    minus: Mapping[str, Difference] = field(default_factory=dict)
+    minus: Mapping[str, PairedDifference] = field(default_factory=dict)
     """The value less that of each other encoder, on the same test images."""
 
 
@@ -199,13 +199,13 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
     return evaluations, notes
 
 
-def _differences(content: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, Difference]]]:
+def _differences(content: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, PairedDifference]]]:
     """The evaluated encoder, and its paired differences by metric and encoder subtracted."""
     backbone, listed = content.get("backbone"), content.get("differences")
-    found: dict[str, dict[str, Difference]] = {}
+    found: dict[str, dict[str, PairedDifference]] = {}
     for each in listed if isinstance(listed, list) else []:
-        if isinstance(each, dict) and all(map(_is_number, map(each.get, Difference._fields))):
-            gap = Difference(*(float(each[name]) for name in Difference._fields))
+        if isinstance(each, dict) and all(map(_is_number, map(each.get, PairedDifference._fields))):
+            gap = PairedDifference(*(float(each[name]) for name in PairedDifference._fields))
             by_metric = found.setdefault(printable(each.get("metric")), {})
             by_metric[printable(each.get("minus"))] = gap
     return printable(backbone.get("name") if isinstance(backbone, dict) else ""), found

@@ -12,7 +12,7 @@ from dseqjepa.config import Config, differences
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.errors import printable
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Difference, Run, Score
+from dseqjepa.report.run import PairedDifference, Run, Score
 from dseqjepa.train import monitor
 
 NO_ENCODER = ("majority", "place alone", "raw pixels")
@@ -283,7 +283,7 @@ def _relation(row: Score, other: Score) -> str:
     return "not clearly apart from"
 
 
-def _signed(gap: Difference) -> str:
+def _signed(gap: PairedDifference) -> str:
     """`+2.1 (+0.4 to +3.8)`."""
     return f"{gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})"
 

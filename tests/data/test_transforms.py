@@ -8,7 +8,15 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop, v2
 
 from dseqjepa.data.source import Decoded
-from dseqjepa.data.transforms import DRAWS, EvalTransform, TrainTransform, Transform, crop_box
+from dseqjepa.data.transforms import (
+    DRAWS,
+    EvalTransform,
+    TrainTransform,
+    Transform,
+    center_crop,
+    crop_box,
+    resize,
+)
 from dseqjepa.keyed import Stream, hash_int64, uniforms
 
 KEYS = hash_int64(0, torch.arange(4000))
@@ -200,3 +208,35 @@ def test_a_map_is_cut_where_its_image_is(size: tuple[int, int]) -> None:
     label_hw = torch.arange(32 * 32).view(32, 32)
     assert transform.of_map(label_hw) is not None
     assert torch.equal(transform.of_map(label_hw), label_hw)
+
+
+@pytest.mark.parametrize("kept", ["whole", "cut", "contiguous", "flipped"])
+@pytest.mark.parametrize("size", [(31, 47), (200, 130), (64, 100), (1, 5)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resizing_is_torchvisions(channels: int, size: tuple[int, int], kept: str):
+    """As decoded (channels side by side), cut out of such an image, and otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    image_HWC = torch.randint(0, 256, (64, 100, channels), generator=generator, dtype=torch.uint8)
+    image_CHW = {
+        "whole": image_HWC.permute(2, 0, 1),
+        "cut": image_HWC[5:50, 10:91].permute(2, 0, 1),
+        "contiguous": image_HWC.permute(2, 0, 1).contiguous(),
+        "flipped": image_HWC.permute(2, 0, 1).flip(-1),
+    }[kept]
+    theirs = v2.functional.resize(image_CHW, list(size), antialias=True)
+    assert torch.equal(resize(image_CHW, size), theirs)
+    for map_CHW in (image_CHW, image_CHW.long() * 1_000_003):
+        nearest = v2.functional.resize(map_CHW, list(size), v2.InterpolationMode.NEAREST_EXACT)
+        found = resize(map_CHW, size, "nearest-exact")
+        assert found.dtype == map_CHW.dtype
+        assert torch.isin(found, map_CHW).all()
+        if map_CHW is image_CHW:
+            assert torch.equal(found, nearest)
+
+
+@pytest.mark.parametrize("size", [(45, 60), (44, 59), (1, 2), (33, 7)])
+def test_the_middle_is_torchvisions(size: tuple[int, int]):
+    image_CHW = torch.arange(3 * 45 * 60).reshape(3, 45, 60)
+    assert torch.equal(
+        center_crop(image_CHW, size), v2.functional.center_crop(image_CHW, list(size))
+    )

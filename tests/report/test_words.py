@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Difference, Evaluation, Run, Score
+from dseqjepa.report.run import Evaluation, PairedDifference, Run, Score
 from dseqjepa.report.words import (
     config_table,
     nearest_preset,
@@ -105,7 +105,10 @@ def test_intervals_that_overlap_are_not_told_apart(other: float, relation: str):
 def test_paired_differences_decide_where_they_are_known(low: float, high: float, relation: str):
     trained = replace(
         score("dseq, step 9", 16.0, 2.0),
-        minus={"untrained": Difference(2.0, low, high), "raw pixels": Difference(9.0, 8.0, 10.0)},
+        minus={
+            "untrained": PairedDifference(2.0, low, high),
+            "raw pixels": PairedDifference(9.0, 8.0, 10.0),
+        },
     )
     evaluations = evaluated(score("untrained", 14.0, 2.0), trained)
     (said,) = what_it_learnt(run_of(evaluations=evaluations))

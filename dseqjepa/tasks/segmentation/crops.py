@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import v2
 
 from dseqjepa.data.source import BadImage, Segmentations
+from dseqjepa.data.transforms import resize
 from dseqjepa.tasks.reading import seeded
 
 CROP_TRIES = 10
@@ -51,10 +51,6 @@ def scaled_size(height: int, width: int, scale: tuple[int, int], factor: float) 
     return max(round(height * by), 1), max(round(width * by), 1)
 
 
-def resize(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.resize(image_CHW, list(size), InterpolationMode.BILINEAR, antialias=True)
-
-
 @dataclass(frozen=True)
 class TrainCrops:
     """A sample's augmentation, a pure function of the two maps and a key.
@@ -80,7 +76,7 @@ class TrainCrops:
         factor = low + (high - low) * torch.rand(()).item()
         height, width = sample.label_HW.shape
         size = scaled_size(height, width, self.scale, factor)
-        label_HW = F.resize(sample.label_HW[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+        label_HW = resize(sample.label_HW[None], size, "nearest-exact")[0]
         top, left = self._place(label_HW)
         label_HW = label_HW[top : top + self.size, left : left + self.size]
         image_CHW = resize(sample.image_CHW, size)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dseqjepa.data.source import Segmentations
+from dseqjepa.data.transforms import resize
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import SegmentationConfig
@@ -27,7 +28,6 @@ from dseqjepa.tasks.segmentation.crops import (
     Labelled,
     TrainCrops,
     read_labelled,
-    resize,
     scaled_size,
 )
 from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter
