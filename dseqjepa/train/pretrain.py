@@ -315,8 +315,8 @@ def _resume(
                 "the change with allow_changed=data"
             )
         notes.append(
-            "changed images: the rest of this epoch follows their new order, so it may repeat images "
-            "already seen in it and leave out others"
+            "changed images: the rest of this epoch follows their new order, so it may repeat "
+            "images already seen in it and leave out others"
         )
     return Start(resume=checkpoint, notes=tuple(notes))
 
