@@ -143,7 +143,8 @@ def resize(
 ) -> Shaped[Tensor, "C H W"]:
     """Resize bilinearly with antialiasing, or to the nearest pixel.
 
-    Gives what torchvision's `resize` gives, with fewer copies.
+    Gives what torchvision's `resize` gives, with fewer copies; without AVX2 torchvision rounds bytes
+    differently, this does not.
     """
     if image_CHW.shape[1:] == size:
         return image_CHW
