@@ -143,8 +143,8 @@ def resize(
 ) -> Shaped[Tensor, "C H W"]:
     """Resize bilinearly with antialiasing, or to the nearest pixel.
 
-    Gives what torchvision's `resize` gives, with fewer copies; without AVX2 torchvision rounds bytes
-    differently, this does not.
+    Gives what torchvision's `resize` gives, with fewer copies. Bytes are the same on every CPU;
+    torchvision rounds them differently without AVX2.
     """
     if image_CHW.shape[1:] == size:
         return image_CHW
