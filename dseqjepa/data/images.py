@@ -268,6 +268,12 @@ def notes_of(*sources: Source) -> tuple[str, ...]:
     return tuple(dict.fromkeys(said))
 
 
+def range_of(source: Source) -> PixelRange:
+    """The 16-bit values that map to black and white in a source, found if they were `auto`."""
+    whole = source.source if isinstance(source, Subset) else source
+    return whole.levels if isinstance(whole, ImageFiles) else "auto"
+
+
 def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset, Subset]:
     """Split a source into (train, val), each in the source's order.
 

@@ -8,18 +8,30 @@ from typing import Any, Literal
 
 from dseqjepa.config import Section
 from dseqjepa.data.decode import ENDINGS
-from dseqjepa.data.images import ImageFiles, ImageFolder, existing_folder, images_below
+from dseqjepa.data.images import (
+    ImageFiles,
+    ImageFolder,
+    PixelRange,
+    existing_folder,
+    images_below,
+)
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
 
 
-def named_images(words: Sequence[str]) -> Source:
+def named_images(words: Sequence[str], pixel_range: PixelRange = "auto") -> Source:
     """All images of the given files, folders and lists (`.txt`, one path per line).
 
     A single folder also yields its classes. `InputError` if something does not exist.
     """
+    source = _named(words)
+    source.pixel_range = pixel_range
+    return source
+
+
+def _named(words: Sequence[str]) -> ImageFiles:
     if len(words) == 1 and Path(words[0]).expanduser().is_dir():
         return ImageFolder(Path(words[0]).expanduser())
     paths: list[str] = []
@@ -66,13 +78,20 @@ def check_names(words: Sequence[str], config: Section) -> None:
 
 
 def data_images(
-    spec: str, split: Literal["auto", "train", "val"], usual: Split, **how: Any
+    spec: str,
+    split: Literal["auto", "train", "val"],
+    usual: Split,
+    *,
+    pixel_range: PixelRange,
+    **how: Any,
 ) -> Source:
     """The source that `data=` names; with split `auto` a folder is read whole, and of other data
     the `usual` part. `InputError` if a folder has no such part."""
     if spec in SPECS or not Path(spec).expanduser().is_dir():
-        return open_source(spec, split=usual if split == "auto" else split, **how)
+        part = usual if split == "auto" else split
+        return open_source(spec, split=part, pixel_range=pixel_range, **how)
     source = ImageFolder(Path(spec).expanduser(), "all" if split == "auto" else split)
+    source.pixel_range = pixel_range
     if split != "auto" and not source.has_splits:
         raise InputError(
             f"split={split}: {spec} has no folders train and val: leave out split= to read it whole"

@@ -70,10 +70,11 @@ def predict_images(
     backbone = encoder_of(head, trained, about, encoder)
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
     check_names(images, config)
+    pixel_range = about.pixel_range if config.pixel_range == "auto" else config.pixel_range
     if data is not None:
-        source = data_images(data, config.split, "val", **how)
+        source = data_images(data, config.split, "val", pixel_range=pixel_range, **how)
     else:
-        source = named_images(images)
+        source = named_images(images, pixel_range)
     for note in notes_of(source):
         tell(note)
     device = runtime.fabric.device

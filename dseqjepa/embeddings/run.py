@@ -293,14 +293,15 @@ def _source(
     backbone: Backbone, config: EmbedConfig, images: Sequence[str], data: str | None
 ) -> Source:
     check_names(images, config)
+    pixel_range = backbone.pixel_range(config.pixel_range)
     if images:
-        return named_images(images)
+        return named_images(images, pixel_range)
     if data is None:
         if backbone.run is None:
             raise InputError("name the images, as files, folders or lists, or give data=")
         data = trained_on(open_checkpoint(Path(backbone.source)))
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
-    return data_images(data, config.split, "train", **how)
+    return data_images(data, config.split, "train", pixel_range=pixel_range, **how)
 
 
 def _grid(backbone: Backbone) -> tuple[int, int]:

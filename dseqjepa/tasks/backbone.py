@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dseqjepa.commands import ImportConfig
 from dseqjepa.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from dseqjepa.data.images import PixelRange
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Features, VisionTransformer, check_normalized, normalize
@@ -114,6 +115,12 @@ class Backbone(nn.Module):
         self.mean, self.std = mean, std
         self.name = self.weights = self.source = ""
         self.config = self.run = self.seed = self.untrained = None
+
+    def pixel_range(self, asked: PixelRange) -> PixelRange:
+        """The range of 16-bit images that was asked for; for `auto`, the setting of its run."""
+        if asked != "auto" or self.config is None:
+            return asked
+        return self.config.data.pixel_range
 
     def normalized(self, images_BCHW: Tensor) -> Tensor:
         return normalize(images_BCHW, self.mean, self.std)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.console import LastingConsole
-from dseqjepa.data.images import PixelRange, notes_of
+from dseqjepa.data.images import notes_of, range_of
 from dseqjepa.data.labelled import open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, Stopped
@@ -166,7 +166,7 @@ def _open_job(
         size=_scenes(config, backbone.config),
         image_size=backbone.image_size,
         seed=config.data_seed,
-        pixel_range=_pixel_range(config, backbone.config),
+        pixel_range=backbone.pixel_range(config.pixel_range),
     )
     for note in notes_of(train, test):
         console.print(note, highlight=False, soft_wrap=True)
@@ -212,6 +212,7 @@ def _save_head(
         classes=job.train.classes[result.labels],
         backbone=job.backbone,
         digest=digest,
+        pixel_range=range_of(job.train),
         precision=config.precision,
     )
     print(f"written: {path}")
@@ -336,12 +337,6 @@ def _without_seed(config: Config) -> Mapping[str, Any]:
     for key in ("source", "workers", "cache"):  # the same data may be elsewhere
         del values["data"][key]
     return values
-
-
-def _pixel_range(config: TaskConfig, trained: Config | None) -> PixelRange:
-    if config.pixel_range != "auto" or trained is None:
-        return config.pixel_range
-    return trained.data.pixel_range
 
 
 def _scenes(config: TaskConfig, trained: Config | None) -> int:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dseqjepa.config import Section, Size
+from dseqjepa.data.images import PixelRange
 from dseqjepa.errors import InputError
 from dseqjepa.files import UNFINISHED, sync
 from dseqjepa.tasks.backbone import Backbone, open_backbone
@@ -59,6 +60,8 @@ class About(Section):
     """Fingerprint of the encoder."""
     image_size: Size
     """Height and width in pixels to which images are resized."""
+    pixel_range: PixelRange = "auto"
+    """The values of 16-bit grey images that mapped to black and white in the evaluation."""
     precision: Literal["fp32", "bf16"]
     """Precision of the encoder."""
 
@@ -120,6 +123,7 @@ def save_head(
     classes: Sequence[str],
     backbone: Backbone,
     digest: str,
+    pixel_range: PixelRange,
     precision: str,
 ) -> None:
     """Write a classifier atomically. `digest` is the fingerprint of the backbone."""
@@ -130,7 +134,7 @@ def save_head(
         "pieces": list(head.pieces), "settings": dict(head.settings), "encoder": backbone.source,
         "encoder_from_here": beside, "weights": backbone.weights, "digest": digest,
         "init_seed": backbone.seed or 0, "image_size": list(backbone.image_size),
-        "precision": precision,
+        "pixel_range": pixel_range, "precision": precision,
     }  # fmt: skip
     tensors = dict(head.tensors)
     if head.basis is not None:

@@ -15,8 +15,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dseqjepa.config import Config
-from dseqjepa.data.decode import ENDINGS, decode
-from dseqjepa.data.images import ImageFolder, Subset
+from dseqjepa.data.decode import ENDINGS
+from dseqjepa.data.images import ImageFiles, ImageFolder, Subset
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
@@ -47,10 +47,14 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
     """
     images: list[Tensor] = []
     names: list[str] = []
+    paths = [str(Path(word).expanduser()) for word in words]
+    files = ImageFiles(Path(), [path for path in paths if Path(path).is_file()])
+    files.pixel_range = config.data.pixel_range
+    numbers = iter(range(len(files)))
     for word in words:
         path = Path(word).expanduser()
         if path.is_file():
-            images.append(_decoded(path))
+            images.append(_image(files, next(numbers)))
             names.append(str(path))
         elif path.suffix.lower() in ENDINGS and not path.exists():
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -67,10 +71,13 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
 
 
 def open_images(spec: str, config: Config) -> Source:
-    """The data that `data=` names: its held-out split if it has one, else all of it."""
+    """The data that `data=` names, read with the config's settings: its held-out split if it has
+    one, else all of it."""
     path = Path(spec).expanduser()
     if spec not in SPECS and path.is_dir():
-        return ImageFolder(path, "val")
+        folder = ImageFolder(path, "val")
+        folder.pixel_range = config.data.pixel_range
+        return folder
     return source_of(config, "val", spec)
 
 
@@ -78,13 +85,6 @@ def spread(source: Source, most: int) -> Subset:
     """At most this many images, evenly spaced in the source's order."""
     count = min(most, len(source))
     return Subset(source, (np.arange(count) * len(source) // max(count, 1)).astype(np.int64))
-
-
-def _decoded(path: Path) -> Tensor:
-    try:
-        return decode(path)
-    except BadImage as error:
-        raise InputError(f"cannot decode {path}: {error}") from None
 
 
 def _image(source: Source, index: int) -> Tensor:

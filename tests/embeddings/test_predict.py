@@ -258,3 +258,38 @@ def test_new_pictures_may_be_of_any_size_and_kind(
         Image.fromarray(np.full(shape, 90, np.uint8)).save(here / f"new/{number}.{ending}")
     assert run(monkeypatch, "predict", HEAD, "new", "out=p.csv") == 0
     assert [row["name"] for row in rows("p.csv")] == ["0.jpg", "1.png", "2.webp"]
+
+
+def test_pictures_of_12_bits_look_as_they_did_in_the_run_and_its_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dark picture by itself uses fewer bits: its own range would make it bright."""
+    monkeypatch.chdir(tmp_path)
+    for index in range(36):
+        path = Path("pictures", ("dim", "mid", "bright")[index % 3], f"{index:02}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = np.array(smooth(index).convert("L"), np.uint16)
+        Image.fromarray(grey * (1, 4, 16)[index % 3]).save(path)
+    dim = [f"pictures/dim/{index:02}.png" for index in (0, 3, 6)]
+    assert run(monkeypatch, "pretrain", "vitt8_64", "data=pictures", "out=auto", *SMALL) == 0
+    assert run(monkeypatch, "evaluate", "linear", "auto", *QUICK) == 0
+    head = "auto/evaluations/linear-head.safetensors"
+    assert load_head(Path(head))[1].pixel_range == (0, 4095)
+    assert run(monkeypatch, "predict", head, "pictures", "out=all.csv") == 0
+    assert run(monkeypatch, "predict", head, *dim, "out=dim.csv") == 0
+    assert run(monkeypatch, "predict", head, *dim, "out=own.csv", "pixel_range=[0,255]") == 0
+    of_all = {Path(row["name"]).name: row["probability"] for row in rows("all.csv")}
+    for table, is_same in (("dim.csv", True), ("own.csv", False)):
+        found = [row["probability"] == of_all[Path(row["name"]).name] for row in rows(table)]
+        assert (len(found), all(found)) == (len(dim), is_same), table
+
+    fixed = "data.pixel_range=[0,4095]"
+    assert run(monkeypatch, "pretrain", "vitt8_64", "data=pictures", "out=run", fixed, *SMALL) == 0
+    assert run(monkeypatch, "embed", "run", "pictures", "out=e/all.npy") == 0
+    assert run(monkeypatch, "embed", "run", *dim, "out=e/dim.npy") == 0
+    assert run(monkeypatch, "embed", "run", *dim, "out=e/own.npy", "pixel_range=file") == 0
+    names = [row["name"] for row in rows("all.csv")]
+    wanted = np.load("e/all.npy")[[names.index(name.removeprefix("pictures/")) for name in dim]]
+    assert np.array_equal(np.load("e/dim.npy"), wanted)
+    assert not np.allclose(np.load("e/own.npy"), wanted)
+    assert run(monkeypatch, "embed", "run", *dim, "out=x.npy", "pixel_range=[9,2]") == 2

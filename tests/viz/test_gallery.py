@@ -55,6 +55,17 @@ def test_files_are_all_taken_and_folders_evenly(folder: Path, config: Config) ->
     assert len(gather([str(folder)], config, limit=99).names) == 12
 
 
+@pytest.mark.parametrize("named", [["dim.png"], ["."], ["dim.png", "."]])
+def test_16_bits_are_read_as_the_run_read_them(
+    named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((8, 8), 100, np.uint16)).save("dim.png")
+    for pixel_range, value in (("auto", 100), ("[0,4095]", 6), ("[0,200]", 127)):
+        config = tiny_config("dseq_vitt8_64", f"data.pixel_range={pixel_range}")
+        assert gather(named, config, limit=1).images_BCHW.unique().tolist() == [value]
+
+
 def test_the_held_out_part_of_a_data_set_is_shown(tmp_path: Path, config: Config) -> None:
     for split in ("train", "val"):
         (tmp_path / split).mkdir()
