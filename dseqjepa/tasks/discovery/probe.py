@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from dseqjepa.config import Config
+from dseqjepa.data.formats.coco import Coco, mask_tools
 from dseqjepa.data.scenes import Scenes
 from dseqjepa.data.source import BadImage, Located, Source
+from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks.discovery.maps import cut_of, own_look
 from dseqjepa.tasks.discovery.measures import measure_map, measure_regions, summarise
@@ -30,9 +32,17 @@ def discovery_probe(
     It measures the run's own saliency and regions (rarity and clusters if the method has none)
     on 200 images: for `scenes` those that follow the training scenes in the same stream, so that no
     validation scene is used; for other data training images, whose objects training ignores.
+
+    Raises:
+        InputError: the probe is to run on COCO's masks, and no library for them is installed.
     """
     if not isinstance(source, Located):
         return None
+    if isinstance(source, Coco) and config.probe.every_epochs:
+        try:
+            mask_tools()
+        except InputError as error:
+            raise InputError(f"{error}, or set probe.every_epochs=0") from None
     cut, grid = cut_of(config), config.grid
     kind = cut.saliency.kind
     samples: list[LocatedImage] = []

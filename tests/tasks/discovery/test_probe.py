@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from PIL import Image
 
 from dseqjepa.data.images import ImageFolder, Subset
 from dseqjepa.data.scenes import Scenes
+from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.tasks.config import DiscoveryConfig
 from dseqjepa.tasks.discovery import evaluate, probe
 from dseqjepa.tasks.online import online_probe
 from dseqjepa.train.pretrain import open_training_source
+from tests.data.minis import opened, write
 from tests.tasks.jobs import job_of
 from tests.tiny import tiny_config
 
@@ -79,6 +82,21 @@ def test_data_that_tells_nothing_has_no_probe(tmp_path: Path) -> None:
     for number in range(3):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
     assert online_probe(tiny_config(), ImageFolder(tmp_path)) is None
+
+
+def test_masks_that_no_library_reads_are_noticed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("coco", tmp_path)
+    source = opened("coco", tmp_path, "pretrain")
+    config = tiny_config("dseq_vitt8_64")
+    assert online_probe(config, source) is not None
+    for module in ("pycocotools", "faster_coco_eval"):
+        monkeypatch.setitem(sys.modules, module, None)
+    every = config.with_(probe={"every_epochs": 1})
+    with pytest.raises(InputError, match=r"pip install .*, or set probe\.every_epochs=0"):
+        online_probe(every, source)
+    assert online_probe(config.with_(probe={"every_epochs": 0}), source) is not None
 
 
 def test_a_method_without_saliency_is_told_of_rarity() -> None:
