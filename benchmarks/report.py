@@ -46,15 +46,28 @@ GOALS = {
 applies. An empty direction means no goal."""
 SECTIONS = {
     "step_time.py": (
-        "Whole training steps: the ratio is other / ours; for `overhead` it is the share itself.\n"
-        "*Packed* is this package's step, *dense* the same with full-length masked sequences as\n"
-        "in the release; *prefix* encodes each context on its own, *causal* all contexts of an\n"
-        "image in one sequence (`method.context`)"
+        "Whole training steps: the ratio is other / ours; for `overhead`, *ours* is the time\n"
+        "outside model arithmetic, *other* the whole step, and the ratio is the share. *Packed*\n"
+        "is this package's step, *dense* the same with full-length masked sequences as in the\n"
+        "release; *prefix* encodes each context on its own, *causal* all contexts of an image\n"
+        "in one sequence (`method.context`)"
     ),
-    "peak.py": "Hardware utilization: FLOP rate relative to matmuls, memory relative to dense",
-    "regions.py": "From saliency maps to ranked regions",
+    "peak.py": (
+        "Hardware utilization; the ratio is ours / other: the FLOP rate of a step relative to\n"
+        "that of matmuls, and packed memory relative to dense. Regions are cut with alpha 0.05\n"
+        "for `vitt8_64` and 0.15 for the others"
+    ),
+    "regions.py": (
+        "From saliency maps to ranked regions: `share_of_step` is ours / other,\n"
+        "`against_opencv` other / ours"
+    ),
     "loader.py": "Image loading in one process: the ratio is other / ours",
-    "scaling.py": "Time per token, largest relative to smallest",
+    "scaling.py": (
+        "ViT-Ti in bfloat16: time per token, largest relative to smallest. Both columns are\n"
+        "ours: the largest setting under *ours*, the smallest under *other*. A token counts\n"
+        "once in the target encoder, three times in the context encoder (forward and backward),\n"
+        "and in the predictor by its width and depth"
+    ),
     "start.py": "Starting a process: the ratio is ours / importing torch and torchvision",
 }
 
@@ -62,10 +75,10 @@ NOTES = {
     "step_time.py": """
 facebookresearch's I-JEPA truncates every context to the shortest one in the batch,
 so that a batch is one array without a mask. That is less work per image (`ijepa_cut`)
-because less is seen. The row states the share of the context that is cut. It is always the last
-patches in raster order, hence the bottom rows, and grows with the batch size; what is seen of an
-image depends on the other images in its batch. The rows `ijepa_MODEL` pad to the longest context
-instead. Padding and packing lose nothing. `ijepa_token` divides the time of each side by the
+because less is seen. What is cut is always the last patches in raster order, hence the bottom rows;
+the share that is cut grows with the batch size, and what is seen of an image depends on the other
+images in its batch. In the rows `ijepa_MODEL` the other side pads to the longest context instead.
+Padding and packing lose nothing. `ijepa_token` divides the time of each side by the
 number of context patches that it encodes, `ijepa_predicted` by the number of patches that it
 predicts. In `ijepa_truncated` both sides truncate (`method.blocks.truncate=batch`).
 """,

@@ -9,7 +9,7 @@ matrix: a map's score of a patch is a dot product with one learnt vector, and no
 
 Suffixes: M training images, N test images, B images of a batch, P patches of an image, D width of a
 patch (of several blocks side by side), A attention maps, E width of what a map gathers, H heads,
-C classes, L places in a source.
+C classes, L positions in a source.
 """
 
 from __future__ import annotations

@@ -116,9 +116,10 @@ REGIONS = (
     ),
     Topic(
         "Saliency and regions on the objects",
-        "Measured on held-out images with known object masks. AUC: how well saliency separates "
-        "object patches from others (chance: 50). Pointing: how often the most salient patch lies "
-        "on an object. Best IoU: that of the region that matches the main object best.",
+        "Measured on held-out scenes, or on training images of other data, whose objects are "
+        "known. AUC: how well saliency separates object patches from others (chance: 50). "
+        "Pointing: how often the most salient patch lies on an object. Best IoU: that of the "
+        "region that matches the main object best.",
         "%",
         {"probe_auc": "AUC", "probe_pointing": "pointing", "probe_best_iou": "best IoU"},
     ),
