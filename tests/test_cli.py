@@ -303,7 +303,7 @@ FILES = {
     "number.yaml": "unknown key '3'",
     "vitt8_46": "unknown preset 'vitt8_46'; did you mean 'vitt8_64'?",
     "": "unknown preset ''",
-    "pictures": "it is a folder; put a preset before it, such as vitt8_64 data=pictures",
+    "pictures": "it is a folder; put a preset before it, such as vitn8_64 data=pictures",
     "vit_tiny": "'vit_tiny': it is an encoder, which the presets vitt8_64, vitt16_in1k have",
 }
 
