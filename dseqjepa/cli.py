@@ -41,7 +41,7 @@ app = typer.Typer(
     "elsewhere.\n\nSettings are words of the form section.key=value; `dseqjepa settings` says what "
     "each means.",
     epilog=examples(
-        "pretrain vitt8_64 data=my_pictures out=runs/mine optim.minutes=30",
+        "pretrain vitn8_64 data=my_pictures out=runs/mine optim.minutes=30",
         "evaluate knn runs/mine data=my_pictures",
         "embed runs/mine my_pictures out=mine.parquet",
     ),
@@ -126,9 +126,9 @@ def _root(
 
 @app.command(
     epilog=examples(
-        "pretrain vitt8_64 data=my_pictures out=runs/mine optim.minutes=30",
+        "pretrain vitn8_64 data=my_pictures out=runs/mine optim.minutes=30",
         "pretrain ijepa_vitt8_64 data=my_pictures out=runs/ijepa resume=true",
-        "pretrain vitt8_64 data=my_pictures out=runs/next init_from=runs/mine optim.minutes=30",
+        "pretrain vitn8_64 data=my_pictures out=runs/next init_from=runs/mine optim.minutes=30",
     )
 )
 def pretrain(
@@ -224,7 +224,7 @@ def verify_resume(
 
 
 @app.command(
-    epilog=examples("preflight vitt8_64 data=my_pictures --out regions.png --json preflight.json")
+    epilog=examples("preflight vitn8_64 data=my_pictures --out regions.png --json preflight.json")
 )
 def preflight(
     preset: Preset,

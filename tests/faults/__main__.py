@@ -26,6 +26,9 @@ def main(wanted: list[str]) -> int:
     logging.getLogger("dseqjepa").addHandler(logging.NullHandler())  # warnings that were asked for
     sys.path.append(str(ROOT / "benchmarks"))  # as the tests have it
     chosen = [f for f in faults() if not wanted or any(part in f.name for part in wanted)]
+    if not chosen:
+        print(f"no fault has {' or '.join(wanted)} in its name", file=sys.stderr)
+        return 2
     width = max(len(f.title) for f in chosen)
     results = []
     for one in chosen:
