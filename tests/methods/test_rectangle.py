@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dseqjepa.presets import BACKBONES, preset_names
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent.parent
@@ -120,9 +121,10 @@ for item in trace(method, images, torch.arange(4)):
 
 
 def test_an_unknown_preset_names_near_ones_however_many_there_are(place: Path) -> None:
+    presets = len(preset_names()) + len(BACKBONES)  # one more method with each backbone
     for wrong, said in {
         "rectangle_vitt8_46": "did you mean 'rectangle_vitt8_64'?",
-        "resnet50": "nearest of 46: dseq_vit",
+        "resnet50": f"nearest of {presets}: dseq_vit",
     }.items():
         done = run(place, f"import dseqjepa as dj; dj.load_config({wrong!r})")
         assert done.returncode == 1
