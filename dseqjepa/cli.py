@@ -127,7 +127,7 @@ def _root(
 @app.command(
     epilog=examples(
         "pretrain vitn8_64 data=my_pictures out=runs/mine optim.minutes=30",
-        "pretrain ijepa_vitt8_64 data=my_pictures out=runs/ijepa resume=true",
+        "pretrain ijepa_vitn8_64 data=my_pictures out=runs/ijepa optim.minutes=30 resume=true",
         "pretrain vitn8_64 data=my_pictures out=runs/next init_from=runs/mine optim.minutes=30",
     )
 )
@@ -186,7 +186,7 @@ def pretrain(
     runtime.ranks.close()
 
 
-@app.command("verify-resume", epilog=examples("verify-resume ijepa_vitt8_64 data=my_pictures"))
+@app.command("verify-resume", epilog=examples("verify-resume ijepa_vitn8_64 data=my_pictures"))
 def verify_resume(
     preset: Preset,
     settings: Settings = None,

@@ -1,3 +1,10 @@
 """What the server of `tests.children` imports before it forks: everything slow to import."""
 
-import tests.train.tiny_runs  # noqa: F401
+# ruff: noqa: F401
+
+import dseqjepa.report.page
+import dseqjepa.studies.run
+import dseqjepa.tasks.run
+import dseqjepa.train.rehearsal
+import dseqjepa.viz.show
+import tests.train.tiny_runs

@@ -578,6 +578,16 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
 
 
+def test_training_and_evaluations_start_without_what_is_slow_to_import() -> None:
+    """scipy.stats and matplotlib, each of which takes longer than all of the package."""
+    script = """
+import sys
+import dseqjepa.tasks.online, dseqjepa.tasks.run, dseqjepa.train.pretrain
+assert not {"scipy.stats", "matplotlib", "sklearn", "transformers", "timm"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_process_has_the_exit_code_and_shows_no_traceback(here: Path) -> None:
     for typed, code in ((["presets"], 0), (["pretrain", "vitt8_64", "data=gone", "out=new"], 2)):
         done = subprocess.run(

@@ -42,7 +42,7 @@ def embed(
     batch_size: int = 256,
     workers: int = 0,
 ) -> Embedded:
-    """Features of every image, on the encoder's device.
+    """Features of every image, computed on the encoder's device and returned on the CPU.
 
     Args:
         encoder: from `load_encoder`, or one in training; it is not modified.

@@ -199,7 +199,7 @@ class Method(nn.Module):
         return images_BCHW, sight
 
     def forward(self, images_BCHW: Images, *, progress: float, keys_B: Int64[Tensor, " B"]) -> Step:
-        """The loss of one batch of uint8 or ImageNet-normalized float images."""
+        """The loss of a batch of images: uint8, or float and normalized as the run's are."""
         images_BCHW, sight = self._views(images_BCHW, keys_B)
         grid = self.target.grid_of(images_BCHW)
         drawn = self.draw(sight, grid, progress, keys_B)

@@ -26,7 +26,7 @@ READS_CLS = frozenset({"cls_similarity", "cls_attention"})
 
 @dataclass(frozen=True)
 class Look:
-    """What the target encoder tells of a batch of images."""
+    """What one pass of the target encoder yields for a batch of images."""
 
     patches_BND: Float[Tensor, "B N D"]
     """Patch features after the final norm; no gradient."""

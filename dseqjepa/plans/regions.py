@@ -35,7 +35,7 @@ class Regions:
     """A partition of every image's patches into ordered regions.
 
     `rank_BN` contains 0 .. K-1, each at least once; `count_B` is K, which differs between images,
-    and `most` its maximum.
+    and `most` the limit on K, which no image need reach.
     """
 
     rank_BN: Int64[Tensor, "B N"]

@@ -1,4 +1,4 @@
-"""The built-in studies: the paper's tables, and two of our own.
+"""The built-in studies: the paper's comparisons, and two of our own.
 
 Published numbers are from arXiv 2511.17354 (v4): linear probes of ViT-B/16, in per cent.
 """

@@ -454,7 +454,7 @@ def load_into(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: s
 def load_method(run_or_checkpoint: str | Path) -> Method:
     """Everything that was trained (both encoders, predictor, projector), in eval mode.
 
-    Arguments and errors are those of `load_encoder`.
+    Gradients are off. Raises `InputError` for a missing, damaged or mismatched checkpoint.
     """
     return read_checkpoint(Path(run_or_checkpoint), method_of)
 

@@ -120,7 +120,8 @@ def trace(
 
     Args:
         method: a trained method in eval mode, from `load_method`.
-        images_BCHW: uint8 or ImageNet-normalized, of a size that the patch size divides.
+        images_BCHW: uint8, or float and normalized as the run's are, of a size that the patch size
+            divides.
         keys_B: all randomness of an image's plan is a function of its key.
         cut: how to cut images for a method without its own regions (None: the defaults of
             `CutConfig`); ignored otherwise.

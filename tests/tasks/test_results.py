@@ -44,6 +44,14 @@ def test_the_interval_is_the_one_that_resampling_approaches(right: int, count: i
     assert metric[1:] == pytest.approx(wanted, abs=0.21)
 
 
+@pytest.mark.parametrize("count", [1, 3, 37, 10_000])
+def test_the_interval_has_the_percentiles_of_scipy(count: int) -> None:
+    for right in {0, 1, count // 3, count - 1, count}:
+        low, high = stats.binom.ppf([0.025, 0.975], count, right / count)
+        metric = accuracy_metric(torch.arange(count) < right)
+        assert metric[1:] == (100 * low / count, 100 * high / count)
+
+
 @pytest.mark.parametrize("agree", [0.0, 0.7, 1.0])
 def test_a_paired_difference_is_the_one_that_resampling_the_same_images_approaches(
     agree: float,
