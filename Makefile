@@ -1,6 +1,6 @@
 # `make demo` and `make test` set up everything on a fresh machine.
 # SETTINGS passes section.key=value to the demo; FAULTS selects faults by parts of their names (by
-# default all, an hour and a half); VENV names another environment.
+# default all, two and a half hours); VENV names another environment.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

@@ -140,7 +140,8 @@ def pretrain(
 
     out=DIR holds the run: config, log, metrics and checkpoints. resume=true resumes it, resume=auto
     starts it if there is no checkpoint, and init_from=RUN starts a new run from the weights of
-    another.
+    another. overwrite=true replaces a run, and allow_changed=data or config lets one resume with
+    other images or settings.
     """
     from dseqjepa.presets import load_config
 
@@ -192,7 +193,7 @@ def verify_resume(
     settings: Settings = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Prove that a resumed run equals the uninterrupted run.
+    """Check that a resumed run equals the uninterrupted run.
 
     A few steps are trained in one process, and the same steps in two, the second resuming from the
     first's checkpoint. Every tensor and every metric is compared; the exit code is 1 if any
@@ -246,9 +247,9 @@ def preflight(
 ) -> None:
     """Estimate the cost of a run before it starts.
 
-    A few steps are timed on this machine, and the data is checked for broken files, duplicates and
-    images that are too small. Only the files named by options are written. --on h100 --devices 64
-    works out what it would cost there, on ImageNet-1k, without data.
+    A few steps are timed on this machine, and up to 500 images are checked for broken files,
+    identical images and images that are too small. Only the files named by options are written.
+    --on h100 --devices 64 works out what it would cost there, on ImageNet-1k, without data.
     """
     from dseqjepa.presets import load_config
 
@@ -856,7 +857,8 @@ def settings(
 ) -> None:
     """Explain settings, with type, range and default.
 
-    Sections are those of a config (`pretrain`), or the name of an evaluation or of another command.
+    Sections are those of a config (data, model, method, optim, ...), an evaluation (knn, linear,
+    ...), or embed, predict, scenes, import or export.
     """
     from dseqjepa.describe import describe_settings
 

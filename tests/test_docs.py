@@ -161,6 +161,7 @@ def run_commands(folder: Path) -> None:
                 shrink = ["optim.minutes=0.001", *(s for s in SHRINK if "epochs" not in s)]
             run_typed([*words[1:], *shrink], folder)
         elif words[:2] == ["dseqjepa", "evaluate"]:
+            words = ["size=64" if word == "size=600" else word for word in words]
             run_typed([*words[1:], *SHRINK_TASK.get(words[2], ())], folder)
         elif words[:2] == ["dseqjepa", "study"]:
             run_typed([*words[1:], *SHRINK, *(["seeds=0,1"] if ".yaml" in line else [])], folder)

@@ -66,8 +66,9 @@ def page(old: str, known: list[Fault], result: Result) -> str:
         "",
         "Every fault is injected for real: real processes, real signals, real files, two ranks",
         "with gloo. `make faults` runs the campaign and updates this page; the tests run a shorter",
-        "form of each fault. The numbers select faults: `make faults FAULTS=07`; a number that is",
-        "missing has no fault.",
+        "form of each fault. A row's number, with two digits, selects its faults:",
+        "`make faults FAULTS=07`; numbers without a row are not in use. *Survived* means that the",
+        "program did what the row says; the [log](LOG.md) explains counts in bold.",
         "",
         f"The machine of the latest run has {os.cpu_count()} cores ({platform.machine()}) and "
         f"{memory:.0f} GiB, Linux, Python {platform.python_version()}, torch {torch.__version__}.",
