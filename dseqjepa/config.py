@@ -432,8 +432,8 @@ class OptimConfig(Section):
     """Passes over the data; `auto`: enough for three million samples, from 30 to 600."""
     minutes: Literal["none"] | Annotated[float, Field(gt=0, le=10**6)] = "none"
     """Time budget: the run times its own steps and sets `epochs` to fit. On the command line it
-    replaces `epochs` and `warmup_epochs`; in a config.yaml where `epochs` is already a number, it has
-    no further effect."""
+    replaces `epochs` and `warmup_epochs`; in a config.yaml where `epochs` is already a number, it
+    has no further effect."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate of AdamW after warm-up; not scaled with `data.batch_size`."""
     start_lr: float = Field(1e-4, ge=0)
