@@ -311,4 +311,5 @@ def _pooled_contexts(
     total_BD = total_BD.index_add(0, contexts.image_T, tokens_TD)
     count_B1 = tokens_TD.new_zeros(images, 1).index_add(0, contexts.image_T, is_patch_T1)
     image_I = plan.image_S[true_places(plan.opens_S, int(plan.counts.opens_S.sum()))]
-    return total_BD[image_I] / count_B1[image_I], image_I
+    mean_ID = total_BD.index_select(0, image_I) / count_B1[image_I]  # as in `centre_by_place`
+    return mean_ID, image_I

@@ -139,7 +139,8 @@ def centre_by_place(
     count_N1 = table_NE[:, -1:]
     mean_ND = table_NE[:, :-1] / count_N1.clamp(min=1)
     freedom = (count_N1 - 1).clamp(min=0).sum().clamp(min=1)
-    return token_TD - mean_ND[patch_T] * is_patch_T1, freedom
+    # `mean_ND[patch_T]` would add up its gradient in an order that depends on the threads.
+    return token_TD - mean_ND.index_select(0, patch_T) * is_patch_T1, freedom
 
 
 class Sigreg(nn.Module):

@@ -80,6 +80,12 @@ def _rectangle(lengths_C: np.ndarray) -> np.ndarray:
     return first_C1 + np.minimum(place_L, lengths_C[:, None] - 1)
 
 
+def _taken(rows_T: Tensor, index_CL: Int64[Tensor, "C L"]) -> Tensor:
+    """`rows_T[index_CL]` with a gradient that is summed in a fixed order: that of indexing is added
+    up by all threads at once."""
+    return rows_T.index_select(0, index_CL.flatten()).unflatten(0, index_CL.shape)
+
+
 class CrossBlock(nn.Module):
     """Pre-norm block: mask tokens attend to the context, then an MLP."""
 
@@ -99,9 +105,9 @@ class CrossBlock(nn.Module):
     ) -> Float[Tensor, "U W"]:
         query_UHE = self.q(self.norm1(x_UW)).unflatten(1, (self.heads, -1))
         pair_TXHE = self.kv(self.norm_context(context_TW)).unflatten(1, (2, self.heads, -1))
-        key_CHLE, value_CHLE = pair_TXHE[cross.key_CL].permute(2, 0, 3, 1, 4).unbind()
+        key_CHLE, value_CHLE = _taken(pair_TXHE, cross.key_CL).permute(2, 0, 3, 1, 4).unbind()
         out_CHLE = F.scaled_dot_product_attention(
-            query_UHE[cross.query_CL].transpose(1, 2),
+            _taken(query_UHE, cross.query_CL).transpose(1, 2),
             key_CHLE,
             value_CHLE,
             attn_mask=~cross.unseen_CL[:, None, None, :],
