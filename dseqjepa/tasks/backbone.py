@@ -460,7 +460,6 @@ def open_backbone(
         encoder, config = read_encoder(file, ImportConfig(), weights)
         backbone = own_backbone(encoder, config, image_size)
         _label(backbone, file.name, weights, str(file))
-        backbone.untrained = partial(_untrained, config, image_size)
         backbone.config = None  # derived from shapes, it says nothing about pre-training
     elif Path(spec).expanduser().exists():
         checkpoint, encoder = read_checkpoint(
@@ -471,11 +470,10 @@ def open_backbone(
         label = f"{config.method.name}, step {checkpoint.step}"
         _label(backbone, label, weights, str(checkpoint.path))
         backbone.run, backbone.seed = checkpoint.run, config.runtime.seed
-        backbone.untrained = partial(_untrained, config, image_size)
     else:
         raise InputError(f"{spec} does not exist: expected {SPECS}")
     if backbone.weights == "random":
-        backbone.seed = seed
+        backbone.seed, backbone.untrained = seed, None
     if backbone.blocks:
         backbone.grid()
     if trainable and not backbone.blocks:
@@ -489,11 +487,8 @@ def own_backbone(
     """One of our encoders, taken apart, with the config of its run."""
     backbone = OwnBackbone(encoder, image_size or config.data.image_size)
     backbone.config = config
+    backbone.untrained = lambda: own_backbone(untrained_encoder(config), config, image_size)
     return backbone
-
-
-def _untrained(config: Config, image_size: tuple[int, int] | None) -> Backbone:
-    return own_backbone(untrained_encoder(config), config, image_size)
 
 
 def _is_folder(spec: str) -> bool:

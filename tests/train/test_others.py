@@ -476,7 +476,14 @@ def test_a_foreign_model_goes_through_all_that_reads_frozen_features(
         assert run(monkeypatch, "evaluate", task, "hf:theirs", *common, *more) == 0, task
         found = json.loads((tmp_path / f"{task}.json").read_text())
         assert found["backbone"]["name"] == "hf:theirs"
-        if task not in ("discovery",):
+        if task == "discovery":
+            mine, untrained = (
+                {**row, "encoder": ""}
+                for row in found["details"]["maps"]
+                if row["encoder"] in ("hf:theirs", "untrained")
+            )
+            assert mine != untrained, "the folder's weights were taken for untrained ones"
+        else:
             assert {"raw pixels", "untrained"} <= {row["encoder"] for row in found["results"]}
     assert run(monkeypatch, "evaluate", "finetune", "hf:theirs", "data=scenes", "out=f.json") == 2
     assert "has no transformer blocks to train" in capsys.readouterr().err

@@ -8,7 +8,6 @@ Suffixes: B images of a batch, N test images, P patches of a grid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from dseqjepa.commands import ImportConfig
 from dseqjepa.config import CutConfig
 from dseqjepa.data.images import Subset
 from dseqjepa.data.source import Located
@@ -24,7 +22,8 @@ from dseqjepa.errors import InputError, RunError
 from dseqjepa.model.look import KINDS
 from dseqjepa.plans.regions import KINDS as REGION_KINDS
 from dseqjepa.ranks import Ranks
-from dseqjepa.tasks.backbone import Backbone, OwnBackbone, open_backbone, own_backbone
+from dseqjepa.tasks.backbone import Backbone, OwnBackbone
+from dseqjepa.tasks.baselines import UNTRAINED
 from dseqjepa.tasks.bootstrap import RESAMPLES, resample_weights
 from dseqjepa.tasks.config import MAP_METRICS, REGION_METRICS, DiscoveryConfig
 from dseqjepa.tasks.discovery.maps import (
@@ -49,11 +48,9 @@ from dseqjepa.tasks.reading import batched, in_order
 from dseqjepa.tasks.results import Metric, Result, row
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
-from dseqjepa.train.checkpoint import untrained_encoder
-from dseqjepa.train.foreign import read_encoder
 
 PICTURES = 8
-UNTRAINED, NOBODY = "untrained", "no encoder"
+NOBODY = "no encoder"
 PLACE = "place"
 HEADINGS = {
     "auc": "AUC", "pointing": "pointing", "corloc": "CorLoc", "max_f": "max-F", "iou": "IoU",
@@ -91,7 +88,7 @@ def evaluate(job: Job, config: DiscoveryConfig) -> Result:
     if left_out:
         why = "has no [CLS]" if isinstance(backbone, OwnBackbone) else "provides only patches"
         job.console.print(f"{backbone.name} {why}: without {', '.join(left_out)}")
-    looks = _looks(job, config)
+    looks = _looks(job)
 
     place_N = drawn(len(test), config.images, config.seed).sort().values
     part = Subset(test, place_N.numpy())
@@ -175,25 +172,13 @@ def _cut(config: DiscoveryConfig, backbone: Backbone, grid: tuple[int, int]) -> 
     return cut
 
 
-def _looks(job: Job, config: DiscoveryConfig) -> dict[str, MapReader]:
-    """The maps of the backbone and of its untrained self, by their names in the tables."""
+def _looks(job: Job) -> dict[str, MapReader]:
+    """The maps of the backbone and of its untrained self, if known, by their names in the
+    tables."""
     looks = {job.backbone.name: look_of(job.backbone)}
-    untrained = _untrained(job.backbone, config)
-    if untrained is not None:
-        looks[UNTRAINED] = look_of(untrained.to(job.device))
+    if job.backbone.untrained is not None:
+        looks[UNTRAINED] = look_of(job.backbone.untrained().eval().to(job.device))
     return looks
-
-
-def _untrained(backbone: Backbone, config: DiscoveryConfig) -> Backbone | None:
-    """The encoder before training; None for an untrained one."""
-    if backbone.weights == "random":
-        return None
-    if not isinstance(backbone, OwnBackbone):
-        size, seed = backbone.image_size, config.init_seed
-        return open_backbone(backbone.source, image_size=size, seed=seed)
-    made = backbone.config or read_encoder(Path(backbone.source), ImportConfig(), "target")[1]
-    untrained = own_backbone(untrained_encoder(made), made, backbone.image_size)
-    return untrained.eval()
 
 
 def _see(
