@@ -33,6 +33,7 @@ from dseqjepa.model.vit import Features, VisionTransformer, check_normalized, no
 from dseqjepa.presets import load_config
 from dseqjepa.tasks.config import TASKS
 from dseqjepa.tasks.features import OVER_PATCHES, pieces_of
+from dseqjepa.tasks.reading import seeded
 from dseqjepa.train.checkpoint import encoder_of, read_checkpoint, untrained_encoder
 from dseqjepa.train.foreign import read_encoder
 from dseqjepa.train.others import (
@@ -127,8 +128,8 @@ class Backbone(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
         """Tokens (B, L, D) before the first block, prefix first, and the rows and columns of
-        patches. Positions are interpolated to that grid."""
-        raise NotImplementedError
+        patches. Positions are interpolated to that grid. `InputError` without blocks to train."""
+        raise InputError(untrainable(self.name))
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         """Features of the `last` blocks."""
@@ -273,9 +274,6 @@ class FrozenTimm(Backbone):
         shapes = [(stage["num_chs"], stage["reduction"]) for stage in model.feature_info]
         self.depth = len(list(takewhile(lambda shape: shape == shapes[-1], reversed(shapes))))
 
-    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
-        raise InputError(untrainable(self.name))
-
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         check_normalized(images_BCHW)
         stem: Any = self.stem
@@ -337,9 +335,6 @@ class FrozenHf(Backbone):
         )
         self.depth = len(found)
 
-    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
-        raise InputError(untrainable(self.name))
-
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         check_normalized(images_BCHW)
         found = self.stem(self.normalized(images_BCHW), min(last, self.depth))
@@ -382,9 +377,6 @@ class Pixels(Backbone):
         """There is only one feature, whatever block or token is named."""
         over_patches = OVER_PATCHES.get(feature) if self.side else None
         return over_patches or ("mean1",)
-
-    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Grid]:
-        raise InputError(untrainable(self.name))
 
     def forward(self, images_BCHW: Tensor, last: int = LAYERS) -> Encoded:
         pixels_BCHW = self.normalized(images_BCHW)
@@ -523,8 +515,7 @@ def _timm(name: str, pretrained: bool, image_size: tuple[int, int] | None, seed:
         architecture, ("vision_transformer", "deit")
     )
     dynamic: dict[str, Any] = {"dynamic_img_size": True} if plain else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = timm_model(name, pretrained, **dynamic)
     data = timm.data.resolve_model_data_config(model)
     size = image_size or tuple(data["input_size"][1:])
