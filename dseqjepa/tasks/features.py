@@ -248,9 +248,14 @@ class Rows:
 
     def blocks(self, rows: int | None = None) -> Iterator[tuple[int, Float[Tensor, "R D"]]]:
         """All rows in order, in blocks, each with the index of its first row."""
+        for here in self.spans(rows):
+            yield here.start, self[here]
+
+    def spans(self, rows: int | None = None) -> Iterator[slice]:
+        """The places of these blocks; nothing is read."""
         rows = rows or ROWS_AT_ONCE
         for start in range(0, len(self), rows):
-            yield start, self[start : start + rows]
+            yield slice(start, min(start + rows, len(self)))
 
     def moments(self) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
         """Mean and (biased) standard deviation of every column, in double precision."""

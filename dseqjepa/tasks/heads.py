@@ -104,19 +104,18 @@ class Heads:
     def settings(self) -> list[Setting]:
         return [setting for settings in self.group.values() for setting in settings]
 
-    def _spans(self, count: int) -> Iterator[tuple[int, int]]:
-        """Number of rows classified at a time."""
+    def _in_parts(
+        self, data: Standardized, device: torch.device
+    ) -> Iterator[tuple[slice, Float[Tensor, "B H C"]]]:
+        """The logits of all rows, `LOGITS_AT_ONCE` at a time, each with the rows they are of."""
         logits = sum(bias_HC.numel() for _, bias_HC in self.weights.values())
-        rows = max(1, LOGITS_AT_ONCE // logits)
-        return ((start, min(start + rows, count)) for start in range(0, count, rows))
+        for here in data.rows.spans(max(1, LOGITS_AT_ONCE // logits)):
+            yield here, self.logits(data.take(here, list(self.group), device))
 
     def predict(self, data: Standardized, device: torch.device) -> Int64[Tensor, "N H"]:
         """The class that each head predicts for each image."""
-        parts = []
-        for start, stop in self._spans(len(data.rows)):
-            inputs = data.take(slice(start, stop), list(self.group), device)
-            parts.append(self.logits(inputs).argmax(dim=2).cpu())
-        return torch.cat(parts)
+        parts = self._in_parts(data, device)
+        return torch.cat([logits_BHC.argmax(dim=2).cpu() for _, logits_BHC in parts])
 
     def score(
         self, data: Standardized, label_N: Tensor, device: torch.device
@@ -125,20 +124,16 @@ class Heads:
         infinity. Of shares (N, C) the largest is what accuracy asks for."""
         right_H = torch.zeros(len(self.settings), dtype=torch.float64)
         loss_H = right_H.clone()
-        for start, stop in self._spans(len(data.rows)):
-            inputs = data.take(slice(start, stop), list(self.group), device)
-            logits_BHC = self.logits(inputs)
-            target_BC = _shares(label_N[start:stop], logits_BHC.shape[2]).to(device, torch.float32)
+        for here, logits_BHC in self._in_parts(data, device):
+            target_BC = _shares(label_N[here], logits_BHC.shape[2]).to(device, torch.float32)
             right_H += (logits_BHC.argmax(dim=2) == target_BC.argmax(dim=1)[:, None]).sum(0).cpu()
             loss_BHC = -logits_BHC.log_softmax(dim=2) * target_BC[:, None]
             loss_H += loss_BHC.double().sum(dim=(0, 2)).cpu()
-        scores = []
-        for right, loss in zip(right_H.tolist(), loss_H.tolist(), strict=True):
-            finite = math.isfinite(loss)
-            scores.append(
-                (100 * right / len(label_N), loss / len(label_N)) if finite else (0.0, math.inf)
-            )
-        return scores
+        count = len(label_N)
+        return [
+            (100 * right / count, loss / count) if math.isfinite(loss) else (0.0, math.inf)
+            for right, loss in zip(right_H.tolist(), loss_H.tolist(), strict=True)
+        ]
 
 
 def _shares(label_B: Tensor, classes: int) -> Tensor:

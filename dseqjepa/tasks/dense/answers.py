@@ -115,8 +115,8 @@ def _ridge(
     count = len(target_RC)
     mean = target_RC[:, 0].double().mean()
     moment_DD = product_D = torch.zeros((), dtype=torch.float64)
-    for start, x_RD in _blocks(data, feature):
-        left_R = target_RC[start : start + len(x_RD), 0].double() - mean
+    for here, x_RD in _blocks(data, feature):
+        left_R = target_RC[here, 0].double() - mean
         moment_DD = moment_DD + x_RD.T @ x_RD / count
         product_D = product_D + x_RD.T @ left_R / count
     value_D, vector_DD = torch.linalg.eigh(moment_DD)
@@ -130,11 +130,10 @@ def _said(data: Standardized, feature: str, weight_GD1: Tensor) -> Float[Tensor,
     return torch.cat(parts, dim=1) + weight_GD1[:, -1:]
 
 
-def _blocks(data: Standardized, feature: str) -> Iterator[tuple[int, Tensor]]:
+def _blocks(data: Standardized, feature: str) -> Iterator[tuple[slice, Tensor]]:
     cpu = torch.device("cpu")
-    for start, rows_RD in data.rows.blocks():
-        here = slice(start, start + len(rows_RD))
-        yield start, data.take(here, [feature], cpu)[feature].double()
+    for here in data.rows.spans():
+        yield here, data.take(here, [feature], cpu)[feature].double()
 
 
 def _place_means(patches: Patches) -> Float[Tensor, "P D"]:
