@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dseqjepa.data.images import Subset
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import ClevrConfig
-from dseqjepa.tasks.features import NOT_FINITE, Rows, lost, pooling_of
+from dseqjepa.tasks.features import NOT_FINITE, lost, pooling_of
 from dseqjepa.tasks.knn import same_classes
-from dseqjepa.tasks.linear import INIT_STD
+from dseqjepa.tasks.linear import linear_layer, predict
 from dseqjepa.tasks.reading import Shuffled
 from dseqjepa.tasks.results import MAJORITY, Classified, Result, classified
 from dseqjepa.tasks.run import Job
@@ -55,11 +55,11 @@ def evaluate(job: Job, config: ClevrConfig) -> Result:
         head = fit_linear(
             inputs_MD, target_M, classes=len(classes), config=config, device=job.device
         )
-        pred_N = predict(head, test.rows(pieces))
+        pred_N = predict(head, test.rows(pieces), job.device)
         found[task] = classified(pred_N, test.labels[task], target_M, classes, task)
         if len(held_M):
-            right_H = predict(head, rows.only(held_M)) == label_M[held_M]
-            held[task] = 100 * right_H.double().mean().item()
+            right_M = predict(head, rows.only(held_M), job.device) == label_M[held_M]
+            held[task] = 100 * right_M.double().mean().item()
     return Result(
         metrics={task: each.metrics["accuracy"] for task, each in found.items()},
         correct={task: each.correct_N[None] for task, each in found.items()},
@@ -127,12 +127,7 @@ def fit_linear(
     """A linear layer trained with AdamW and a cosine learning rate to 0."""
     if not bool(feature_MD.isfinite().all()):
         raise InputError(NOT_FINITE)
-    head = nn.Linear(feature_MD.shape[1], classes)
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.no_grad():
-        head.weight.normal_(std=INIT_STD, generator=generator)
-        head.bias.zero_()
-    head.to(device)
+    head = linear_layer(feature_MD.shape[1], classes, config.seed).to(device)
     feature_MD, label_M = feature_MD.to(device), label_M.to(device)
     parts = Shuffled(len(label_M), config.batch_size, config.seed)
     recipe = Recipe(config.epochs * parts.per_epoch, config.batch_size, config.lr)
@@ -144,10 +139,3 @@ def fit_linear(
 
     fit(head, optimizer, recipe, parts, losses, Place(device=device))
     return head
-
-
-@torch.inference_mode()
-def predict(head: nn.Linear, rows: Rows) -> Int64[Tensor, " N"]:
-    """The predicted class of each image."""
-    device = head.weight.device
-    return torch.cat([head(rows_BD.to(device)).argmax(dim=1).cpu() for _, rows_BD in rows.blocks()])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from dseqjepa.data.transforms import TrainTransform
@@ -21,7 +22,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.ranks import Ranks
 from dseqjepa.tasks.backbone import Backbone
 from dseqjepa.tasks.config import LinearConfig, SweepConfig
-from dseqjepa.tasks.features import OVER_PATCHES, Extracted, lacking, pooled, pooling_of
+from dseqjepa.tasks.features import OVER_PATCHES, Extracted, Rows, lacking, pooled, pooling_of
 from dseqjepa.tasks.heads import Chosen, Setting, choose_head, split_by_class
 from dseqjepa.tasks.knn import class_names, same_classes
 from dseqjepa.tasks.reading import Crops, LabelledImages, stacked
@@ -43,6 +44,22 @@ def evaluate(job: Job, config: LinearConfig) -> Result:
     return by_protocol(job, config, names)
 
 
+def linear_layer(width: int, classes: int, seed: int) -> nn.Linear:
+    """A linear layer with weights drawn by the seed, and biases of 0."""
+    layer = nn.Linear(width, classes)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(layer.weight, std=INIT_STD, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, rows: Rows, device: torch.device) -> Int64[Tensor, " N"]:
+    """The class that a model on this device predicts for each row."""
+    blocks = (rows_BD.to(device) for _, rows_BD in rows.blocks())
+    return torch.cat([model(rows_BD).argmax(dim=1).cpu() for rows_BD in blocks])
+
+
 # The paper's protocol
 
 
@@ -55,11 +72,7 @@ class Probe(nn.Module):
     def __init__(self, width: int, classes: int, config: LinearConfig) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(width, affine=False)
-        self.linear = nn.Linear(width, classes)
-        nn.init.zeros_(self.linear.bias)
-        generator = torch.Generator().manual_seed(config.seed)
-        with torch.no_grad():
-            self.linear.weight.normal_(std=INIT_STD, generator=generator)
+        self.linear = linear_layer(width, classes, config.seed)
         self.register_buffer("loss_E", torch.zeros(config.epochs))
 
     def forward(self, feature_BD: Tensor) -> Tensor:
@@ -73,7 +86,7 @@ class Probe(nn.Module):
         return linear_head(pieces, mean_D, scale_D, linear.weight.T, linear.bias)
 
     def loss(self, feature_BD: Tensor, label_B: Tensor, per_epoch: int, ranks: Ranks) -> Tensor:
-        """The learning rate at a step of an epoch."""
+        """The cross-entropy of a batch, which also enters the mean of its epoch."""
         epoch, step = divmod(int(self.norm.get_buffer("num_batches_tracked")), per_epoch)
         loss = F.cross_entropy(self(feature_BD), label_B)
         self.loss_E[epoch].lerp_(loss.detach(), 1 / (step + 1))
@@ -104,9 +117,7 @@ def by_paper(job: Job, config: LinearConfig, names: Sequence[str]) -> Result:
     }
     test = features_of(job, config, "test", job.test, pieces)
     probe, place, bad = train(job, config, pieces, protocol)
-    with torch.inference_mode():
-        blocks = [rows_BD.to(job.device) for _, rows_BD in test.rows(pieces).blocks()]
-        pred_N = torch.cat([probe(rows_BD).argmax(dim=1).cpu() for rows_BD in blocks])
+    pred_N = predict(probe, test.rows(pieces), job.device)
     label_N, label_M = test.labels[task], torch.from_numpy(job.train.labels[task])
     found = classified(pred_N, label_N, label_M, names, task)
     return found.result(
