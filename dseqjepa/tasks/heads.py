@@ -24,9 +24,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, uniforms
 from dseqjepa.tasks.features import NOT_FINITE, PatchBasis, Rows
 from dseqjepa.tasks.reading import Shuffled
+from dseqjepa.tasks.sample import drawn, of_each_class
 from dseqjepa.tasks.saved import SavedHead, linear_head
 from dseqjepa.tasks.training import Place, Recipe, fit
 
@@ -297,13 +297,9 @@ def split_by_class(label_M: Int64[Tensor, " M"], share: float, seed: int) -> Spl
     count = len(label_M)
     if count < 2:
         raise InputError(f"a hold-out needs at least 2 images, found {count}")
-    keys_M = sample_keys(seed, 0, torch.arange(count))
-    draw_M = uniforms(keys_M, Stream.SPLIT, 1)[:, 0]
-    held_M = torch.zeros(count, dtype=torch.bool)
-    for label in label_M.unique().tolist():
-        places = (label_M == label).nonzero()[:, 0]
-        wanted = min(round(share * len(places)), len(places) - 1)
-        held_M[places[draw_M[places].argsort(stable=True)[:wanted]]] = True
-    if not bool(held_M.any()):
-        held_M[draw_M.argmin()] = True
-    return (~held_M).nonzero()[:, 0], held_M.nonzero()[:, 0]
+    held_M = of_each_class(label_M, lambda size: min(round(share * size), size - 1), seed)
+    if len(held_M) == 0:
+        held_M = drawn(count, 1, seed)
+    is_fit_M = torch.ones(count, dtype=torch.bool)
+    is_fit_M[held_M] = False
+    return is_fit_M.nonzero()[:, 0], held_M

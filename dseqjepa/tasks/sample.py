@@ -6,6 +6,7 @@ Suffixes: N images of the source, R images that were chosen.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
-from dseqjepa.keyed import Stream, sample_keys, shuffled, uniforms
+from dseqjepa.keyed import Stream, sample_keys, shuffled
 
 Places = Int64[Tensor, " R"]
 
@@ -28,9 +29,8 @@ def listed(source: Source, file: Path) -> Places:
         InputError: the file cannot be read, or a line matches no image, or several.
     """
     try:
-        lines = [
-            line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"names={file} cannot be read: {error}") from None
     by_name: dict[str, list[int]] = {}
@@ -53,12 +53,11 @@ def listed(source: Source, file: Path) -> Places:
         else:
             unknown.append(line)
     if unknown or not places:
-        which = (
-            f"{unknown[0]} and {len(unknown) - 1} more" if len(unknown) > 1 else "".join(unknown)
-        )
+        which = f": {unknown[0]}" if unknown else ""
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise InputError(
             f"names={file}: {len(unknown)} of {len(lines)} lines match no image of the training "
-            f"split{f': {which}' if which else ''}"
+            f"split{which}{more}"
         )
     if len(set(places)) != len(places):
         raise InputError(f"names={file} lists an image twice")
@@ -73,12 +72,18 @@ def list_name(file: Path, places: Places) -> str:
 def balanced(label_N: Int64[Tensor, " N"], fraction: float, seed: int) -> Places:
     """The `fraction` of every class (rounded, at least one image), in order; a function of the
     seed."""
-    draw_N = uniforms(sample_keys(seed, 0, torch.arange(len(label_N))), Stream.SPLIT, 1)[:, 0]
+    return of_each_class(label_N, lambda count: max(1, round(fraction * count)), seed)
+
+
+def of_each_class(label_N: Int64[Tensor, " N"], wanted: Callable[[int], int], seed: int) -> Places:
+    """As many images of every class as `wanted` says for its size, in order; a function of the
+    seed."""
+    order_N = drawn(len(label_N), len(label_N), seed)
+    label_in_order_N = label_N[order_N]
     places = []
-    for label in label_N.unique().tolist():
-        of_class = (label_N == label).nonzero()[:, 0]
-        wanted = max(1, round(fraction * len(of_class)))
-        places.append(of_class[draw_N[of_class].argsort(stable=True)[:wanted]])
+    for label in label_N.unique():
+        of_class = order_N[label_in_order_N == label]
+        places.append(of_class[: wanted(len(of_class))])
     return torch.cat(places).sort().values
 
 
