@@ -30,8 +30,6 @@ def resample_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Floa
 
 def interval(values_R: Tensor) -> tuple[float, float]:
     """The middle 95 % of the resamples in which the metric is defined; NaN if it never is."""
-    known_R = values_R[values_R.isfinite()]
-    if len(known_R) == 0:
-        return float("nan"), float("nan")
-    low, high = torch.quantile(known_R, torch.tensor([0.025, 0.975], dtype=known_R.dtype)).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=values_R.dtype)
+    low, high = values_R.nanquantile(ends).tolist()
     return low, high

@@ -45,6 +45,12 @@ class Metric(NamedTuple):
     high: float | None = None
 
 
+def per_cent(share: float, ends: tuple[float, float]) -> Metric:
+    """A metric from a share of 1 and the ends of its interval."""
+    low, high = ends
+    return Metric(100 * share, 100 * low, 100 * high)
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """What a task returns; `describe` adds the rest.

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dseqjepa.data.source import Depths, Segmentations, Source
-from dseqjepa.tasks.results import Metric
+from dseqjepa.tasks.bootstrap import interval
+from dseqjepa.tasks.results import Metric, per_cent
 from dseqjepa.tasks.segmentation.scores import confusion, counts_of, resampled, score
 
 CLOSE = 1.25
@@ -89,16 +90,12 @@ class Classes:
 
     def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
         found = score(counts_NJ, seed)
-        low, high = found.miou_interval
-        return {"miou": Metric(100 * found.miou, 100 * low, 100 * high)}
+        return {"miou": per_cent(found.miou, found.miou_interval)}
 
     def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]:
         found = score(counts_NJ, seed)
-        pairs = zip(self.categories, found.iou_K.tolist(), strict=True)
-        return {
-            "iou": {name: None if iou != iou else 100 * iou for name, iou in pairs},
-            "pixel_accuracy": 100 * found.accuracy,
-        }
+        iou = found.by_class(self.categories)
+        return {"iou": iou, "pixel_accuracy": 100 * found.accuracy}
 
 
 @dataclass(frozen=True)
@@ -136,19 +133,15 @@ class LogDepth:
         counts_RJ = torch.cat([whole_1J, resampled(counts_NJ, seed)])
         error_R, close_R, pixels_R = counts_RJ.unbind(dim=1)
         return {
-            "depth_rmse": _first_of((error_R / pixels_R).sqrt()),
-            "depth_delta1": _first_of(100 * close_R / pixels_R),
+            name: Metric(float(values_R[0]), *interval(values_R[1:]))
+            for name, values_R in (
+                ("depth_rmse", (error_R / pixels_R).sqrt()),
+                ("depth_delta1", 100 * close_R / pixels_R),
+            )
         }
 
     def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]:
         return {"pixels": int(counts_NJ[:, 2].sum())}
-
-
-def _first_of(values_R: Tensor) -> Metric:
-    """The first value, with the interval of the others."""
-    ends = torch.tensor([0.025, 0.975], dtype=values_R.dtype)
-    low, high = values_R[1:].nanquantile(ends).tolist()
-    return Metric(float(values_R[0]), low, high)
 
 
 def by_patch(map_HW: Tensor, grid: Grid) -> Tensor:

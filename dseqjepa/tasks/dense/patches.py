@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from dseqjepa.tasks.features import Rows
 from dseqjepa.tasks.reading import batched
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
+from dseqjepa.tasks.segmentation.model import resized
 from dseqjepa.tasks.store import features_of
 
 AT_ONCE = 32
@@ -147,9 +147,7 @@ class Patches:
 
     def _pixels(self, said_PC: Tensor, truth_HW: Tensor) -> Tensor:
         said_1Chw = said_PC.T.unflatten(1, self.grid)[None].float()
-        return F.interpolate(
-            said_1Chw, truth_HW.shape, mode="bilinear", align_corners=False
-        )[0]  # fmt: skip
+        return resized(said_1Chw, truth_HW.shape)[0]
 
     def _example(self, number: int, truth_HW: Tensor, said_HW: Tensor) -> Example:
         source, index = self.test.source, int(self.test.place_M[number])

@@ -27,7 +27,7 @@ from dseqjepa.tasks.detection.samples import (
     read_sample,
 )
 from dseqjepa.tasks.maps import blocks_to_read
-from dseqjepa.tasks.results import Metric, Result
+from dseqjepa.tasks.results import Metric, Result, per_cent
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.training import Recipe, answer_all, train_backbone
 
@@ -130,8 +130,7 @@ def scores_of(
     for name, kind in kinds.items():
         scores = average_precision(test.annotations, results, image_ids, kind, seed=seed)
         for ending, value in scores.values.items():
-            low, high = scores.intervals[ending]
-            metrics[name + ending] = Metric(100 * value, 100 * low, 100 * high)
+            metrics[name + ending] = per_cent(value, scores.intervals[ending])
         by_category[name] = {
             category: None if value is None else 100 * value
             for category, value in scores.by_category.items()

@@ -6,6 +6,8 @@ predicted, true).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,11 @@ class Scores:
     iou_K: Float[Tensor, " K"]
     """IoU per class; NaN for a class that does not occur."""
 
+    def by_class(self, names: Sequence[str]) -> dict[str, float | None]:
+        """IoU per class by name, in per cent; None for a class that does not occur."""
+        pairs = zip(names, self.iou_K.tolist(), strict=True)
+        return {name: None if math.isnan(iou) else 100 * iou for name, iou in pairs}
+
 
 def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMPLES) -> Scores:
     """IoU of each class over all pixels of all images, and its mean over the classes that occur in
@@ -54,13 +61,8 @@ def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMP
     mious_R, accuracies_R = _means(counts_RJK)
     whole_1JK = counts_NJK.sum(0, keepdim=True).double()
     (miou,), (accuracy,) = (values.tolist() for values in _means(whole_1JK))
-    return Scores(
-        miou,
-        interval(mious_R),
-        accuracy,
-        interval(accuracies_R),
-        _ious(whole_1JK)[0],
-    )
+    ious_1K = _ious(whole_1JK)
+    return Scores(miou, interval(mious_R), accuracy, interval(accuracies_R), ious_1K[0])
 
 
 def resampled(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dseqjepa.data.source import Segmentations
@@ -21,7 +20,7 @@ from dseqjepa.tasks.bootstrap import RESAMPLES
 from dseqjepa.tasks.config import SegmentationConfig
 from dseqjepa.tasks.features import lacking
 from dseqjepa.tasks.maps import blocks_to_read
-from dseqjepa.tasks.results import Metric, Result
+from dseqjepa.tasks.results import Result, per_cent
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.segmentation.crops import (
     MOST_OF_ONE_CLASS,
@@ -30,7 +29,7 @@ from dseqjepa.tasks.segmentation.crops import (
     read_labelled,
     scaled_size,
 )
-from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter
+from dseqjepa.tasks.segmentation.model import AUXILIARY_WEIGHT, POOLS, Segmenter, resized
 from dseqjepa.tasks.segmentation.scores import confusion, counts_of, score
 from dseqjepa.tasks.segmentation.windows import sliding_logits
 from dseqjepa.tasks.training import Recipe, answer_all, train_backbone
@@ -81,11 +80,10 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
     counts, bad_test = answer_all(job, config, lambda index: read_labelled(test, index), answers)
     counts_NJ = torch.tensor(counts)
     found = score(counts_NJ, config.seed)
-    iou_K = found.iou_K.tolist()
     return Result(
         metrics={
-            "miou": _percent(found.miou, found.miou_interval),
-            "pixel_accuracy": _percent(found.accuracy, found.accuracy_interval),
+            "miou": per_cent(found.miou, found.miou_interval),
+            "pixel_accuracy": per_cent(found.accuracy, found.accuracy_interval),
         },
         protocol=protocol(config),
         labels="pixels",
@@ -96,12 +94,9 @@ def evaluate(job: Job, config: SegmentationConfig) -> Result:
         interval=f"bootstrap over test images, {RESAMPLES} resamples",
         seeds=(config.seed,),
         details={
-            "iou": {
-                name: None if iou != iou else 100 * iou
-                for name, iou in zip(train.categories, iou_K, strict=True)
-            },
+            "iou": found.by_class(train.categories),
             "mean_over": "classes that occur in the labels or the predictions",
-            "classes_that_occur": sum(iou == iou for iou in iou_K),
+            "classes_that_occur": int(found.iou_K.isfinite().sum()),
             "bad_images": {"train": bad, "test": bad_test},
         },
         **lacking("class", train=(train, bad), test=(test, bad_test)),
@@ -148,10 +143,7 @@ def predict(
     normal_CHW = model.backbone.normalized(resized_1CHW)[0]
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits_KHW = sliding_logits(model, normal_CHW, config.crop, config.stride)
-    logits_1KHW = F.interpolate(
-        logits_KHW[None], (height, width), mode="bilinear", align_corners=False
-    )
-    return logits_1KHW[0].argmax(0).cpu() + 1
+    return resized(logits_KHW[None], (height, width))[0].argmax(0).cpu() + 1
 
 
 def protocol(config: SegmentationConfig) -> dict[str, object]:
@@ -167,8 +159,3 @@ def protocol(config: SegmentationConfig) -> dict[str, object]:
         "batch_norm": f"over {config.batch_size // config.accumulate} images",
         "metric": "mIoU over the classes that occur, label 0 ignored",
     }
-
-
-def _percent(value: float, interval: tuple[float, float]) -> Metric:
-    low, high = interval
-    return Metric(100 * value, 100 * low, 100 * high)
