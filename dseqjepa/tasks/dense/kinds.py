@@ -7,7 +7,7 @@ Q pixels, J counts of an image, R resamples, h and w rows and columns of patches
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,40 +24,6 @@ Grid = tuple[int, int]
 """Rows and columns of patches."""
 
 
-@runtime_checkable
-class Kind(Protocol):
-    """A target defined for every pixel."""
-
-    name: ClassVar[str]
-
-    @property
-    def width(self) -> int:
-        """C."""
-        ...
-
-    def read(self, source: Source, index: int) -> Tensor:
-        """The truth (H, W) of an image, at its own size; raises `BadImage`."""
-        ...
-
-    def target(self, truth_HW: Tensor, grid: Grid) -> Float[Tensor, "P C"]:
-        """The target of each patch; NaN if unknown."""
-        ...
-
-    def shown(self, said_CHW: Tensor) -> Tensor:
-        """A prediction (H, W) in the form of the truth."""
-        ...
-
-    def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Tensor:
-        """Counts for one image, which can be summed over images."""
-        ...
-
-    def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
-        """Metrics over all pixels of all images; intervals over resampled images."""
-        ...
-
-    def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class Classes:
     """The class of every pixel, 1, 2, ...; 0 is not scored."""
@@ -67,28 +33,33 @@ class Classes:
 
     @property
     def width(self) -> int:
+        """C."""
         return len(self.categories)
 
     def read(self, source: Source, index: int) -> Tensor:
+        """The truth (H, W) of an image, at its own size; raises `BadImage`."""
         assert isinstance(source, Segmentations)
         return source.label_map(index)
 
     def target(self, truth_HW: Int64[Tensor, "H W"], grid: Grid) -> Float[Tensor, "P C"]:
-        """The share of each class among a patch's labelled pixels."""
+        """The share of each class among a patch's labelled pixels; NaN if none is."""
         label_PQ = by_patch(truth_HW, grid)
         patches, cells = len(label_PQ), self.width + 1
         cell_PQ = label_PQ + cells * torch.arange(patches)[:, None]
         count_PC = cell_PQ.flatten().bincount(minlength=patches * cells).view(patches, cells)
         count_PC = count_PC[:, 1:].float()
-        return count_PC / count_PC.sum(dim=1, keepdim=True)  # 0 / 0 where none is labelled
+        return count_PC / count_PC.sum(dim=1, keepdim=True)
 
     def shown(self, said_CHW: Tensor) -> Tensor:
+        """A prediction (H, W) in the form of the truth."""
         return said_CHW.argmax(dim=0) + 1
 
-    def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Tensor:
+    def judge(self, said_CHW: Tensor, truth_HW: Tensor) -> Int64[Tensor, "_ C"]:
+        """The counts of each class in one image, which can be summed over images."""
         return counts_of(confusion(self.shown(said_CHW), truth_HW, self.width))
 
     def metrics(self, counts_NJ: Tensor, seed: int) -> dict[str, Metric]:
+        """Metrics over all pixels of all images; intervals over resampled images."""
         found = score(counts_NJ, seed)
         return {"miou": per_cent(found.miou, found.miou_interval)}
 
@@ -113,7 +84,7 @@ class LogDepth:
         return source.depth_map(index)
 
     def target(self, truth_HW: Float[Tensor, "H W"], grid: Grid) -> Float[Tensor, "P 1"]:
-        """The mean over a patch's pixels."""
+        """The mean over a patch's pixels of known depth; NaN if there are none."""
         log_PQ = by_patch(truth_HW, grid).log()
         return log_PQ.where(log_PQ.isfinite(), torch.nan).nanmean(dim=1, keepdim=True)
 
@@ -142,6 +113,10 @@ class LogDepth:
 
     def details(self, counts_NJ: Tensor, seed: int) -> dict[str, Any]:
         return {"pixels": int(counts_NJ[:, 2].sum())}
+
+
+Kind = Classes | LogDepth
+"""A target that is defined for every pixel."""
 
 
 def by_patch(map_HW: Tensor, grid: Grid) -> Tensor:
