@@ -316,16 +316,14 @@ def show(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     ]
     encoders = list(dict.fromkeys(str(r["encoder"]) for r in rows))
     cells = [[_cell(rows, encoder, *pair) for pair in metrics] for encoder in encoders]
-    if len(metrics) <= MANY:
-        for heading in map(_cell_of, ("features of", *names)):
-            table.add_column(heading, justify="right" if table.columns else "left")
-        for encoder, line in zip(encoders, cells, strict=True):
-            table.add_row(_cell_of(encoder), *line)
-    else:
-        for heading in map(_cell_of, ("", *encoders)):
-            table.add_column(heading, justify="right" if table.columns else "left")
-        for name, across in zip(names, zip(*cells, strict=True), strict=True):
-            table.add_row(_cell_of(name), *across)
+    corner, headings, starts = "features of", names, encoders
+    if len(metrics) > MANY:
+        corner, headings, starts = "", encoders, names
+        cells = [list(column) for column in zip(*cells, strict=True)]
+    for heading in (corner, *headings):
+        table.add_column(_cell_of(heading), justify="right" if table.columns else "left")
+    for start, line in zip(starts, cells, strict=True):
+        table.add_row(_cell_of(start), *line)
     return table
 
 
