@@ -6,11 +6,12 @@ block, K neighbours, C classes, D width of a feature.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dseqjepa.data.images import Subset, notes_of
@@ -18,7 +19,7 @@ from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError
 from dseqjepa.tasks.config import KnnConfig
 from dseqjepa.tasks.features import Encoder, Rows, as_rows, extract, lacking, pooling_of
-from dseqjepa.tasks.results import Result, accuracy_metric, classified
+from dseqjepa.tasks.results import Result, classified
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import drawn
 from dseqjepa.tasks.store import splits_of
@@ -159,12 +160,6 @@ def probe(
     return 100 * (pred_M == label_M).double().mean().item()
 
 
-def _correct(
-    found: Neighbours, label_N: Tensor, classes: int, k: int, temperature: float
-) -> Bool[Tensor, " N"]:
-    return found.vote(classes, k, temperature).cpu() == label_N
-
-
 def evaluate(job: Job, config: KnnConfig) -> Result:
     """kNN accuracy of a backbone.
 
@@ -194,8 +189,8 @@ def evaluate(job: Job, config: KnnConfig) -> Result:
         grid = sweep(rows_M, label_M, len(names), config, job.device)
         best = max(grid, key=lambda entry: entry["train_accuracy"])  # the first of equals
         details |= {"sweep": grid, "chosen": best}
-        chosen = best["k"], best["temperature"]
-        correct["swept"] = _correct(near, label_N, len(names), *chosen)
+        swept_N = near.vote(len(names), best["k"], best["temperature"]).cpu()
+        correct["swept"] = swept_N == label_N
     protocol: dict[str, Any] = {"features": config.features, "k": k, "temperature": temperature}
     protocol |= {"center": config.center} if config.center != "none" else {}
     return found.result(
@@ -222,17 +217,12 @@ def sweep(
     found = neighbours(
         train, label_M, train.only(query_N), k=max(config.ks), self_N=query_N, device=device
     )
-    return [
-        {
-            "k": k,
-            "temperature": temperature,
-            "train_accuracy": accuracy_metric(
-                _correct(found, label_M[query_N], classes, k, temperature)
-            ).value,
-        }
-        for k in config.ks
-        for temperature in config.temperatures
-    ]
+    grid = []
+    for k, temperature in product(config.ks, config.temperatures):
+        correct_N = found.vote(classes, k, temperature).cpu() == label_M[query_N]
+        accuracy = 100 * correct_N.double().mean().item()
+        grid.append({"k": k, "temperature": temperature, "train_accuracy": accuracy})
+    return grid
 
 
 def class_names(source: Source, task: str) -> tuple[str, ...]:
