@@ -121,8 +121,8 @@ def seed_box(
     label = int(label_HW.reshape(-1)[int(map_P.argmax())])
     if label == 0:
         return None
-    rows, columns = np.nonzero(label_HW == label)
-    corners = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
+    rows, columns = ndimage.find_objects(label_HW)[label - 1]
+    corners = (rows.start, columns.start, rows.stop, columns.stop)
     return torch.tensor(corners, dtype=torch.float32)
 
 
