@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pad_image
 
 from dseqjepa.data.source import BadImage, Segmentations
 from dseqjepa.data.transforms import resize
@@ -104,11 +105,6 @@ def padded(
 ) -> tuple[Tensor, Tensor]:
     """Padded at the right and bottom to at least `size`, with a colour and label 0."""
     height, width = label_HW.shape
-    if height >= size and width >= size:
-        return image_CHW.contiguous(), label_HW.contiguous()
-    high, wide = max(height, size), max(width, size)
-    image = image_CHW.new_tensor(fill)[:, None, None].expand(3, high, wide).clone()
-    image[:, :height, :width] = image_CHW
-    label = label_HW.new_zeros(high, wide)
-    label[:height, :width] = label_HW
-    return image, label
+    edges = [0, 0, max(size - width, 0), max(size - height, 0)]  # left, top, right, bottom
+    image_CHW = pad_image(image_CHW, edges, fill=list(fill))
+    return image_CHW.contiguous(), pad_image(label_HW[None], edges)[0].contiguous()
