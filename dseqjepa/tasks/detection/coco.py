@@ -64,7 +64,7 @@ def average_precision(
         found = [part[name] for part in again if name in part]
         low, high = np.quantile(found, [0.025, 0.975])
         intervals[name] = (float(low), float(high))
-    return Precision(values, intervals, by_category, evaluator.library)
+    return Precision(values, intervals, by_category, evaluator.api.name)
 
 
 class _Evaluator:
@@ -77,7 +77,7 @@ class _Evaluator:
         image_ids: Sequence[int],
         kind: Kind,
     ) -> None:
-        self.library, api = _library()
+        self.api = api = _library()
         with contextlib.redirect_stdout(io.StringIO()):
             truth = api.COCO(str(annotations))
             # A result's area is that of its mask only if it has no box.
@@ -89,8 +89,7 @@ class _Evaluator:
             self.coco.evaluate()
         self.images = len(image_ids)
         self.matches = list(getattr(self.coco, api.matches))
-        self._matches_name = api.matches
-        self.categories = {number: truth.cats[number]["name"] for number in self.coco.params.catIds}
+        self.categories = [truth.cats[number]["name"] for number in self.coco.params.catIds]
 
     def accumulated(self, drawn_N: np.ndarray | None = None) -> dict[str, float]:
         """The numbers over all images, or over drawn ones, possibly repeated."""
@@ -100,7 +99,7 @@ class _Evaluator:
             blocks = range(0, len(self.matches), self.images)
             drawn = drawn_N.tolist()
             chosen = [self.matches[first + at] for first in blocks for at in drawn]
-            setattr(coco, self._matches_name, chosen)
+            setattr(coco, self.api.matches, chosen)
             coco.params.imgIds = coco._paramsEval.imgIds = list(range(len(drawn)))
         with contextlib.redirect_stdout(io.StringIO()):
             coco.accumulate()
@@ -113,31 +112,32 @@ class _Evaluator:
             precision[three_quarters, :, :, 0, -1],
             *(precision[:, :, :, area, -1] for area in (1, 2, 3)),
         ]
-        return {
-            name: float(part[part > -1].mean())
-            for name, part in zip(AP_ENDINGS, parts, strict=True)
-            if (part > -1).any()
-        }
+        means = zip(AP_ENDINGS, map(_mean, parts), strict=True)
+        return {name: mean for name, mean in means if mean is not None}
 
     def by_category(self) -> dict[str, float | None]:
         """AP of each category; None if it has no objects."""
         precision = self.coco.eval["precision"][:, :, :, 0, -1]
-        found: dict[str, float | None] = {}
-        for place, name in enumerate(self.categories.values()):
-            part = precision[:, :, place]
-            found[name] = float(part[part > -1].mean()) if (part > -1).any() else None
-        return found
+        return {name: _mean(precision[:, :, place]) for place, name in enumerate(self.categories)}
+
+
+def _mean(part: np.ndarray) -> float | None:
+    """Of precisions; -1 stands for categories without objects, None for having only those."""
+    known = part[part > -1]
+    return float(known.mean()) if len(known) else None
 
 
 @dataclass(frozen=True)
 class _Api:
+    name: str
+    """Of the library, as results state it."""
     COCO: Any
     evaluator: Any
     matches: str
     """The attribute in which the evaluator keeps its matches."""
 
 
-def _library() -> tuple[str, _Api]:
+def _library() -> _Api:
     try:
         import faster_coco_eval
         from faster_coco_eval import COCO, COCOeval_faster
@@ -146,7 +146,7 @@ def _library() -> tuple[str, _Api]:
             return COCOeval_faster(truth, found, kind, separate_eval=True)
 
         name = f"faster-coco-eval {faster_coco_eval.__version__}"
-        return name, _Api(COCO, fast, "_evalImgs_cpp")
+        return _Api(name, COCO, fast, "_evalImgs_cpp")
     except ImportError:  # no wheel for this machine
         pass
     try:
@@ -157,7 +157,7 @@ def _library() -> tuple[str, _Api]:
             "detection needs faster-coco-eval (pip install 'dseqjepa[detection]'), or pycocotools "
             "if that has no wheel"
         ) from None
-    return "pycocotools", _Api(COCO, COCOeval, "evalImgs")
+    return _Api("pycocotools", COCO, COCOeval, "evalImgs")
 
 
 def _nothing(api: _Api, truth: Any) -> Any:
