@@ -470,7 +470,6 @@ class ClevrConfig(FrozenConfig):
     """`dseqjepa evaluate clevr`: the number of objects, and the distance of the nearest."""
 
     title = "Clevr accuracy"
-    quick: ClassVar[Mapping[str, Any]] = {}
 
     task: str = "count+distance"
     """Which kinds of labels to use, joined by +."""

@@ -75,8 +75,9 @@ class Store:
     advice: Advice = CACHE
 
     def _stem(self, piece: str) -> str:
-        is_reduced = self.basis is not None and piece.startswith("patches")
-        return f"{piece}-{self.basis.digest()[:16]}" if is_reduced else piece  # type: ignore[union-attr]
+        if self.basis is None or not piece.startswith("patches"):
+            return piece
+        return f"{piece}-{self.basis.digest()[:16]}"
 
     def rows(self, piece: str, width: int, *, create: bool = False) -> np.memmap:
         """All rows of a piece, on disk."""
