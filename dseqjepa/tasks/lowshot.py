@@ -22,14 +22,7 @@ from dseqjepa.tasks.config import LowshotConfig
 from dseqjepa.tasks.features import lacking, pooling_of
 from dseqjepa.tasks.knn import same_classes
 from dseqjepa.tasks.linear import all_pieces, choose, features_for
-from dseqjepa.tasks.results import (
-    MAJORITY,
-    Classified,
-    Metric,
-    Result,
-    classified,
-    mean_metric,
-)
+from dseqjepa.tasks.results import MAJORITY, Classified, Metric, Result, classified, mean_metric
 from dseqjepa.tasks.run import Job
 from dseqjepa.tasks.sample import balanced, list_name, listed
 from dseqjepa.tasks.saved import SavedHead
@@ -46,7 +39,8 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
     task = config.task
     names = same_classes(job.train, job.test, task)
     samples, how = _samples(job, config)
-    pieces = all_pieces(features_for(config.sweep, job.backbone), job.backbone)
+    features = features_for(config.sweep, job.backbone)
+    pieces = all_pieces(features, job.backbone)
     # Only images labelled in one of the draws are encoded.
     union = torch.cat(list(samples.values())).unique()
     labelled = Subset(job.train, union.numpy())
@@ -84,12 +78,11 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
                 "chosen": vars(chosen.setting),
             }
         )
-    several = len(draws) > 1
+    over_draws = f"Student's t over {len(draws)} draws"
     # Accuracy per class and confusion, over all draws together.
     whole = classified(
         torch.cat(predicted), label_N.repeat(len(draws)), train.labels[task], names, task
     )
-    seeds = () if config.names != "none" else tuple(samples)
     return Result(
         metrics=_over([each.metrics for each in found]),
         protocol={
@@ -99,15 +92,13 @@ def evaluate(job: Job, config: LowshotConfig) -> Result:
         }
         | config.sweep.model_dump(mode="json"),
         labels=task,
-        layers="+".join(features_for(config.sweep, job.backbone)),
+        layers="+".join(features),
         pooling=pooling_of(pieces),
         n_train=draws[0]["labelled"],
         n_test=len(label_N),
         correct={"accuracy": torch.stack([each.correct_N for each in found])},
-        interval=f"Student's t over {len(draws)} draws"
-        if several
-        else "bootstrap over test images",
-        seeds=seeds,
+        interval=over_draws if len(draws) > 1 else "bootstrap over test images",
+        seeds=() if config.names != "none" else tuple(samples),
         details={"labelled": how, "draws": draws, **whole.details},
         floors={MAJORITY: _over([each.floors[MAJORITY] for each in found])},
         head=heads[0],
