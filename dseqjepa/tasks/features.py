@@ -361,45 +361,36 @@ def extract(
     Raises:
         InputError: no image of the source can be decoded.
     """
-    chunks = chunks_of(len(source))
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
-    encodings = encode(
-        encoder,
-        source,
-        image_size,
-        pieces,
-        chunks[rank::world],
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        bf16=bf16,
-        basis=basis,
+    ranks = ranks or Ranks.by_itself()
+    own = list(
+        encode(
+            encoder,
+            source,
+            image_size,
+            pieces,
+            chunks_of(len(source))[ranks.rank :: ranks.world],
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            bf16=bf16,
+            basis=basis,
+        )
     )
+    said: list[Any] = ranks.share([(part.first, part.kept, part.bad) for part in own])
+    readable = [part.pieces for part in own if part.kept]
+    values = {piece: torch.cat([each[piece] for each in readable]) for piece in pieces if readable}
+    del own, readable  # now copied: they may be most of the memory
     found: dict[str, Tensor] = {}
-    parts = sorted(_of_all_ranks(list(encodings), ranks), key=lambda e: e.first)
-    for part in parts:
-        for piece, value_BD in part.pieces.items():
+    for entries, tensors in zip(said, ranks.share_tensors(values), strict=True):
+        theirs = [index for _, kept, _ in entries for index in kept]
+        for piece, value_BD in tensors.items():
             if piece not in found:
                 found[piece] = torch.empty(len(source), value_BD.shape[1])
-            found[piece][part.kept] = value_BD
-    kept = [index for part in parts for index in part.kept]
-    return assembled(source, found, kept, tuple(bad for part in parts for bad in part.bad))
-
-
-def _of_all_ranks(own: list[Encoding], ranks: Ranks | None) -> list[Encoding]:
-    if ranks is None or ranks.world == 1:
-        return own
-    said: list[Any] = ranks.share([[e.first, e.stop, e.kept, e.bad] for e in own])
-    held = ranks.share_tensors(
-        {f"{n} {piece}": x for n, e in enumerate(own) for piece, x in e.pieces.items()}
-    )
-    found = []
-    for entries, tensors in zip(said, held, strict=True):
-        for n, (first, stop, kept, bad) in enumerate(entries):
-            mine = f"{n} "
-            pieces = {k.removeprefix(mine): x for k, x in tensors.items() if k.startswith(mine)}
-            found.append(Encoding(first, stop, kept, pieces, tuple(map(tuple, bad))))
-    return found
+            found[piece][theirs] = value_BD
+    parts = sorted(part for entries in said for part in entries)
+    kept = [index for _, each, _ in parts for index in each]
+    bad = tuple((name, reason) for _, _, each in parts for name, reason in each)
+    return assembled(source, found, kept, bad)
 
 
 def assembled(
