@@ -20,11 +20,11 @@ def draw_again(images: int, seed: int, resamples: int) -> Int64[Tensor, "R N"]:
     return torch.randint(images, (resamples, images), generator=generator)
 
 
-def resample_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Float64[Tensor, "R N"]:
+def resample_weights(images: int, seed: int) -> Float64[Tensor, "R N"]:
     """How often each image is drawn in each resample, so that a metric over weighted images can be
     computed for all resamples at once."""
-    drawn_RN = draw_again(images, seed, resamples)
-    weight_RN = torch.zeros(resamples, images, dtype=torch.float64)
+    drawn_RN = draw_again(images, seed, RESAMPLES)
+    weight_RN = torch.zeros(RESAMPLES, images, dtype=torch.float64)
     return weight_RN.scatter_add_(1, drawn_RN, torch.ones_like(drawn_RN, dtype=torch.float64))
 
 

@@ -178,12 +178,11 @@ def calibration_error(
     confidence_N: Float64[Tensor, " N"],
     right_N: Float64[Tensor, " N"],
     weight_RN: Float64[Tensor, "R N"],
-    bins: int = BINS,
 ) -> Float64[Tensor, " R"]:
-    """Expected calibration error (Naeini et al., 2015) with equal-width bins, for each weighting
-    of the images: the mean distance between a bin's confidence and its accuracy."""
-    bin_N = (confidence_N * bins).long().clamp(0, bins - 1)
-    gap_NK = F.one_hot(bin_N, bins).double() * (confidence_N - right_N)[:, None]
+    """Expected calibration error (Naeini et al., 2015) with `BINS` equal-width bins, for each
+    weighting of the images: the mean distance between a bin's confidence and its accuracy."""
+    bin_N = (confidence_N * BINS).long().clamp(0, BINS - 1)
+    gap_NK = F.one_hot(bin_N, BINS).double() * (confidence_N - right_N)[:, None]
     return (weight_RN @ gap_NK).abs().sum(1) / weight_RN.sum(1)
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int64, Num
 from torch import Tensor
 
-from dseqjepa.tasks.bootstrap import RESAMPLES, interval, resample_weights
+from dseqjepa.tasks.bootstrap import interval, resample_weights
 
 
 def confusion(
@@ -50,13 +50,13 @@ class Scores:
         return {name: None if math.isnan(iou) else 100 * iou for name, iou in pairs}
 
 
-def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMPLES) -> Scores:
+def score(counts_NJK: Int64[Tensor, "N J K"], seed: int) -> Scores:
     """IoU of each class over all pixels of all images, and its mean over the classes that occur in
     the truth or the prediction of some labelled pixel.
 
     Intervals resample images with replacement and sum their counts.
     """
-    flat_RX = resampled(counts_NJK.flatten(1), seed, resamples)
+    flat_RX = resampled(counts_NJK.flatten(1), seed)
     counts_RJK = flat_RX.unflatten(1, counts_NJK.shape[1:])
     mious_R, accuracies_R = _means(counts_RJK)
     whole_1JK = counts_NJK.sum(0, keepdim=True).double()
@@ -65,12 +65,10 @@ def score(counts_NJK: Int64[Tensor, "N J K"], seed: int, resamples: int = RESAMP
     return Scores(miou, interval(mious_R), accuracy, interval(accuracies_R), ious_1K[0])
 
 
-def resampled(
-    counts_NX: Num[Tensor, "N X"], seed: int, resamples: int = RESAMPLES
-) -> Float64[Tensor, "R X"]:
+def resampled(counts_NX: Num[Tensor, "N X"], seed: int) -> Float64[Tensor, "R X"]:
     """Sums over resampled images, drawn with replacement; a function of the seed."""
     # Integers below 2**53 are exact in float64.
-    return resample_weights(len(counts_NX), seed, resamples) @ counts_NX.double()
+    return resample_weights(len(counts_NX), seed) @ counts_NX.double()
 
 
 def _ious(counts_RJK: Tensor) -> Tensor:
