@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import get_all_start_methods
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -116,7 +117,7 @@ class Samples(Generic[Sample]):
                     who = torch.tensor([index + further * len(self)])
                     key = int(sample_keys(self.seed, epoch, who))
                 try:
-                    samples.append(patiently(lambda i=index, k=key: self.read(i, k)))  # type: ignore[misc]
+                    samples.append(patiently(partial(self.read, index, key)))
                 except BadImage as reason:
                     bad[self.source.name(index)] = str(reason)
                 else:
@@ -210,7 +211,7 @@ def in_order(
 
     def sample_of(index: int) -> tuple[Sample | None, str]:
         try:
-            return patiently(lambda: read(index)), ""
+            return patiently(partial(read, index)), ""
         except BadImage as reason:
             return None, str(reason)
 

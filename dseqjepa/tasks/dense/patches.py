@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -57,7 +58,7 @@ class PatchRows:
         """The truth (H, W) of each image, resized to the size of the backbone's images."""
         for number, index in enumerate(self.place_M.tolist()):
             try:
-                truth_HW = patiently(lambda i=index: kind.read(self.source, i))  # type: ignore[misc]
+                truth_HW = patiently(partial(kind.read, self.source, index))
             except BadImage as reason:
                 self.bad[self.source.name(index)] = str(reason)
             else:
