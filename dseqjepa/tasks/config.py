@@ -382,7 +382,7 @@ class AttentiveConfig(FrozenConfig):
     """Share of training images held out to select a head."""
 
     def steps_of(self, images: int) -> int:
-        """Number of epochs for this many training images."""
+        """Number of steps for this many training images."""
         auto = min(max(round(200_000 / images), 20), 100)
         epochs = auto if self.epochs == "auto" else self.epochs
         return max(1, round(epochs * images / self.batch_size))
