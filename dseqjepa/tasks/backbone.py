@@ -427,6 +427,7 @@ def open_backbone(
             it must be trained but cannot.
     """
     kind, colon, name = spec.partition(":")
+    path = Path(spec).expanduser()
     if pretrained and kind != "timm":
         raise InputError(f"pretrained=true is only for timm:NAME, found {spec}")
     backbone: Backbone
@@ -447,15 +448,14 @@ def open_backbone(
         config = load_config(name, [f"runtime.seed={seed}"])
         backbone = own_backbone(untrained_encoder(config), config, image_size)
         _label(backbone, f"untrained {name}", "random", spec)
-    elif Path(spec).expanduser().is_file() or _is_folder(spec):
-        file = Path(spec).expanduser()
-        encoder, config = read_encoder(file, ImportConfig(), weights)
+    elif path.is_file() or _is_folder(spec):
+        encoder, config = read_encoder(path, ImportConfig(), weights)
         backbone = own_backbone(encoder, config, image_size)
-        _label(backbone, file.name, weights, str(file))
+        _label(backbone, path.name, weights, str(path))
         backbone.config = None  # derived from shapes, it says nothing about pre-training
-    elif Path(spec).expanduser().exists():
+    elif path.exists():
         checkpoint, encoder = read_checkpoint(
-            Path(spec).expanduser(), lambda found: (found, encoder_of(found, weights))
+            path, lambda found: (found, encoder_of(found, weights))
         )
         config = checkpoint.config
         backbone = own_backbone(encoder, config, image_size)

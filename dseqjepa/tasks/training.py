@@ -451,15 +451,10 @@ class _Fitting:
         self, ahead: Iterator[tuple[Any, dict[str, str]]]
     ) -> tuple[Losses, Tensor | None]:
         """One step; returns this rank's share of the loss terms, and the global gradient norm."""
-        recipe, optimizer, ranks, each = (
-            self.recipe,
-            self.optimizer,
-            self.ranks,
-            self.place.accumulate,
-        )
-        for group in optimizer.param_groups:
+        recipe, ranks, each = self.recipe, self.ranks, self.place.accumulate
+        for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr_at(self.step) * group.get("scale", 1.0)
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         share = 1 / self.parts_per_step
         sums: Losses = {}
         for number in range(ranks.rank * each, (ranks.rank + 1) * each):
@@ -471,11 +466,11 @@ class _Fitting:
             for name, value in terms.items():
                 sums[name] = share * value.detach() + sums.get(name, torch.zeros_like(value))
         if ranks.world > 1:
-            for group in optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 _sum_gradients(group["params"], ranks)
         clip = recipe.clip
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip) if clip else None
-        optimizer.step()
+        self.optimizer.step()
         self.step += 1
         return sums, norm
 
