@@ -287,13 +287,11 @@ def splits_of(
     train = job.train if train is None else train
     basis = None
     if any(piece.startswith("patches") for piece in pieces):
-        how = reading(job, config)
-        ranks: Ranks = how.pop("ranks")
-        backbone = job.backbone
+        backbone, how = job.backbone, reading(job, config)
+        del how["ranks"]  # each reads all images
+        own = patch_basis(backbone, train, backbone.image_size, backbone.shape()[1], **how)
         # All ranks use rank 0's: on some devices another's would differ in the last bits.
-        basis, *_ = ranks.share(
-            patch_basis(backbone, train, backbone.image_size, backbone.shape()[1], **how)
-        )
+        basis = PatchBasis(**job.ranks.share_tensors(vars(own))[0])
     return (
         features_of(job, config, "train", train, pieces, basis),
         features_of(job, config, "test", job.test, pieces, basis),

@@ -147,6 +147,26 @@ def test_two_ranks_have_one_probe_and_count_every_test_image_once(tmp_path: Path
     assert first[2] == 40
 
 
+def sweep_on_ranks(out: Path) -> None:
+    """In a child."""
+    ranks = join_ranks()
+    settings = ("protocol=sweep", "sweep.features=[last, patches]", "sweep.epochs=3")
+    job = make_job(Seer("noise"), Cards(70), Cards(40, seed=1), out, ranks)
+    result = evaluate(job, config_of(*settings))
+    found = result.metrics, result.details["sweep"], result.n_test
+    torch.save(found, out / f"{ranks.world}-{ranks.rank}.pt")
+    ranks.close()
+
+
+def test_two_ranks_sweep_over_all_patches_as_one_does(tmp_path: Path) -> None:
+    for world in (1, 2):
+        run_ranks(world, sweep_on_ranks, tmp_path, log=tmp_path / f"log-{world}")
+    one, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1-0", "2-0", "2-1")
+    )
+    assert one == first == second
+
+
 def test_a_sweep_tries_what_the_backbone_has() -> None:
     sweep = SweepConfig()
     assert features_for(sweep, Seer("noise")) == ["last", "last2", "last4", "moments", "patches"]
