@@ -238,7 +238,7 @@ class Chosen:
 
     @property
     def group(self) -> str:
-        """Index of the best head's group."""
+        """The group of the best head."""
         return next(group for group, best in self.by_group.items() if best == self.setting)
 
 
