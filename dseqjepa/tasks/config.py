@@ -14,6 +14,11 @@ from pydantic import Field, model_validator
 from dseqjepa.config import Fraction, Range, Section, Size, check_pixel_range
 
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+"""Some of a whole, neither nothing nor all of it."""
+Factor = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
 AP_ENDINGS = ("", "_50", "_75", "_small", "_medium", "_large")
@@ -94,11 +99,11 @@ class TrainedConfig(TaskConfig):
     """Micro-batches into which each rank splits its share of the batch, to save memory."""
     lr: Positive = 1e-4
     """Learning rate of AdamW after warm-up."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: NotNegative = 0.05
     """Weight decay, applied to weight matrices only."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Factor = 1.0
     """Factor on the learning rate from each block to the one below it."""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: Rate = 0.1
     """Drop path rate of the last block, rising linearly from 0 at the first."""
     clip: Literal["none"] | Positive = "none"
     """Maximum gradient norm."""
@@ -125,27 +130,27 @@ class FinetuneConfig(TrainedConfig):
     """Which kind of labels to use."""
     epochs: Literal["auto"] | Count = "auto"
     """Epochs of training; `auto`: 100, 50 and 50."""
-    warmup_epochs: float = Field(5, ge=0)
+    warmup_epochs: NotNegative = 5
     """Epochs of linear warm-up."""
     batch_size: int = Field(1024, ge=2)
     """Global batch size: images per step over all ranks."""
     lr: Literal["auto"] | Positive = "auto"  # type: ignore[assignment]
     """Learning rate; `auto`: 5e-4, 1e-3 and 1e-3 per 256 images, scaled with `batch_size`."""
-    final_lr: float = Field(1e-6, ge=0)
+    final_lr: NotNegative = 1e-6
     """Learning rate at the last step."""
-    layer_decay: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"  # type: ignore[assignment]
+    layer_decay: Literal["auto"] | Factor = "auto"  # type: ignore[assignment]
     """Factor on the learning rate from each block to the one below it; `auto`: 0.65, 0.75 and
     0.75."""
-    drop_path: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"  # type: ignore[assignment]
+    drop_path: Literal["auto"] | Rate = "auto"  # type: ignore[assignment]
     """Drop path rate of the last block; `auto`: 0.1, 0.2 and 0.3."""
     pooling: Literal["mean", "cls"] = "mean"
     """Input of the classifier: the mean over patches, or [CLS]."""
-    mixup: float = Field(0.8, ge=0)
+    mixup: NotNegative = 0.8
     """Alpha of mixup's beta distribution; 0: off. Each batch uses either mixup or CutMix, at
     random."""
-    cutmix: float = Field(1.0, ge=0)
+    cutmix: NotNegative = 1.0
     """Alpha of CutMix's beta distribution; 0: off."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    label_smoothing: Rate = 0.1
     """Label smoothing: share of each label spread over all classes."""
     rand_augment: int = Field(9, ge=0, le=10)
     """Magnitude, out of 10, of RandAugment's two operations; 0: off."""
@@ -168,9 +173,9 @@ class DetectionConfig(TrainedConfig):
 
     epochs: Count = 25
     """Epochs of training."""
-    warmup_epochs: float = Field(1, ge=0)
+    warmup_epochs: NotNegative = 1
     """Epochs of linear warm-up."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: NotNegative = 0.1
     """Weight decay, applied to weight matrices only."""
     longest_side: Count = 1024
     """Longest side of the resized images in pixels; they are then padded to multiples of 32."""
@@ -289,13 +294,13 @@ class SweepConfig(Section):
     are skipped if there is none."""
     lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
     """Learning rates; a head is trained for each combination with a weight decay."""
-    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    weight_decays: tuple[NotNegative, ...] = (0.0, 1e-3)
     """Weight decays; a head is trained for each combination with a learning rate."""
     epochs: Literal["auto"] | Count = "auto"
     """Epochs; `auto`: enough to show 400,000 images, from 10 to 300."""
     batch_size: Count = 256
     """Images per step."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    holdout: Part = 0.1
     """Share of training images held out to select a head."""
 
     def epochs_of(self, images: int) -> int:
@@ -322,7 +327,7 @@ class LinearConfig(FrozenConfig):
     """Learning rate of SGD in `protocol=paper`."""
     milestones: tuple[int, ...] = (8, 16, 24)
     """Epochs after which the learning rate is divided by ten."""
-    weight_decay: float = Field(5e-4, ge=0)
+    weight_decay: NotNegative = 5e-4
     """Weight decay in `protocol=paper`."""
     momentum: Fraction = 0.9
     """Nesterov momentum in `protocol=paper`."""
@@ -376,9 +381,9 @@ class AttentiveConfig(FrozenConfig):
     """Global batch size, over all ranks."""
     lrs: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates; a head is trained for each combination with a weight decay, all at once."""
-    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.01, 0.1)
+    weight_decays: tuple[NotNegative, ...] = (0.01, 0.1)
     """Weight decays; a head is trained for each combination with a learning rate."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    holdout: Part = 0.1
     """Share of training images held out to select a head."""
 
     def steps_of(self, images: int) -> int:
@@ -408,7 +413,7 @@ class DenseConfig(FrozenConfig):
     """Maximum number of training images."""
     lrs: tuple[Positive, ...] = (1e-2, 3e-2, 0.1)
     """Learning rates of the linear classifier."""
-    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3)
+    weight_decays: tuple[NotNegative, ...] = (0.0, 1e-3)
     """Weight decays of the linear classifier."""
     batch_size: Count = 1024
     """Batch size in patches."""
@@ -416,7 +421,7 @@ class DenseConfig(FrozenConfig):
     """Patches shown to each linear classifier during training."""
     ridges: tuple[Positive, ...] = (1e-4, 1e-2, 1.0)
     """Ridge penalties of the depth regression, as a share of a feature's variance."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    holdout: Part = 0.1
     """Share of training images held out to select a classifier."""
     bank: Count = 100_000
     """Maximum number of training patches searched for neighbours."""
@@ -444,9 +449,9 @@ class LowshotSweepConfig(SweepConfig):
 
     features: tuple[str, ...] = ("last4",)
     """Features to try, as in `knn`."""
-    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 1e-3, 1e-2, 0.1)
+    weight_decays: tuple[NotNegative, ...] = (0.0, 1e-3, 1e-2, 0.1)
     """Weight decays; a head is trained for each combination with a learning rate."""
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    holdout: Part = 0.2
     """Share of labelled images held out to select a head."""
 
 
@@ -456,7 +461,7 @@ class LowshotConfig(FrozenConfig):
     title = "low-shot accuracy"
     quick: ClassVar[Mapping[str, Any]] = {"draws": 3}
 
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.01
+    fraction: Factor = 0.01
     """Share of each class that is labelled, at least one image."""
     names: str = "none"
     """File with the names of the labelled images, one per line, such as SimCLR's 1percent.txt."""
@@ -488,7 +493,7 @@ class ClevrConfig(FrozenConfig):
     """Images per step."""
     lr: Positive = 1e-3
     """Learning rate of AdamW."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: NotNegative = 0.05
     """Weight decay."""
 
     @property
