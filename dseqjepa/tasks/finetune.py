@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Sizes:
 
     epochs: int
     lr: float
-    """Learning rate per 256 images."""
+    """Learning rate; from `of`, per 256 images."""
     layer_decay: float
     drop_path: float
 
@@ -47,6 +47,12 @@ class Sizes:
         if depth <= 12:
             return Sizes(100, 5e-4, 0.65, 0.1)
         return Sizes(50, 1e-3, 0.75, 0.2 if depth <= 24 else 0.3)
+
+    def under(self, config: FinetuneConfig) -> Sizes:
+        """With the config's values where they are not `auto`, and the rate for its batch size."""
+        asked = {name: getattr(config, name) for name in vars(self)}
+        given = {name: value for name, value in asked.items() if value != "auto"}
+        return replace(self, **{"lr": self.lr * config.batch_size / 256, **given})
 
 
 class Classifier(nn.Module):
@@ -139,17 +145,16 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
     classes = same_classes(train, test, task)
     if config.pooling == "cls" and not backbone.has_cls:
         raise InputError(f"{backbone.name} has no [CLS]: use pooling=mean")
-    sizes = Sizes.of(backbone.depth)
-    epochs = sizes.epochs if config.epochs == "auto" else config.epochs
+    sizes = Sizes.of(backbone.depth).under(config)
     per_epoch = len(train) / config.batch_size
     recipe = Recipe.of(
         config,
-        steps=math.ceil(epochs * per_epoch),
-        lr=sizes.lr * config.batch_size / 256 if config.lr == "auto" else config.lr,
+        steps=math.ceil(sizes.epochs * per_epoch),
+        lr=sizes.lr,
         warmup_steps=round(config.warmup_epochs * per_epoch),
         schedule="cosine",
         final_lr=config.final_lr,
-        layer_decay=sizes.layer_decay if config.layer_decay == "auto" else config.layer_decay,
+        layer_decay=sizes.layer_decay,
     )
     check_parts(config.batch_size, config.accumulate, job.ranks)
     at_once = config.batch_size // (config.accumulate * job.ranks.world)
@@ -158,13 +163,12 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
             "mixup and cutmix need at least two images per micro-batch on every rank: lower "
             "accumulate, or set mixup=0 cutmix=0"
         )
-    drop_path = sizes.drop_path if config.drop_path == "auto" else config.drop_path
     augment, transform = Augment(config, backbone), EvalTransform(backbone.image_size)
     model, bad = train_backbone(
         job,
         config,
         recipe,
-        build=lambda: Classifier(backbone, len(classes), config.pooling, drop_path),
+        build=lambda: Classifier(backbone, len(classes), config.pooling, sizes.drop_path),
         read=lambda index, key: augment(train, task, index, key),
         losses=MixedLoss(config, len(classes)),
         join=stacked,
@@ -190,10 +194,7 @@ def evaluate(job: Job, config: FinetuneConfig) -> Result:
         details={"bad_images": {"train": bad, "test": bad_test}},
         protocol={
             **config.recipe(),
-            "epochs": epochs,
-            "lr": recipe.lr,
-            "layer_decay": recipe.layer_decay,
-            "drop_path": drop_path,
+            **vars(sizes),
             "schedule": "linear warm-up, then cosine",
             "augmentation": "crop, flip, torchvision's RandAugment (2 operations, magnitude of "
             "10), erasing, mixup or CutMix",
