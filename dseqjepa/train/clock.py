@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Clock:
@@ -48,21 +49,19 @@ class Watch:
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
-    def waiting(self, clock: Clock) -> Watch:
-        self._clock = clock
-        return self
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def waiting(self, clock: Clock) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
         self._said_after = 0.0
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        assert self._since is not None
-        waited = time.perf_counter() - self._since
-        self._since = None
-        self._clock.waited += waited
-        if self._said_after:
-            self.say(f"data arrived after {waited:.0f} s")
+        self._since = began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since = None
+            waited = time.perf_counter() - began
+            clock.waited += waited
+            if self._said_after:
+                self.say(f"data arrived after {waited:.0f} s")
 
     def close(self) -> None:
         self._closed.set()
