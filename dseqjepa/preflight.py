@@ -21,7 +21,6 @@ from dseqjepa.data.audit import Audit, audit
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
-from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import check_writable
 from dseqjepa.methods import build_method
@@ -30,6 +29,7 @@ from dseqjepa.train.checkpoint import Checkpoint, load_encoders
 from dseqjepa.train.pretrain import fitting, open_training_source, starting_weights
 from dseqjepa.train.rehearsal import Pace, Rehearsal, rehearse
 from dseqjepa.train.runtime import connect, on_this_machine
+from dseqjepa.train.trained_on import crops_of
 from dseqjepa.viz.regions import regions_picture
 
 PICTURES = 12
@@ -238,9 +238,9 @@ def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) 
     method = build_method(config).eval()
     if weights is not None:
         load_encoders(method, weights)
-    transform = TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
     size = min(PICTURES, len(source))
-    loader = Loader(source, transform, batch_size=size, seed=config.runtime.seed, workers=0)
+    seed = config.runtime.seed
+    loader = Loader(source, crops_of(config), batch_size=size, seed=seed, workers=0)
     batch = next(loader.batches(0))
     regions_picture(method, batch.images_BCHW, batch.keys_B).save(out, format="png")
 

@@ -21,7 +21,6 @@ from dseqjepa.data.images import notes_of
 from dseqjepa.data.labelled import located
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
-from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, RunError, Stopped
 from dseqjepa.files import write_whole
 from dseqjepa.methods import build_method
@@ -51,6 +50,7 @@ from dseqjepa.train.parts import MeanOverParts
 from dseqjepa.train.runtime import Runtime, StopRequest, connect, on_this_machine
 from dseqjepa.train.schedules import Schedule
 from dseqjepa.train.sharding import own_parts, whole_module, whole_tensors
+from dseqjepa.train.trained_on import crops_of
 
 WORTH_SAYING = 0.2
 """Share of time spent waiting for data above which the log mentions it."""
@@ -103,31 +103,29 @@ class Trainer:
         picture: Picture | None = None,
     ) -> None:
         config = on_this_machine(config)
-        self.config, self.source, self.out, self.probe = config, source, out, probe
-        self.picture = picture
-        self.stop_after = stop_after
+        self.config, self.source, self.out, self.start = config, source, out, start
+        self.probe, self.picture, self.stop_after = probe, picture, stop_after
         self.fingerprint = source.fingerprint()
         self.data_path = located(config.data.source)
         runtime = runtime or connect(config)
         self.fabric, self.ranks = runtime.fabric, runtime.ranks
         self.is_sharded = runtime.is_sharded
-        rank, world = self.ranks.rank, self.ranks.world
         self.micro_batches = config.optim.accumulate
         self.loader = Loader(
             source,
-            TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip),
-            batch_size=config.data.batch_size // (world * self.micro_batches),
+            crops_of(config),
+            batch_size=config.data.batch_size // (self.ranks.world * self.micro_batches),
             seed=config.runtime.seed,
             workers=config.data.workers,
-            rank=rank,
-            world=world,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
             cache=config.data.cache == "auto",
             window=config.data.window,
         )
         self.schedule = Schedule(
             config.optim, config.ema, self.loader.steps_per_epoch // self.micro_batches
         )
-        self.journal = Journal(out, console or Console(), quiet=rank != 0)
+        self.journal = Journal(out, console or Console(), quiet=not self.ranks.first)
         torch.manual_seed(config.runtime.seed)
 
         self.method: Method = runtime.build(config)
@@ -145,10 +143,7 @@ class Trainer:
         if start.init_from is not None:
             load_encoders(self.method, start.init_from)
         if start.resume is not None:
-            load_encoders(self.method, start.resume)
-            load_predictor(self.method, start.resume)
-            self._load_position(start.resume)
-        self.start = start
+            self._resume(start.resume)
 
     def run(self) -> None:
         """Train to the end. Raises `Stopped` on SIGTERM and `RunError` if it cannot continue."""
@@ -222,20 +217,13 @@ class Trainer:
         Nothing is logged, guarded or saved unless you call `save`; `step` counts, `method.target`
         is the encoder. `RunError` if more images cannot be decoded than `data.max_bad` allows.
         """
-        for _, batches in self._epochs():
-            end = self.step + self.schedule.steps_per_epoch
-            end -= end % self.schedule.steps_per_epoch
-            while self.step < end:
-                taken = self.take_step(self._seen(batches))
+        for epoch, batches in self._epochs():
+            while self.step < (epoch + 1) * self.schedule.steps_per_epoch:
+                taken = self.take_step(batches)
                 (is_bad,) = self.ranks.agree(bool(self.new_bad))
                 if is_bad:
                     self._note_bad()
                 yield taken
-
-    def _seen(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
-            yield batch
 
     def take_step(
         self,
@@ -257,6 +245,7 @@ class Trainer:
         parts: list[Step] = []
         with self.fabric.autocast():  # around all parts, so that each weight is cast once per step
             for batch in islice(batches, self.micro_batches):
+                self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
                 images_BCHW = batch.images_BCHW.to(device, non_blocking=True)
                 keys_B = batch.keys_B.to(device, non_blocking=True)
                 last = len(parts) == self.micro_batches - 1
@@ -314,7 +303,6 @@ class Trainer:
             batch = next(batches)
         self.ranks.came_on()
         self.retried.update(batch.retried)
-        self.new_bad.update({k: v for k, v in batch.bad if k not in self.bad})
         return batch
 
     def _note_bad(self) -> None:
@@ -387,10 +375,13 @@ class Trainer:
         if self.monitor.rang:
             self.journal.say(f"ALARM at step {self.step}: {verdict}")
 
-    def _probe(self, epochs_done: int) -> None:
-        every = self.config.probe.every_epochs
+    def _is_due(self, every: int, epochs_done: int) -> bool:
+        """Whether to do now what is done `every` so many epochs (0: never), and after the last."""
         is_last = self.step == self.schedule.steps
-        if self.probe is None or not every or (epochs_done % every and not is_last):
+        return every > 0 and (epochs_done % every == 0 or is_last)
+
+    def _probe(self, epochs_done: int) -> None:
+        if self.probe is None or not self._is_due(self.config.probe.every_epochs, epochs_done):
             return
         target = whole_module(self.method.target, self.ranks, lambda: build_encoder(self.config))
         if self.ranks.first:
@@ -408,8 +399,7 @@ class Trainer:
         """A picture for the loggers: rank 0 draws, the others contribute their weights."""
         log = self.config.log
         every = log.pictures_every_epochs if log.to else 0
-        is_last = self.step == self.schedule.steps
-        if self.picture is None or not every or (epochs_done % every and not is_last):
+        if self.picture is None or not self._is_due(every, epochs_done):
             return
         method = whole_module(self.method, self.ranks, lambda: build_method(self.config))
         if self.loggers is not None:
@@ -497,7 +487,9 @@ class Trainer:
             "bad": self.bad,
         }
 
-    def _load_position(self, checkpoint: Checkpoint) -> None:
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        load_encoders(self.method, checkpoint)
+        load_predictor(self.method, checkpoint)
         with checkpoint.reading("optimizer") as state:
             load_optimizer_state(self.optimizer, self.method, state)
         torch.set_rng_state(checkpoint.tensors("rng")["torch"])

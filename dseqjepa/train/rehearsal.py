@@ -23,13 +23,13 @@ from dseqjepa.config import Config
 from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
-from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.methods.base import Method
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
 from dseqjepa.train.clock import Clock
 from dseqjepa.train.loop import Trainer
 from dseqjepa.train.runtime import Runtime
+from dseqjepa.train.trained_on import crops_of
 
 WARM_UP, STEPS = 1, 4
 FIRST_BATCH = 16
@@ -287,15 +287,11 @@ def _alone(config: Config, batch: int) -> Config:
     return config.with_(**alone, data={"batch_size": batch})
 
 
-def _transform(config: Config) -> TrainTransform:
-    return TrainTransform(config.data.image_size, config.data.crop_scale, config.data.flip)
-
-
 def _cache_bytes(config: Config, source: Source, ranks: int) -> int:
     """What decoded images will take of the memory; 0 where they are decoded anew in each epoch."""
     if config.data.cache == "none":
         return 0
-    return room_for(source, _transform(config).reduction, ranks=ranks)
+    return room_for(source, crops_of(config).reduction, ranks=ranks)
 
 
 def _other_precision(config: Config, source: Source, batch: int, speed: float) -> float:
@@ -309,7 +305,7 @@ def _other_precision(config: Config, source: Source, batch: int, speed: float) -
 def _loader_alone(config: Config, source: Source, batch: int) -> float:
     loader = Loader(
         source,
-        _transform(config),
+        crops_of(config),
         batch_size=batch,
         seed=config.runtime.seed,
         workers=config.data.workers,

@@ -1,10 +1,12 @@
-"""The images named by a config, and those a run was trained on, from any working directory."""
+"""The images and crops named by a config, and the images a run was trained on, from any working
+directory."""
 
 from __future__ import annotations
 
 from dseqjepa.config import Config
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.source import Source, Split
+from dseqjepa.data.transforms import TrainTransform
 from dseqjepa.errors import InputError, printable
 from dseqjepa.train.checkpoint import Checkpoint
 
@@ -20,6 +22,12 @@ def source_of(config: Config, split: Split, spec: str | None = None) -> Source:
         seed=config.runtime.seed,
         pixel_range=data.pixel_range,
     )
+
+
+def crops_of(config: Config) -> TrainTransform:
+    """The random crops that a run trains on."""
+    data = config.data
+    return TrainTransform(data.image_size, data.crop_scale, data.flip)
 
 
 def trained_on(checkpoint: Checkpoint) -> str:
