@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dseqjepa.data.shards.remote import Entry, Remote, Tries, listed
+from dseqjepa.data.shards.remote import Entry, Remote, Span, Tries, listed
 from dseqjepa.data.source import BadImage
 from dseqjepa.errors import InputError, RunError, printable
 from dseqjepa.files import UNFINISHED, visible
@@ -132,7 +132,7 @@ class RemoteParquet(ParquetPlace):
     def _metadata(self) -> Any:
         return self.facts().metadata
 
-    def span(self, group: int, column: str) -> tuple[int, int]:
+    def span(self, group: int, column: str) -> Span:
         """Which bytes of the file hold a column of a row group."""
         about = self._metadata.row_group(group)
         bounds = []
@@ -146,24 +146,24 @@ class RemoteParquet(ParquetPlace):
         return start, min(stop + 100, self.size)  # pyarrow allows for a bug of an old writer
 
     def rows(self, group: int, column: str) -> Any:
-        start, stop = self.span(group, column)
+        span = start, stop = self.span(group, column)
         if not 0 <= start < stop:
             raise BadImage(f"row group {group} of {self.name} lies outside of the file")
         try:
-            return self._rows(group, column, start, stop)
+            return self._rows(group, column, span)
         except _Unreadable:  # the cached copy may be damaged and the server's not
-            self.home.renew_part(self.entry, start, stop)
-        return self._rows(group, column, start, stop)
+            self.home.renew(self.entry, span)
+        return self._rows(group, column, span)
 
-    def _rows(self, group: int, column: str, start: int, stop: int) -> Any:
+    def _rows(self, group: int, column: str, span: Span) -> Any:
         from pyarrow import parquet
 
         descriptor = self._tries.descriptor(
-            f"row group {group} of {self.name}", lambda: self.home.part(self.entry, start, stop)
+            f"row group {group} of {self.name}", lambda: self.home.descriptor(self.entry, span)
         )
         with os.fdopen(descriptor, "rb") as file:
             content = file.read()
-        known = _Known(content, start, self.size)
+        known = _Known(content, span[0], self.size)
         how = {"metadata": self._metadata, "page_checksum_verification": True}
         try:
             return parquet.ParquetFile(known, **how).read_row_group(group, [column]).column(0)

@@ -35,6 +35,8 @@ from dseqjepa.files import UNFINISHED
 T = TypeVar("T")
 Copy = Callable[[Any, str, Path], None]
 """`copy(fs, path, file)` downloads a path of a file system into a file that exists."""
+Span = tuple[int, int]
+"""The bytes of a file from the first number on, before the second."""
 
 FOLDER, GIGABYTES = "DSEQJEPA_CACHE", "DSEQJEPA_CACHE_GB"
 """Environment variables: the cache folder, and how many gigabytes of shards it may hold."""
@@ -98,30 +100,26 @@ class Remote:
         """Where a file is cached, once it is."""
         return self._newest(_cached(entry))
 
-    def descriptor(self, entry: Entry) -> int:
-        """A descriptor of a file, downloaded first if it is not cached.
+    def descriptor(self, entry: Entry, span: Span | None = None) -> int:
+        """A descriptor of a file, or of these bytes of it, downloaded first if they are not cached.
 
         Raises:
             OSError: the download failed; `patience` decides whether to retry.
             RunError: this machine has no room for it.
         """
-        return self._descriptor(_cached(entry), entry, entry.size, partial(_copy, size=entry.size))
+        cached, size, copy = _piece(entry, span)
+        while True:  # another process may make room between fetching and opening
+            with suppress(FileNotFoundError):
+                return _opened(self._newest(cached), size)
+            self._cache(cached, entry.name, size, copy)
 
-    def part(self, entry: Entry, start: int, stop: int) -> int:
-        """A descriptor of bytes `start` to `stop` of a file, downloaded first if they are not
-        cached. Raises as `descriptor` does."""
-        copy = partial(_copy_part, entry=entry, start=start, stop=stop)
-        return self._descriptor(_cached_part(entry, start), entry, stop - start, copy)
-
-    def renew(self, entry: Entry) -> None:
-        """Download a file once more, in place of one that is cached and damaged. A second copy that
-        is no better stays. Raises as `descriptor` does."""
-        self._renew(_cached(entry), entry, entry.size, partial(_copy, size=entry.size))
-
-    def renew_part(self, entry: Entry, start: int, stop: int) -> None:
-        """The same of a part of a file."""
-        copy = partial(_copy_part, entry=entry, start=start, stop=stop)
-        self._renew(_cached_part(entry, start), entry, stop - start, copy)
+    def renew(self, entry: Entry, span: Span | None = None) -> None:
+        """Download a file, or these bytes of it, once more, in place of a cached copy that is
+        damaged. A second copy that is no better stays. Raises as `descriptor` does."""
+        cached, size, copy = _piece(entry, span)
+        # The name of a second copy says that there was a first one, to all processes.
+        (self.folder / cached).unlink(missing_ok=True)
+        self._cache(f"{AGAIN}{cached}", entry.name, size, copy)
 
     def keep_as(self, old: Entry, new: Entry) -> None:
         """Let what is cached of a file be that of another entry for it."""
@@ -131,17 +129,6 @@ class Remote:
     def _newest(self, cached: str) -> Path:
         again = self.folder / f"{AGAIN}{cached}"
         return again if again.exists() else self.folder / cached
-
-    def _descriptor(self, cached: str, entry: Entry, size: int, copy: Copy) -> int:
-        while True:  # another process may make room between fetching and opening
-            with suppress(FileNotFoundError):
-                return _opened(self._newest(cached), size)
-            self._cache(cached, entry.name, size, copy)
-
-    def _renew(self, cached: str, entry: Entry, size: int, copy: Copy) -> None:
-        # The name of a second copy says that there was a first one, to all processes.
-        (self.folder / cached).unlink(missing_ok=True)
-        self._cache(f"{AGAIN}{cached}", entry.name, size, copy)
 
     def fetch(self, name: str, size: int, *, anew: bool = False) -> None:
         """Cache a file of `size` bytes; `anew`: even if a file of that size is cached."""
@@ -238,8 +225,13 @@ def _cached(entry: Entry) -> str:
     return f"{entry.version}-{entry.name}"
 
 
-def _cached_part(entry: Entry, start: int) -> str:
-    return f"{entry.name}-{entry.version}-{start}{PART}"
+def _piece(entry: Entry, span: Span | None) -> tuple[str, int, Copy]:
+    """What is cached of a file, all of it or these bytes: its name there, its size, its copier."""
+    if span is None:
+        return _cached(entry), entry.size, partial(_copy, size=entry.size)
+    start, stop = span
+    copy = partial(_copy_part, entry=entry, start=start, stop=stop)
+    return f"{entry.name}-{entry.version}-{start}{PART}", stop - start, copy
 
 
 def has_file(url: str, name: str) -> bool:
