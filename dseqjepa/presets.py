@@ -243,12 +243,13 @@ def _check_minutes(values: dict[str, Any], typed: set[str]) -> None:
 
 def preset_names() -> dict[str, str]:
     """Preset name -> the first line of its description."""
-    names = {
-        f"{method}_{backbone.__name__}": _first_line(backbone)
-        for backbone in BACKBONES
-        for method in METHODS
-    }
-    return names | {"dseq_vitb16_release": _first_line(dseq_vitb16_release)}
+    return {name: _first_line(backbone) for name, (_, backbone) in _all().items()}
+
+
+def _all() -> dict[str, tuple[str, Callable[[], Config]]]:
+    """Preset name -> its method and its backbone."""
+    found = {f"{method}_{b.__name__}": (method, b) for b in BACKBONES for method in METHODS}
+    return found | {"dseq_vitb16_release": ("dseq", dseq_vitb16_release)}
 
 
 def preset(name: str) -> Config:
@@ -265,14 +266,10 @@ def describe(name: str) -> str:
 
 
 def _parts(name: str) -> tuple[str, Callable[[], Config]]:
-    if name == "dseq_vitb16_release":
-        return "dseq", dseq_vitb16_release
-    full = name if name.split("_")[0] in METHODS else f"dseq_{name}"
-    for backbone in BACKBONES:
-        for method in METHODS:
-            if full == f"{method}_{backbone.__name__}":
-                return method, backbone
-    raise InputError(f"unknown preset {name!r}{_hint(name)}")
+    found = _all() | {backbone.__name__: ("dseq", backbone) for backbone in BACKBONES}
+    if name not in found:
+        raise InputError(f"unknown preset {name!r}{_hint(name)}")
+    return found[name]
 
 
 def _hint(name: str) -> str:
