@@ -6,11 +6,11 @@ They are apart from the commands' code so that `dseqjepa settings` shows them wi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dseqjepa.config import Colours, Deviations, Section, Size, check_pixel_range
+from dseqjepa.config import Colours, Deviations, PixelRange, Section, Size
 
 
 class _Images(Section):
@@ -18,7 +18,7 @@ class _Images(Section):
 
     size: int = Field(2000, ge=1, le=10**9)
     """Number of training images of `scenes`."""
-    pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
+    pixel_range: PixelRange = "auto"
     """The values of 16-bit grey images that map to black and white; `auto`: as in the run (`embed`)
     or its evaluation (`predict`)."""
     batch_size: int = Field(256, ge=1)
@@ -27,11 +27,6 @@ class _Images(Section):
     """Processes that read and decode images; 0: the main process does it."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device; `auto` uses a GPU if there is one."""
-
-    @model_validator(mode="after")
-    def _pixels(self) -> Self:
-        check_pixel_range(self.pixel_range)
-        return self
 
 
 class EmbedConfig(_Images):

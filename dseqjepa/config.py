@@ -34,13 +34,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
 Colours = tuple[float, float, float]
-Deviations = Annotated[Colours, AfterValidator(lambda values: positive("std", values))]
 
 
-def positive(name: str, values: Colours) -> Colours:
-    if min(values) <= 0:
-        raise ValueError(f"{name} must be positive, found {values}")
-    return values
+def _positive(std: Colours) -> Colours:
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, found {std}")
+    return std
+
+
+Deviations = Annotated[Colours, AfterValidator(_positive)]
 
 
 def once(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,9 +92,14 @@ Size = Annotated[tuple[int, int], BeforeValidator(lambda v: (v, v) if isinstance
 """Height and width in pixels; one number means a square."""
 
 
-def check_pixel_range(found: Literal["auto", "file"] | tuple[int, int]) -> None:
+def _ordered(found: str | tuple[int, int]) -> str | tuple[int, int]:
     if not isinstance(found, str) and not 0 <= found[0] < found[1] < 2**16:
         raise ValueError(f"pixel_range must satisfy 0 <= low < high < 65536, found {found}")
+    return found
+
+
+PixelRange = Annotated[Literal["auto", "file"] | tuple[int, int], AfterValidator(_ordered)]
+"""The values of 16-bit grey images that map to black and white."""
 
 
 class DataConfig(Section):
@@ -115,7 +122,7 @@ class DataConfig(Section):
     """`auto`: keep decoded images in memory if all fit into a quarter of what is available."""
     max_bad: Fraction = 0.01
     """Share of undecodable images above which a run stops."""
-    pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
+    pixel_range: PixelRange = "auto"
     """The values of 16-bit grey images that map to black and white. `auto`: 0 and the largest
     number of the bit depth that the data set uses; `file`: the extremes of each file."""
     mean: Colours = IMAGENET_MEAN
@@ -141,7 +148,6 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
-        check_pixel_range(self.pixel_range)
         if not 1 <= min(self.image_size) <= max(self.image_size) <= 16384:
             raise ValueError(f"image_size must be 1 to 16384 pixels, found {self.image_size}")
         return self

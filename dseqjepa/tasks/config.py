@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dseqjepa.config import Fraction, Range, Section, Size, check_pixel_range
+from dseqjepa.config import Fraction, PixelRange, Range, Section, Size
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -58,7 +58,7 @@ class TaskConfig(Section):
     """Seed of the weights of an untrained backbone."""
     size: Literal["auto"] | Count = "auto"
     """Number of training images of `scenes`; `auto`: as in the run."""
-    pixel_range: Literal["auto", "file"] | tuple[int, int] = "auto"
+    pixel_range: PixelRange = "auto"
     """The values of 16-bit grey images that map to black and white; `auto`: as in the run."""
     max_bad: Fraction = 0.01
     """Share of the training images, and of the test images, that may be undecodable."""
@@ -75,11 +75,6 @@ class TaskConfig(Section):
     def yields(self) -> tuple[str, ...]:
         """The metrics of a result, where the data has labels for all that is asked."""
         return ("accuracy", "balanced_accuracy")
-
-    @model_validator(mode="after")
-    def _pixels(self) -> Self:
-        check_pixel_range(self.pixel_range)
-        return self
 
     @model_validator(mode="before")
     @classmethod
