@@ -32,7 +32,7 @@ from dseqjepa.data.decode import (
     highest,
     is_picture,
 )
-from dseqjepa.data.listing import Listing, read_list, write_list
+from dseqjepa.data.listing import read_list, write_list
 from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean, printable
@@ -166,9 +166,7 @@ class ImageFolder(ImageFiles):
         splits = _split_folders(root)
         self.has_splits = bool(splits)
         folder = splits.get(split, root)
-        listing = read_list(folder)
-        paths, notes = _of(listing) if listing else images_below(folder)
-        self._sizes_N = listing.sizes_N if listing else None
+        paths, notes, self._sizes_N = _found(folder)
         level = 1 if split == "all" and splits else 0
         folders = [_folder(path, level) for path in paths]
         self._trained = splits["train"] if split == "val" and splits else folder
@@ -203,8 +201,7 @@ class ImageFolder(ImageFiles):
         return super()._size(index) if self._sizes_N is None else int(self._sizes_N[index])
 
     def _sample(self) -> Iterable[Content]:
-        listing = read_list(self._trained)
-        paths, _ = _of(listing) if listing else images_below(self._trained)
+        paths, *_ = _found(self._trained)
         return [self._trained / paths[place] for place in evenly(len(paths))]
 
 
@@ -221,8 +218,11 @@ def list_images(root: Path) -> int:
     return count
 
 
-def _of(listing: Listing) -> tuple[list[str], list[str]]:
-    return [os.fsdecode(path) for path in listing.paths_N], listing.notes
+def _found(folder: Path) -> tuple[list[str], list[str], np.ndarray | None]:
+    """The paths of all images below a folder, notes about other files, and sizes if listed."""
+    if (listing := read_list(folder)) is None:
+        return *images_below(folder), None
+    return [os.fsdecode(path) for path in listing.paths_N], listing.notes, listing.sizes_N
 
 
 class Subset:
