@@ -80,27 +80,24 @@ def _places(root: Path, name: str) -> list[Path]:
     return [root / folder / name for folder in inside]
 
 
-def _meta(root: Path) -> tuple[list[int], list[str], list[str]] | None:
-    """Numbers, wnids and names of the kit's classes, without their hypernyms."""
+def _meta(root: Path) -> list[tuple[int, str, str]] | None:
+    """Number, wnid and name of each of the kit's classes, without their hypernyms."""
     for path in _places(root, "meta.mat"):
         if path.exists():
             table = read_mat(path, "synsets")
-            numbers, wnids, words, children = mat_fields(
-                path, table, "ILSVRC2012_ID", "WNID", "words", "num_children"
-            )
-            leaves = [row for row, below in enumerate(children) if below == 0]
-            return (
-                [int(numbers[row]) for row in leaves],
-                [str(wnids[row]) for row in leaves],
-                [str(words[row]) for row in leaves],
-            )
+            columns = mat_fields(path, table, "ILSVRC2012_ID", "WNID", "words", "num_children")
+            return [
+                (int(number), str(wnid), str(words))
+                for number, wnid, words, children in zip(*columns, strict=True)
+                if children == 0
+            ]
     return None
 
 
 def _names(root: Path) -> dict[str, str]:
     meta = _meta(root)
     if meta is not None:
-        return dict(zip(meta[1], meta[2], strict=True))
+        return {wnid: name for _, wnid, name in meta}
     mapping = root / "LOC_synset_mapping.txt"
     if mapping.exists():
         return {line.fields[0]: line.fields[1] for line in read_lines(mapping, "WNID NAME")}
@@ -131,7 +128,7 @@ def _flat_wnids(root: Path, val: Path, paths: Sequence[str]) -> list[str]:
             f"{root / 'ILSVRC2012_devkit_t12/data'}, or LOC_val_solution.csv in {root}"
         )
     truth = first_of(*_places(root, TRUTH))
-    wnid_of = dict(zip(meta[0], meta[1], strict=True))
+    wnid_of = {number: wnid for number, wnid, _ in meta}
     wnids = []
     for line in read_lines(truth, "NUMBER"):
         if line.integer(0) not in wnid_of:
