@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from dseqjepa.data.formats.ade20k import ADE20K
 from dseqjepa.data.formats.arrays import CIFAR10, CIFAR100, FashionMNIST
@@ -103,24 +104,31 @@ def _opened(spec: str, split: Split, size: int, image_size: tuple[int, int], see
             )
         count = min(2000, max(500, size // 5)) if split == "val" else size
         return Scenes(count, size=height, seed=seed, split=part, fine=spec == FINE)
-    name, colon, path = spec.partition(":")
-    if colon and "/" not in name and not Path(spec).is_dir():
-        if path.startswith("//") and name not in OPENERS:
-            raise InputError(f"data={spec}: expected images in shards there: data=shards:{spec}")
-        if name not in OPENERS:
-            raise InputError(
-                f"data={spec}: expected a folder, scenes, scenes:fine or name:path, "
-                f"found the unknown format {name!r}{did_you_mean(name, OPENERS)}"
-            )
-        try:
-            if is_url(path):
-                return _behind(name, path, split)
-            return OPENERS[name](Path(path).expanduser(), split)
-        except InputError as error:
-            raise InputError(f"{error}; {OPENERS[name].origin}") from error
     if not spec:
         raise InputError("data= is empty: expected a folder, scenes, scenes:fine or name:path")
-    return ImageFolder(Path(spec).expanduser(), part, labelled=split != "pretrain")
+    name, path = _name_and_path(spec)
+    if not name:
+        return ImageFolder(Path(path).expanduser(), part, labelled=split != "pretrain")
+    if path.startswith("//") and name not in OPENERS:
+        raise InputError(f"data={spec}: expected images in shards there: data=shards:{spec}")
+    if name not in OPENERS:
+        raise InputError(
+            f"data={spec}: expected a folder, scenes, scenes:fine or name:path, "
+            f"found the unknown format {name!r}{did_you_mean(name, OPENERS)}"
+        )
+    try:
+        if is_url(path):
+            return _behind(name, path, split)
+        return OPENERS[name](Path(path).expanduser(), split)
+    except InputError as error:
+        raise InputError(f"{error}; {OPENERS[name].origin}") from error
+
+
+def _name_and_path(spec: str) -> tuple[str | None, str]:
+    """The two of `name:path`; no name for a folder, which may have a colon in its own."""
+    name, colon, path = spec.partition(":")
+    is_named = colon and "/" not in name and not Path(spec).is_dir()
+    return (name, path) if is_named else (None, spec)
 
 
 def _behind(name: str, url: str, split: Split) -> Source:
@@ -145,12 +153,13 @@ def open_splits(
 
     Arguments and errors are those of `open_source`.
     """
-    how: dict[str, Any] = {"size": size, "image_size": image_size, "seed": seed}
-    how["pixel_range"] = pixel_range
-    train = open_source(spec, split="train", **how)
+    opened = partial(
+        open_source, spec, size=size, image_size=image_size, seed=seed, pixel_range=pixel_range
+    )
+    train = opened(split="train")
     if isinstance(train, ImageFiles) and not train.has_splits:
         return holdout(train, seed=seed)
-    val = open_source(spec, split="val", **how)
+    val = opened(split="val")
     if isinstance(train, ImageFiles) and isinstance(val, ImageFiles):
         val.reference = train
     for task in train.classes.keys() & val.classes.keys():
@@ -164,14 +173,11 @@ def open_splits(
 
 def located(spec: str) -> str:
     """The same data from any working directory: with an absolute path and links resolved."""
-    name, colon, path = spec.partition(":")
-    if spec in SPECS:
+    name, path = _name_and_path(spec)
+    if spec in SPECS or (name and is_url(path)):
         return spec
-    if colon and is_url(path):
-        return spec
-    if colon and "/" not in name and not Path(spec).is_dir():
-        return f"{name}:{os.path.realpath(Path(path).expanduser())}"
-    return os.path.realpath(Path(spec).expanduser())
+    real = os.path.realpath(Path(path).expanduser())
+    return f"{name}:{real}" if name else real
 
 
 def prepare(source: Source) -> None:
