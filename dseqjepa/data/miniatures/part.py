@@ -53,6 +53,10 @@ class Part:
         for index in self.index_B.tolist():
             yield render_scene(split_seed(self._seed, self.split), index, self.size)
 
+    def labelled(self) -> Iterator[tuple[Scene, int]]:
+        """The scenes, each with its class."""
+        return zip(self.scenes(), self.labels["class"].tolist(), strict=True)
+
     def following(self) -> Part:
         """As many further scenes."""
         cycle, least = self._choice

@@ -26,12 +26,12 @@ def write_imagenet(folder: Path, train: Part, val: Part) -> None:
     import scipy.io
 
     counts: Counter[int] = Counter()
-    for scene, label in zip(train.scenes(), train.labels["class"].tolist(), strict=True):
+    for scene, label in train.labelled():
         counts[label] += 1
         wnid = WNIDS[label]
         save(folder / "train" / wnid / f"{wnid}_{counts[label]}.JPEG", scene.image_HW3)
     truth = []
-    for scene, label in zip(val.scenes(), val.labels["class"].tolist(), strict=True):
+    for scene, label in val.labelled():
         truth.append(NUMBERS[label])
         name = f"ILSVRC2012_val_{len(truth):08}.JPEG"
         save(folder / "val" / WNIDS[label] / name, scene.image_HW3)
@@ -58,7 +58,7 @@ def write_cub(folder: Path, train: Part, val: Part) -> None:
     images: list[str] = []
     labels, split, boxes = [], [], []
     for part, flag in ((train, 1), (val, 0)):
-        for scene, label in zip(part.scenes(), part.labels["class"].tolist(), strict=True):
+        for scene, label in part.labelled():
             id = len(images) + 1
             name = f"{classes[label]}/{SHAPES[label].title()}_{id:04}.jpg"
             save(folder / "images" / name, scene.image_HW3)
@@ -86,7 +86,7 @@ def write_cars(folder: Path, train: Part, val: Part) -> None:
         (val, "cars_test", folder / "cars_test_annos_withlabels.mat"),
     ):
         rows: list[tuple[Any, ...]] = []
-        for scene, label in zip(part.scenes(), part.labels["class"].tolist(), strict=True):
+        for scene, label in part.labelled():
             name = save(folder / images / f"{len(rows) + 1:05}.jpg", scene.image_HW3)
             x0, y0, x1, y1 = scene.objects[0].box
             rows.append((x0 + 1, y0 + 1, x1, y1, label + 1, name))  # MATLAB counts from 1
@@ -109,7 +109,7 @@ def write_inat(folder: Path, train: Part, val: Part) -> None:
     for part, first in ((train, 0), (val, len(train))):
         images: list[dict[str, Any]] = []
         annotations = []
-        for scene, label in zip(part.scenes(), part.labels["class"].tolist(), strict=True):
+        for scene, label in part.labelled():
             id = first + len(images)
             name = f"{part.split}/{categories[label]['image_dir_name']}/{id:08x}.jpg"
             save(folder / name, scene.image_HW3)
@@ -129,7 +129,7 @@ def write_flowers102(folder: Path, train: Part, val: Part) -> None:
     ids: dict[str, list[int]] = {"trnid": [], "valid": [], "tstid": []}
     labels: list[int] = []
     for part in (val, train):
-        for scene, label in zip(part.scenes(), part.labels["class"].tolist(), strict=True):
+        for scene, label in part.labelled():
             labels.append(label + 1)
             id = len(labels)
             kind = "tstid" if part is val else "valid" if id % 3 == 0 else "trnid"
@@ -146,7 +146,7 @@ def write_pets(folder: Path, train: Part, val: Part) -> None:
     everything: list[str] = []
     for part, file in ((train, "trainval.txt"), (val, "test.txt")):
         lines: list[str] = []
-        for scene, label in zip(part.scenes(), part.labels["class"].tolist(), strict=True):
+        for scene, label in part.labelled():
             cat = label < len(SHAPES) // 2
             breed = SHAPES[label].title() if cat else SHAPES[label]
             name = f"{breed}_{len(everything) + len(lines) + 1}"
