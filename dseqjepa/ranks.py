@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dseqjepa.errors import AgreedError, InputError, RunError
-from dseqjepa.rendezvous import compare, serve
+from dseqjepa.rendezvous import compare, serve, stay_until_read
 
 T = TypeVar("T")
 
@@ -290,10 +290,7 @@ class _Pulse(threading.Thread):
     def stay_until_read(self, world: int) -> None:
         """Wait until every other rank knows the reason; for a dead or busy rank, only as long as it
         takes to be sure of that."""
-        others = [f"read/{rank}" for rank in range(world) if rank != self.rank]
-        end = time.monotonic() + 2 * LOST_S
-        while time.monotonic() < end and not self._others.check(others):
-            time.sleep(PULSE_S / 10)
+        stay_until_read(self._others, {*range(world)} - {self.rank}, 2 * LOST_S)
 
     def what_happened(self, world: int) -> str | None:
         """After a failed exchange: which rank caused it, as far as can be seen. None: this one."""

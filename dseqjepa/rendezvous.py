@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -69,7 +69,7 @@ def meet(
         compare([words["alike"] for words in said])
     except AgreedError:
         if rank == 0:
-            _stay_until_read(store, world)
+            stay_until_read(store, range(world), GRACE_S)
         raise
     return store
 
@@ -143,11 +143,12 @@ def _open_store(rank: int, host: str, port: int, alone: bool, timeout_s: float) 
     return store
 
 
-def _stay_until_read(store: dist.Store, world: int) -> None:
-    """Rank 0 keeps the store: if it left at once, the others could not read the reason."""
-    end = time.monotonic() + GRACE_S
-    while time.monotonic() < end and not store.check([f"read/{rank}" for rank in range(world)]):
-        time.sleep(GRACE_S / 100)
+def stay_until_read(store: dist.Store, ranks: Iterable[int], seconds: float) -> None:
+    """Wait until these ranks know the reason for an end, but only so many seconds. Rank 0 keeps the
+    store: if it left at once, the others could not read the reason."""
+    keys, end = [f"read/{rank}" for rank in ranks], time.monotonic() + seconds
+    while time.monotonic() < end and not store.check(keys):
+        time.sleep(seconds / 100)
 
 
 def _in_time(do: Callable[[], dist.Store], timeout_s: float, late: str) -> dist.Store:
