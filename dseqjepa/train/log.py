@@ -121,7 +121,7 @@ class Journal:
             for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
                 try:
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
+                        kept.append(line)
                 except (json.JSONDecodeError, RecursionError):
                     break  # the line being written when the run died
             _replace(path, kept)
@@ -138,7 +138,7 @@ class Journal:
     def bad_file(self, path: str, reason: str) -> None:
         """Log a file that cannot be decoded."""
         self.say(f"cannot decode {path}: {reason}")
-        self._write("bad_files.jsonl", _bad_line(path, reason).rstrip("\n"))
+        self._write("bad_files.jsonl", _bad_line(path, reason))
 
     def say(self, text: str) -> None:
         """One line for people, on the console and in log.txt, whatever names it contains."""
@@ -195,16 +195,15 @@ class Journal:
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(),
-            TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=self.console,
         )
         self.task = self.progress.add_task("", total=total, completed=done)
         self.progress.start()
 
-    def advance(self, step: int, text: str = "") -> None:
+    def advance(self, step: int) -> None:
         if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, completed=step, description=text or None)
+            self.progress.update(self.task, completed=step)
 
     def stop_progress(self) -> None:
         if self.progress is not None:
@@ -216,7 +215,7 @@ class Journal:
 
 
 def _bad_line(path: str, reason: str) -> str:
-    return json.dumps({"path": path, "reason": reason}) + "\n"
+    return json.dumps({"path": path, "reason": reason})
 
 
 def _append(path: Path, text: str) -> None:
@@ -235,6 +234,6 @@ def _append(path: Path, text: str) -> None:
 def _replace(path: Path, lines: list[str]) -> None:
     """Write a file of these lines atomically; without lines, no file."""
     if lines:
-        write_whole(path, "".join(lines))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
     else:
         path.unlink(missing_ok=True)

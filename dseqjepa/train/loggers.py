@@ -29,7 +29,6 @@ from dseqjepa.files import write_whole
 
 FOLDER = "loggers"
 """Subfolder of a run."""
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 WAITING = 1000
 """Number of messages that a logger may lag behind before it is abandoned."""
 PATIENCE_S = 60.0
@@ -56,7 +55,7 @@ class Logger(Protocol):
 def check_loggers(config: LogConfig) -> None:
     """`InputError` for a logger that is not installed."""
     for name in config.to:
-        if find_spec(PACKAGES[name]) is None:
+        if find_spec(name) is None:  # each is called like its package
             raise InputError(f"log.to={name} is not installed: pip install 'dseqjepa[{name}]'")
 
 
@@ -139,8 +138,8 @@ def _names(folder: Path) -> dict[str, str]:
     path = folder / "names.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        return {name: str(known[name]) for name in PACKAGES}
-    names = {name: uuid.uuid4().hex for name in PACKAGES}
+        return {name: str(known[name]) for name in OPENERS}
+    names = {name: uuid.uuid4().hex for name in OPENERS}
     write_whole(path, json.dumps(names) + "\n")
     return names
 

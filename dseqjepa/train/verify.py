@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,15 @@ def _in_a_process(config: Config, out: Path, stop_after: int, *, resume: bool) -
 
 def _train(config: Config, out: Path, stop_after: int, resume: bool, send: Any) -> None:
     quiet = Console(file=io.StringIO())
+    outcome = ("done", "")
     try:
-        pretrain(config, out, resume=resume, console=quiet, stop_after=stop_after)
-    except Stopped:
-        send.send(("done", ""))
+        with suppress(Stopped):
+            pretrain(config, out, resume=resume, console=quiet, stop_after=stop_after)
     except InputError as error:
-        send.send(("input", str(error)))
+        outcome = ("input", str(error))
     except (RunError, OSError) as error:
-        send.send(("run", str(error)))
-    else:
-        send.send(("done", ""))
+        outcome = ("run", str(error))
+    send.send(outcome)
 
 
 def _tensors(one: Path, other: Path) -> list[Row]:
