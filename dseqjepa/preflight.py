@@ -117,6 +117,11 @@ def hours(config: Config, pace: Rehearsal) -> float:
 
 def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
     """Warnings about data and settings, most harmful first."""
+    yield from _of_data(config, data)
+    yield from _of_steps(config, pace)
+
+
+def _of_data(config: Config, data: Audit) -> Iterator[str]:
     height, width = config.data.image_size
     if data.bad:
         name, reason = data.bad[0]
@@ -156,6 +161,9 @@ def warn(config: Config, data: Audit, pace: Rehearsal) -> Iterator[str]:
             f"{len(data.duplicates)} of {data.sample} images tried are duplicates, such as {one} "
             f"and {other}; the whole data set has more than this sample shows"
         )
+
+
+def _of_steps(config: Config, pace: Rehearsal) -> Iterator[str]:
     if pace.memory_free and pace.memory > pace.memory_free:
         yield (
             f"a step needs {_bytes(pace.memory)}, but only {_bytes(pace.memory_free)} are free: "

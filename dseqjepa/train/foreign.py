@@ -203,8 +203,9 @@ def _built(file: Path, settings: ImportConfig, names: tuple[str, ...]) -> _Built
     folder = folder_of(file) if file.is_dir() else None
     if folder is not None:
         settings = _as_said(folder, settings)
-    content = {name: s for name, s in _encoders(file, folder).items() if name in names}
-    size = sum(path.stat().st_size for path in _files(file, folder))
+    files = [file] if folder is None else folder.weights
+    content = {name: s for name, s in _encoders(file, files).items() if name in names}
+    size = sum(path.stat().st_size for path in files)
     states = {name: _named(file, state) for name, state in content.items()}
     left_out = {key for state in states.values() for key in state if _is_beside(key)}
     found = {name: by_our_names(_plain(file, state, size)) for name, state in states.items()}
@@ -239,11 +240,6 @@ def _as_said(folder: Folder, settings: ImportConfig) -> ImportConfig:
     said = {key: getattr(folder, key) for key in open_}
     known = {key: value for key, value in said.items() if value is not None}
     return ImportConfig(**known, **chosen)
-
-
-def _files(file: Path, folder: Folder | None) -> list[Path]:
-    """Where the weights are."""
-    return [file] if folder is None else folder.weights
 
 
 def read_foreign(file: Path) -> Any:
@@ -298,9 +294,8 @@ def _check_archive(file: Path) -> None:
                 )
 
 
-def _encoders(file: Path, folder: Folder | None) -> dict[str, Any]:
+def _encoders(file: Path, files: list[Path]) -> dict[str, Any]:
     """The state dicts of the target and the context encoder; a single one serves as both."""
-    files = _files(file, folder)
     content = read_foreign(files[0])
     for path in files[1:]:  # a large model in several files
         content = {**content, **read_foreign(path)}
@@ -360,12 +355,37 @@ def _plain(file: Path, state: Mapping[str, Any], size: int) -> dict[str, Tensor]
     return plain
 
 
-def _describe(
-    file: Path,
-    state: Mapping[str, Tensor],
-    settings: ImportConfig,
-) -> Config:
+def _describe(file: Path, state: Mapping[str, Tensor], settings: ImportConfig) -> Config:
     """The config of an encoder, derived from its shapes."""
+    width, patch = _patches(file, state)
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    class_token = "cls_token" in state
+    named = {sizes[:2]: (name, sizes[2]) for name, sizes in ENCODER_SIZES.items()}
+    usual = HEADS.get((width, depth), max(width // HEAD_WIDTH, 1))
+    name, known_heads = named.get((width, depth), ("vit_base", usual))
+    hidden = state[MLP].shape[0] if MLP in state else 0
+    values = {
+        "data": {
+            "image_size": _image_size(file, state, patch, settings),
+            "mean": IMAGENET_MEAN if settings.mean == "auto" else settings.mean,
+            "std": IMAGENET_STD if settings.std == "auto" else settings.std,
+        },
+        "model": {
+            "name": name,
+            "patch_size": patch,
+            "class_token": class_token,
+            "width": width,
+            "depth": depth,
+            "heads": known_heads if settings.heads == "auto" else settings.heads,
+            "mlp": hidden if hidden != 4 * width else 0,
+        },
+        "method": {"name": "dseq" if class_token else "ijepa"},
+    }
+    return validate(values)
+
+
+def _patches(file: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The width of the patch embedding, and the side of a patch; `InputError` if this is no ViT."""
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
     missing = [key for key in needed if key not in state]
     if missing:
@@ -389,11 +409,16 @@ def _describe(
             f"{file}: expected square patches with 3 channels, and positions as wide as the patch "
             f"embedding, found shapes {tuple(kernel.shape)} and {tuple(positions.shape)}"
         )
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    count = positions.shape[1]
-    class_token = "cls_token" in state
+    return width, patch
+
+
+def _image_size(
+    file: Path, state: Mapping[str, Tensor], patch: int, settings: ImportConfig
+) -> tuple[int, int]:
+    """Height and width in pixels that the positions are stored for."""
+    count = state["pos_embed"].shape[1]
     side = math.isqrt(count)
-    if side * side != count and class_token:
+    if side * side != count and "cls_token" in state:
         count, side = count - 1, math.isqrt(count - 1)
     size = (side * patch, side * patch)
     if settings.image_size != "auto":
@@ -403,28 +428,7 @@ def _describe(
             f"{file} has {count} positions for patches of {patch} pixels, which does not match "
             f"image_size=[{size[0]}, {size[1]}]; give the height and width it was trained at"
         )
-    named = {sizes[:2]: (name, sizes[2]) for name, sizes in ENCODER_SIZES.items()}
-    usual = HEADS.get((width, depth), max(width // HEAD_WIDTH, 1))
-    name, known_heads = named.get((width, depth), ("vit_base", usual))
-    hidden = state[MLP].shape[0] if MLP in state else 0
-    values = {
-        "data": {
-            "image_size": size,
-            "mean": IMAGENET_MEAN if settings.mean == "auto" else settings.mean,
-            "std": IMAGENET_STD if settings.std == "auto" else settings.std,
-        },
-        "model": {
-            "name": name,
-            "patch_size": patch,
-            "class_token": class_token,
-            "width": width,
-            "depth": depth,
-            "heads": known_heads if settings.heads == "auto" else settings.heads,
-            "mlp": hidden if hidden != 4 * width else 0,
-        },
-        "method": {"name": "dseq" if class_token else "ijepa"},
-    }
-    return validate(values)
+    return size
 
 
 def _with_class_position(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,13 +47,14 @@ FREE_ON_RESUME = (
 )
 """Settings that may change on resume, since they do not change what is computed."""
 CHANGES = ("config", "data")
+Resume = bool | int | Literal["auto"]
 
 
 def pretrain(
     config: Config,
     out: Path,
     *,
-    resume: bool | int | Literal["auto"] = False,
+    resume: Resume = False,
     overwrite: bool = False,
     init_from: Path | None = None,
     allow_changed: Collection[str] = (),
@@ -98,15 +99,9 @@ def pretrain(
         data = ranks.together(lambda: source or open_training_source(config))
         config = ranks.together(lambda: fitting(config, data))
         ranks.check_alike(images=data.fingerprint())
-
-        def begin() -> tuple[Start, Config]:
-            if resume is False or (resume == "auto" and not holds_checkpoint(out)):
-                return Start(init_from=starting_weights(config, init_from)), config
-            checkpoint = _checkpoint_of(out, None if resume is True or resume == "auto" else resume)
-            settled = _as_chosen(config, checkpoint) if is_timed else config
-            return _resume(settled, data, out, checkpoint, allow_changed), settled
-
-        start, config = ranks.together(begin)
+        start, config = ranks.together(
+            lambda: _begin(config, data, out, resume, init_from, allow_changed, is_timed)
+        )
         ranks.check_alike(start=_shown(start))
         if start.resume is not None:
             folder = locked(out)
@@ -140,7 +135,7 @@ def pretrain(
 
 def _check_how(
     config: Config,
-    resume: bool | int | str,
+    resume: Resume,
     overwrite: bool,
     init_from: Path | None,
     allow_changed: Collection[str],
@@ -154,6 +149,24 @@ def _check_how(
         )
     if unknown := sorted(set(allow_changed) - set(CHANGES)):
         raise InputError(f"allow_changed accepts {' and '.join(CHANGES)}, found {unknown[0]!r}")
+
+
+def _begin(
+    config: Config,
+    data: Source,
+    out: Path,
+    resume: Resume,
+    init_from: Path | None,
+    allow_changed: Collection[str],
+    is_timed: bool,
+) -> tuple[Start, Config]:
+    """What a run starts from, and its config, with the epochs that a timed run chose."""
+    if resume is False or (resume == "auto" and not holds_checkpoint(out)):
+        return Start(init_from=starting_weights(config, init_from)), config
+    checkpoint = _checkpoint_of(out, None if resume is True or resume == "auto" else resume)
+    if is_timed:
+        config = _as_chosen(config, checkpoint)
+    return _resume(config, data, out, checkpoint, allow_changed), config
 
 
 def _in_time(

@@ -137,8 +137,7 @@ class _Stage:
         weights: Checkpoint | None,
         runtime: Runtime | None = None,
     ) -> None:
-        data = {"cache": "none", "max_bad": 1.0}
-        config = config.with_(data=data)
+        config = config.with_(data={"cache": "none", "max_bad": 1.0})
         reset_peak()
         quiet = Console(file=io.StringIO())
         start = Start(init_from=weights)
@@ -164,6 +163,13 @@ class _Stage:
         self._settle()
         seen = clock.read()
         return seen["images_per_s"], seen["data_wait_share"]
+
+    def pace(self, share: float) -> Pace:
+        """Steps at a share of the run, and their plans."""
+        rate, waiting = self.time(share, STEPS)
+        method, tokens = self.trainer.method, self.plans(share)
+        flops = step_flops(method.encoder, method.predictor, tokens) / tokens.images
+        return Pace(rate, waiting, tokens, flops)
 
     def _arriving(self, clock: Clock) -> Iterator[Batch]:
         while True:
@@ -238,13 +244,7 @@ def rehearse(
     ]
     tell(f"steps of {max(fits)} images, at the start and at the end of the run")
     stage = _Stage(_alone(config, max(fits)), source, weights)
-    paces = []
-    for share in (0.0, 1.0):
-        rate, waiting = stage.time(share, STEPS)
-        tokens = stage.plans(share)
-        method = stage.trainer.method
-        flops = step_flops(method.encoder, method.predictor, tokens) / tokens.images
-        paces.append(Pace(rate, waiting, tokens, flops))
+    start, end = stage.pace(0.0), stage.pace(1.0)
     measured = stage.trainer.loader.batch_size
     memory = state + max(stage.memory(before) - state, 0) * batch // measured
     stage.close()
@@ -256,8 +256,8 @@ def rehearse(
         measured_batch=measured,
         steps_per_epoch=per_epoch,
         steps=config.optim.epochs * per_epoch,
-        start=paces[0],
-        end=paces[1],
+        start=start,
+        end=end,
         memory=memory,
         memory_free=free,
         state=state,
