@@ -10,7 +10,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -27,6 +27,9 @@ from dseqjepa.arguments import (
 from dseqjepa.ending import fail
 from dseqjepa.errors import InputError, Stopped, did_you_mean
 from dseqjepa.kernels import keep_few
+
+if TYPE_CHECKING:
+    from dseqjepa.config import Config
 
 
 def examples(*lines: str) -> str:
@@ -143,13 +146,7 @@ def pretrain(
     another. overwrite=true replaces a run, and allow_changed=data or config lets one resume with
     other images or settings.
     """
-    from dseqjepa.presets import load_config
-
-    run, overrides = split_settings(settings or [], RUN_KEYS)
-    config = load_config(preset, overrides)
-    if print_config:
-        print(config.to_yaml(), end="")
-        return
+    run, config = _own_and_config(preset, settings, RUN_KEYS, print_config)
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the run is kept")
 
@@ -187,6 +184,20 @@ def pretrain(
     runtime.ranks.close()
 
 
+def _own_and_config(
+    preset: str, settings: list[str] | None, own: tuple[str, ...], print_config: bool
+) -> tuple[dict[str, str], Config]:
+    """A command's own settings, and the config; if that is to be printed, the command ends."""
+    from dseqjepa.presets import load_config
+
+    mine, overrides = split_settings(settings or [], own)
+    config = load_config(preset, overrides)
+    if print_config:
+        print(config.to_yaml(), end="")
+        raise typer.Exit
+    return mine, config
+
+
 @app.command("verify-resume", epilog=examples("verify-resume ijepa_vitn8_64 data=my_pictures"))
 def verify_resume(
     preset: Preset,
@@ -199,13 +210,7 @@ def verify_resume(
     first's checkpoint. Every tensor and every metric is compared; the exit code is 1 if any
     differs. steps=N sets the number of steps.
     """
-    from dseqjepa.presets import load_config
-
-    own, overrides = split_settings(settings or [], ("steps",))
-    config = load_config(preset, overrides)
-    if print_config:
-        print(config.to_yaml(), end="")
-        return
+    own, config = _own_and_config(preset, settings, ("steps",), print_config)
     from dseqjepa.train.verify import STEPS, compare_resumed
 
     steps = own.get("steps", str(STEPS))
@@ -251,13 +256,7 @@ def preflight(
     identical images and images that are too small. Only the files named by options are written.
     --on h100 --devices 64 works out what it would cost there, on ImageNet-1k, without data.
     """
-    from dseqjepa.presets import load_config
-
-    run, overrides = split_settings(settings or [], ("init_from",))
-    config = load_config(preset, overrides)
-    if print_config:
-        print(config.to_yaml(), end="")
-        return
+    run, config = _own_and_config(preset, settings, ("init_from",), print_config)
     if on is not None:
         from dseqjepa.forecast import preflight_on
 
@@ -659,11 +658,10 @@ def study(
     scale=laptop, gpu or paper; data=PATH,PATH; retry=failed or unhealthy; allow_changed=code or
     machine; cell=NUMBER runs a single cell.
     """
-    is_plan, (name, *settings) = words[0] == "plan", words[words[0] == "plan" :] or ["plan"]
-    own, overrides = split_settings(
-        [f"data={word[12:]}" if word.startswith("data.source=") else word for word in settings],
-        STUDY_KEYS,
-    )
+    is_plan = words[0] == "plan"
+    name, *settings = words[1:] if is_plan and words[1:] else words
+    settings = [re.sub(r"^data\.source=", "data=", word) for word in settings]
+    own, overrides = split_settings(settings, STUDY_KEYS)
     from dseqjepa.studies.builtin import declared
 
     found = declared(
