@@ -88,7 +88,8 @@ def _keys(known: dict[str, list[type[BaseModel]]]) -> dict[str, FieldInfo]:
 
 def _described(name: str, field: FieldInfo) -> Iterator[str]:
     yield f"  {name}  {_type(field.annotation)}{_bounds(field.metadata)}, default {_text(field)}"
-    yield from _indented(field.description or "")
+    text = field.description or ""
+    yield from wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
 def _walk(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:
@@ -100,10 +101,6 @@ def _walk(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, list[type[
             for each in inner:
                 below |= dict(_walk(f"{prefix}{key}.", each))
             yield from below.items()
-
-
-def _indented(text: str) -> list[str]:
-    return wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
 def _sentence(text: str) -> str:

@@ -243,7 +243,8 @@ def _check_minutes(values: dict[str, Any], typed: set[str]) -> None:
 
 def preset_names() -> dict[str, str]:
     """Preset name -> the first line of its description."""
-    return {name: _first_line(backbone) for name, (_, backbone) in _all().items()}
+    known = _all().items()
+    return {name: (backbone.__doc__ or "").partition("\n")[0] for name, (_, backbone) in known}
 
 
 def _all() -> dict[str, tuple[str, Callable[[], Config]]]:
@@ -282,7 +283,3 @@ def _hint(name: str) -> str:
     names = preset_names()
     near = nearest(name, {*names, *(backbone.__name__ for backbone in BACKBONES)})
     return near or did_you_mean(name, names)
-
-
-def _first_line(function: Callable[[], Config]) -> str:
-    return (function.__doc__ or "").strip().splitlines()[0]

@@ -64,8 +64,8 @@ def meet(
     store.set(f"read/{rank}", "")
     try:
         for other, words in enumerate(said):
-            if words["problem"]:
-                raise AgreedError(_of_rank(other, words["problem"]))
+            if wrong := words["problem"]:
+                raise AgreedError(f"rank {other}: {wrong}" if other else wrong)
         compare([words["alike"] for words in said])
     except AgreedError:
         if rank == 0:
@@ -170,7 +170,3 @@ def _in_time(do: Callable[[], dist.Store], timeout_s: float, late: str) -> dist.
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
-
-
-def _of_rank(rank: int, problem: str) -> str:
-    return f"rank {rank}: {problem}" if rank else problem

@@ -124,7 +124,10 @@ def of_picture(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
 def _pixels(
     picture: Image.Image, levels: Callable[[], Levels], orientation: int, is_upright: bool
 ) -> Pixels:
-    rgb, turn = _to_rgb(picture, levels), _turn(picture, orientation, is_upright)
+    """The pixels of a loaded picture, upright or as they are stored."""
+    rgb, turn = _to_rgb(picture, levels), UPRIGHT.get(orientation) if is_upright else None
+    if isinstance(picture, TiffImageFile):  # whose orientation Pillow undoes, of no other format
+        turn = None if is_upright else AS_STORED[orientation]
     return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
@@ -235,14 +238,6 @@ def _jpeg(
     if orientation in UPRIGHT:
         pixels_HWC = np.array(Image.fromarray(pixels_HWC).transpose(UPRIGHT[orientation]))
     return by, pixels_HWC
-
-
-def _turn(picture: Image.Image, orientation: int, is_upright: bool) -> Image.Transpose | None:
-    """The transform from loaded pixels to the requested orientation. By then Pillow has undone the
-    orientation of a TIFF, but of no other format."""
-    if isinstance(picture, TiffImageFile):
-        return None if is_upright else AS_STORED[orientation]
-    return UPRIGHT.get(orientation) if is_upright else None
 
 
 def _is_deep(picture: Image.Image) -> bool:

@@ -112,10 +112,11 @@ def write_ade20k(folder: Path, train: Part, val: Part) -> None:
     ):
         for number, scene in enumerate(part.scenes(), start=1):
             stem = f"ADE_{short}_{number:08}"
-            label_HW = ade_labels(scene)
+            shapes = [thing.shape for thing in scene.objects]
+            label_HW = class_map(scene.instance_HW, scene.depth_HW, shapes)
             save(folder / "images" / name / f"{stem}.jpg", scene.image_HW3)
             save(folder / "annotations" / name / f"{stem}.png", label_HW)
-            lines.append(f"{stem} {scene.objects[0].shape}")
+            lines.append(f"{stem} {shapes[0]}")
             count_C = np.bincount(label_HW.ravel(), minlength=len(CATEGORIES) + 1)[1:]
             pixels_C += count_C
             images_2C[place] += count_C > 0
@@ -129,8 +130,3 @@ def write_ade20k(folder: Path, train: Part, val: Part) -> None:
             for c, name in enumerate(CATEGORIES)
         ),
     )
-
-
-def ade_labels(scene: Scene) -> np.ndarray:
-    """The label map of a scene, one byte per pixel: 1 ground, 2 to 11 shapes, 0 sky."""
-    return class_map(scene.instance_HW, scene.depth_HW, [thing.shape for thing in scene.objects])
