@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dseqjepa.data.decode import Header
 from dseqjepa.data.images import ImageFiles, notes_of
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
@@ -72,7 +73,7 @@ def audit(
     """
     bad, names, sizes, grey = [], [], [], []
     duplicates = []
-    deep, deep_colour, several = [], [], []
+    headers: list[tuple[str, Header]] = []
     seen: dict[bytes, str] = {}
     chosen = _sample(len(source), sample, seed)
     for index in chosen:
@@ -84,10 +85,7 @@ def audit(
             continue
         names.append(name)
         if isinstance(source, ImageFiles):
-            fact = source.facts(index)
-            deep += [name] * fact.is_deep
-            deep_colour += [name] * (fact.is_deep and not fact.is_grey)
-            several += [(name, fact.frames)] * (fact.frames > 1)
+            headers.append((name, source.facts(index)))
         sizes.append(image_CHW.shape[-2:])
         grey.append(bool((image_CHW == image_CHW[:1]).all()))
         first = seen.setdefault(_hash(image_CHW), name)
@@ -95,6 +93,7 @@ def audit(
             duplicates.append((name, first))
     if not names:
         raise InputError(f"none of {len(bad)} images tried can be decoded ({': '.join(bad[0])})")
+    deep = tuple(name for name, header in headers if header.is_deep)
     size_M2 = np.array(sizes)
     low, middle, high = np.percentile(size_M2, (0, 50, 100), axis=0).round().astype(int).tolist()
     aspect = np.percentile(size_M2[:, 1] / size_M2[:, 0], (5, 50, 95)).tolist()
@@ -111,10 +110,12 @@ def audit(
         grey=float(np.mean(grey)),
         duplicates=tuple(duplicates),
         left_out=notes_of(source),
-        deep=tuple(deep),
-        deep_colour=tuple(deep_colour),
+        deep=deep,
+        deep_colour=tuple(
+            name for name, header in headers if header.is_deep and not header.is_grey
+        ),
         levels=source.levels if deep and isinstance(source, ImageFiles) else "file",
-        several=tuple(several),
+        several=tuple((name, header.frames) for name, header in headers if header.frames > 1),
         classes={task: len(np.unique(label_N)) for task, label_N in source.labels.items()},
     )
 

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class Loader:
 
     def died(self) -> str:
         """Which workers have died, and how; called after an error to find its cause."""
-        iterator: Any = self._processes._iterator if self._processes is not None else None
+        iterator = getattr(self._processes, "_iterator", None)
         if iterator is None:
             return ""
         time.sleep(0.2)  # connections close a moment before a process is gone
@@ -180,7 +180,7 @@ class Loader:
     def close(self) -> None:
         """Stop the workers. torch would do so only when nothing refers to them, but a propagating
         exception does."""
-        iterator: Any = self._processes._iterator if self._processes is not None else None
+        iterator = getattr(self._processes, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
 

@@ -63,18 +63,17 @@ class Parquet(ImageFiles):
         self.has_splits, self.files = _of_split(found, split)
         self.root = self.files[0].folder
         facts = facts_of(self.files)
-        schema = facts[0].metadata.schema.to_arrow_schema()
-        names = schema.names
-        for file, one in zip(self.files, facts, strict=True):
-            others = one.metadata.schema.to_arrow_schema().names
-            if others != names:
+        schemas = [one.metadata.schema.to_arrow_schema() for one in facts]
+        schema = schemas[0]
+        for file, other in zip(self.files, schemas, strict=True):
+            if other.names != schema.names:
                 raise InputError(
-                    f"{printable(file.place)} has the columns {', '.join(others)}, and "
-                    f"{printable(self.files[0].name)} {', '.join(names)}"
+                    f"{printable(file.place)} has the columns {', '.join(other.names)}, and "
+                    f"{printable(self.files[0].name)} {', '.join(schema.names)}"
                 )
         self._column = _image_column(schema, self.files[0].place)
-        for file, one in zip(self.files, facts, strict=True):
-            kind = one.metadata.schema.to_arrow_schema().field(self._column).type
+        for file, other in zip(self.files, schemas, strict=True):
+            kind = other.field(self._column).type
             if not _holds_images(kind):
                 raise InputError(
                     f"{printable(file.place)}: expected images in the column {self._column}, as in "
