@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dseqjepa.config import Config
-from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.scenes import Scenes, nearest_size
+from dseqjepa.data.transforms import resize
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import build_method
@@ -179,8 +180,10 @@ def plans(config: Config, seed: int) -> tuple[Tokens, Tokens]:
     )
     method = build_method(shallow).eval()
     height, width = config.data.image_size
-    scenes = Scenes(PLANNED, size=max(height, width), seed=seed, split="train")
-    images_BCHW = torch.stack([scenes.image(n)[:, :height, :width] for n in range(PLANNED)])
+    side = max(height, width)
+    scenes = Scenes(PLANNED, size=nearest_size(side), seed=seed, split="train")
+    images = [resize(scenes.image(n), (side, side)) for n in range(PLANNED)]
+    images_BCHW = torch.stack([image_CHW[:, :height, :width] for image_CHW in images])
     keys_B = sample_keys(seed, 0, torch.arange(PLANNED))
 
     sight, grid = method.look(images_BCHW), method.target.grid_of(images_BCHW)

@@ -101,6 +101,16 @@ def test_more_devices_share_the_work_and_the_state():
     assert many.state == state_bytes(method)
 
 
+def test_images_may_be_smaller_and_larger_than_scenes():
+    """16 patches cost the more the larger they are, at any side of an image."""
+    flops = []
+    for side in (16, 128, 1024):
+        settings = [f"data.image_size={side}", f"model.patch_size={side // 4}"]
+        flops.append(forecast(load_config("ijepa_vitt16_in1k", settings), "h100", 8).flops)
+    assert flops == sorted(flops)
+    assert flops[0] > 0
+
+
 @pytest.mark.parametrize(
     ("on", "devices", "setting", "message"),
     [

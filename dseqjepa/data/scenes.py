@@ -274,6 +274,11 @@ def _render_images(
     return np.stack([render(layout, size).image_3HW for layout in layouts])
 
 
+def nearest_size(size: int) -> int:
+    """The size of scenes nearest to this one, in pixels."""
+    return min(max(size, SIZE_MIN), SIZE_MAX)
+
+
 def _check_size(size: int) -> None:
     if not SIZE_MIN <= size <= SIZE_MAX:
         raise InputError(f"expected scenes of {SIZE_MIN} to {SIZE_MAX} pixels, found {size}")

@@ -32,7 +32,7 @@ from dseqjepa.config import (
     Config,
     validate,
 )
-from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.scenes import Scenes, nearest_size
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError
 from dseqjepa.model.dialects import by_our_names, farthest, folded, misfits
@@ -152,7 +152,7 @@ class _Built:
         theirs = self._reference(encoder)
         if theirs is None:
             return "not compared with timm, which is not installed"
-        scenes = Scenes(SCENES, size=min(max(*size, 32), 512), seed=0, split="val")
+        scenes = Scenes(SCENES, size=nearest_size(max(size)), seed=0, split="val")
         images = [EvalTransform(size)(scenes.image(index)) for index in range(SCENES)]
         images_BCHW = encoder.normalized(torch.stack(images))
         with torch.no_grad():
