@@ -169,13 +169,14 @@ def plans(config: Config, seed: int) -> tuple[Tokens, Tokens]:
     The plans are drawn with an encoder as shallow as the method's settings allow; it is untrained,
     so deeper blocks would not make them more realistic.
     """
-    own = config.method.model_dump()
-    depth = 1 + max(_block(own, "saliency", "block"), _block(own, "regions", "features"))
+    cut = config.method.cut
+    blocks = [] if cut is None else [cut.saliency.block, cut.regions.features]
+    depth = 1 + max([0, *(block for block in blocks if isinstance(block, int))])
     shallow = config.with_(
         model={"depth": min(depth, config.model.depth)},
         predictor={"depth": 1},
         target={"blocks": 1},
-        method={**own, "regularizer": "none"},
+        method={"regularizer": "none", "prediction_weight": 1.0},
         runtime={"precision": "fp32"},
     )
     method = build_method(shallow).eval()
@@ -193,12 +194,6 @@ def plans(config: Config, seed: int) -> tuple[Tokens, Tokens]:
         return count_tokens(plan, PLANNED, method.context_mode, method.encoder, method.predictor)
 
     return counted(0.0), counted(1.0)
-
-
-def _block(method: dict[str, object], section: str, key: str) -> int:
-    found = method.get(section)
-    value = found.get(key) if isinstance(found, dict) else 0
-    return value if isinstance(value, int) else 0
 
 
 def activations(method: Method, tokens: Tokens) -> float:

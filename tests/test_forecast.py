@@ -111,6 +111,12 @@ def test_images_may_be_smaller_and_larger_than_scenes():
     assert flops[0] > 0
 
 
+def test_a_control_without_predictions_has_a_cost():
+    config = load_config("cjepa_vitt16_in1k", ["method.prediction_weight=0"])
+    usual = load_config("cjepa_vitt16_in1k")
+    assert forecast(config, "h100", 8).flops == forecast(usual, "h100", 8).flops
+
+
 @pytest.mark.parametrize(
     ("on", "devices", "setting", "message"),
     [
