@@ -25,7 +25,6 @@ import torch.distributed as dist
 from jaxtyping import Float
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.nn import functional as F
 
 from dseqjepa.errors import AgreedError, InputError, RunError
 from dseqjepa.rendezvous import compare, serve, stay_until_read
@@ -51,14 +50,7 @@ def gather_rows(*parts_BD: Float[Tensor, "B _"]) -> tuple[Float[Tensor, "R _"], 
     """
     if world_size() == 1:
         return parts_BD
-    rows_BD = torch.cat(parts_BD, dim=1)
-    own = rows_BD.new_tensor([len(rows_BD)], dtype=torch.int64)
-    counts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(counts, own)
-    count_of, rank = torch.cat(counts).tolist(), dist.get_rank()
-    # A row of one rank is zero on all others, so that the sum is the row.
-    around = (0, 0, sum(count_of[:rank]), sum(count_of[rank + 1 :]))
-    rows_RD = sum_over_ranks(F.pad(rows_BD, around))
+    rows_RD = _GatherRows.apply(torch.cat(parts_BD, dim=1))
     return tuple(rows_RD.split([part_BD.shape[1] for part_BD in parts_BD], dim=1))
 
 
@@ -74,6 +66,26 @@ def mean_row(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
     sums = torch.cat([rows_BD.sum(dim=0).double(), rows_BD.new_tensor([len(rows_BD)]).double()])
     dist.all_reduce(sums)
     return (sums[None, :-1] / sums[-1].clamp(min=1)).to(rows_BD.dtype)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_BD):  # type: ignore[no-untyped-def]
+        world, own = dist.get_world_size(), rows_BD.new_tensor([len(rows_BD)], dtype=torch.int64)
+        counts = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(counts, own)
+        ctx.counts = torch.cat(counts).tolist()
+        padded_BD = rows_BD.new_zeros(max(ctx.counts), rows_BD.shape[1])
+        padded_BD[: len(rows_BD)] = rows_BD
+        gathered = [torch.empty_like(padded_BD) for _ in range(world)]
+        dist.all_gather(gathered, padded_BD)
+        return torch.cat([x[:n] for x, n in zip(gathered, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient_RD):  # type: ignore[no-untyped-def]
+        gradient_RD = gradient_RD.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient_RD)
+        return gradient_RD.split(ctx.counts)[dist.get_rank()]
 
 
 class _SumOverRanks(torch.autograd.Function):
