@@ -144,8 +144,8 @@ def _open_store(rank: int, host: str, port: int, alone: bool, timeout_s: float) 
 
 
 def stay_until_read(store: dist.Store, ranks: Iterable[int], seconds: float) -> None:
-    """Wait until these ranks know the reason for an end, but only so many seconds. Rank 0 keeps the
-    store: if it left at once, the others could not read the reason."""
+    """Wait, at most this many seconds, until these ranks know the reason for an end. Rank 0 keeps
+    the store: if it left at once, the others could not read the reason."""
     keys, end = [f"read/{rank}" for rank in ranks], time.monotonic() + seconds
     while time.monotonic() < end and not store.check(keys):
         time.sleep(seconds / 100)

@@ -376,7 +376,7 @@ class Trainer:
             self.journal.say(f"ALARM at step {self.step}: {verdict}")
 
     def _is_due(self, every: int, epochs_done: int) -> bool:
-        """Whether to do now what is done `every` so many epochs (0: never), and after the last."""
+        """Whether something is due that happens every `every` epochs (0: never) and at the end."""
         is_last = self.step == self.schedule.steps
         return every > 0 and (epochs_done % every == 0 or is_last)
 
