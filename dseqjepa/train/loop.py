@@ -441,9 +441,9 @@ class Trainer:
     def _conclude(self) -> None:
         say = self.journal.say
         if self.guard.skipped:
-            say(f"{self.guard.skipped} steps were skipped: {self.out}/skipped.jsonl")
+            say(f"steps skipped: {self.guard.skipped}, see {self.out}/skipped.jsonl")
         if self.bad:
-            say(f"{len(self.bad)} images could not be decoded: {self.out}/bad_files.jsonl")
+            say(f"images not decoded: {len(self.bad)}, see {self.out}/bad_files.jsonl")
         say(f"done: {self.schedule.steps} steps; encoder in {self.out}/checkpoints/last")
 
     def save(self) -> None:

@@ -154,7 +154,7 @@ def image_files(attempts: Attempts) -> None:
                 assert said.code == 0, said
                 assert name not in bad, bad[name]
                 assert len(bad) == len(lines(out / "bad_files.jsonl")) == len(BROKEN)
-                assert f"{len(BROKEN)} images could not be decoded" in said.out
+                assert f"images not decoded: {len(BROKEN)}" in said.out
 
 
 @fault(16, "More bad files than data.max_bad allows", quick=2, full=4)

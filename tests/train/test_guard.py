@@ -201,7 +201,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_images(
     assert [line["skipped"] for line in told] == [1, 1, 1, 1, 1, 2, 2, 2]
     assert all(math.isfinite(line["loss"]) for line in told)
     log = (out / "log.txt").read_text()
-    assert f"2 steps were skipped: {out}/skipped.jsonl" in log
+    assert f"steps skipped: 2, see {out}/skipped.jsonl" in log
 
 
 def test_a_projector_remembers_nothing_of_a_step_that_was_not_taken(

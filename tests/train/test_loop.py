@@ -212,7 +212,7 @@ def test_bad_files_are_named_once_and_the_run_resumes(tmp_path: Path, workers: i
     assert entries == [{"path": f"picture {n}", "reason": "made so"} for n in (17, 3)]
     log = (out / "log.txt").read_text()
     assert log.count("cannot decode picture 3: made so\n") == 1
-    assert f"2 images could not be decoded: {out}/bad_files.jsonl" in log
+    assert f"images not decoded: 2, see {out}/bad_files.jsonl" in log
     assert open_checkpoint(out).step == STEPS
 
 
