@@ -133,6 +133,9 @@ def run_task(
             _publish(job, config, result, values, path, draw)
             if result.head is not None:
                 _save_head(task, job, config, result, who["digest"], head_path(path))
+    if ranks.first:  # without a lock: a network file system keeps files that are open
+        for rest in result.unfinished:
+            remove(rest)
     ranks.close()
     return path
 
@@ -185,7 +188,7 @@ def _publish(
     path: Path,
     draw: Draw | None,
 ) -> None:
-    """Write the file and the picture, show the table, and delete obsolete files."""
+    """Write the file and the picture, and show the table."""
     write_json(path, values)
     quick = ", preset=quick" if config.preset == "quick" else ""
     title = f"{values['title']}{quick} (95 % interval: {result.interval})"
@@ -194,8 +197,6 @@ def _publish(
     for line in (*paired, *_missing(result), *values["warnings"]):
         job.console.print(line, markup=False, highlight=False, soft_wrap=True)
     print(f"written: {path}")
-    for rest in result.unfinished:
-        remove(rest)
     if draw is not None and result.examples:
         draw(path.with_suffix(".png"), **result.examples)
         print(f"written: {path.with_suffix('.png')}")

@@ -165,6 +165,7 @@ class Place:
             ranks=job.ranks,
             max_bad=config.max_bad,
             console=job.console,
+            held=job.held,
             **more,
         )
 

@@ -15,11 +15,14 @@ from PIL import Image
 from dseqjepa.cli import main
 from dseqjepa.data.labelled import located
 from dseqjepa.methods import build_method
+from dseqjepa.tasks import run
 from dseqjepa.tasks.config import TASKS
+from dseqjepa.tasks.results import write_json
 from dseqjepa.tasks.run import run_task
 from dseqjepa.train.checkpoint import save_checkpoint
+from dseqjepa.train.folder import is_in_use
 from dseqjepa.train.pretrain import open_training_source
-from tests.children import run_ranks
+from tests.children import ends, run_ranks, start
 from tests.tiny import tiny_config
 
 
@@ -285,6 +288,29 @@ def evaluate_on_ranks(folder: Path, task: str, settings: list[str]) -> None:
     os.chdir(folder)
     config = TASKS[task].from_settings(["accelerator=cpu", *settings, "max_bad=0.1"])
     run_task(task, "runs/0", config, data=None, out=folder / "two.json")
+
+
+def look(folder: Path) -> None:
+    """In a child: fails unless another process holds the folder."""
+    assert is_in_use(folder)
+
+
+@pytest.mark.parametrize("task", ["attentive", "finetune"])
+def test_a_training_is_locked_until_the_result_is_written(
+    here: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = here / "runs/0/evaluations"
+    found: list[int] = []
+
+    def write(path: Path, values: dict[str, Any]) -> None:
+        (folder,) = results.glob(f"{task}-*")
+        found.extend(ends([start(look, folder, log=here / "log")], 240))
+        write_json(path, values)
+
+    monkeypatch.setattr(run, "write_json", write)
+    more = {"attentive": ["baselines=false"], "finetune": ["batch_size=8"]}[task]
+    assert evaluate(task, "runs/0", "preset=quick", "epochs=1", *more) == 0
+    assert found == [0], (here / "log").read_text()
 
 
 @pytest.mark.parametrize(
