@@ -633,7 +633,7 @@ STUDY_KEYS = (
 @app.command(
     epilog=examples(
         "study plan studies.yaml optim.epochs=8",
-        "study studies.yaml out=studies/order jobs=2",
+        "study studies.yaml out=studies/order jobs=2 optim.epochs=8",
         "study table5 out=studies/table5 jobs=20 --slurm",
     )
 )
