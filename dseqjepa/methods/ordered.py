@@ -93,7 +93,7 @@ class DSeqJepa(Method):
             torch.where(pick_B11, self._fill(target_BMN), self._fill(blocks.target_BMN)),
         )
         metrics = {
-            "lambda": torch.tensor(share),
+            "lambda": torch.full((), share, device=rank_BN.device),
             "regions": count_B.double().mean(),
             "ranked_share": ranked_B.double().mean(),
             "empty_share": (~usable_B).double().mean(),

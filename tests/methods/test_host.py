@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dseqjepa
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import build_method
 from dseqjepa.plans import regions
 from dseqjepa.train.optimizer import build_optimizer, set_rates
 from tests.tiny import float_images, tiny_config
 
+PACKAGE = Path(dseqjepa.__file__).parent
 DATA_DEPENDENT = {
     "_local_scalar_dense",
     "nonzero",
@@ -103,6 +108,44 @@ def test_a_step_fetches_the_token_counts_and_nothing_else(
         method.update_target(0.99)
     assert dict(questions.asked) == {}
     assert fetches == ["cpu"]
+
+
+FACTORIES = {
+    "arange", "as_tensor", "empty", "eye", "from_numpy", "full", "linspace", "ones", "rand",
+    "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros",
+}  # fmt: skip
+HASHED, TRIED = "keyed.py", "linear.py"
+"""Where tensors are made on the host on purpose: parts of a hash, which any device accepts because
+they have no dimensions, and the layer on which a CPU's way of multiplying is tried out."""
+
+
+class Creations(TorchFunctionMode):
+    """Notes where the package makes a tensor without saying on which device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_function__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in FACTORIES and kwargs.get("device") is None:
+            frames = traceback.extract_stack()
+            ours = [frame for frame in frames if PACKAGE in Path(frame.filename).parents]
+            if ours and Path(ours[-1].filename).name not in (HASHED, TRIED):
+                self.found.add(f"{ours[-1].filename}:{ours[-1].lineno}")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_everything_that_a_step_makes_is_made_on_its_device(case: tuple[str, ...]):
+    method = build_method(tiny_config(*case))
+    images, keys = float_images(6), sample_keys(0, 0, torch.arange(6))
+    with Creations() as creations:
+        method(images, progress=0.5, keys_B=keys).loss.backward()
+        method.update_target(0.99)
+    assert creations.found == set()
 
 
 def test_questions_are_noticed():
