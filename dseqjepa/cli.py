@@ -156,6 +156,7 @@ def pretrain(
     from dseqjepa.train.runtime import connect, place, spread
     from dseqjepa.viz.regions import training_picture
 
+    resume, overwrite = resume_of(run), flag(run, "overwrite")
     devices = config.runtime.devices
     if devices > 1 and place().world == 1:
         sys.exit(spread(devices, sys.argv[1:], config.runtime.timeout_s + 5))
@@ -166,8 +167,8 @@ def pretrain(
         train(
             config,
             Path(run["out"]).expanduser(),
-            resume=resume_of(run),
-            overwrite=flag(run, "overwrite"),
+            resume=resume,
+            overwrite=overwrite,
             init_from=Path(run["init_from"]).expanduser() if "init_from" in run else None,
             allow_changed=run["allow_changed"].split(",") if "allow_changed" in run else (),
             source=source,
@@ -257,6 +258,11 @@ def preflight(
     --on h100 --devices 64 works out what it would cost there, on ImageNet-1k, without data.
     """
     run, config = _own_and_config(preset, settings, ("init_from",), print_config)
+    out, json_file = (file.expanduser() if file is not None else None for file in (out, json_file))
+    if on is None and devices != 1:
+        raise InputError("--devices is for --on; on this machine, set runtime.devices")
+    if on is not None and (out is not None or "init_from" in run):
+        raise InputError("--on needs neither images nor weights: leave out --out and init_from")
     if on is not None:
         from dseqjepa.forecast import preflight_on
 
@@ -674,6 +680,13 @@ def study(
     if print_config:
         print(found.to_yaml(), end="")
         return
+    if is_plan and slurm:
+        raise InputError("plan only estimates the cost: leave out --slurm")
+    idle = {"retry", "cell"} if slurm else set()
+    idle |= {"out", "retry", "cell", "allow_changed"} if is_plan else set()
+    if unused := sorted(idle & own.keys()):
+        what = "plan" if is_plan else "--slurm"
+        raise InputError(f"{unused[0]} has no effect with {what}: leave it out")
     jobs = own.get("jobs", "1")
     if not jobs.isdecimal() or int(jobs) < 1:
         raise InputError(f"jobs must be a whole number of at least 1, found {jobs!r}")
@@ -721,7 +734,7 @@ def demo(
         return
     from dseqjepa.demo import run_demo
 
-    run_demo(config, out)
+    run_demo(config, out.expanduser())
 
 
 scenes = typer.Typer(

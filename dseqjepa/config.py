@@ -45,6 +45,16 @@ def _positive(std: Colours) -> Colours:
 Deviations = Annotated[Colours, AfterValidator(_positive)]
 
 
+def _shares(scale: Range) -> Range:
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
+    return scale
+
+
+CropScale = Annotated[Range, AfterValidator(_shares)]
+
+
 def once(words: tuple[str, ...]) -> tuple[str, ...]:
     for word in words:
         if words.count(word) > 1:
@@ -129,7 +139,7 @@ class DataConfig(Section):
     """Mean of red, green and blue that normalization subtracts (white is 1)."""
     std: Deviations = IMAGENET_STD
     """Standard deviation that normalization divides by, after subtracting `mean`."""
-    crop_scale: Range = (0.3, 1.0)
+    crop_scale: CropScale = (0.3, 1.0)
     """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = False
     """Whether crops are flipped horizontally with probability one half."""
@@ -145,9 +155,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, found {low}, {high}")
         if not 1 <= min(self.image_size) <= max(self.image_size) <= 16384:
             raise ValueError(f"image_size must be 1 to 16384 pixels, found {self.image_size}")
         return self

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig
 from dseqjepa.data.labelled import prepare
-from dseqjepa.data.scenes import Scenes
+from dseqjepa.data.scenes import SPECS, Scenes
 from dseqjepa.errors import InputError
 from dseqjepa.files import check_writable, remove
 from dseqjepa.keyed import sample_keys
@@ -52,6 +52,11 @@ def run_demo(config: Config, out: Path) -> None:
     An earlier demo in `out` is replaced; `InputError` if it contains anything else.
     """
     _check(out)
+    if config.data.source not in SPECS:
+        raise InputError(
+            f"the demo trains on rendered scenes: leave out data.source={config.data.source}, or "
+            "use dseqjepa pretrain"
+        )
     console = Console(markup=False)
     began = time.perf_counter()
     size, seed = config.data.image_size, config.runtime.seed
@@ -106,7 +111,8 @@ def _compare(
         for name, backbone in backbones.items():
             folder = run / "evaluations"
             job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, task)
-            found = evaluate(job, settings)
+            with job.held:
+                found = evaluate(job, settings)
             chosen = {metric: found.metrics[metric] for metric in metrics}
             rows.append(row(name, task, chosen, n_test=found.n_test))
             for rest in found.unfinished:

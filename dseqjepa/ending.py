@@ -33,6 +33,11 @@ def run(app: Callable[..., Any], arguments: list[str]) -> None:
         fail(error, 1)
     except Stopped:
         sys.exit(143)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded here
+            raise
+        said = str(error).partition(". ")[0]
+        fail(f"{said}: compute less at a time (optim.accumulate, accumulate or encode_batch)", 1)
     if code:
         sys.exit(code)
 

@@ -93,6 +93,15 @@ def check_writable(path: Path, name: str) -> None:
         raise InputError(f"{name} cannot be written to: {error.strerror}; give another") from None
 
 
+def check_file(file: Path) -> None:
+    """`InputError` unless the file can be written, in a folder that exists."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: give a file")
+    if not file.parent.is_dir():
+        raise InputError(f"{file}: there is no folder {file.parent}")
+    check_writable(file, str(file))
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link (not its target), or a folder with its contents."""
     if path.is_dir() and not path.is_symlink():

@@ -35,6 +35,7 @@ from dseqjepa.config import Config
 from dseqjepa.data.scenes import Scenes, nearest_size
 from dseqjepa.data.transforms import resize
 from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.files import check_file
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
@@ -255,7 +256,10 @@ def preflight_on(
     report: Path | None = None,
     console: Console | None = None,
 ) -> Forecast:
-    """Compute and print a forecast; `report` is a JSON file for it."""
+    """Compute and print a forecast; `report` is a JSON file for it. `InputError` if that cannot be
+    written."""
+    if report is not None:
+        check_file(report)
     found = forecast(config, on, devices)
     (console or Console()).print(table(config, on, found))
     if report is not None:

@@ -21,8 +21,8 @@ from dseqjepa.data.audit import Audit, audit
 from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
-from dseqjepa.errors import InputError, printable
-from dseqjepa.files import check_writable
+from dseqjepa.errors import printable
+from dseqjepa.files import check_file
 from dseqjepa.methods import build_method
 from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, load_encoders
@@ -60,7 +60,7 @@ def preflight(
             written.
     """
     for file in filter(None, (out, report)):
-        _check_file(file)
+        check_file(file)
     config = on_this_machine(config)
     connect(config.with_(runtime={"devices": 1}))  # fails if there is no such device
     source = open_training_source(config)
@@ -259,11 +259,3 @@ def _each(pace: Pace, part: str) -> float:
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _check_file(file: Path) -> None:
-    if file.is_dir():
-        raise InputError(f"{file} is a folder: give a file")
-    if not file.parent.is_dir():
-        raise InputError(f"{file}: there is no folder {file.parent}")
-    check_writable(file, str(file))

@@ -153,8 +153,10 @@ def _in_brackets(section: type[BaseModel], name: str) -> str | None:
     if get_origin(first) is Annotated:
         first = get_args(first)[0]
     what = "number" if first in (int, float) else "word"
-    many = f"{what}s" if rest == [...] else f"{COUNTS[len(rest) + 1]} {what}s"
-    return f"{many} in brackets"
+    if rest != [...]:
+        return f"{COUNTS[len(rest) + 1]} {what}s in brackets"
+    least = [getattr(each, "min_length", 0) for each in section.model_fields[name].metadata]
+    return f"{'one or more ' if any(least) else ''}{what}s in brackets"
 
 
 def _walk(location: Iterable[int | str], root: type[BaseModel]) -> tuple[str, type[BaseModel]]:

@@ -18,6 +18,7 @@ import typer
 from PIL import Image
 
 import dseqjepa as dj
+from dseqjepa import ending
 from dseqjepa.arguments import as_options
 from dseqjepa.cli import TASK_HELP, app, main
 from dseqjepa.errors import Stopped
@@ -181,6 +182,7 @@ SETTINGS = {
     "resume=true overwrite=true": "leave out overwrite and init_from",
     "resume=true init_from=run": "leave out overwrite and init_from",
     "resume=true": "new does not exist",
+    "allow_changed=data": "allow_changed is for a run that is resumed: add resume=true",
     "out=other": "out is given twice: 'new' and 'other'",
     "init_from=": "init_from= is empty",
     "init_from=nothing": "nothing does not exist: expected a run's folder",
@@ -189,6 +191,19 @@ SETTINGS = {
     "init_from=run model.width=16": "run/config.yaml as the preset, which has its settings",
     "init_from=run data.image_size=48": "different encoder: data.image_size (32, 32) there, (48, ",
 }
+
+
+def test_a_gpu_without_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    with pytest.raises(SystemExit) as stop:
+        ending.run(full, [])
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dseqjepa: CUDA out of memory: compute less at a time")
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -354,6 +369,7 @@ def test_an_unknown_preset_or_a_wrong_file_is_refused(refuse: Refuse, name: str)
         "demo --out file": "--out file is a file: give a folder",
         "demo out=file": "--out file is a file: give a folder",
         "demo --out full": "--out full holds 'mine.txt', which is not of a demo",
+        "demo data.source=pictures": "leave out data.source=pictures, or use dseqjepa pretrain",
         "demo data.size=0": "data.size must be greater than or equal to 1, found 0",
     }.items(),
 )  # fmt: skip
@@ -556,6 +572,7 @@ main()
 def test_questions_are_answered_without_torch(here: Path) -> None:
     script = """
 import sys
+from dseqjepa import ending
 from dseqjepa.arguments import as_options
 from dseqjepa.cli import TASK_HELP, app, main
 for typed in ([], ["--help"], ["--version"], ["pretrain", "--help"], ["presets"],

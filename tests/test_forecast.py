@@ -130,6 +130,22 @@ def test_what_cannot_be_is_told_in_a_line(on: str, devices: int, setting: str, m
         forecast(load_config("ijepa_vitt16_in1k", [setting]), on, devices)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--devices", "8"], "--devices is for --on"),
+        (["--on", "h100", "--out", "regions.png"], "leave out --out and init_from"),
+        (["--on", "h100", "init_from=runs/mine"], "leave out --out and init_from"),
+        (["--on", "h100", "--json", "gone/found.json"], "there is no folder gone"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(more: list[str], message: str):
+    done = CliRunner().invoke(app, ["preflight", "ijepa_vitt16_in1k", *more])
+    assert isinstance(done.exception, InputError)
+    assert message in str(done.exception)
+    assert done.output == ""
+
+
 def test_the_command(tmp_path: Path):
     file = tmp_path / "found.json"
     command = ["preflight", "ijepa_vitt16_in1k", "--on", "a100", "--devices", "8"]

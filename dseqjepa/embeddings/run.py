@@ -196,7 +196,7 @@ class _Job:
     def _write_table(self, out: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         by_patch = self.config.per == "patch"
         height, width = self.backbone.image_size
-        grid = _grid(self.backbone) if by_patch else (1, 1)
+        grid = self.backbone.grid() if by_patch else (1, 1)
         about = {
             "encoder": self.backbone.digest(),
             "features": self.config.features,
@@ -304,12 +304,6 @@ def _source(
     return data_images(data, config.split, "train", pixel_range=pixel_range, **how)
 
 
-def _grid(backbone: Backbone) -> tuple[int, int]:
-    """Rows and columns of the patch grid."""
-    height, width = backbone.image_size
-    return height // backbone.patch_size, width // backbone.patch_size
-
-
 def _pieces(backbone: Backbone, config: EmbedConfig) -> tuple[str, ...]:
     """The features to compute per image; with per=patch, patches instead of their mean."""
     pieces = backbone.pieces(config.features)
@@ -318,7 +312,7 @@ def _pieces(backbone: Backbone, config: EmbedConfig) -> tuple[str, ...]:
         raise InputError("features=patches is for evaluations: use per=patch to write patches")
     if config.per == "image":
         return pieces
-    rows, columns = _grid(backbone)
+    rows, columns = backbone.grid()
     if kinds != {"mean"} or backbone.shape()[0] != rows * columns:
         raise InputError(
             f"features={config.features} of {backbone.name} has no patches: per=patch needs "

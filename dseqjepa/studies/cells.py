@@ -63,7 +63,7 @@ class StudyCell:
 
     def is_trained(self) -> bool:
         """Whether the newest checkpoint is from the last step."""
-        state = read_json(self.run / "checkpoints" / "last" / "state.json")
+        state = newest_state(self.run)
         return is_step(state.get("step")) and state.get("step") == state.get("steps")
 
     def result(self, evaluation: str) -> dict[str, Any]:
@@ -102,6 +102,13 @@ def cells_of(study: Study, out: Path) -> list[StudyCell]:
         for data in study.data
         for variant in study.variants
     ]
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    """The manifest of a run's newest checkpoint; empty if there is none. The link `last` is not
+    asked: a disk may know no links."""
+    manifests = sorted(run.glob("checkpoints/step-*/state.json"))
+    return read_json(manifests[-1]) if manifests else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

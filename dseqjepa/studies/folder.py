@@ -146,9 +146,9 @@ def _now() -> str:
 
 
 @contextmanager
-def locked_for_a_moment(out: Path) -> Iterator[float]:
-    """Hold the folder's lock briefly; yields the file system's time, the same for all machines."""
-    path = out / "leases" / ".lock"
+def locked_for_a_moment(out: Path, name: str = ".lock") -> Iterator[float]:
+    """Hold one of the folder's locks; yields the file system's time, the same for all machines."""
+    path = out / "leases" / name
     with path.open("a+", encoding="utf-8") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         os.utime(path)
@@ -186,10 +186,6 @@ class Leases:
         with locked_for_a_moment(self.out):
             if self._is_mine(cell):
                 self._path(cell).unlink()
-
-    def is_held(self, cell: StudyCell) -> bool:
-        with locked_for_a_moment(self.out) as now:
-            return self._is_held(cell, now)
 
     def _is_mine(self, cell: StudyCell) -> bool:
         found = read_json(self._path(cell))

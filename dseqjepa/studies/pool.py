@@ -77,21 +77,23 @@ class Pool:
         in files."""
         searched = renewed = drawn = 0.0
         with _signals(self), self._live() as live:
-            while not self.stopped_by:
-                ended = [self._look_at(worker) for worker in list(self.workers)]
-                now = time.monotonic()
-                if len(self.workers) < self.jobs and (any(ended) or now - searched > SEARCH_S):
-                    searched = now
-                    if not self._start_one() and not self.workers and not self._left():
-                        break
-                if now - renewed > self.renew_s:
-                    renewed = now
-                    self._renew()
-                if live is not None and now - drawn > DRAW_S:
-                    drawn = now
-                    live.update(self.table(), refresh=True)
-                time.sleep(LOOK_S)
-            self._stop()
+            try:
+                while not self.stopped_by:
+                    ended = [self._look_at(worker) for worker in list(self.workers)]
+                    now = time.monotonic()
+                    if len(self.workers) < self.jobs and (any(ended) or now - searched > SEARCH_S):
+                        searched = now
+                        if not self._start_one() and not self.workers and not self._left():
+                            break
+                    if now - renewed > self.renew_s:
+                        renewed = now
+                        self._renew()
+                    if live is not None and now - drawn > DRAW_S:
+                        drawn = now
+                        live.update(self.table(), refresh=True)
+                    time.sleep(LOOK_S)
+            finally:  # nothing trains on without a pool, such as after a full disk
+                self._stop()
             if live is not None:
                 live.update(self.table(), refresh=True)
         return self.stopped_by
@@ -188,6 +190,7 @@ class Pool:
             worker.process.terminate()
         for worker in self.workers:
             worker.process.wait()
+        for worker in self.workers:
             self.leases.leave(worker.cell)
         self.workers.clear()
 
@@ -239,7 +242,9 @@ def _signals(pool: Pool) -> Iterator[None]:
     def ask(number: int, _frame: FrameType | None) -> None:
         pool.stopped_by = number
 
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in STOPS}
+    # Under nohup the terminal's end stays ignored.
+    heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in heard}
     try:
         yield
     finally:

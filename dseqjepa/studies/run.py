@@ -29,6 +29,7 @@ from dseqjepa.studies.summary import (
     Values,
     claim_rows,
     collect,
+    is_unhealthy,
     markdown,
     table_of,
 )
@@ -113,7 +114,7 @@ def try_again(cells: Sequence[StudyCell], summary: Values, retry: Collection[str
     unhealthy = {
         cell["name"]
         for cell in summary.get("cells", ())
-        if cell["state"] == "done" and (cell["health"] or {}).get("tone") == "bad"
+        if cell["state"] == "done" and is_unhealthy(cell)
     }
     for cell in cells:
         if "failed" in retry:
@@ -128,7 +129,7 @@ def try_again(cells: Sequence[StudyCell], summary: Values, retry: Collection[str
 def write_outputs(study: Study, summary: Values, out: Path, console: Console) -> None:
     """Write study.json and table.md, and, if their packages are installed, forest.png, curves.png
     and study.html."""
-    with locked_for_a_moment(out):
+    with locked_for_a_moment(out, ".results"):  # charts take time, in which leases are renewed
         write_whole(out / "study.json", json.dumps(summary, indent=1) + "\n")
         write_whole(out / "table.md", markdown(summary))
         written = ["study.json", "table.md"]
@@ -239,7 +240,7 @@ SLURM = """#!/bin/bash
 #SBATCH --requeue
 # Add your cluster's options for time, memory and GPUs here, or pass them to sbatch.
 cd {folder}
-exec {python} -m dseqjepa study {declared} out={out} cell=$SLURM_ARRAY_TASK_ID
+exec {python} -m dseqjepa study {declared} out={out} cell=$SLURM_ARRAY_TASK_ID{changed}
 """
 
 
@@ -259,6 +260,7 @@ def write_slurm(study: Study, out: Path, jobs: int, allow_changed: Collection[st
         folder=Path.cwd(),
         python=sys.executable,
         declared=out / DECLARED,
+        changed=f" allow_changed={','.join(allow_changed)}" if allow_changed else "",
     )
     script = out / "study.sbatch"
     write_whole(script, text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -19,7 +20,7 @@ from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest
 from dseqjepa.report.run import read_run
 from dseqjepa.report.words import verdict
-from dseqjepa.studies.cells import StudyCell, cells_of, read_json
+from dseqjepa.studies.cells import StudyCell, cells_of, newest_state, read_json
 from dseqjepa.studies.declare import Claim, Study
 from dseqjepa.studies.statistics import LEVEL, compare, detectable, holm, least_p_signs
 from dseqjepa.tasks.table import escaped
@@ -57,7 +58,7 @@ def _told(cell: StudyCell) -> Values:
     """A run: its identity, state, health and results, and the files that hold them."""
     results = {name: found for name in cell.study.evaluations if (found := cell.result(name))}
     starts = _lines(cell.run / "run.jsonl")
-    config = read_json(cell.run / "checkpoints/last/state.json")
+    config = newest_state(cell.run)
     made = [*starts, *results.values()]
     return {
         "name": cell.name,
@@ -93,14 +94,18 @@ def _health(run: Path) -> Values | None:
     return {"tone": found.tone, "sentence": found.sentence}
 
 
-def _is_unhealthy(cell: Values) -> bool:
+def is_unhealthy(cell: Values) -> bool:
     return (cell["health"] or {}).get("tone") == "bad"
 
 
 def _lines(path: Path) -> list[Values]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):  # cut off when its process was killed
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _tested(study: Study, claim: Mapping[str, Any], cells: Mapping[str, Values]) -> Values:
@@ -128,11 +133,7 @@ def _tested(study: Study, claim: Mapping[str, Any], cells: Mapping[str, Values])
     if unpaired:
         return found | {"why": f"the runs of seed {unpaired[0]} saw different images"}
     if study.unhealthy == "exclude":
-        bad = [
-            pair
-            for pair in pairs
-            if any((cell["health"] or {}).get("tone") == "bad" for cell in pair)
-        ]
+        bad = [pair for pair in pairs if any(map(is_unhealthy, pair))]
         pairs = [pair for pair in pairs if pair not in bad]
         found["excluded"] = [pair[0]["seed"] for pair in bad]
     if len(pairs) < 2:
@@ -220,7 +221,7 @@ def _notes(study: Study, cells: Mapping[str, Values]) -> list[str]:
                 f"{cell['name']}: {failure['stage']} failed ({failure['said']}); retry it with "
                 "retry=failed"
             )
-        if cell["state"] != "left" and _is_unhealthy(cell):
+        if cell["state"] != "left" and is_unhealthy(cell):
             rule = "counts" if study.unhealthy == "keep" else "does not count"
             notes.append(
                 f"{cell['name']} is unhealthy and {rule}, as declared: {cell['health']['sentence']}"

@@ -129,7 +129,8 @@ class QueryHeads(nn.Module):
         ]
 
     def losses(self, patches_BPD: Tensor, label_B: Tensor) -> dict[str, Tensor]:
-        """The cross-entropy of each head. A diverged head counts as 0 and is not updated."""
+        """The cross-entropy of each head. A diverged head counts as 0; its weights become
+        NaN, which no other head reads."""
         losses = [F.cross_entropy(logits_BC, label_B) for logits_BC in self(patches_BPD)]
         return {
             f"head{number}": torch.where(loss.isfinite(), loss, torch.zeros_like(loss))

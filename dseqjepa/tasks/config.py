@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from dseqjepa.config import Fraction, PixelRange, Range, Section, Size
+from dseqjepa.config import CropScale, Fraction, PixelRange, Range, Section, Size
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -20,6 +20,9 @@ Part = Annotated[float, Field(gt=0, lt=1)]
 Factor = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Field(min_length=1)]
+"""At least one."""
 
 AP_ENDINGS = ("", "_50", "_75", "_small", "_medium", "_large")
 """What the first six of COCO's numbers are: the mean over IoU thresholds 0.5 to 0.95, those at two
@@ -151,7 +154,7 @@ class FinetuneConfig(TrainedConfig):
     """Magnitude, out of 10, of RandAugment's two operations; 0: off."""
     erase: Fraction = 0.25
     """Share of images in which a random rectangle is replaced by noise."""
-    crop_scale: Range = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = True
     """Whether crops are flipped horizontally with probability one half."""
@@ -269,9 +272,9 @@ class KnnConfig(FrozenConfig):
     """`place`: subtract from each patch the mean, over training images, at its position."""
     sweep: bool = False
     """Also try `ks` and `temperatures`, chosen on the training images (leave-one-out)."""
-    ks: tuple[Count, ...] = (5, 10, 20, 50, 100, 200)
+    ks: Several[Count] = (5, 10, 20, 50, 100, 200)
     """Numbers of neighbours that `sweep` tries."""
-    temperatures: tuple[Positive, ...] = (0.02, 0.04, 0.07, 0.1, 0.2)
+    temperatures: Several[Positive] = (0.02, 0.04, 0.07, 0.1, 0.2)
     """Temperatures that `sweep` tries."""
 
     @property
@@ -282,14 +285,14 @@ class KnnConfig(FrozenConfig):
 class SweepConfig(Section):
     """Heads on frozen features, trained at once; a hold-out of the training images selects one."""
 
-    features: tuple[str, ...] = (
+    features: Several[str] = (
         "last", "last2", "last4", "cls", "cls4", "cls+last4", "moments", "patches",
     )  # fmt: skip
     """Features to try, as in `knn`; `blocks`: the mean patch of every block. Those that need [CLS]
     are skipped if there is none."""
-    lrs: tuple[Positive, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+    lrs: Several[Positive] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
     """Learning rates; a head is trained for each combination with a weight decay."""
-    weight_decays: tuple[NotNegative, ...] = (0.0, 1e-3)
+    weight_decays: Several[NotNegative] = (0.0, 1e-3)
     """Weight decays; a head is trained for each combination with a learning rate."""
     epochs: Literal["auto"] | Count = "auto"
     """Epochs; `auto`: enough to show 400,000 images, from 10 to 300."""
@@ -328,7 +331,7 @@ class LinearConfig(FrozenConfig):
     """Nesterov momentum in `protocol=paper`."""
     batch_size: Count = 32
     """Batch size per rank."""
-    crop_scale: Range = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = False
     """Whether crops are flipped horizontally with probability one half."""
@@ -364,7 +367,7 @@ class AttentiveConfig(FrozenConfig):
     """Classifier on the pooled vector; `mlp`: with one hidden layer of the same width."""
     crops: bool = True
     """Whether to encode random resized crops in every epoch; if false, centre crops, once."""
-    crop_scale: Range = (0.3, 1.0)
+    crop_scale: CropScale = (0.3, 1.0)
     """Smallest and largest share of an image's area that a random crop covers."""
     flip: bool = False
     """Whether crops are flipped horizontally with probability one half."""
@@ -374,9 +377,9 @@ class AttentiveConfig(FrozenConfig):
     """Epochs; `auto`: enough to show 200,000 images, from 20 to 100."""
     batch_size: Count = 256
     """Global batch size, over all ranks."""
-    lrs: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3)
+    lrs: Several[Positive] = (3e-4, 1e-3, 3e-3)
     """Learning rates; a head is trained for each combination with a weight decay, all at once."""
-    weight_decays: tuple[NotNegative, ...] = (0.01, 0.1)
+    weight_decays: Several[NotNegative] = (0.01, 0.1)
     """Weight decays; a head is trained for each combination with a learning rate."""
     holdout: Part = 0.1
     """Share of training images held out to select a head."""
@@ -401,20 +404,20 @@ class DenseConfig(FrozenConfig):
 
     task: Literal["all", "segmentation", "depth"] = "all"
     """What to predict; `all`: everything that the data has."""
-    features: tuple[str, ...] = ("last",)
+    features: Several[str] = ("last",)
     """Blocks whose patches are read: `last`, `last4`, `block7`, ...; a hold-out selects one of
     them, while kNN uses the first."""
     limit: Literal["none"] | Count = "none"
     """Maximum number of training images."""
-    lrs: tuple[Positive, ...] = (1e-2, 3e-2, 0.1)
+    lrs: Several[Positive] = (1e-2, 3e-2, 0.1)
     """Learning rates of the linear classifier."""
-    weight_decays: tuple[NotNegative, ...] = (0.0, 1e-3)
+    weight_decays: Several[NotNegative] = (0.0, 1e-3)
     """Weight decays of the linear classifier."""
     batch_size: Count = 1024
     """Batch size in patches."""
     patches_seen: Count = 1_000_000
     """Patches shown to each linear classifier during training."""
-    ridges: tuple[Positive, ...] = (1e-4, 1e-2, 1.0)
+    ridges: Several[Positive] = (1e-4, 1e-2, 1.0)
     """Ridge penalties of the depth regression, as a share of a feature's variance."""
     holdout: Part = 0.1
     """Share of training images held out to select a classifier."""
@@ -442,9 +445,9 @@ class DenseConfig(FrozenConfig):
 class LowshotSweepConfig(SweepConfig):
     """A sweep for few images: stronger weight decay, and a larger hold-out."""
 
-    features: tuple[str, ...] = ("last4",)
+    features: Several[str] = ("last4",)
     """Features to try, as in `knn`."""
-    weight_decays: tuple[NotNegative, ...] = (0.0, 1e-3, 1e-2, 0.1)
+    weight_decays: Several[NotNegative] = (0.0, 1e-3, 1e-2, 0.1)
     """Weight decays; a head is trained for each combination with a learning rate."""
     holdout: Part = 0.2
     """Share of labelled images held out to select a head."""

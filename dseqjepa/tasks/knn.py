@@ -74,7 +74,6 @@ def neighbours(
     if k < 1:
         raise InputError(f"expected k >= 1, found {k}")
     k = min(k, available)
-    # One column more than requested if the image itself may be among its neighbours.
     similarity_NK = torch.full((len(test), k), -torch.inf, device=device)
     index_NK = torch.zeros(len(test), k, dtype=torch.int64, device=device)
     for first, train_SD in train.blocks():

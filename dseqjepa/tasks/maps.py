@@ -52,7 +52,8 @@ class DropPath:
             self.scale = None
             return
         keep = 1 - self.rates[:, None, None]
-        self.scale = (torch.rand(len(self.rates), 2, images) < keep) / keep
+        scale = (torch.rand(len(self.rates), 2, images) < keep) / keep
+        self.scale = scale.to(next(self.backbone.parameters()).device)
 
     def _hook(self, number: int, branch: int) -> Callable[[nn.Module, object, Tensor], Tensor]:
         def leave_out(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:

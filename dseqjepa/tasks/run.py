@@ -38,6 +38,7 @@ from dseqjepa.tasks.results import (
 )
 from dseqjepa.tasks.saved import head_path, save_head
 from dseqjepa.train.checkpoint import open_checkpoint
+from dseqjepa.train.folder import is_in_use
 from dseqjepa.train.runtime import Runtime, device_name, join
 from dseqjepa.train.trained_on import trained_on
 
@@ -108,11 +109,11 @@ def run_task(
         InputError: before anything is written.
     """
     began = time.perf_counter()
-    words = {**flattened(config.model_dump(mode="json")), "task": task}
+    words = {**flattened(config.model_dump(mode="json")), "evaluation": task, "out": str(out)}
     alike = {key: value for key, value in words.items() if key != "workers"}
     runtime = join(RuntimeConfig(accelerator=config.accelerator), alike)
     ranks, evaluate = runtime.ranks, import_module(f"dseqjepa.tasks.{task}").evaluate
-    job, source = _open_job(task, spec, config, data, out, runtime)
+    job, source = ranks.together(lambda: _open_job(task, spec, config, data, out, runtime))
     job = replace(job, resume=resume, overwrite=overwrite)
     fingerprints = {"train": job.train.fingerprint(), "test": job.test.fingerprint()}
     who = identity(job.backbone)  # before it is trained
@@ -135,7 +136,8 @@ def run_task(
                 _save_head(task, job, config, result, who["digest"], head_path(path))
     if ranks.first:  # without a lock: a network file system keeps files that are open
         for rest in result.unfinished:
-            remove(rest)
+            if not is_in_use(rest):
+                remove(rest)
     ranks.close()
     return path
 

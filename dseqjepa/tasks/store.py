@@ -10,6 +10,7 @@ Suffixes: N images of the source, D width of a piece.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -150,14 +151,22 @@ class Store:
         return done
 
 
+CANNOT_RESERVE = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
+"""What file systems say that cannot reserve space; EBADF is glibc's word for it here."""
+
+
 def _allocate(path: Path, size: int, advice: Advice) -> None:
     """Reserve disk space for the whole file: writing to a mapped page on a full disk kills the
     process. Several ranks may do this at once."""
     try:
         with path.open("ab") as file:
-            if hasattr(os, "posix_fallocate"):
+            try:
                 os.posix_fallocate(file.fileno(), 0, size)
-            else:
+            except OSError as error:
+                if error.errno not in CANNOT_RESERVE:
+                    raise
+                file.truncate(size)
+            except AttributeError:  # macOS
                 file.truncate(size)
     except OSError as error:
         raise RunError(

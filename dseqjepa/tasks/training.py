@@ -175,12 +175,17 @@ class Place:
         return () if self.folder is None else (self.folder,)
 
     def start(self) -> Checkpoint | None:
-        """The checkpoint to resume from. `InputError` if the folder is in use, or contains a
-        different training."""
+        """The checkpoint to resume from. `InputError` if the folder is in use or contains a
+        different training, or if the ranks find different steps."""
         folder = self.folder
         if folder is None:
             return None
         self.ranks.together(lambda: self._hold(folder) if self.ranks.first else None)
+        found = self.ranks.together(lambda: self._checkpoint(folder))
+        self.ranks.check_alike(step=None if found is None else found.step)
+        return found
+
+    def _checkpoint(self, folder: Path) -> Checkpoint | None:
         if self.overwrite or not holds_checkpoint(folder):
             return None
         if not self.resume:

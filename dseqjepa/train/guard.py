@@ -95,7 +95,8 @@ def loss_and_norm(
 ) -> tuple[float, float]:
     """The mean loss over micro-batches and ranks, and the norm of their common gradient.
 
-    A sum preserves non-finite values of any rank. This is the only synchronization of the step.
+    A sum preserves non-finite values of any rank. The host waits for it, and besides it only for
+    the sizes of plans.
     """
     norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, torch.distributed.tensor.DTensor):

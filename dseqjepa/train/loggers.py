@@ -118,6 +118,8 @@ class _Behind:
         self.waiting.append(self.last)
 
     def close(self, finished: bool) -> None:
+        if self.is_given_up:
+            return
         self.tell(lambda logger: logger.close(finished=finished))
         self.last.wait(PATIENCE_S)
         if not self.last.ready():

@@ -166,6 +166,11 @@ class Trainer:
             self._conclude()
         except InputError as error:  # such as a non-finite saliency map
             raise RunError(f"step {self.step}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"step {self.step}: the GPU is out of memory: raise optim.accumulate, or lower "
+                "data.batch_size"
+            ) from error
         except (RuntimeError, OSError, EOFError) as error:
             died = "" if isinstance(error, RunError) else self.loader.died()
             if not died:

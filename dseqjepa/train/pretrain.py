@@ -147,6 +147,10 @@ def _check_how(
             "resume continues a run: leave out overwrite and init_from (resume=auto accepts "
             "init_from, for the start)"
         )
+    if allow_changed and resume is False:
+        raise InputError(
+            "allow_changed is for a run that is resumed: add resume=true, or leave it out"
+        )
     if unknown := sorted(set(allow_changed) - set(CHANGES)):
         raise InputError(f"allow_changed accepts {' and '.join(CHANGES)}, found {unknown[0]!r}")
 

@@ -222,15 +222,17 @@ def rehearse(
     """
     batch = config.data.batch_size // (config.optim.accumulate * config.runtime.devices)
     # Before the first stage: what that frees stays with the process, and the next one takes it.
-    before = resident()
+    before, free = resident(), available_memory()
     tell(f"steps of {min(batch, FIRST_BATCH)} images")
     first = _Stage(_alone(config, min(batch, FIRST_BATCH)), source, weights)
     small = first.trainer.loader.batch_size
     speed, _ = first.time(0.5, 3)
     state = state_bytes(first.trainer.method)
     a_image = max(first.memory(before) - state, 0) / small
-    free = _free(first.trainer.fabric.device)
-    on_cpu = first.trainer.fabric.device.type == "cpu"
+    device = first.trainer.fabric.device
+    on_cpu = device.type == "cpu"
+    if device.type == "cuda":  # what this process has reserved is free for the next stage
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     first.close()
     if on_cpu:
         tell("the same in another precision")
@@ -335,10 +337,6 @@ def state_bytes(method: Method) -> int:
     parameters = list(method.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     return size + 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-
-
-def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 def resident() -> int:

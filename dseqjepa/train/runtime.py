@@ -211,6 +211,14 @@ def _problem(runtime: RuntimeConfig, here: Launch) -> str:
             "runtime.attention=varlen needs CUDA and runtime.precision=bf16: use auto, which uses "
             "it where possible"
         )
+    seen = torch.cuda.device_count() if on_cuda else here.on_node
+    one_each = seen == 1 and torch.distributed.is_torchelastic_launched()
+    if here.on_node > seen and not one_each:
+        return (
+            f"{here.on_node} processes were started on this node, but torch finds GPUs: {seen}. "
+            "Start as many, let every process see all of the node's, or use "
+            "runtime.accelerator=cpu"
+        )
     if runtime.devices not in (1, here.on_node):
         return (
             f"runtime.devices={runtime.devices}, but {here.on_node} processes were started on this "
@@ -310,8 +318,10 @@ def spread(devices: int, arguments: list[str], grace_s: float) -> int:
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(devices)}
     children: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
         for child in children:
             child.send_signal(number)
 
@@ -323,6 +333,8 @@ def spread(devices: int, arguments: list[str], grace_s: float) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(devices)}
             command = [sys.executable, "-m", "dseqjepa", *arguments]
             children.append(subprocess.Popen(command, env=os.environ | shared | own))
+            if asked:  # not all of them have heard it, and none has begun
+                return 128 + asked[0]
         return _outcome(children, grace_s)
     finally:
         for child in children:
@@ -339,6 +351,6 @@ def _outcome(children: list[subprocess.Popen[bytes]], grace_s: float) -> int:
         if end is not None and time.monotonic() > end:
             return 1
         time.sleep(0.05)
-    if len(set(codes)) == 1 and codes[0] is not None and codes[0] >= 0:
-        return codes[0]  # all did the same: done, refused, stopped
+    if len(set(codes)) == 1 and codes[0] is not None:
+        return codes[0] if codes[0] >= 0 else 128 - codes[0]  # all did the same
     return 1

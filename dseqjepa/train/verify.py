@@ -51,7 +51,7 @@ def compare_resumed(config: Config, steps: int) -> list[Row]:
         raise InputError("verify-resume runs on one device: leave out runtime.devices")
     config = config.with_(
         optim={"minutes": "none"},
-        log={"every_steps": 1},
+        log={"every_steps": 1, "to": ()},
         probe={"every_epochs": 0},
         checkpoint={"every_steps": 0, "every_epochs": 10**6},
     )
@@ -59,6 +59,12 @@ def compare_resumed(config: Config, steps: int) -> list[Row]:
         whole, cut = Path(folder, "whole"), Path(folder, "cut")
         _in_a_process(config, whole, steps, resume=False)
         _in_a_process(config, cut, steps // 2, resume=False)
+        state = open_checkpoint(cut).state
+        if state["step"] == state["steps"]:
+            raise InputError(
+                f"the run has only {state['steps']} steps, so nothing would be left to resume: "
+                "lower steps, or raise optim.epochs"
+            )
         _in_a_process(config, cut, steps, resume=True)
         return [*_tensors(whole, cut), _position(whole, cut), _metrics(whole, cut)]
 

@@ -25,7 +25,7 @@ def main(command: str, *arguments: str) -> int:
     time.sleep(float(os.environ.get("FAKE_SECONDS", "0.05")))
     if command == "pretrain":
         state = {"step": 8, "steps": 8, "config": {}, "data_fingerprint": "same"}
-        out = run / "checkpoints" / "last" / "state.json"
+        out = run / "checkpoints" / "step-00000008" / "state.json"
         text = json.dumps(state)
     else:
         seed = int(next(word[5:] for word in arguments if word.startswith("seed=")))

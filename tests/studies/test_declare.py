@@ -140,6 +140,9 @@ def test_what_is_wrong_is_one_line_exit_code_2_and_nothing_written(
         (["gone.yaml", "out=new"], "gone.yaml: No such file"),
         (["study.yaml", "out=new", "scale=gpu"], "scale=gpu is for built-in studies"),
         (["plan"], "unknown study 'plan'; known: context, "),
+        (["plan", "table5", "retry=failed"], "retry has no effect with plan: leave it out"),
+        (["plan", "table5", "--slurm"], "plan only estimates the cost: leave out --slurm"),
+        (["table5", "out=new", "cell=3", "--slurm"], "cell has no effect with --slurm"),
     ],
 )
 def test_a_wrong_command_is_refused(

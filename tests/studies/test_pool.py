@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -82,6 +84,42 @@ def test_a_pool_that_is_killed_resumes_and_nothing_is_computed_twice(
     assert ends([last], 120) == [0], (tmp_path / "log").read_text()
     assert [calls(cell) for cell in cells] == [ONCE] * 6
     assert not list((tmp_path / "failed").iterdir())
+
+
+def test_no_command_outlives_a_pool_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = freeze(tiny_study(), tmp_path)
+    monkeypatch.setenv("FAKE_SECONDS", "30")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    failing = Pool(cells_of(study, tmp_path), 2, quiet(), stale_s=0.4)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def renew() -> None:
+        started.extend(worker.process for worker in failing.workers)
+        full()
+
+    monkeypatch.setattr(failing, "_renew", renew)
+    with pytest.raises(OSError, match="No space left"):
+        failing.run()
+    assert started
+    assert all(process.returncode is not None for process in started)
+
+
+def test_a_pool_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        study, _ = freeze(tiny_study(), tmp_path)
+        hearing = Pool(cells_of(study, tmp_path), 2, quiet())
+        with pool._signals(hearing):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+        assert hearing.stopped_by == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_pools_share_a_folder(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ VALUES = {
 
 def make_run(cell: StudyCell, value: float, cosine: float = 0.5, **changes: Any) -> None:
     """What a finished run has left."""
-    last = cell.run / "checkpoints" / "last"
+    last = cell.run / "checkpoints" / "step-00000004"
     last.mkdir(parents=True)
     config = cell.study.config_of(cell.data, cell.variant, cell.seed)
     (cell.run / "config.yaml").write_text(config.to_yaml())
@@ -267,3 +267,6 @@ def test_a_job_array_has_a_task_for_each_run(
     assert "#SBATCH --array=0-5%2\n" in text
     assert f"-m dseqjepa study {tmp_path}/out/study.yaml out={tmp_path}/out cell=$SLURM" in text
     assert (tmp_path / "out/frozen.json").exists()
+    assert "allow_changed" not in text
+    text = write_slurm(tiny_study(), Path("out"), 2, ["code", "machine"]).read_text()
+    assert "cell=$SLURM_ARRAY_TASK_ID allow_changed=code,machine\n" in text

@@ -265,6 +265,11 @@ def test_other_weights_and_backbones(here: Path) -> None:
             "raw pixels has one patch per image, expected several to attend to",
         ),
         (["attentive", "runs/0", "task=count"], "expected labels for task 'count'"),
+        (
+            ["attentive", "runs/0", "lrs=[]"],
+            "lrs must be one or more numbers in brackets, found []",
+        ),
+        (["attentive", "runs/0", "crop_scale=[2, 3]"], "crop_scale must satisfy 0 < low <= high"),
         (["attentive", "runs/0", "pooling=max"], "pooling must be 'attention' or 'mean'"),
         (["dense", "runs/0"], "dense needs the class or depth of every pixel, which this data"),
         (["dense", "pixels", "data=scenes", "size=10", "out=a.json"], "dense needs a grid of"),

@@ -197,6 +197,16 @@ def test_a_disk_without_room_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert_same(keep(tmp_path / "a", Cards(IMAGES)), in_memory(Cards(IMAGES)))
 
 
+def test_a_disk_that_cannot_reserve_room_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # glibc on NFS: the file is for appending
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    assert_same(keep(tmp_path / "a", Cards(IMAGES)), in_memory(Cards(IMAGES)))
+
+
 def test_where_features_are_kept(tmp_path: Path) -> None:
     job = make_job(Seer("noise"), Cards(20), Cards(10, seed=1), tmp_path / "evaluations")
     found = {}

@@ -249,6 +249,14 @@ def test_the_probe_sees_the_target_at_its_epochs_and_at_the_last(
     assert not torch.equal(seen[-1], tensors(out)["context/norm.weight"])
 
 
+def test_a_gpu_without_memory_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    def full(_encoder: VisionTransformer) -> tuple[dict[str, float], str]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with pytest.raises(RunError, match=r"^step 5: the GPU is out of memory: raise optim.accumul"):
+        train(run_config("ijepa", "probe.every_epochs=1"), tmp_path / "run", probe=full)
+
+
 def test_the_probe_rests_unless_asked(tmp_path: Path) -> None:
     config = run_config("ijepa", "probe.every_epochs=0")
     train(config, tmp_path / "run", probe=lambda encoder: pytest.fail("probed"))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dseqjepa.errors import InputError
 from dseqjepa.presets import load_config
+from dseqjepa.train import runtime
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.runtime import StopRequest, connect, on_this_machine, place
 from tests.children import ends, start
@@ -52,6 +53,45 @@ def test_who_started_the_process_says_where_it_is() -> None:
 def test_a_batch_script_without_srun_is_one_process() -> None:
     script = {key: value for key, value in SRUN.items() if "STEP" not in key}
     assert place(script | {"SLURM_PROCID": "0"}).world == 1
+
+
+@pytest.mark.parametrize(("gpus", "started"), [(1, 2), (2, 4), (4, 4), (8, 4)])
+def test_more_processes_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, started: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    tasks = SRUN | {"SLURM_NTASKS_PER_NODE": str(started), "SLURM_STEP_NUM_TASKS": str(started)}
+    here = place(tasks | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    problem = runtime._problem(load_config("vitn8_64").runtime, here)
+    assert problem.startswith(f"{started} processes were started") == (gpus < started), problem
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_signal_while_processes_start_ends_them_all(
+    monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Child(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+            started.append(self)
+            if len(started) == before:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(runtime.subprocess, "Popen", Child)
+    assert runtime.spread(3, [], grace_s=60) == 128 + signal.SIGTERM
+    assert len(started) == before
+    assert all(child.wait(10) for child in started)
+
+
+def test_children_that_all_end_by_one_signal_end_the_command_by_it() -> None:
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    children = [subprocess.Popen(command) for _ in range(2)]
+    for child in children:
+        child.terminate()
+    assert runtime._outcome(children, 60) == 128 + signal.SIGTERM
 
 
 def test_tasks_that_do_not_divide_over_nodes_are_refused() -> None:

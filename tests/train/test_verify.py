@@ -57,6 +57,8 @@ def test_wrong_input_and_a_run_that_fails_are_passed_on(tmp_path: Path) -> None:
         compare_resumed(run_config("dseq", f"data.source={tmp_path}/gone"), 4)
     with pytest.raises(InputError, match="one device"):
         compare_resumed(run_config("dseq", "runtime.devices=2"), 4)
+    with pytest.raises(InputError, match="has only 3 steps, so nothing would be left to resume"):
+        compare_resumed(run_config("dseq", *SCENES, "optim.epochs=1", "optim.warmup_epochs=0"), 6)
 
 
 def test_a_training_process_that_dies_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
