@@ -724,7 +724,8 @@ def demo(
 ) -> None:
     """Train on the rendered scenes and show what was learnt.
 
-    It took 35 minutes on two CPU cores beside two other jobs, and needs no network.
+    It takes 6 minutes on two idle CPU cores with bfloat16 instructions, or half an hour on two busy
+    ones without, and needs no network.
     """
     from dseqjepa.presets import load_config
 
