@@ -117,9 +117,16 @@ OWN_OF_A_RANK = {"data.source", "data.workers", "data.cache"}
 
 
 def connect(config: Config) -> Runtime:
-    """`join`, for training. `InputError` if the batch is not divisible by the ranks."""
+    """`join`, for training, which needs float64 on the device: a Mac trains on its CPU.
+
+    `InputError` if the batch is not divisible by the ranks, or for `runtime.accelerator=mps`.
+    """
     config = on_this_machine(config)
     problem, world = "", place().world
+    if config.runtime.accelerator == "auto" and not torch.cuda.is_available():
+        config = config.with_(runtime={"accelerator": "cpu"})
+    elif config.runtime.accelerator == "mps" and torch.backends.mps.is_available():
+        problem = "runtime.accelerator=mps cannot train, as it has no float64: use auto or cpu"
     if config.data.batch_size % (config.optim.accumulate * world):
         problem = (
             f"data.batch_size ({config.data.batch_size}) must be a multiple of optim.accumulate x "

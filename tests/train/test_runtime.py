@@ -55,6 +55,14 @@ def test_a_batch_script_without_srun_is_one_process() -> None:
     assert place(script | {"SLURM_PROCID": "0"}).world == 1
 
 
+def test_a_mac_trains_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert connect(run_config("ijepa", "runtime.accelerator=auto")).fabric.device.type == "cpu"
+    with pytest.raises(InputError, match="mps cannot train, as it has no float64"):
+        connect(run_config("ijepa", "runtime.accelerator=mps"))
+
+
 @pytest.mark.parametrize(("gpus", "started"), [(1, 2), (2, 4), (4, 4), (8, 4)])
 def test_more_processes_than_gpus_are_refused(
     monkeypatch: pytest.MonkeyPatch, gpus: int, started: int
