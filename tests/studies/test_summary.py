@@ -102,6 +102,15 @@ def test_a_claim_has_the_statistics_of_its_paired_differences(study: Study, tmp_
     assert "would be detected" in claims[1]["sentence"]
 
 
+def test_a_line_that_was_cut_off_when_a_run_was_killed_is_passed_over(
+    study: Study, tmp_path: Path
+) -> None:
+    whole = make_all(study, tmp_path)
+    with (cells_of(study, tmp_path)[0].run / "run.jsonl").open("ab") as file:
+        file.write(b'{"code": "tw')
+    assert summary_of(study, tmp_path) == whole
+
+
 def test_the_opposite_is_said_where_it_holds(tmp_path: Path) -> None:
     against = [{"higher": "inverse", "than": "ordered", "evaluation": "knn"}]
     study, _ = freeze(tiny_study(**THREE | {"claims": against}), tmp_path)
