@@ -80,7 +80,7 @@ def sample_keys(seed: int, epoch: int, index_B: Int64[Tensor, " B"]) -> Int64[Te
 def moment_key(seed: int, progress: float, device: torch.device) -> Int64[Tensor, ""]:
     """The key of a point in training, shared by all ranks and micro-batches of a step."""
     (moment,) = struct.unpack("<q", struct.pack("<d", progress))
-    return hash_int64(seed, moment).to(device)
+    return hash_int64(torch.full((), seed, dtype=torch.int64, device=device), moment)
 
 
 def uniforms(keys_B: Int64[Tensor, " B"], stream: Stream, count: int) -> Float[Tensor, "B C"]:

@@ -63,7 +63,8 @@ def mean_row(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
     """The mean of the rows of all ranks, as one row; no gradient. Without rows: none, or zeros."""
     if world_size() == 1:
         return rows_BD.mean(dim=0, keepdim=True) if len(rows_BD) else rows_BD
-    sums = torch.cat([rows_BD.sum(dim=0).double(), rows_BD.new_tensor([len(rows_BD)]).double()])
+    count = rows_BD.new_full((1,), len(rows_BD), dtype=torch.float64)  # made there, not copied
+    sums = torch.cat([rows_BD.sum(dim=0).double(), count])
     dist.all_reduce(sums)
     return (sums[None, :-1] / sums[-1].clamp(min=1)).to(rows_BD.dtype)
 
@@ -71,7 +72,7 @@ def mean_row(rows_BD: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_BD):  # type: ignore[no-untyped-def]
-        world, own = dist.get_world_size(), rows_BD.new_tensor([len(rows_BD)], dtype=torch.int64)
+        world, own = dist.get_world_size(), rows_BD.new_full((1,), len(rows_BD), dtype=torch.int64)
         counts = [torch.empty_like(own) for _ in range(world)]
         dist.all_gather(counts, own)
         ctx.counts = torch.cat(counts).tolist()

@@ -96,6 +96,10 @@ class Cached:
         return {**self.__dict__, **none}
 
 
+HOPELESS = 4
+"""How many times too large the first images let a source appear for no more to be decoded."""
+
+
 def room_for(source: Source, reduction: Reduction, *, ranks: int) -> int:
     """Bytes to reserve for the decoded images of a source: enough for all of them, or 0.
 
@@ -104,14 +108,16 @@ def room_for(source: Source, reduction: Reduction, *, ranks: int) -> int:
     """
     if not isinstance(source, Reducible):
         return 0
-    sizes = []
+    limit, sizes = SHARE * available_memory() / ranks, []
     for index in range(0, len(source), max(len(source) // PROBES, 1)):
         try:
             sizes.append(read_image(source, index, reduction).image_CHW.numel())
         except BadImage:
             continue
+        if len(source) * np.mean(sizes) > HOPELESS * limit:
+            return 0  # not after decoding the others, each perhaps in a shard still to be fetched
     needed = int(SLACK * len(source) * np.mean(sizes)) if sizes else 0
-    return needed if needed <= SHARE * available_memory() / ranks else 0
+    return needed if needed <= limit else 0
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -216,8 +217,17 @@ def _wants_upright(frame: Frame, stored: Size, upright: Size) -> bool:
     return size != stored and size == upright
 
 
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])")
+"""A marker that begins a segment or ends a JPEG; in a scan, 255 is followed by 0 or a restart."""
+
+
 def _few_scans(content: bytes) -> bytes:
-    scans = content.count(b"\xff\xda")  # within a scan, 255 is followed by 0
+    scans, found = 0, MARKER.search(content)
+    # What follows the end, such as the video of a motion photo, is not part of the picture.
+    while found and found[1] != b"\xd9" and scans < 1000:
+        scans += found[1] == b"\xda"
+        at = found.end()
+        found = MARKER.search(content, at + int.from_bytes(content[at : at + 2], "big"))
     if scans > SCANS:
         raise ValueError(f"{scans} scans, the limit is {SCANS}: save the image again")
     return content

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -34,7 +35,7 @@ from dseqjepa.data.decode import (
 )
 from dseqjepa.data.listing import read_list, write_list
 from dseqjepa.data.patience import patiently
-from dseqjepa.data.source import Decoded, Reduction, Source, decoded
+from dseqjepa.data.source import BadImage, Decoded, Reduction, Source, decoded
 from dseqjepa.errors import InputError, did_you_mean, printable
 from dseqjepa.keyed import Stream, hash_int64, shuffled
 
@@ -100,8 +101,10 @@ class ImageFiles:
         most = max(map(highest, self._sample()), default=0)
         return (0, 2 ** max(most.bit_length(), 8) - 1) if most else FULL
 
-    def _sample(self) -> Iterable[Content]:
-        return map(self.content, evenly(len(self)))
+    def _sample(self) -> Iterator[Content]:
+        for index in evenly(len(self)):
+            with suppress(BadImage):  # reported when it is read
+                yield self.content(index)
 
     def facts(self, index: int) -> Header:
         """The header of an image file."""
@@ -200,9 +203,9 @@ class ImageFolder(ImageFiles):
     def _size(self, index: int) -> int:
         return super()._size(index) if self._sizes_N is None else int(self._sizes_N[index])
 
-    def _sample(self) -> Iterable[Content]:
+    def _sample(self) -> Iterator[Content]:
         paths, *_ = _found(self._trained)
-        return [self._trained / paths[place] for place in evenly(len(paths))]
+        yield from (self._trained / paths[place] for place in evenly(len(paths)))
 
 
 def list_images(root: Path) -> int:

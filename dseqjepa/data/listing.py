@@ -65,7 +65,7 @@ def read_list(folder: Path) -> Listing | None:
             raise ValueError("its parts do not belong together")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the list in {place} is damaged ({error}): {again}") from error
     for below, time in times.items():
         inner = folder / below

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import get_all_start_methods
 from typing import NamedTuple
 
 import numpy as np
@@ -122,6 +123,8 @@ class Loader:
                 persistent_workers=True,
                 pin_memory=self._pin,
                 worker_init_fn=start_worker,
+                # Only forked processes share the cache of decoded images.
+                multiprocessing_context="fork" if "fork" in get_all_start_methods() else None,
                 # Its own: each iteration draws from it, and the global one must not change.
                 generator=torch.Generator(),
             )

@@ -59,7 +59,7 @@ def window_shuffle(counts: Sequence[int], window: int, seed: int) -> Order:
         key_S = sample_keys(seed, epoch, torch.arange(len(count_S)))
         order_S = shuffled(key_S, Stream.SHARDS).numpy()
         ends = count_S[order_S].cumsum()[window - 1 :: window]
-        return order_S, np.unique(np.concatenate(([0], ends, [count_S.sum()])))
+        return order_S, np.concatenate(([0], ends, [count_S.sum()]))  # a window may be empty
 
     @lru_cache(maxsize=2)
     def within(epoch: int, number: int) -> Int64[np.ndarray, " M"]:

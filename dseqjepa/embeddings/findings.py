@@ -10,6 +10,7 @@ are compared.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -229,9 +230,9 @@ def find_clusters(
         typical = inside[cosine_M[inside].argsort(descending=True, stable=True)][:12].tolist()
         title = f"cluster {number}: {size} images"
         if label_M is not None and size:
-            held = [label_M[place] for place in inside.tolist()]
-            most = max(sorted(set(held)), key=held.count)
-            title += f", {held.count(most) / size:.0%} {most}"
+            held = Counter(label_M[place] for place in inside.tolist())
+            most = min(held, key=lambda label: (-held[label], label))
+            title += f", {held[most] / size:.0%} {most}"
         groups.append(Group(title, typical, [names[place] for place in typical]))
     return Finding(
         "Clusters",

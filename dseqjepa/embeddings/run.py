@@ -125,6 +125,9 @@ def embed_images(
         )  # fmt: skip
         if ranks.first:
             written = _Job(config, backbone, source, found, pieces, how).write(out, asked, console)
+        del found  # mapped: a network file system keeps files that are open
+        ranks.wait()
+        if ranks.first:
             shutil.rmtree(parts)
     ranks.close()
     return written

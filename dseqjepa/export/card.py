@@ -23,7 +23,8 @@ LICENCE = "license: unknown  # choose one: https://hf.co/docs/hub/repositories-l
 PREPROCESSING = (
     "Preprocessing: resize the image, keeping its aspect ratio, until it just covers 256/224 of "
     "the input size (bilinear, antialiased), crop the centre, scale to [0, 1], subtract {mean} "
-    "and divide by {std}."
+    "and divide by {std}. dseqjepa turns photographs upright first, and neither resizes nor crops "
+    "an image that has the input size."
 )
 
 

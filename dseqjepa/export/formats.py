@@ -12,7 +12,9 @@ from dseqjepa.export.folders import write_hf, write_timm
 from dseqjepa.export.traced import write_onnx, write_torch
 from dseqjepa.model.vit import VisionTransformer
 
-PICTURE = 'Image.open("picture.jpg").convert("RGB")'
+PICTURE = 'ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")'
+CENTRE = f"ImageOps.fit({PICTURE}, ({{width}}, {{height}}), Image.Resampling.BILINEAR, 1 / 16)"
+"""A picture, upright, and its centre at the encoder's size as the card says."""
 
 
 class Format(NamedTuple):
@@ -43,7 +45,7 @@ FORMATS = {
         bound=1e-5,
         any_size=False,
         loading=f"""\
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 processor, model = AutoImageProcessor.from_pretrained("."), AutoModel.from_pretrained(".")
@@ -67,7 +69,7 @@ features = model(**inputs).last_hidden_state
         any_size=True,
         loading=f"""\
 import timm
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -88,10 +90,10 @@ features = model.forward_features(transform({PICTURE})[None])
         loading=f"""\
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
-image = np.asarray({PICTURE}.resize(({{width}}, {{height}})))
+image = np.asarray({CENTRE})
 (features,) = session.run(["patches"], {{{{"images": image.transpose(2, 0, 1)[None]}}}})
 """,
         differences=(
@@ -107,11 +109,11 @@ image = np.asarray({PICTURE}.resize(({{width}}, {{height}})))
         any_size=True,
         loading=f"""\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 model = torch.export.load("model.pt2").module()
-image = pil_to_tensor({PICTURE}.resize(({{width}}, {{height}})))
+image = pil_to_tensor({CENTRE})
 *_, features = model(image[None])
 """,
         differences=(

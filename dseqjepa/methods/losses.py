@@ -174,21 +174,20 @@ class Sigreg(nn.Module):
     ) -> Float[Tensor, ""]:
         """The mean statistic over directions drawn by `key`, of all rows of all ranks whose count
         is 1 rather than 0."""
-        along_TK = self._along(rows_TD, key)
-        parts = [counts_T.sum().expand(self.slices)]
-        for knot in self.knot_Q:
-            angle_TK = along_TK * knot
-            parts += [counts_T @ angle_TK.cos(), counts_T @ angle_TK.sin()]
-        total_PK = sum_over_ranks(torch.stack(parts))
-        wave_PK = total_PK[1:] / total_PK[:1].clamp(min=1)
-        error_QK = (wave_PK[::2] - self.gauss_Q[:, None]).square() + wave_PK[1::2].square()
-        return ((self.weight_Q * self.gauss_Q) @ error_QK).mean()
+        with torch.autocast(rows_TD.device.type, enabled=False):  # sums of thousands of terms
+            along_TK = self._along(rows_TD, key)
+            parts = [counts_T.sum().expand(self.slices)]
+            for knot in self.knot_Q:
+                angle_TK = along_TK * knot
+                parts += [counts_T @ angle_TK.cos(), counts_T @ angle_TK.sin()]
+            total_PK = sum_over_ranks(torch.stack(parts))
+            wave_PK = total_PK[1:] / total_PK[:1].clamp(min=1)
+            error_QK = (wave_PK[::2] - self.gauss_Q[:, None]).square() + wave_PK[1::2].square()
+            return ((self.weight_Q * self.gauss_Q) @ error_QK).mean()
 
     def _along(self, rows_TD: Float[Tensor, "T D"], key: Int64[Tensor, ""]) -> Tensor:
         width = rows_TD.shape[1]
         uniform_DK = uniforms(key[None], Stream.SLICES, width * self.slices).view(width, -1)
         # Inverse normal CDF; a uniform number is never 1, and 0 is shifted.
         direction_DK = torch.erfinv(2 * uniform_DK.clamp(min=2**-53) - 1)
-        direction_DK = F.normalize(direction_DK, dim=0).float()
-        with torch.autocast(rows_TD.device.type, enabled=False):
-            return rows_TD.float() @ direction_DK
+        return rows_TD.float() @ F.normalize(direction_DK, dim=0).float()

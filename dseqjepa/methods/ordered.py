@@ -26,8 +26,9 @@ class DSeqJepa(Method):
         self.config = own
         self.context_mode = self.config.context
         ranked = self.config.regions.source == "ranked"
-        regions = self.config.regions.count if ranked else self.random_targets + 1
-        self.ranked_steps = min(regions - 1, self.config.max_steps or regions)
+        self.most_regions = self.config.regions.count if ranked else self.random_targets + 1
+        most = self.config.max_steps or self.most_regions
+        self.ranked_steps = min(self.most_regions - 1, most)
         self.steps_per_image = max(self.ranked_steps, self.random_targets)
 
     def look(self, images_BCHW: Images) -> Look:
@@ -122,7 +123,7 @@ class DSeqJepa(Method):
         keys_B: Int64[Tensor, " B"],
     ) -> Int64[Tensor, "B N"]:
         """The paper's Algorithm 1: a region stays with probability lambda, else a rectangle."""
-        K = self.config.regions.count
+        K = self.most_regions
         order_K = torch.arange(K, device=rank_BN.device)
         rectangle_BKN = sample_rectangles(
             keys_B,

@@ -18,6 +18,8 @@ L longest sequence of a bucket, R rows (one head of one token), N sequences time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,18 +49,27 @@ def attend(
     if sequences.total == 0:
         return qkv_TXHC[:, 0]
     if backend == "auto":
-        backend = choose(qkv_TXHC.device.type, qkv_TXHC.dtype, sequences)
+        backend = choose(qkv_TXHC.device.type, qkv_TXHC.dtype, sequences, qkv_TXHC.shape[-1])
     return BACKENDS[backend](qkv_TXHC, sequences)
 
 
-def choose(device: str, dtype: torch.dtype, sequences: Sequences) -> str:
-    """The backend expected to be fastest."""
+def choose(device: str, dtype: torch.dtype, sequences: Sequences, width: int = 64) -> str:
+    """The backend expected to be fastest for heads of this width."""
     half = dtype in (torch.bfloat16, torch.float16)
     if device == "cpu":
         short = sequences.longest <= MATMUL_UP_TO.get(dtype, 0)
         return "matmul" if short and (half or not sequences.uniform) else "sdpa"
     ragged = not sequences.uniform and sequences.rank_T is None
-    return "varlen" if device == "cuda" and half and ragged else "sdpa"
+    fits = width % 8 == 0 and width <= 256
+    return "varlen" if device == "cuda" and half and ragged and fits and has_varlen() else "sdpa"
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether torch (2.10 or later) and the GPU (Ampere or later) have `varlen`."""
+    return find_spec("torch.nn.attention.varlen") is not None and (
+        torch.cuda.get_device_capability() >= (8, 0)
+    )
 
 
 def _by_matmul(qkv_TXHC: Tensor, sequences: Sequences) -> Tensor:

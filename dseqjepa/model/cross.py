@@ -89,7 +89,7 @@ def _taken(rows_T: Tensor, index_CL: Int64[Tensor, "C L"]) -> Tensor:
 class CrossBlock(nn.Module):
     """Pre-norm block: mask tokens attend to the context, then an MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int = 4) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -98,7 +98,7 @@ class CrossBlock(nn.Module):
         self.kv = Linear(width, 2 * width)
         self.proj = Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, mlp_ratio * width)
+        self.mlp = Mlp(width, 4 * width)
 
     def forward(
         self, x_UW: Float[Tensor, "U W"], context_TW: Float[Tensor, "T W"], cross: CrossQueries

@@ -168,8 +168,8 @@ def _by_cls(
     if kind == "cls_attention":
         layer = encoder.blocks[block]
         assert isinstance(layer, Block)
-        input_BLD = layer.norm1(output[block - 1]).unflatten(0, (B, -1))
-        return cls_attention(layer.attn.of_first_token(input_BLD)[:, :, 1:])
+        input_BLD = output[block - 1].unflatten(0, (B, -1))
+        return cls_attention(layer.attention_of_first_token(input_BLD)[:, :, 1:])
     states_BLD = encoder.norm(output[block]).unflatten(0, (B, -1))
     state_BD = states_BLD[:, 0]
     parameter_BD = encoder.cls_token[0].expand_as(state_BD)

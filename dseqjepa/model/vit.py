@@ -142,8 +142,9 @@ class Attention(nn.Module):
     def of_first_token(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B H L"]:
         """The attention weights of each sequence's first token, for every head."""
         q, k, _ = self.qkv(x_BLD).unflatten(2, (3, self.heads, -1)).unbind(2)
-        score_BHL = torch.einsum("bhc,blhc->bhl", q[:, 0], k) * q.shape[-1] ** -0.5
-        return score_BHL.float().softmax(dim=-1)
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            score_BHL = torch.einsum("bhc,blhc->bhl", q[:, 0].float(), k.float())
+        return (score_BHL * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class Mlp(nn.Module):
@@ -169,6 +170,10 @@ class Block(nn.Module):
     def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
         x_TD = x_TD + self.attn(self.norm1(x_TD), sequences)
         return x_TD + self.mlp(self.norm2(x_TD))
+
+    def attention_of_first_token(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B H L"]:
+        """The attention weights of each sequence's first token, in this block, for every head."""
+        return self.attn.of_first_token(self.norm1(x_BLD))
 
 
 def set_attention(module: nn.Module, backend: str) -> None:

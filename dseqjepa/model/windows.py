@@ -36,8 +36,9 @@ def sample_windows(
     The same map serves both: pixel and patch centres are at the same fractions of a side.
     """
     maps_BCHW = maps_BCHW.float()
-    grid = F.affine_grid(window_B23, list(maps_BCHW.shape), align_corners=False)
-    return F.grid_sample(maps_BCHW, grid, padding_mode="border", align_corners=False)
+    with torch.autocast(maps_BCHW.device.type, enabled=False):  # some versions would round the grid
+        grid = F.affine_grid(window_B23, list(maps_BCHW.shape), align_corners=False)
+        return F.grid_sample(maps_BCHW, grid, padding_mode="border", align_corners=False)
 
 
 def sample_tokens(

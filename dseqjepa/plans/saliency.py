@@ -20,8 +20,7 @@ def cls_similarity(
     query_BD: Float[Tensor, "B D"], states_BND: Float[Tensor, "B N D"]
 ) -> Float[Tensor, "B N"]:
     """`a_j = <q, z_j> / sqrt(D)` (the paper, section 3): similarity of [CLS] to each patch."""
-    width = states_BND.shape[-1]
-    return (states_BND.float() @ query_BD.float()[:, :, None]).squeeze(-1) / width**0.5
+    return _along(states_BND, query_BD) / states_BND.shape[-1] ** 0.5
 
 
 def cls_attention(attention_BHN: Float[Tensor, "B H N"]) -> Float[Tensor, "B N"]:
@@ -37,8 +36,16 @@ def grad_cam(
     `gradient_BND` is the gradient of the norm of the pooled target feature with respect to the
     states. Channel weights are its mean over the patches; ReLU of the weighted sum of the states.
     """
-    weight_BD = gradient_BND.float().mean(dim=1)
-    return (states_BND.float() @ weight_BD[:, :, None]).squeeze(-1).relu()
+    return _along(states_BND, gradient_BND.float().mean(dim=1)).relu()
+
+
+def _along(
+    states_BND: Float[Tensor, "B N D"], vector_BD: Float[Tensor, "B D"]
+) -> Float[Tensor, "B N"]:
+    """The inner product of each patch with its image's vector, in float32 even under autocast: in
+    bfloat16 a map would have a few dozen levels."""
+    with torch.autocast(states_BND.device.type, enabled=False):
+        return (states_BND.float() @ vector_BD.float()[:, :, None]).squeeze(-1)
 
 
 def rarity(content_BND: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:

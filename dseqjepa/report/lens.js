@@ -189,9 +189,9 @@ class Lens {
       return this.cell(index, fill, hot ? 0.72 : inside ? 0.5 : 0, words);
     });
     const size = Math.max(h, w) / 11;
-    const numbers = labels.map(([row, column], index) =>
+    const numbers = labels.flatMap((place, index) => place === null ? [] :
       makeSvg("text", {
-        x: column + 0.5, y: row + 0.5, "font-size": size, "font-weight": 700, "text-anchor": "middle",
+        x: place[1] + 0.5, y: place[0] + 0.5, "font-size": size, "font-weight": 700, "text-anchor": "middle",
         "dominant-baseline": "central", fill: "#fff", stroke: "#222", "stroke-width": size / 6,
         "paint-order": "stroke", "pointer-events": "none",
       }, String(index + 1)),

@@ -181,7 +181,10 @@ def _plain(item: Trace) -> dict[str, Any]:
         "rank": item.rank_hw.ravel().tolist(),
         "count": item.count,
         "ranked": item.is_ranked,
-        "labels": [list(label_patch(item.rank_hw == rank)) for rank in range(item.count)],
+        "labels": [
+            list(label_patch(inside)) if (inside := item.rank_hw == rank).any() else None
+            for rank in range(item.count)  # a random region may be covered by those before it
+        ],
         "steps": [
             {
                 "number": step.number,

@@ -32,6 +32,7 @@ from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
+from dseqjepa.model.attention import has_varlen
 from dseqjepa.model.rows import keeping_rows
 from dseqjepa.provenance import code_digest
 from dseqjepa.ranks import Ranks
@@ -213,10 +214,11 @@ def _problem(runtime: RuntimeConfig, here: Launch) -> str:
             "use auto or cpu"
         )
     on_cuda = runtime.accelerator in ("auto", "cuda") and torch.cuda.is_available()
-    if runtime.attention == "varlen" and not (on_cuda and runtime.precision == "bf16"):
+    in_half = on_cuda and runtime.precision == "bf16"
+    if runtime.attention == "varlen" and not (in_half and has_varlen()):
         return (
-            "runtime.attention=varlen needs CUDA and runtime.precision=bf16: use auto, which uses "
-            "it where possible"
+            "runtime.attention=varlen needs torch 2.10 or later, a GPU of NVIDIA's Ampere or later "
+            "and runtime.precision=bf16: use auto, which uses it where possible"
         )
     seen = torch.cuda.device_count() if on_cuda else here.on_node
     one_each = seen == 1 and torch.distributed.is_torchelastic_launched()

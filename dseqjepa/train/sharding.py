@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from dseqjepa.model.rows import kept_rows, own_rows
+from dseqjepa.model.vit import Block
 from dseqjepa.ranks import Ranks
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,6 +26,8 @@ def shard(method: nn.Module, mesh: Any) -> nn.Module:
     rows = kept_rows(method)
     for block in (b for part in method.children() for b in getattr(part, "blocks", ())):
         fully_shard(block, mesh=mesh["data_parallel"])
+        if isinstance(block, Block):  # gathered for this, too
+            register_fsdp_forward_method(block, Block.attention_of_first_token.__name__)
     fully_shard(method, mesh=mesh["data_parallel"])
     values = {
         name: _joined(rows.pop(name), parameter)

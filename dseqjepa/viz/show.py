@@ -63,6 +63,10 @@ class Request:
     ending: str = "png"
 
 
+MOST_COLUMNS = 40
+"""More checkpoints side by side leave no room for their pictures."""
+
+
 def show(request: Request) -> Iterator[Path]:
     """Write the requested pictures, and yield the path of each.
 
@@ -95,6 +99,16 @@ def _check(request: Request) -> None:
     ):
         if value < least:
             raise InputError(f"expected --{option} of at least {least}, found {value}")
+    if request.checkpoints > MOST_COLUMNS:
+        raise InputError(
+            f"expected --checkpoints of at most {MOST_COLUMNS}, found {request.checkpoints}"
+        )
+    for option, given, uses in (
+        ("patch", request.patch, {"similarity"}),
+        ("data", request.data, {"neighbours", "scatter"}),
+    ):
+        if given is not None and not uses & set(request.only):
+            raise InputError(f"--{option} has no effect on {', '.join(request.only)}: leave it out")
     if request.out.exists() and not request.out.is_dir():
         raise InputError(f"--out {request.out} is a file: give a folder")
     needing = [name for name in request.only if name not in WITHOUT_IMAGES]

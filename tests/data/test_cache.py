@@ -115,6 +115,14 @@ def test_room_is_what_the_images_take_or_nothing(
         assert room_for(folder, TRANSFORM.reduction, ranks=ranks) == expected
 
 
+def test_a_source_that_is_far_too_large_is_not_looked_through(
+    folder: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "available_memory", lambda: 1000)
+    assert room_for(folder, TRANSFORM.reduction, ranks=1) == 0
+    assert sum(folder.read.values()) == 1
+
+
 def test_images_that_are_in_memory_anyway_are_not_kept_twice() -> None:
     scenes = Scenes(2, size=32, seed=0, split="train")
     assert room_for(scenes, TRANSFORM.reduction, ranks=1) == 0

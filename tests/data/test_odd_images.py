@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dseqjepa.data.decode import decode
-from dseqjepa.data.images import ImageFolder, PixelRange, Subset
+from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, Subset
 from dseqjepa.data.source import BadImage
 from tests.data.turned import with_orientation
 
@@ -127,6 +127,31 @@ def test_a_jpeg_of_very_many_scans_is_refused_at_once(tmp_path: Path) -> None:
     path.write_bytes(content[:-2] + content[last:-2] * 500 + content[-2:])
     with pytest.raises(BadImage, match="510 scans, the limit is 64"):
         decode(path)
+
+
+def test_the_video_behind_a_motion_photo_is_not_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    noise().save(path, progressive=True)
+    alone = decode(path)
+    path.write_bytes(path.read_bytes() + b"\xff\xda" * 500)
+    assert torch.equal(decode(path), alone)
+
+
+def test_an_image_that_cannot_be_read_does_not_hide_the_range_of_the_others(
+    tmp_path: Path,
+) -> None:
+    class Holed(ImageFolder):
+        def content(self, index: int) -> Path:
+            if index == 0:
+                raise BadImage("a row without an image")
+            return super().content(index)
+
+        _sample = ImageFiles._sample
+
+    for number in range(3):
+        deep = np.full((8, 8), 4000, np.uint16)
+        Image.fromarray(deep).save(tmp_path / f"{number}.png")
+    assert Holed(tmp_path).levels == (0, 4095)
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:

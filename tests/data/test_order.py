@@ -108,6 +108,13 @@ def test_a_window_mixes_its_shards_and_no_others():
     )
 
 
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_shards_without_images_move_no_others(window: int):
+    counts = [0, 3, 0, 0, 5, 2, 0]
+    whole = window_shuffle(counts, window, 0)(0, 0, 10)
+    assert sorted(whole.tolist()) == list(range(10))
+
+
 def window_bounds(shard: np.ndarray, window: int) -> list[tuple[int, int]]:
     order_S = list(
         dict.fromkeys(shard.tolist())

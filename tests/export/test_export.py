@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dseqjepa.commands import ExportConfig
 from dseqjepa.config import ENCODER_SIZES
@@ -22,7 +22,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.export import check, formats, reader
 from dseqjepa.export.check import compare
 from dseqjepa.export.folders import hf_names, hf_settings, timm_settings, write_hf, write_timm
-from dseqjepa.export.formats import FORMATS
+from dseqjepa.export.formats import CENTRE, FORMATS
 from dseqjepa.export.traced import TracedEncoder, _resizing, write_torch
 from dseqjepa.export.write import export_encoder
 from dseqjepa.model.vit import VisionTransformer
@@ -203,6 +203,19 @@ def test_images_are_prepared_as_an_evaluation_prepares_them(here: Path) -> None:
         for found in (found_CHW, transform(picture)):
             assert found.shape == wanted_CHW.shape
             assert float((found - wanted_CHW).abs().max()) < 1.5 / 255 / min(ours.std)
+
+
+def test_the_centre_that_a_card_cuts_is_that_of_an_evaluation(tmp_path: Path) -> None:
+    ramp_HW = np.add.outer(np.arange(90), np.arange(120)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "picture.jpg"
+    Image.fromarray(ramp_HW).convert("RGB").save(path, quality=98, exif=exif)
+    wanted_CHW = EvalTransform((32, 32))(ImageFolder(tmp_path).image(0)).float()
+    names = {"Image": Image, "ImageOps": ImageOps}
+    code = CENTRE.format(width=32, height=32).replace("picture.jpg", str(path))
+    found_HWC = np.asarray(eval(code, names))
+    assert np.abs(found_HWC.transpose(2, 0, 1) - wanted_CHW.numpy()).max() < 3
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 4), (4, 7), (16, 9), (5, 2), (16, 17), (1, 3)])

@@ -133,6 +133,14 @@ def test_sigregs_directions_are_uniform_and_drawn_by_the_key():
     assert not torch.equal(one_DK, term._along(torch.eye(3), torch.tensor(2)))
 
 
+def test_sigreg_sums_in_full_precision_under_autocast():
+    term, rows_TD = Sigreg(SigregConfig(slices=5)), torch.randn(20_001, 8)
+    wanted = term(rows_TD, torch.ones(len(rows_TD)), torch.tensor(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = term(rows_TD, torch.ones(len(rows_TD)), torch.tensor(5))
+    assert torch.equal(found, wanted)
+
+
 def test_sigreg_is_least_for_a_standard_gaussian():
     term, count_T = Sigreg(SigregConfig()), torch.ones(2000)
     rows_TD = gaussian(2000, 16)

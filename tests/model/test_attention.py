@@ -98,7 +98,11 @@ def test_only_what_is_in_the_same_sequence_has_a_gradient():
         assert (gradient[inside, 2] != 0).all()
 
 
-def test_the_backend_is_chosen_by_device_precision_and_length():
+@pytest.mark.parametrize("there", [True, False])
+def test_the_backend_is_chosen_by_device_precision_and_length(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention, "has_varlen", lambda: there)
     half, full = torch.bfloat16, torch.float32
     images, contexts = Sequences.equal(2, 65), Sequences.ragged([3, 5])
     ranked = Sequences.ragged([3, 5], rank_T=torch.zeros(8, dtype=torch.int64))
@@ -106,7 +110,8 @@ def test_the_backend_is_chosen_by_device_precision_and_length():
     assert (choose("cpu", full, images), choose("cpu", half, images)) == ("sdpa", "matmul")
     assert choose("cpu", full, Sequences.ragged([3, 400])) == "sdpa"
     assert choose("cpu", half, Sequences.equal(1, 4096)) == "sdpa"
-    assert choose("cuda", half, contexts) == "varlen"
+    assert choose("cuda", half, contexts) == ("varlen" if there else "sdpa")
+    assert choose("cuda", half, contexts, width=12) == "sdpa"
     assert choose("cuda", half, images) == "sdpa"
     assert choose("cuda", half, ranked) == choose("cuda", full, contexts) == "sdpa"
     assert choose("mps", full, contexts) == "sdpa"

@@ -7,9 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from dseqjepa.model.look import look, look_for_saliency, saliency, saliency_block, target_features
-from dseqjepa.model.vit import VisionTransformer
-from dseqjepa.plans.saliency import rarity
+from dseqjepa.model.vit import Attention, VisionTransformer
+from dseqjepa.plans.saliency import cls_similarity, grad_cam, rarity
 from tests.tiny import float_images
+
+
+def test_maps_are_computed_in_full_precision_under_autocast() -> None:
+    states_BND, vector_BD = 20 * torch.randn(2, 50, 64), torch.randn(2, 64)
+    attention, x_BLD = Attention(64, 2), torch.randn(2, 9, 64)
+    wanted = cls_similarity(vector_BD, states_BND), grad_cam(states_BND, states_BND)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cls_similarity(vector_BD, states_BND), grad_cam(states_BND, states_BND)
+        of_first_BHL = attention.of_first_token(x_BLD)
+    assert all(map(torch.equal, found, wanted))
+    rounded_BHL = of_first_BHL.to(torch.bfloat16).float()
+    assert (of_first_BHL != rounded_BHL).double().mean() > 0.9  # not bfloat16's few levels
 
 
 @pytest.fixture

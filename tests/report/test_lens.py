@@ -57,7 +57,7 @@ def test_the_lens_is_the_trace(made: Runs, which: int):
             assert np.array_equal(np.array(plain["rank"]).reshape(8, 8), wanted.rank_hw)
             assert (plain["count"], plain["ranked"]) == (wanted.count, wanted.is_ranked)
             assert len(plain["labels"]) == wanted.count
-            for rank, (row, column) in enumerate(plain["labels"]):
+            for rank, (row, column) in enumerate(plain["labels"]):  # each region is somewhere
                 assert wanted.rank_hw[row, column] == rank
             for step, truth in zip(plain["steps"], wanted.steps, strict=True):
                 assert step["number"] == truth.number

@@ -92,7 +92,10 @@ def train_from(config: Config, out: Path, before: Path) -> None:
     train(config, out, init_from=before)
 
 
-@pytest.mark.parametrize(("kind", "form"), [("cls_similarity", "auto"), ("grad_cam", "whole")])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("cls_similarity", "auto"), ("grad_cam", "whole"), ("cls_attention", "auto")],
+)
 def test_spread_parameters_learn_what_whole_ones_learn(
     tmp_path: Path, kind: str, form: str
 ) -> None:

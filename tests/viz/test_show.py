@@ -123,6 +123,9 @@ def test_pictures_of_a_run_alone_need_no_image(
         (["dseq", "pictures", "--limit", "0"], "expected --limit of at least 1"),
         (["dseq", "pictures", "--sample", "1"], "expected --sample of at least 2"),
         (["dseq", "pictures", "--checkpoints", "0"], "expected --checkpoints of at least 1"),
+        (["dseq", "pictures", "--checkpoints", "99"], "expected --checkpoints of at most 40"),
+        (["dseq", "pictures", "--patch", "1,1"], "--patch has no effect on sheets, regions"),
+        (["dseq", "pictures", "--data", "scenes"], "--data has no effect on sheets, regions"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(

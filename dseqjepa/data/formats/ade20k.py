@@ -25,7 +25,7 @@ from dseqjepa.data.formats.files import (
     read_map,
 )
 from dseqjepa.data.images import existing_folder, is_image, visible_files
-from dseqjepa.data.source import Objects, Split
+from dseqjepa.data.source import BadImage, Objects, Split
 from dseqjepa.errors import InputError
 
 CLASSES = 150
@@ -35,6 +35,10 @@ STUFF = (
     141, 142, 146,
 )  # fmt: skip
 """The 50 stuff classes, without objects in the benchmark's instance task: wall, sky, grass, ..."""
+
+
+MOST_PARTS = 1000
+"""Objects of one class in an image: a label map of noise would fill the memory with masks."""
 
 
 class ADE20K(ListedFiles):
@@ -106,6 +110,8 @@ class ADE20K(ListedFiles):
         masks = [np.zeros((0, *label_HW.shape), bool)]
         for label in np.setdiff1d(label_HW, (0, *_stuff(self.categories))):
             part_HW, count = ndimage.label(label_HW == label, structure=np.ones((3, 3)))
+            if count > MOST_PARTS:
+                raise BadImage(f"{count} separate objects of one class, the limit is {MOST_PARTS}")
             masks.append(part_HW == np.arange(1, count + 1)[:, None, None])
         return Objects(torch.from_numpy(np.concatenate(masks)), torch.from_numpy(label_HW > 0))
 

@@ -31,7 +31,7 @@ from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest
 
 KEPT = 4
-"""Row groups whose images a process keeps."""
+"""Row groups whose images a process keeps, at least."""
 OPEN_AT_ONCE = 16
 """Files that a process keeps open."""
 IMAGES = ("image", "img")
@@ -97,6 +97,7 @@ class Parquet(ImageFiles):
         self.classes: Mapping[str, tuple[str, ...]] = {}
         self._read_labels(facts, schema)
         self._read: OrderedDict[int, Any] = OrderedDict()
+        self._kept = KEPT
         self._used: OrderedDict[int, None] = OrderedDict()
 
     def _read_labels(self, facts: Sequence[ParquetFacts], schema: Any) -> None:
@@ -123,7 +124,9 @@ class Parquet(ImageFiles):
 
     def check_window(self, window: int) -> None:
         """`InputError` where an order that takes `window` row groups at a time, or all at once (0),
-        would download the same ones over and over; on this machine any order can be read."""
+        would download the same ones over and over; on this machine any order can be read. The row
+        groups of a window are kept."""
+        self._kept = max(KEPT, window)
         first = self.files[0]
         if isinstance(first, RemoteParquet):
             check_room(first.home, [stop - start for start, stop in self._spans()], window)
@@ -172,7 +175,7 @@ class Parquet(ImageFiles):
             while len(self._used) > OPEN_AT_ONCE:
                 self.files[self._used.popitem(last=False)[0]].close()
             self._read[group] = self.files[number].rows(at, self._column)
-            while len(self._read) > KEPT:
+            while len(self._read) > self._kept:
                 self._read.popitem(last=False)
         return self._read[group][row].as_py()
 

@@ -95,6 +95,7 @@ class LocalParquet(ParquetPlace):
                 self._opened = parquet.ParquetFile(self.path, page_checksum_verification=True)
             return self._opened.read_row_group(group, columns=[column]).column(0)
         except (OSError, ValueError) as error:
+            self.close()  # a network file system may have forgotten it: the next try opens it
             raise _Unreadable(error) from error
 
     def close(self) -> None:

@@ -524,6 +524,11 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tarfile.TarInfo]]
         # Or it would keep all of them, and what headers say of all files that follow.
         tar.members.clear()  # type: ignore[attr-defined]
         tar.pax_headers.clear()  # type: ignore[attr-defined]
+        if (member.islnk() or member.issym()) and member.name.lower().endswith(ENDINGS):
+            raise InputError(
+                f"{printable(member.name)} is a link: pack the files themselves, such "
+                "as with tar --dereference --hard-dereference"
+            )
         if not member.isfile():
             continue
         folder, _, name = member.name.rpartition("/")

@@ -9,6 +9,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -133,7 +134,12 @@ class Shards(ImageFiles):
             if len(self._open) >= OPEN_AT_ONCE:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[shard] = self.home.descriptor(self.shards[shard].entry)
-        return os.pread(self._open[shard], size, offset)
+        try:
+            return os.pread(self._open[shard], size, offset)
+        except OSError:  # a network file system may have forgotten the file: the next try opens it
+            with suppress(OSError):
+                os.close(self._open.pop(shard))
+            raise
 
     def _use(self, index: Index) -> None:
         """Take images from an index."""

@@ -6,6 +6,7 @@ Suffixes: B images of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -34,13 +35,17 @@ def discovery_probe(
     validation scene is used; for other data training images, whose objects training ignores.
 
     Raises:
-        InputError: the probe is to run on COCO's masks, and no library for them is installed.
+        InputError: the probe is to run, and files of the objects, or a library for them, are
+            missing.
     """
     if not isinstance(source, Located):
         return None
-    if isinstance(source, Coco) and config.probe.every_epochs:
+    if config.probe.every_epochs:
         try:
-            mask_tools()
+            if isinstance(source, Coco):
+                mask_tools()
+            with suppress(BadImage):
+                source.objects(0)
         except InputError as error:
             raise InputError(f"{error}, or set probe.every_epochs=0") from None
     cut, grid = cut_of(config), config.grid

@@ -7,6 +7,7 @@ pipeline for ADE20K. Suffixes: C colours, H and W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,16 @@ from dseqjepa.tasks.reading import seeded
 CROP_TRIES = 10
 MOST_OF_ONE_CLASS = 0.75
 """A crop in which one class covers more than this is redrawn, up to a number of tries."""
-DISTORTION = v2.RandomPhotometricDistort(
+
+
+class Distortion(v2.RandomPhotometricDistort):
+    """Without torchvision's permutation of the colours, which mmseg does not have."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
+
+
+DISTORTION = Distortion(
     brightness=(1 - 32 / 255, 1 + 32 / 255), contrast=(0.5, 1.5), saturation=(0.5, 1.5),
     hue=(-0.05, 0.05), p=0.5,
 )  # fmt: skip

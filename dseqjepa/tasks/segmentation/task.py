@@ -154,7 +154,7 @@ def protocol(config: SegmentationConfig) -> dict[str, object]:
         "head": f"UPerNet, pools {POOLS}, dropout 0.1, FCN on the third map x {AUXILIARY_WEIGHT}",
         "maps": "after the final norm, 4, 2, 1 and 1/2 times the patches' grid",
         "augmentation": f"scale, crop (no class above {MOST_OF_ONE_CLASS}), flip, "
-        "photometric distortion",
+        "photometric distortion without permuted colours",
         "inference": "sliding window, mean of logits",
         "batch_norm": f"over {config.batch_size // config.accumulate} images",
         "metric": "mIoU over the classes that occur, label 0 ignored",

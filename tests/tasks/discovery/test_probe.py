@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dseqjepa.errors import InputError
 from dseqjepa.methods import build_method
 from dseqjepa.tasks.config import DiscoveryConfig
 from dseqjepa.tasks.discovery import evaluate, probe
+from dseqjepa.tasks.discovery.probe import discovery_probe
 from dseqjepa.tasks.online import online_probe
 from dseqjepa.train.pretrain import open_training_source
 from tests.data.minis import opened, write
@@ -82,6 +84,17 @@ def test_data_that_tells_nothing_has_no_probe(tmp_path: Path) -> None:
     for number in range(3):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
     assert online_probe(tiny_config(), ImageFolder(tmp_path)) is None
+
+
+def test_objects_whose_files_are_missing_are_noticed_before_training(tmp_path: Path) -> None:
+    write("pets", tmp_path)
+    (trimaps,) = tmp_path.rglob("trimaps")
+    shutil.rmtree(trimaps)
+    source = opened("pets", tmp_path, "pretrain")
+    config = tiny_config("dseq_vitt8_64")
+    with pytest.raises(InputError, match=r"trimaps.*, or set probe\.every_epochs=0"):
+        discovery_probe(config.with_(probe={"every_epochs": 1}), source)
+    assert discovery_probe(config.with_(probe={"every_epochs": 0}), source) is not None
 
 
 def test_masks_that_no_library_reads_are_noticed_before_training(

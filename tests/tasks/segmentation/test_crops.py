@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dseqjepa.data.source import BadImage
 from dseqjepa.tasks.segmentation.crops import (
+    DISTORTION,
     Labelled,
     TrainCrops,
     padded,
@@ -63,6 +64,12 @@ def test_image_and_labels_move_together(monkeypatch: pytest.MonkeyPatch) -> None
         known = crop.label_HW[0][crop.label_HW[0] > 0]
         flips += bool(known[0] > known[-1])
     assert 8 <= flips <= 32
+
+
+def test_colours_keep_their_order() -> None:
+    drawn = [DISTORTION.make_params([torch.zeros(3, 4, 4)]) for _ in range(40)]
+    assert {values["channel_permutation"] for values in drawn} == {None}
+    assert len({values["hue_factor"] for values in drawn} - {None}) > 5
 
 
 def test_scales_spread_over_their_range() -> None:
