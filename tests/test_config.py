@@ -343,8 +343,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     {
-        "sweep.lrs=0.1": "sweep.lrs must be numbers in brackets, found 0.1",
-        "sweep.features=last": "sweep.features must be words in brackets, found 'last'",
+        "sweep.lrs=0.1": "sweep.lrs must be one or more numbers in brackets, found 0.1",
+        "sweep.features=last": "sweep.features must be one or more words in brackets, found 'last'",
     }.items(),
 )
 def test_a_list_is_asked_for_in_the_words_of_its_type(setting: str, message: str) -> None:
