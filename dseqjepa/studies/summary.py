@@ -78,12 +78,17 @@ def _told(cell: StudyCell) -> Values:
         "evaluations": {
             name: {
                 "file": str(cell.result_file(name).relative_to(cell.out)),
-                "protocol": json_digest(found["protocol"]),
+                "protocol": _protocol(found),
                 "metrics": {key: metric["value"] for key, metric in found["metrics"].items()},
             }
             for name, found in results.items()
         },
     }
+
+
+def _protocol(result: Values) -> str:
+    """Digest of a result's protocol, without the seed of its heads: that of the run."""
+    return json_digest({key: v for key, v in result["protocol"].items() if key != "seed"})
 
 
 def _health(run: Path) -> Values | None:

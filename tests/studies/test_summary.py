@@ -62,7 +62,9 @@ def make_run(cell: StudyCell, value: float, cosine: float = 0.5, **changes: Any)
         out = cell.result_file("knn")
         out.parent.mkdir()
         found = {"metrics": {"accuracy": {"value": value}}, "results": []}
-        out.write_text(json.dumps(found | {"protocol": {"k": changes.get("k", 20)}}))
+        out.write_text(
+            json.dumps(found | {"protocol": {"k": changes.get("k", 20), "seed": cell.seed}})
+        )
 
 
 @pytest.fixture
