@@ -223,7 +223,8 @@ MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])")
 
 def _few_scans(content: bytes) -> bytes:
     scans, found = 0, MARKER.search(content)
-    # What follows the end, such as the video of a motion photo, is not part of the picture.
+    # What follows the end, such as the video of a motion photo, is not part of the picture. More
+    # than 1000 need not be counted.
     while found and found[1] != b"\xd9" and scans < 1000:
         scans += found[1] == b"\xda"
         at = found.end()

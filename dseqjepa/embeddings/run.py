@@ -123,11 +123,10 @@ def embed_images(
             parts, backbone, source, pieces, ranks=ranks, console=console, advice=ADVICE,
             replace=overwrite, **how,
         )  # fmt: skip
+        ranks.wait()  # until all have read what rank 0 will delete
         if ranks.first:
             written = _Job(config, backbone, source, found, pieces, how).write(out, asked, console)
-        del found  # mapped: a network file system keeps files that are open
-        ranks.wait()
-        if ranks.first:
+            del found  # mapped: a network file system keeps files that are open
             shutil.rmtree(parts)
     ranks.close()
     return written
