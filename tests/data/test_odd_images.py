@@ -133,7 +133,7 @@ def test_the_video_behind_a_motion_photo_is_not_counted(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     noise().save(path, progressive=True)
     alone = decode(path)
-    path.write_bytes(path.read_bytes() + b"\xff\xda\x00\x02" * 500)  # scans of no length
+    path.write_bytes(path.read_bytes() + b"\x00\x02" + b"\xff\xda\x00\x02" * 500)
     assert torch.equal(decode(path), alone)
 
 
