@@ -6,6 +6,7 @@ import ast
 from typing import Any, Self
 
 import jaxtyping
+import pytest
 import torch
 from beartype import BeartypeConf, FrozenDict, beartype
 from jaxtyping import _import_hook
@@ -56,3 +57,8 @@ _import_hook.JaxtypingTransformer = Arrays
 # What is instrumented is cached by the name of its checker: this one is named after the class.
 jaxtyping.install_import_hook("dseqjepa", "tests.conftest.check_arrays")
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest test first: at the end, one process would run it and the other wait."""
+    items.sort(key=lambda item: item.name != "test_every_printed_command_works")
