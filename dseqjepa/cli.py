@@ -386,7 +386,7 @@ def import_(
     if "out" not in run:
         raise InputError("out=DIR is missing: name the folder in which the encoder is kept")
     from dseqjepa.commands import ImportConfig
-    from dseqjepa.train.foreign import described, import_encoder
+    from dseqjepa.train.foreign import facts_of, import_encoder
 
     config = import_encoder(
         file.expanduser(),
@@ -395,7 +395,7 @@ def import_(
         overwrite=flag(run, "overwrite"),
         tell=print,
     )
-    print(f"imported to {run['out']}: {described(config)}")
+    print(f"imported to {run['out']}: {facts_of(config)}")
 
 
 @app.command(epilog=examples("export runs/mine --to hf --out mine-hf"))

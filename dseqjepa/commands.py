@@ -17,7 +17,7 @@ class _Images(Section):
     """Which images a command reads, and how."""
 
     size: int = Field(2000, ge=1, le=10**9)
-    """Number of training images of `scenes`."""
+    """Number of training images of data=scenes."""
     pixel_range: PixelRange = "auto"
     """The values of 16-bit grey images that map to black and white; `auto`: as in the run (`embed`)
     or its evaluation (`predict`)."""
@@ -41,14 +41,15 @@ class EmbedConfig(_Images):
     image_size: Literal["auto"] | Size = "auto"
     """Height and width in pixels; `auto`: those of pre-training."""
     split: Literal["auto", "train", "val"] = "auto"
-    """Which part is read; `auto`: all of a folder, or the training images of a benchmark."""
+    """Which part is read; `auto`: the images the run was trained on, or with data= all of a folder
+    or the training images of a benchmark."""
     pretrained: bool = False
     """Download the weights of `timm:NAME`; otherwise they are random."""
     threshold: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
     """Smallest cosine of two duplicates; `auto`: the cosine that 95 % of altered copies of these
     images reach with their original."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of clusters, of the UMAP, and of `scenes`."""
+    """Seed of clusters, of the UMAP, and of data=scenes."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the encoder."""
 

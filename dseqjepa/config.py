@@ -394,10 +394,13 @@ def _by_name(value: Any) -> MethodConfig:
     return method
 
 
+SaliencyKind = Literal["cls_similarity", "cls_attention", "grad_cam", "rarity"]
+
+
 class SaliencyConfig(Section):
     """How saliency is computed: where an image is discriminative."""
 
-    kind: Literal["cls_similarity", "cls_attention", "grad_cam", "rarity"] = "cls_similarity"
+    kind: SaliencyKind = "cls_similarity"
     """`cls_similarity`: scaled dot product of a patch with [CLS]; `cls_attention`: attention of
     [CLS] to it, averaged over heads; `grad_cam`: Grad-CAM of the norm of the mean target feature;
     `rarity`: mean distance of a patch's content to the nearest third of the other patches."""
@@ -534,7 +537,7 @@ class RuntimeConfig(Section):
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Type of device; `auto`: a GPU if there is one."""
     attention: Literal["auto", "matmul", "sdpa", "varlen"] = "auto"
-    """Attention backend (`model/attention.py`); `auto` picks the fastest."""
+    """Attention backend (`model/attention.py`) of self-attention; `auto` picks the fastest."""
     deterministic: bool = False
     """Whether a GPU sums in a fixed order, so that runs can be repeated and resumed bit for bit, as
     on a CPU; slower."""

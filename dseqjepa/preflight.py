@@ -185,8 +185,6 @@ def _of_steps(config: Config, pace: Rehearsal) -> Iterator[str]:
             f"runtime.precision={other} is {pace.other_precision:.1f} times as fast on this CPU as "
             f"{config.runtime.precision}"
         )
-    if config.optim.accumulate == 1 and pace.batch < 2 and config.method.regularizer == "vicreg":
-        yield "method.regularizer=vicreg has no effect with one image at a time"
 
 
 def data_table(config: Config, data: Audit) -> Table:

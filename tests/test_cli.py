@@ -149,6 +149,7 @@ SETTINGS = {
     "method.name=ijepa method.saliency.kind=grad_cam": "unknown key 'method.saliency'",
     "method.saliency.kind\nx=1": "unknown key 'method.saliency.kind\\nx'",
     "optim.accumulate=3": "must be a multiple of optim.accumulate",
+    "optim.accumulate=4 data.batch_size=4 method.regularizer=sigreg": "make data.batch_size (4) a",
     "data.image_size=36": "must be a multiple of model.patch_size (8)",
     "data.image_size=8": "is a single patch",
     "data.batch_size=64": "pictures has 12 images, fewer than data.batch_size=64: lower it to 12",

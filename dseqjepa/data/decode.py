@@ -29,6 +29,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from dseqjepa.data.patience import patiently
 from dseqjepa.data.source import BadImage, Decoded, Reduction
 
 WANTED = (
@@ -154,10 +155,10 @@ def facts(content: Content) -> Header:
 def is_picture(path: Path) -> bool:
     """Whether a file starts like an image, whatever its name."""
     try:
-        with _opened(path):
-            return True
+        patiently(lambda: frames(path))
     except BadImage:
         return False
+    return True
 
 
 def frames(path: Path) -> tuple[Size, Size]:
@@ -168,9 +169,13 @@ def frames(path: Path) -> tuple[Size, Size]:
 
 def highest(content: Content) -> int:
     """The largest value of a 16-bit grey image; 0 for any other file."""
-    try:
+
+    def read() -> int:
         with _opened(content) as (_, picture):
             return int(np.asarray(picture).max()) if _is_deep(picture) else 0
+
+    try:
+        return patiently(read)
     except BadImage:  # reported when the image is read
         return 0
 

@@ -22,7 +22,7 @@ from dseqjepa.data.formats.stl10 import STL10
 from dseqjepa.data.images import ImageFiles, ImageFolder, PixelRange, holdout
 from dseqjepa.data.scenes import FINE, SPECS, Scenes
 from dseqjepa.data.shards.remote import is_url
-from dseqjepa.data.shards.source import Shards
+from dseqjepa.data.shards.source import Shards, share_classes
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
 
@@ -162,6 +162,8 @@ def open_splits(
     val = opened(split="val")
     if isinstance(train, ImageFiles) and isinstance(val, ImageFiles):
         val.reference = train
+    if isinstance(train, Shards) and isinstance(val, Shards):
+        share_classes(train, val)
     for task in train.classes.keys() & val.classes.keys():
         if train.classes[task] != val.classes[task]:
             raise InputError(
@@ -169,6 +171,15 @@ def open_splits(
                 f"{len(train.classes[task])} for training, {len(val.classes[task])} for testing"
             )
     return train, val
+
+
+def check_size(spec: str) -> None:
+    """`InputError` for a `size=` although the images of this `data=` are not rendered."""
+    if spec not in SPECS:
+        raise InputError(
+            f"size= is a number of scenes, not of images of {spec}: leave it out, or give "
+            "data=scenes"
+        )
 
 
 def located(spec: str) -> str:

@@ -15,7 +15,7 @@ from dseqjepa.data.images import (
     existing_folder,
     images_below,
 )
-from dseqjepa.data.labelled import open_source
+from dseqjepa.data.labelled import check_size, open_source
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source, Split
 from dseqjepa.errors import InputError, did_you_mean
@@ -68,13 +68,16 @@ def _listed(path: Path) -> list[str]:
     return places
 
 
-def check_names(words: Sequence[str], config: Section) -> None:
-    """`InputError` if a config selects images of `data=` although images are named."""
+def check_selection(words: Sequence[str], data: str | None, config: Section) -> None:
+    """`InputError` if a config selects images in a way that has no effect on what is read."""
+    given = config.model_fields_set
     for key in ("size", "split"):
-        if words and key in config.model_fields_set:
+        if words and key in given:
             raise InputError(
                 f"{key}= selects images of data=, but images are named: leave one of them out"
             )
+    if "size" in given:
+        check_size(data or "the run")
 
 
 def data_images(

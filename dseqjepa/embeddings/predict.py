@@ -14,7 +14,7 @@ from dseqjepa.commands import PredictConfig
 from dseqjepa.config import RuntimeConfig
 from dseqjepa.data.images import notes_of
 from dseqjepa.data.source import Source
-from dseqjepa.embeddings.images import check_names, data_images, name_of, named_images
+from dseqjepa.embeddings.images import check_selection, data_images, name_of, named_images
 from dseqjepa.embeddings.table import check_table, new_table
 from dseqjepa.errors import InputError, printable
 from dseqjepa.tasks.backbone import Backbone
@@ -69,7 +69,7 @@ def predict_images(
         check_table(out, overwrite)
     backbone = encoder_of(head, trained, about, encoder)
     how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
-    check_names(images, config)
+    check_selection(images, data, config)
     pixel_range = about.pixel_range if config.pixel_range == "auto" else config.pixel_range
     if data is not None:
         source = data_images(data, config.split, "val", pixel_range=pixel_range, **how)

@@ -23,6 +23,8 @@ from dseqjepa.commands import EmbedConfig
 from dseqjepa.config import RuntimeConfig
 from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import notes_of
+from dseqjepa.data.labelled import open_source
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import Source
 from dseqjepa.data.transforms import resize
 from dseqjepa.embeddings.findings import (
@@ -40,7 +42,7 @@ from dseqjepa.embeddings.findings import (
     sample_of_copies,
     threshold_of,
 )
-from dseqjepa.embeddings.images import check_names, data_images, name_of, named_images
+from dseqjepa.embeddings.images import check_selection, data_images, name_of, named_images
 from dseqjepa.embeddings.page import THUMBNAIL, write_page
 from dseqjepa.embeddings.table import check_table, files_of, new_table
 from dseqjepa.errors import InputError, Stopped
@@ -245,7 +247,7 @@ class _Job:
 
     def _thumbnail(self, place: int) -> Tensor:
         """The whole image, reduced to a thumbnail."""
-        image_CHW = self.source.image(int(self.found.index_M[place]))
+        image_CHW = read_image(self.source, int(self.found.index_M[place])).image_CHW
         height, width = image_CHW.shape[1:]
         scale = min(1, THUMBNAIL / max(height, width))
         size = max(1, round(height * scale)), max(1, round(width * scale))
@@ -294,16 +296,22 @@ def _check(
 def _source(
     backbone: Backbone, config: EmbedConfig, images: Sequence[str], data: str | None
 ) -> Source:
-    check_names(images, config)
+    check_selection(images, data, config)
     pixel_range = backbone.pixel_range(config.pixel_range)
     if images:
         return named_images(images, pixel_range)
-    if data is None:
-        if backbone.run is None:
-            raise InputError("name the images, as files, folders or lists, or give data=")
-        data = trained_on(open_checkpoint(Path(backbone.source)))
-    how = {"size": config.size, "image_size": backbone.image_size, "seed": config.seed}
-    return data_images(data, config.split, "train", pixel_range=pixel_range, **how)
+    how: dict[str, Any] = {"image_size": backbone.image_size, "pixel_range": pixel_range}
+    if data is not None:
+        how |= {"size": config.size, "seed": config.seed}
+        return data_images(data, config.split, "train", **how)
+    if backbone.run is None:
+        raise InputError("name the images, as files, folders or lists, or give data=")
+    checkpoint = open_checkpoint(Path(backbone.source))
+    trained = checkpoint.config
+    how |= {"size": trained.data.size, "seed": trained.runtime.seed}
+    if config.split == "auto":  # of a folder with test images only those for training
+        return open_source(trained_on(checkpoint), split="train", **how)
+    return data_images(trained_on(checkpoint), config.split, "train", **how)
 
 
 def _pieces(backbone: Backbone, config: EmbedConfig) -> tuple[str, ...]:

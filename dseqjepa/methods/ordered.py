@@ -33,6 +33,8 @@ class DSeqJepa(Method):
 
     def look(self, images_BCHW: Images) -> Look:
         regions = self.config.regions
+        if regions.source == "random":
+            return super().look(images_BCHW)
         return look_for_saliency(
             self.target,
             images_BCHW,

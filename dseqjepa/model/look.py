@@ -6,21 +6,21 @@ Suffixes: B images, N patches, D width, T tokens of all images, L tokens of one 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from dseqjepa.config import CutConfig, RegionsConfig
+from dseqjepa.config import CutConfig, RegionsConfig, SaliencyKind
 from dseqjepa.model.sequences import Sequences
 from dseqjepa.model.vit import Block, Images, VisionTransformer
 from dseqjepa.model.windows import sample_tokens
 from dseqjepa.plans.regions import Regions, rank_regions
 from dseqjepa.plans.saliency import cls_attention, cls_similarity, grad_cam, rarity
 
-KINDS = ("cls_similarity", "cls_attention", "grad_cam", "rarity")
+KINDS: tuple[SaliencyKind, ...] = get_args(SaliencyKind)
 READS_CLS = frozenset({"cls_similarity", "cls_attention"})
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dseqjepa.config import Config, CutConfig
 from dseqjepa.data.images import ImageFiles
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, printable
@@ -128,7 +129,7 @@ def choose_images(config: Config, count: int) -> LensImages:
         if len(pictures) == count:
             break
         try:
-            image_CHW = source.image(index)
+            image_CHW = read_image(source, index).image_CHW
         except BadImage:
             continue  # the run's bad_files.jsonl names it
         pictures.append(

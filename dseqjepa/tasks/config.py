@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from dseqjepa.config import CropScale, Fraction, PixelRange, Range, Section, Size
+from dseqjepa.config import CropScale, Fraction, PixelRange, Range, SaliencyKind, Section, Size
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -79,11 +79,25 @@ class TaskConfig(Section):
         """The metrics of a result, where the data has labels for all that is asked."""
         return ("accuracy", "balanced_accuracy")
 
+    def unread(self) -> Mapping[str, tuple[str, ...]]:
+        """Settings without effect, by the setting on which that depends."""
+        return {}
+
     @model_validator(mode="before")
     @classmethod
     def _quick(cls, values: Any) -> Any:
         is_quick = isinstance(values, Mapping) and values.get("preset") == "quick"
         return {**cls.quick, **values} if is_quick else values
+
+    @model_validator(mode="after")
+    def _check_read(self) -> Self:
+        usual = type(self).model_construct(**(self.quick if self.preset == "quick" else {}))
+        for why, names in self.unread().items():
+            if idle := [key for key in names if getattr(self, key) != getattr(usual, key)]:
+                value = getattr(self, why)
+                shown = str(value).lower() if isinstance(value, bool) else value
+                raise ValueError(f"{idle[0]} has no effect with {why}={shown}: leave it out")
+        return self
 
 
 class TrainedConfig(TaskConfig):
@@ -281,6 +295,9 @@ class KnnConfig(FrozenConfig):
     def yields(self) -> tuple[str, ...]:
         return (*super().yields, *(["swept"] if self.sweep else []))
 
+    def unread(self) -> Mapping[str, tuple[str, ...]]:
+        return {} if self.sweep else {"sweep": ("ks", "temperatures")}
+
 
 class SweepConfig(Section):
     """Heads on frozen features, trained at once; a hold-out of the training images selects one."""
@@ -341,6 +358,11 @@ class LinearConfig(FrozenConfig):
     def reads_patches(self) -> bool:
         return self.protocol == "sweep"
 
+    def unread(self) -> Mapping[str, tuple[str, ...]]:
+        others = {*FrozenConfig.model_fields, "protocol", "sweep"}
+        own = tuple(key for key in type(self).model_fields if key not in others)
+        return {"protocol": own if self.protocol == "sweep" else ("sweep",)}
+
     @property
     def yields(self) -> tuple[str, ...]:
         return (
@@ -390,6 +412,9 @@ class AttentiveConfig(FrozenConfig):
         epochs = auto if self.epochs == "auto" else self.epochs
         return max(1, round(epochs * images / self.batch_size))
 
+    def unread(self) -> Mapping[str, tuple[str, ...]]:
+        return {} if self.crops else {"crops": ("crop_scale", "flip")}
+
     @property
     def reads_patches(self) -> bool:
         return True
@@ -434,6 +459,12 @@ class DenseConfig(FrozenConfig):
     def reads_patches(self) -> bool:
         return True
 
+    def unread(self) -> Mapping[str, tuple[str, ...]]:
+        linear = ("lrs", "weight_decays", "batch_size", "patches_seen")
+        neighbours = ("bank", "k", "temperature", "center")
+        idle = {"segmentation": ("ridges",), "depth": (*linear, *neighbours)}
+        return {"task": idle.get(self.task, ())}
+
     @property
     def yields(self) -> tuple[str, ...]:
         return (
@@ -467,6 +498,9 @@ class LowshotConfig(FrozenConfig):
     """Number of samples of labelled images, with seeds `seed`, `seed` + 1, ... A list of names is a
     single sample."""
     sweep: LowshotSweepConfig = LowshotSweepConfig()
+
+    def unread(self) -> Mapping[str, tuple[str, ...]]:
+        return {} if self.names == "none" else {"names": ("fraction", "draws")}
 
 
 class ClevrConfig(FrozenConfig):
@@ -512,7 +546,7 @@ class DiscoveryConfig(TaskConfig):
 
     images: Count = 500
     """Maximum number of test images, drawn by `seed`."""
-    saliency: Literal["auto", "cls_similarity", "cls_attention", "grad_cam", "rarity"] = "auto"
+    saliency: Literal["auto"] | SaliencyKind = "auto"
     """Saliency to report; `auto`: the run's own, or rarity if it has none."""
     regions: Literal["auto", "components", "clusters", "bands"] = "auto"
     """Regions to report; `auto`: the run's own, or clusters if it has none."""

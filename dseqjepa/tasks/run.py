@@ -16,7 +16,7 @@ from rich.console import Console
 from dseqjepa.config import Config, RuntimeConfig, flattened
 from dseqjepa.console import LastingConsole
 from dseqjepa.data.images import notes_of, range_of
-from dseqjepa.data.labelled import open_splits, prepare
+from dseqjepa.data.labelled import check_size, open_splits, prepare
 from dseqjepa.data.source import Source
 from dseqjepa.errors import InputError, Stopped
 from dseqjepa.files import check_writable, json_digest, remove
@@ -166,6 +166,8 @@ def _open_job(
         if backbone.config is None:
             raise InputError(f"data=PATH is missing: {spec} does not record what it was trained on")
         data = trained_on(open_checkpoint(Path(backbone.source)))
+    if config.size != "auto":
+        check_size(data)
     train, test = open_splits(
         data,
         size=_scenes(config, backbone.config),

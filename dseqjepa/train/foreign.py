@@ -105,7 +105,7 @@ def import_encoder(
     return built.config
 
 
-def described(config: Config) -> str:
+def facts_of(config: Config) -> str:
     """Describe an imported encoder, and what was assumed about it."""
     model, (height, width) = config.model, config.data.image_size
     return (

@@ -211,8 +211,14 @@ def fitting(config: Config, source: Source) -> Config:
     """The config with every `auto` resolved for this data.
 
     Raises `InputError` if nothing can be decoded, there are too few images, a window but no
-    shards, or the model does not fit in memory.
+    shards, a regularizer that sees one image at a time, or the model does not fit in memory.
     """
+    kind, batch, parts = config.method.regularizer, config.data.batch_size, config.optim.accumulate
+    if kind != "none" and batch == parts:
+        raise InputError(
+            f"method.regularizer={kind} compares the images of a micro-batch, of which there is "
+            f"one: make data.batch_size ({batch}) a larger multiple of optim.accumulate ({parts})"
+        )
     _check_memory(config)
     check_window(config.data.window, source)
     _check_some_decode(source, config.data.source)

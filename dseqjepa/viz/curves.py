@@ -20,14 +20,13 @@ from dseqjepa.viz.canvas import (
     inches_of,
     new_page,
 )
-from dseqjepa.viz.style import INK, LINES, MUTED
+from dseqjepa.viz.style import DASHES, INK, LINES, MUTED
 from dseqjepa.viz.topics import TOPICS, Topic
 
 Metrics = Sequence[Mapping[str, Any]]
 
 
 ACROSS = 3
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dseqjepa.config import Config
 from dseqjepa.data.decode import ENDINGS
 from dseqjepa.data.images import ImageFiles, ImageFolder, Subset
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
@@ -89,6 +90,6 @@ def spread(source: Source, most: int) -> Subset:
 
 def _image(source: Source, index: int) -> Tensor:
     try:
-        return source.image(index)
+        return read_image(source, index).image_CHW
     except BadImage as error:
         raise InputError(f"cannot decode {source.name(index)}: {error}") from None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dseqjepa.config import Config
 from dseqjepa.data.images import Subset
+from dseqjepa.data.patience import read_image
 from dseqjepa.data.transforms import EvalTransform
 from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.files import check_writable
@@ -299,7 +300,9 @@ def _neighbours(session: _Session) -> list[Job]:
         found[f"{label}, step {checkpoint.step}"] = near
         wanted |= set(near.index_BK.flatten().tolist())
     transform = EvalTransform(session.config.data.image_size)
-    thumbnails: dict[int, Tensor] = {i: transform(session.data.image(i)) for i in sorted(wanted)}
+    thumbnails: dict[int, Tensor] = {
+        i: transform(read_image(session.data, i).image_CHW) for i in sorted(wanted)
+    }
     notes = _notes(session.data, wanted)
     return [("neighbours", partial(neighbour_sheet, images_BCHW, found, thumbnails, notes))]
 

@@ -18,7 +18,7 @@ from dseqjepa.viz.canvas import (
     new_page,
     text_width,
 )
-from dseqjepa.viz.style import INK, LINES, MUTED
+from dseqjepa.viz.style import DASHES, INK, LINES, MUTED
 
 Values = Mapping[str, Any]
 MARKS = {"holds": ("o", 0), "the opposite holds": ("s", 1), "inconclusive": ("D", None)}
@@ -144,9 +144,6 @@ def bands(charts: Sequence[Values], title: str) -> Figure:
         axes.set_xlabel("step", fontsize=SMALL, color=colour(MUTED), labelpad=1)
         axes.set_ylabel(each["unit"], fontsize=SMALL, color=colour(MUTED), labelpad=2)
     return page.figure
-
-
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
 def style_of(number: int) -> dict[str, Any]:

@@ -30,3 +30,4 @@ PAPER, INK, BORDER = (255, 255, 255), (40, 40, 40), (255, 255, 255)
 VEIL = (208, 211, 217)  # over left-out areas: darker than paper, so that white images show
 MUTED, RULE = (105, 105, 105), (222, 222, 222)  # secondary text, and lines behind the data
 LINES = PALETTE[[1, 0, 2, 3, 6, 7]]  # dark enough for a thin line on paper
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # of lines that coincide

@@ -19,7 +19,7 @@ from dseqjepa.config import CutConfig, MethodConfig
 from dseqjepa.errors import InputError
 from dseqjepa.methods.base import Draw, Method
 from dseqjepa.methods.losses import smooth_l1_by_token
-from dseqjepa.model.look import Look, look_and_cut, target_features
+from dseqjepa.model.look import Look, look_and_cut, saliency, target_features
 from dseqjepa.model.vit import Images
 from dseqjepa.plans.plan import Plan
 from dseqjepa.plans.regions import Regions, otsu_foreground
@@ -95,11 +95,11 @@ def draw_to_show(
         )
     draw = method.draw_at_end(sight, method.target.grid_of(images_BCHW), keys_B)
     shown, saliency_BN, regions = method.cut or cut or CutConfig(), sight.saliency_BN, draw.regions
-    if saliency_BN is None or regions is None:
-        seen, cut_regions = look_and_cut(method.target, images_BCHW, shown)
-        saliency_BN = seen.saliency_BN if saliency_BN is None else saliency_BN
-        regions = regions or cut_regions
-    assert saliency_BN is not None
+    if regions is None:
+        sight_of_cut, regions = look_and_cut(method.target, images_BCHW, shown)
+        saliency_BN = sight_of_cut.saliency_BN if saliency_BN is None else saliency_BN
+    if saliency_BN is None:  # the regions were made without it
+        saliency_BN = saliency(method.target, images_BCHW, **shown.saliency.model_dump())
     return Drawing(sight, draw, saliency_BN, shown.saliency.kind, regions)
 
 
@@ -115,8 +115,8 @@ def trace(
 
     DSeq-JEPA predicts the ranked regions that it would train on with lambda 1, I-JEPA and C-JEPA
     the blocks drawn by the keys. Predictions come from the context encoder and the predictor,
-    targets from the target encoder. Images are independent: a trace is the same in any
-    batch, up to rounding.
+    targets from the target encoder, not centred: `target.centring=place` would need other
+    images. Images are independent: a trace is the same in any batch, up to rounding.
 
     Args:
         method: a trained method in eval mode, from `load_method`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from dseqjepa.data import patience
+from dseqjepa.data import decode, patience
 from dseqjepa.data.images import ImageFolder
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.patience import WAITS, patiently, read_image
@@ -174,3 +176,23 @@ def test_a_fingerprint_is_patient_and_says_which_file_has_gone(
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match=r"cannot read .*b\.png, which existed before: No such"):
         folder.fingerprint()
+
+
+def test_what_is_looked_at_beforehand_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a file is an image, and the range of 16-bit images, do not depend on a passing
+    error: otherwise an image would be left out, or another grey become white, without a word."""
+    deep = np.linspace(0, 4000, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "nameless", format="PNG")
+    opened, numbers = decode._file, itertools.cycle([errno.EIO, errno.ESTALE, 0])
+
+    def shaken(content: decode.Content) -> decode.File:
+        if number := next(numbers):
+            raise OSError(number, os.strerror(number))
+        return opened(content)
+
+    monkeypatch.setattr(decode, "_file", shaken)
+    source = ImageFolder(tmp_path)
+    assert len(source) == 1
+    assert source.levels == (0, 4095)

@@ -82,6 +82,21 @@ def test_behind_a_url_lie_the_rows_of_the_folder(folder: Path, files: Files, cac
     assert files.asked.total() == asked + 1  # whether the server sends parts
 
 
+def test_what_is_kept_of_a_file_is_requested_again_if_it_is_damaged(
+    folder: Path, files: Files, cache: Path
+):
+    url = files.url + PATTERN
+    Parquet(url, "train")
+    (kept, *_) = cache.rglob("*.facts.npz")
+    whole = kept.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    for damaged in (b"", b"no zip file", whole[:middle], whole[:-9], flipped, whole[9:]):
+        kept.write_bytes(damaged)
+        same(Parquet(url, "train"), folder)
+        assert kept.read_bytes()[:2] == b"PK"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_reads_a_url_as_it_reads_the_folder(folder: Path, files: Files, workers: int):
     def seen(place: Path | str) -> list[torch.Tensor]:

@@ -152,6 +152,29 @@ def test_splits_are_folders_and_without_them_a_part_is_held_out(tmp_path: Path):
     assert (len(train_part), len(val)) == (5, 1)
 
 
+def test_splits_share_classes_that_one_of_them_lacks(tmp_path: Path):
+    """Rare classes, of which only some splits have images, are no disagreement."""
+    for split, labels in (("train", "0123"), ("val", "011")):
+        members = {}
+        for number, label in enumerate(labels):
+            members |= {f"{number}.jpg": jpeg(number), f"{number}.cls": label.encode()}
+            if split == "train" or label == "1":
+                members[f"{number}.json"] = f'{{"class": "name {label}"}}'.encode()
+        shard(tmp_path / "a" / split / "0.tar", members)
+        write_index(tmp_path / "a" / split)
+    how = {"size": 0, "image_size": (8, 8), "seed": 0}
+    parts = open_splits(f"shards:{tmp_path / 'a'}", **how)
+    for part in (*parts, *pickle.loads(pickle.dumps(parts))):
+        assert part.classes == {"class": tuple(f"name {label}" for label in range(4))}
+    shard(
+        tmp_path / "a" / "val" / "1.tar",
+        {"x.jpg": jpeg(1), "x.cls": b"2", "x.json": b'{"class": "z"}'},
+    )
+    write_index(tmp_path / "a" / "val")
+    with pytest.raises(InputError, match="the two splits have different classes"):
+        open_splits(f"shards:{tmp_path / 'a'}", **how)
+
+
 def test_webdataset_as_others_write_it(tmp_path: Path):
     """Keys end at the first dot; classes are numbers; captions and other files do not count."""
     shard(tmp_path / "a-000.tar", {

@@ -416,6 +416,8 @@ def test_a_umap_is_by_cosine_and_by_seed(here: Path, monkeypatch: pytest.MonkeyP
         "pictures out=new/x.csv --clusters 16": "--clusters 16: there are only 15 images",
         "pictures out=there.csv/x.csv": "there.csv",
         "pictures out=x.csv size=5": "size= selects images of data=, but images are named",
+        "data=pictures out=x.csv size=5": "size= is a number of scenes",
+        "out=x.csv size=5": "size= is a number of scenes, not of images of the run",
         "pictures out=x.csv split=val": "split= selects images of data=, but images are named",
     }.items(),
 )

@@ -206,12 +206,32 @@ def test_runs_of_two_seeds_are_one_line_of_the_table(
 
 
 def test_sweeps_of_other_values_are_other_protocols(here: Path) -> None:
-    grids = (["sweep=true"], ["sweep=true", "ks=[3]"], ["ks=[3]"], ["ks=[5]"])
+    grids = (["sweep=true"], ["sweep=true", "ks=[3]"], ["sweep=true", "temperatures=[0.1]"])
     for number, settings in enumerate(grids):
         assert evaluate("knn", "runs/0", f"out=r/{number}.json", *settings) == 0
     found = [json.loads((here / f"r/{n}.json").read_text())["protocol"] for n in range(len(grids))]
-    assert found[0] != found[1]
-    assert found[2] == found[3]  # nothing is swept
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "said"),
+    [
+        ("knn", "ks=[3]", "ks has no effect with sweep=false"),
+        ("linear", "preset=quick epochs=100", "epochs has no effect with protocol=sweep"),
+        ("linear", "sweep.epochs=3", "sweep has no effect with protocol=paper"),
+        ("attentive", "preset=quick flip=true", "flip has no effect with crops=false"),
+        ("lowshot", "names=a.txt draws=2", "draws has no effect with names=a.txt"),
+        ("dense", "task=depth lrs=[0.1]", "lrs has no effect with task=depth"),
+        ("dense", "task=segmentation ridges=[1]", "ridges has no effect with task=segmentation"),
+        ("knn", "size=30", "size= is a number of scenes, not of images of"),
+    ],
+)
+def test_a_setting_that_nothing_would_read_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], task: str, settings: str, said: str
+) -> None:
+    assert evaluate(task, "runs/0", "out=unread/result.json", *settings.split()) == 2
+    assert said in capsys.readouterr().err
+    assert not (here / "unread").exists()
 
 
 def test_untrained_encoders_are_measured_on_the_same_samples(

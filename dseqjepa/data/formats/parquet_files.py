@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -122,10 +125,11 @@ class RemoteParquet(ParquetPlace):
     def facts(self) -> ParquetFacts:
         file = self.home.folder / f"{self.name}-{self.entry.version}.facts.npz"
         try:
-            if not file.exists():
-                found = _facts(_Requested(self.home, self.entry), self.place)
-                _keep(found, self.home, file)
-            return _kept(file)
+            if (kept := _kept(file)) is not None:
+                return kept
+            found = _facts(_Requested(self.home, self.entry), self.place)
+            _keep(found, self.home, file)
+            return found
         except (OSError, RunError) as error:
             raise InputError(f"cannot read {printable(self.place)}: {error}") from error
 
@@ -262,13 +266,16 @@ def _keep(facts: ParquetFacts, home: Remote, file: Path) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def _kept(file: Path) -> ParquetFacts:
+def _kept(file: Path) -> ParquetFacts | None:
+    """What `_keep` wrote; None if there is nothing, or something damaged."""
     from pyarrow import parquet
 
-    with np.load(file, allow_pickle=False) as kept:
+    damaged = (ValueError, KeyError, EOFError, BadZipFile, zlib.error)
+    with suppress(FileNotFoundError, *damaged), np.load(file, allow_pickle=False) as kept:
         metadata = parquet.read_metadata(io.BytesIO(kept["footer"].tobytes()))
         label_N = kept["label_N"] if kept["is_labelled"] else None
         return ParquetFacts(metadata, label_N, bool(kept["has_gaps"]))
+    return None
 
 
 class _Seen(io.RawIOBase):

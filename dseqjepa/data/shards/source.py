@@ -151,16 +151,32 @@ class Shards(ImageFiles):
             self.classes = {"class": index.classes}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_records_N", "labels", "classes"}  # another process maps them itself
+        own = {"_records_N", "labels"}  # another process maps them itself
         return {name: it for name, it in self.__dict__.items() if name not in own} | {"_open": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._use(reopened(self.home, self.shards))
+        self.classes = state["classes"]
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def share_classes(*parts: Shards) -> None:
+    """Give the splits of a data set the classes of all of them, unless two name one differently: an
+    index knows only the classes of its own images."""
+    known = [part.classes["class"] for part in parts if part.classes]
+    names: list[str] = []
+    for label in range(max(map(len, known), default=0)):
+        said = {each[label] for each in known if label < len(each)}
+        if len(said - {str(label)}) > 1:
+            return
+        names.append(max(said, key=lambda name: name != str(label)))
+    for part in parts:
+        if part.classes:
+            part.classes = {"class": tuple(names)}
 
 
 def _parts(place: Path | str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,12 @@ class _Evaluator:
     ) -> None:
         self.api = api = _library()
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = api.COCO(str(annotations))
+            truth = api.COCO()
+            truth.dataset = json.loads(annotations.read_bytes())
+            # The libraries take an object numbered 0 for none, and look objects up by number.
+            for number, annotation in enumerate(truth.dataset["annotations"], start=1):
+                annotation["id"] = number
+            truth.createIndex()
             # A result's area is that of its mask only if it has no box.
             unused = "segmentation" if kind == "bbox" else "bbox"
             rows = [{k: v for k, v in row.items() if k != unused} for row in results]

@@ -252,3 +252,17 @@ def test_without_either_library_one_line_says_what_to_install(
     forbid(monkeypatch, "faster_coco_eval", "pycocotools")
     with pytest.raises(InputError, match=r"detection needs faster-coco-eval .pip install"):
         average_precision(truth.annotations, [], ids(truth), "bbox", seed=0)
+
+
+@pytest.mark.parametrize("numbers", ["from 0", "all 0"])
+def test_how_objects_are_numbered_does_not_matter(
+    truth: SceneObjects, library: str, tmp_path: Path, numbers: str
+) -> None:
+    """Both libraries would take object 0 for no object, and forget objects of one number."""
+    values = json.loads(truth.annotations.read_text(encoding="utf-8"))
+    for place, annotation in enumerate(values["annotations"]):
+        annotation["id"] = place if numbers == "from 0" else 0
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(values), encoding="utf-8")
+    found = average_precision(again, perfect(truth), ids(truth), "bbox", seed=0, resamples=2)
+    assert found.values == dict.fromkeys(found.values, pytest.approx(1.0))
