@@ -2,9 +2,10 @@
 
 `dense_loss` computes the loss as the authors' release does. Every prediction step of every image is
 one full-length sequence: all patches go through the encoder with attention masked to the step's
-context; the predictor sees all of them again, masked, and the step's queries, padded to the longest
-target of the batch. An image with fewer steps than the batch allows still costs as many, as in the
-release. Masked tokens cannot change the result, so loss and gradients equal those of the packed
+context, once for all steps of an image on random blocks, which share it; the predictor sees all of
+them again for every step, masked, and the step's queries, padded to the longest target of the
+batch. An image on ranked regions with fewer steps than the batch allows still costs as many, as in
+the release. Masked tokens cannot change the result, so loss and gradients equal those of the packed
 computation (a test checks both). `padded_loss` is I-JEPA without truncated contexts: one context
 per image, encoded once, and four targets, all padded to the longest of the batch. The usual code,
 which truncates, is in `truncated.py`.
@@ -12,7 +13,8 @@ which truncates, is in `truncated.py`.
 Attention is torch's `scaled_dot_product_attention` with a mask; mixed precision is plain autocast.
 
 Suffixes: B images, M steps per image, N patches, C patches of the longest context, L tokens of a
-sequence, S = B * M sequences, Q queries of a step, D width, W the predictor's width.
+sequence, S = B * M sequences, R contexts that are encoded, Q queries of a step, D width, W the
+predictor's width.
 """
 
 from __future__ import annotations
@@ -32,11 +34,32 @@ def dense_loss(
 ) -> Tensor:
     """The prediction loss of a plan; `steps` is the number of sequences computed per image."""
     context_BMN, target_BMN = _by_image(plan, target_BND, steps)
+    image_R, step_R, row_BM = _to_encode(context_BMN)
+    seen_RN = context_BMN[image_R, step_R]
+    all_RN = torch.arange(seen_RN.shape[1], device=seen_RN.device).expand_as(seen_RN)
+    pixels_RNP = pixels_of(method, images_BCHW)[image_R]
+    context_RND = encode(method.encoder, pixels_RNP, all_RN, seen_RN)
+    row_S = row_BM.flatten()
     context_SN, target_SN = context_BMN.flatten(0, 1), target_BMN.flatten(0, 1)
-    all_SN = torch.arange(context_SN.shape[1], device=context_SN.device).expand_as(context_SN)
-    pixels_SNP = pixels_of(method, images_BCHW).repeat_interleave(steps, dim=0)
-    context_SND = encode(method.encoder, pixels_SNP, all_SN, context_SN)
-    return _compare(method, context_SND, all_SN, context_SN, target_SN, target_BND, steps)
+    return _compare(
+        method, context_RND[row_S], all_RN[row_S], context_SN, target_SN, target_BND, steps
+    )
+
+
+def _to_encode(context_BMN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which contexts the encoder sees: (image, step) of each, and which of them each step of an
+    image reads. An image on random blocks has one, that of its first step."""
+    is_step_BM = context_BMN.any(dim=2)
+    shared_B1N = context_BMN.any(dim=1, keepdim=True)
+    is_shared_B = ((context_BMN == shared_B1N).all(dim=2) | ~is_step_BM).all(dim=1)
+    is_shared_B &= is_step_BM.sum(dim=1) > 1  # a single ranked step costs as many as the others
+    first_B = is_step_BM.to(torch.uint8).argmax(dim=1)
+    number_M = torch.arange(context_BMN.shape[1], device=context_BMN.device)
+    step_BM = torch.where(is_shared_B[:, None], first_B[:, None], number_M)
+    is_encoded_BM = ~is_shared_B[:, None] | (number_M == first_B[:, None])
+    image_R, step_R = is_encoded_BM.nonzero(as_tuple=True)
+    row_BM = (is_encoded_BM.flatten().cumsum(0) - 1).view_as(is_encoded_BM).gather(1, step_BM)
+    return image_R, step_R, row_BM
 
 
 def padded_loss(

@@ -2,8 +2,8 @@
 
     MODEL_PRECISION             DSeq-JEPA against full-length, masked sequences; alpha 0.15
     MODEL_PRECISION_a05         the same with alpha 0.05
-    curriculum_MODEL_PRECISION  the same over a curriculum from lambda 0, where all images have
-                                I-JEPA's blocks, to 1: the mean of steps at 0, 1/4, 1/2, 3/4 and 1
+    curriculum_MODEL_PRECISION  with alpha 0.15, over a curriculum from lambda 0, where all images
+                                have I-JEPA's blocks, to 1: the mean of steps at 0, 1/4, 1/2, 3/4, 1
     lambda0_MODEL_PRECISION     the same at lambda 0
     MODEL_PRECISION_a05_causal  region-causal contexts against prefix contexts, both packed
     ijepa_MODEL_PRECISION       I-JEPA against contexts and targets padded to the batch's longest
@@ -81,7 +81,8 @@ def curriculum(
     name: str, effort: Effort, *, model: str, precision: str, at: Sequence[float] = LAMBDAS
 ) -> Row:
     batch = batch_of(model, precision, effort)
-    bench = Bench(benchmark_config("dseq", model, precision), batch)
+    config = benchmark_config("dseq", model, precision, "method.regions.min_area=0.15")
+    bench = Bench(config, batch)
 
     def steps(loss: Callable[[], Tensor]) -> None:
         for bench.progress in at:

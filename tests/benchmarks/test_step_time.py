@@ -57,13 +57,27 @@ def test_both_sides_follow_the_curriculum(progress: float):
     torch.testing.assert_close(bench.packed_loss(), bench.dense_loss(), rtol=1e-4, atol=0)
 
 
-def test_the_dense_side_computes_every_patch_of_every_step():
+@pytest.mark.parametrize(("progress", "contexts"), [(0.0, 1), (1.0, 4)])
+def test_the_dense_side_computes_every_patch_of_every_context(progress: float, contexts: int):
+    """As the release does: four contexts per image on ranked regions, one on random blocks, each of
+    16 patches and [CLS]; the predictor's sequences are four in both cases."""
     bench = Bench(tiny_config("dseq_vitt8_64", "method.regularizer=none"), 3)
-    seen: list[tuple[int, ...]] = []
-    for block in bench.method.encoder.blocks:
-        block.norm1.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[:2]))
+    bench.progress = progress
+    seen: dict[str, set[int]] = {"encoder": set(), "predictor": set()}
+    for name, part in seen.items():
+        for block in getattr(bench.method, name).blocks:
+            block.norm1.register_forward_hook(
+                lambda _m, inputs, _o, part=part: part.add(inputs[0].shape[0])
+            )
     bench.dense_loss()
-    assert set(seen) == {(3 * 4, 17)}  # four sequences an image of 16 patches and [CLS]
+    assert seen == {"encoder": {3 * contexts}, "predictor": {3 * 4}}
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_the_dense_side_has_the_loss_of_the_packed_one_all_along(progress: float):
+    bench = Bench(tiny_config("dseq_vitt8_64", "method.regularizer=none"), 8)
+    bench.progress = progress
+    torch.testing.assert_close(bench.packed_loss(), bench.dense_loss(), rtol=1e-4, atol=0)
 
 
 def test_a_context_cut_to_the_shortest_keeps_its_first_patches():
