@@ -261,8 +261,12 @@ def preflight(
     out, json_file = (file.expanduser() if file is not None else None for file in (out, json_file))
     if on is None and devices != 1:
         raise InputError("--devices is for --on; on this machine, set runtime.devices")
-    if on is not None and (out is not None or "init_from" in run):
-        raise InputError("--on needs neither images nor weights: leave out --out and init_from")
+    if on is not None:
+        if out is not None or "init_from" in run:
+            raise InputError("--on needs neither images nor weights: leave out --out and init_from")
+        for key in (setting.partition("=")[0] for setting in settings or []):
+            if key in ("data", "data.source", "data.size", "optim.minutes"):
+                raise InputError(f"--on computes epochs of ImageNet-1k: leave out {key}")
     if on is not None:
         from dseqjepa.forecast import preflight_on
 
@@ -501,9 +505,12 @@ def _images_and_settings(
     words: list[str] | None, own: tuple[str, ...]
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """Of a command that takes both: the images, its own settings, and those of its config."""
-    is_setting = re.compile(r"[a-z_]+=")
-    settings = [word for word in words or [] if is_setting.match(word)]
-    return [word for word in words or [] if word not in settings], *split_settings(settings, own)
+    images: list[str] = []
+    settings: list[str] = []
+    for word in words or []:
+        is_setting = re.match(r"[a-z_]+=", word) and not Path(word).exists()
+        (settings if is_setting else images).append(word)
+    return images, *split_settings(settings, own)
 
 
 @app.command(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from rich.console import Console
 
 from dseqjepa.config import Config, RuntimeConfig
 from dseqjepa.data.labelled import prepare
-from dseqjepa.data.scenes import SPECS, Scenes
+from dseqjepa.data.processes import end_with_parent
+from dseqjepa.data.scenes import FINE, SPECS, Scenes
 from dseqjepa.errors import InputError
-from dseqjepa.files import check_writable, remove
+from dseqjepa.files import check_writable, remove, replacing
 from dseqjepa.keyed import sample_keys
 from dseqjepa.report.page import missing_packages, write_report
 from dseqjepa.report.words import CONTROL, TRAINED
@@ -27,18 +31,23 @@ from dseqjepa.tasks.run import Job
 from dseqjepa.train.checkpoint import load_encoder, load_method, untrained_encoder
 from dseqjepa.train.pretrain import pretrain
 from dseqjepa.train.runtime import join
+from dseqjepa.train.trained_on import source_of
 from dseqjepa.viz.regions import regions_picture
 
 SWEEP = SweepConfig(features=("last", "patches"), epochs=20)
 PROBES: Mapping[str, tuple[tuple[str, ...], FrozenConfig]] = {
     "linear": (
-        ("pooled", "patches"), LinearConfig(preset="quick", baselines=False, sweep=SWEEP)
+        ("pooled", "patches"),
+        LinearConfig(preset="quick", baselines=False, cache="none", sweep=SWEEP),
     ),
     "attentive": (
-        ("accuracy",), AttentiveConfig(preset="quick", baselines=False, epochs=20, blocks=4)
+        ("accuracy",),
+        AttentiveConfig(preset="quick", baselines=False, cache="none", epochs=20, blocks=4),
     ),
 }  # fmt: skip
 """The evaluations of the demo, and which of their metrics its table shows."""
+ENCODERS = (RAW_PIXELS, UNTRAINED, CONTROL, TRAINED)
+"""The rows of its table, in the order of what they were given."""
 TEST_SHARE = 10
 """Training scenes per test scene."""
 PICTURES = 12
@@ -57,12 +66,18 @@ def run_demo(config: Config, out: Path) -> None:
             f"the demo trains on rendered scenes: leave out data.source={config.data.source}, or "
             "use dseqjepa pretrain"
         )
+    if config.method.regularizer == "none":
+        raise InputError(
+            "the demo compares with the regularizer alone: set method.regularizer, or use "
+            "dseqjepa pretrain"
+        )
     console = Console(markup=False)
     began = time.perf_counter()
-    size, seed = config.data.image_size, config.runtime.seed
-    train = Scenes(config.data.size, size=size[0], seed=seed, split="train")
+    train = source_of(config, "train")
+    assert isinstance(train, Scenes)
     count = max(PICTURES, config.data.size // TEST_SHARE)
-    test = Scenes(count, size=size[0], seed=seed, split="val")
+    seed, fine = config.runtime.seed, config.data.source == FINE
+    test = Scenes(count, size=train.size, seed=seed, split="val", fine=fine)
     with console.status("rendering scenes"):
         for scenes in (train, test):
             prepare(scenes)
@@ -70,19 +85,26 @@ def run_demo(config: Config, out: Path) -> None:
         f"rendered {len(train) + len(test)} scenes in {time.perf_counter() - began:.0f} s"
     )
     run, control = out / "run", out / "control"
-    pretrain(config, run, overwrite=True, source=train, console=console)
-    without = config.with_(method={"prediction_weight": 0.0})
-    with console.status("training the control, the regularizer alone"):
-        pretrain(without, control, overwrite=True, source=train, console=Console(quiet=True))
-
-    with console.status("evaluating"):
-        rows = _compare(config, run, control, train, test)
+    with _side_by_side() as pool:
+        regularizer_alone = pool.submit(
+            _train_quietly, config.with_(method={"prediction_weight": 0.0}), control, train
+        )
+        pretrain(config, run, overwrite=True, source=train, console=console)
+        with console.status("training the control, the regularizer alone"):
+            regularizer_alone.result()
+        with console.status("evaluating"):
+            measured = {
+                name: pool.submit(_measure, name, config, run, control, train, test)
+                for name in reversed(ENCODERS)  # the longest first
+            }
+            rows = [measured[name].result()[task] for task in PROBES for name in ENCODERS]
     console.print(show(rows, "class of the main object, % (95 % interval over test images)"))
     write_json(run / "evaluations" / "demo.json", {"data": {"source": "scenes"}, "results": rows})
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
     keys_B = sample_keys(seed, 0, torch.arange(PICTURES))
-    regions_picture(load_method(run), images_BCHW, keys_B).save(out / "regions.png")
+    with replacing(out / "regions.png") as unfinished:
+        regions_picture(load_method(run), images_BCHW, keys_B).save(unfinished)
     if absent := missing_packages():
         console.print(f"no report: {' and '.join(absent)} missing (pip install 'dseqjepa[report]')")
     else:
@@ -92,31 +114,59 @@ def run_demo(config: Config, out: Path) -> None:
     console.print(f"pictures: {out / 'regions.png'}, encoder: {run}, {minutes:.1f} minutes in all")
 
 
-def _compare(
-    config: Config, run: Path, control: Path, train: Scenes, test: Scenes
-) -> list[dict[str, Any]]:
-    """One row per encoder and evaluation, the encoders in the order of what they were given."""
-    size, trained = config.data.image_size, own_backbone(load_encoder(run), config)
-    backbones: dict[str, Backbone] = {
-        RAW_PIXELS: Pixels(size, trained.patch_size),
-        UNTRAINED: own_backbone(untrained_encoder(config), config),
-        CONTROL: own_backbone(load_encoder(control), config),
-        TRAINED: trained,
-    }
+@contextmanager
+def _side_by_side() -> Iterator[ProcessPoolExecutor]:
+    """Two processes, each with half of the threads, and so this one: a model as small as the
+    demo's is hardly faster with twice as many."""
+    before = torch.get_num_threads()
+    threads = max(1, before // 2)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(2, context, initializer=_begin, initargs=(threads,))
+    torch.set_num_threads(threads)
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # nothing trains on without the demo
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _begin(threads: int) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
+
+
+def _train_quietly(config: Config, out: Path, source: Scenes) -> None:
+    pretrain(config, out, overwrite=True, source=source, console=Console(quiet=True))
+
+
+def _measure(
+    name: str, config: Config, run: Path, control: Path, train: Scenes, test: Scenes
+) -> dict[str, dict[str, Any]]:
+    """An encoder's row in the table, by evaluation."""
+    if name == RAW_PIXELS:
+        backbone: Backbone = Pixels(config.data.image_size, config.model.patch_size)
+    elif name == UNTRAINED:
+        backbone = own_backbone(untrained_encoder(config), config)
+    else:
+        backbone = own_backbone(load_encoder(control if name == CONTROL else run), config)
     runtime = join(RuntimeConfig(accelerator=config.runtime.accelerator), {})
     device, quiet = runtime.fabric.device, Console(quiet=True)
-    rows = []
+    folder = run / "evaluations"
+    rows = {}
     for task, (metrics, settings) in PROBES.items():
         evaluate = import_module(f"dseqjepa.tasks.{task}").evaluate
-        for name, backbone in backbones.items():
-            folder = run / "evaluations"
-            job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, task)
-            with job.held:
-                found = evaluate(job, settings)
-            chosen = {metric: found.metrics[metric] for metric in metrics}
-            rows.append(row(name, task, chosen, n_test=found.n_test))
-            for rest in found.unfinished:
-                remove(rest)
+        own = f"{task} {name}"  # others train in this folder, too
+        job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, own)
+        with job.held:
+            found = evaluate(job, settings)
+        chosen = {metric: found.metrics[metric] for metric in metrics}
+        rows[task] = row(name, task, chosen, n_test=found.n_test)
+        for rest in found.unfinished:
+            remove(rest)
     runtime.ranks.close()
     return rows
 
@@ -125,7 +175,11 @@ def _check(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file: give a folder")
     foreign = (
-        sorted(path.name for path in out.iterdir() if path.name not in FILES)
+        sorted(
+            path.name
+            for path in out.iterdir()
+            if path.name not in FILES and not path.name.startswith(".")
+        )
         if out.exists()
         else []
     )

@@ -12,6 +12,9 @@ import typer
 
 from dseqjepa.errors import AgreedError, InputError, RunError, Stopped, printable
 
+NO_MEMORY = ("OutOfMemoryError", "backend out of memory", "DefaultCPUAllocator")
+"""Signs of an error of torch, which need not be loaded here: on CUDA, on a Mac, on a CPU."""
+
 
 def run(app: Callable[..., Any], arguments: list[str]) -> None:
     """Run a command; errors that the user can fix become one line and an exit code."""
@@ -33,10 +36,13 @@ def run(app: Callable[..., Any], arguments: list[str]) -> None:
         fail(error, 1)
     except Stopped:
         sys.exit(143)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded here
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, MemoryError) or any(
+            sign in f"{type(error).__name__}: {error}" for sign in NO_MEMORY
+        )
+        if not is_memory:
             raise
-        said = str(error).partition(". ")[0]
+        said = str(error).partition(". ")[0] or "out of memory"
         fail(f"{said}: compute less at a time (optim.accumulate, accumulate or encode_batch)", 1)
     if code:
         sys.exit(code)

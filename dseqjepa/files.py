@@ -21,17 +21,27 @@ UNFINISHED = ".tmp-"
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file as UTF-8, atomically: on failure the old file is left as it was."""
+    with (
+        replacing(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name with the same ending to write to; the file then replaces `path`. On failure it is
+    removed, and the old file is left as it was."""
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
         unfinished.replace(path)
-    except OSError:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:

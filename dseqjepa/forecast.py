@@ -35,7 +35,7 @@ from dseqjepa.config import Config
 from dseqjepa.data.scenes import Scenes, nearest_size
 from dseqjepa.data.transforms import resize
 from dseqjepa.errors import InputError, did_you_mean
-from dseqjepa.files import check_file
+from dseqjepa.files import check_file, write_whole
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
@@ -263,5 +263,5 @@ def preflight_on(
     found = forecast(config, on, devices)
     (console or Console()).print(table(config, on, found))
     if report is not None:
-        report.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        write_whole(report, json.dumps(asdict(found), indent=1) + "\n")
     return found

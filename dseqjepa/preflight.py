@@ -22,7 +22,7 @@ from dseqjepa.data.labelled import prepare
 from dseqjepa.data.loader import Loader
 from dseqjepa.data.source import Source
 from dseqjepa.errors import printable
-from dseqjepa.files import check_file
+from dseqjepa.files import check_file, replacing, write_whole
 from dseqjepa.methods import build_method
 from dseqjepa.train.budget import within_minutes
 from dseqjepa.train.checkpoint import Checkpoint, load_encoders
@@ -100,7 +100,7 @@ def preflight(
         "warnings": warnings,
     }
     if report is not None:
-        report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(report, json.dumps(result, indent=1) + "\n")
     if out is not None:
         draw(config, source, weights, out)
         lines.append(f"regions of some images: {out}")
@@ -248,7 +248,8 @@ def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) 
     seed = config.runtime.seed
     loader = Loader(source, crops_of(config), batch_size=size, seed=seed, workers=0)
     batch = next(loader.batches(0))
-    regions_picture(method, batch.images_BCHW, batch.keys_B).save(out, format="png")
+    with replacing(out) as unfinished:
+        regions_picture(method, batch.images_BCHW, batch.keys_B).save(unfinished, format="png")
 
 
 def _each(pace: Pace, part: str) -> float:

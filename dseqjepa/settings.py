@@ -50,7 +50,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases: a few lines of them can expand to more values than fit in memory."""
+    """YAML without aliases, a few lines of which can expand to more values than fit in memory, and
+    without dates, which no setting is."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the parent's
+        first: [(tag, how) for tag, how in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -66,6 +72,8 @@ def _plain(text: str) -> Any:
         return loader.get_single_data()
     except RecursionError:
         raise yaml.YAMLError("nesting is too deep") from None
+    except ValueError as error:  # such as a date that does not exist
+        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
 

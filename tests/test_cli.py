@@ -194,17 +194,56 @@ SETTINGS = {
 }
 
 
-def test_a_gpu_without_memory_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), "CUDA out of"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB). Tried"), "MPS backend out"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "[enforce fail]"),
+        (MemoryError(), "out of memory"),
+        (MemoryError("Unable to allocate 11.2 TiB for an array. x"), "Unable to allocate 11.2 TiB"),
+    ],
+)
+def test_a_machine_without_memory_is_one_line(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+        raise error
 
     with pytest.raises(SystemExit) as stop:
         ending.run(full, [])
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("dseqjepa: CUDA out of memory: compute less at a time")
+    assert line.startswith(f"dseqjepa: {said}")
+    assert "compute less at a time" in line
+
+
+def test_any_other_error_of_a_library_is_not_hidden() -> None:
+    def wrong(*_: object, **__: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        ending.run(wrong, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["method.name=ijepa"], "the demo compares with the regularizer alone"),
+        (["method.regularizer=none"], "the demo compares with the regularizer alone"),
+        (["data.source=pictures"], "the demo trains on rendered scenes"),
+    ],
+)
+def test_what_the_demo_cannot_show_is_refused(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    said: str,
+) -> None:
+    assert run(monkeypatch, "demo", "--out", "new", *settings) == 2
+    assert said in capsys.readouterr().err
+    assert not (here / "new").exists()
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

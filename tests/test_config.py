@@ -452,3 +452,10 @@ def test_an_absurd_number_is_refused_before_anything_is_computed(method: str, ke
         with pytest.raises(InputError, match=key.rpartition(".")[2]) as caught:
             load_config(f"{method}_vitt8_64", [f"{key}={number}"])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["2026-05-14", "2026-02-30", "2026-05-14 10:00:00"])
+def test_a_date_is_text_like_any_other(text: str) -> None:
+    """YAML has dates, and refuses those that do not exist; no setting is one."""
+    config = load_config("dseq_vitt_demo", [f"log.project={text}"])
+    assert config.log.project == text

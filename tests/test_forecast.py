@@ -137,6 +137,8 @@ def test_what_cannot_be_is_told_in_a_line(on: str, devices: int, setting: str, m
         (["--on", "h100", "--out", "regions.png"], "leave out --out and init_from"),
         (["--on", "h100", "init_from=runs/mine"], "leave out --out and init_from"),
         (["--on", "h100", "--json", "gone/found.json"], "there is no folder gone"),
+        (["--on", "h100", "data=my_pictures"], "epochs of ImageNet-1k: leave out data"),
+        (["--on", "h100", "optim.minutes=5"], "epochs of ImageNet-1k: leave out optim.minutes"),
     ],
 )
 def test_what_would_be_ignored_is_refused(more: list[str], message: str):

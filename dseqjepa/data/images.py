@@ -271,6 +271,12 @@ def notes_of(*sources: Source) -> tuple[str, ...]:
     return tuple(dict.fromkeys(said))
 
 
+def name_of(source: Source, index: int) -> str:
+    """An image's name, relative to the root of its data."""
+    name, whole = source.name(index), source.source if isinstance(source, Subset) else source
+    return name.removeprefix(f"{whole.root}/") if isinstance(whole, ImageFiles) else name
+
+
 def range_of(source: Source) -> PixelRange:
     """The 16-bit values that map to black and white in a source, found if they were `auto`."""
     whole = source.source if isinstance(source, Subset) else source

@@ -179,8 +179,9 @@ def find_duplicates(
         members.setdefault(group, []).append(place)
     groups = [places for places in members.values() if len(places) > 1]
     original = {place: names[places[0]] for places in groups for place in places[1:]}
-    pair_2N = torch.stack([drawn(count, PAIRS, seed) for seed in (1, 2)])
-    one, other = (rows[place_N] for place_N in pair_2N[:, pair_2N[0] != pair_2N[1]])
+    one_N = drawn(count, PAIRS, 1)
+    step_N = 1 + drawn(count, len(one_N), 2) % (count - 1)
+    one, other = rows[one_N], rows[(one_N + step_N) % count]
     by_chance = float((F.cosine_similarity(one, other) >= threshold).float().mean())
     groups.sort(key=len, reverse=True)
     return Finding(
@@ -218,9 +219,10 @@ def find_clusters(
     unit_ND = F.normalize(rows[some], dim=1).numpy().astype(np.float64)
     centre_KD, _ = kmeans2(unit_ND, count, iter=50, minit="++", rng=seed, missing="warn")
     centre_KD = F.normalize(torch.from_numpy(centre_KD).float(), dim=1)
-    blocks = [F.normalize(block_RD, dim=1) @ centre_KD.T for _, block_RD in rows.blocks()]
-    cosine_M = torch.cat([block_RK.amax(dim=1) for block_RK in blocks])
-    cluster_M = torch.cat([block_RK.argmax(dim=1) for block_RK in blocks])
+    nearest = [
+        (F.normalize(block_RD, dim=1) @ centre_KD.T).max(dim=1) for _, block_RD in rows.blocks()
+    ]
+    cosine_M, cluster_M = (torch.cat(parts) for parts in zip(*nearest, strict=True))
     size_K = cluster_M.bincount(minlength=count)
     order_K = size_K.argsort(descending=True, stable=True)
     cluster_M = order_K.argsort()[cluster_M]

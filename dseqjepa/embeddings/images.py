@@ -35,6 +35,7 @@ def _named(words: Sequence[str]) -> ImageFiles:
     if len(words) == 1 and Path(words[0]).expanduser().is_dir():
         return ImageFolder(Path(words[0]).expanduser())
     paths: list[str] = []
+    notes: list[str] = []
     for word in words:
         path = Path(word).expanduser()
         if path.suffix.lower() == ".txt" and path.is_file():
@@ -46,20 +47,24 @@ def _named(words: Sequence[str]) -> ImageFiles:
             hint = did_you_mean(path.name, siblings, called="files there")
             raise InputError(f"no such image: {path}{hint}")
         else:
-            found, _ = images_below(existing_folder(path))
+            found, left_out = images_below(existing_folder(path))
             paths += [str(path / name) for name in found]
-    return ImageFiles(Path(), list(dict.fromkeys(paths)))
+            notes += left_out
+    files = ImageFiles(Path(), list(dict.fromkeys(paths)))
+    files.notes = tuple(notes)
+    return files
 
 
 def _listed(path: Path) -> list[str]:
     """The paths of a list, relative to the working folder or else to the list's folder."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows begins with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the list {path} cannot be read: {error}") from None
     places = []
     for line in filter(None, map(str.strip, lines)):
-        here = next((p for p in (Path(line), path.parent / line) if p.is_file()), None)
+        named = Path(line).expanduser()
+        here = next((p for p in (named, path.parent / named) if p.is_file()), None)
         if here is None:
             raise InputError(f"the list {path} names {line}, which is not a file")
         places.append(str(here))
@@ -100,9 +105,3 @@ def data_images(
             f"split={split}: {spec} has no folders train and val: leave out split= to read it whole"
         )
     return source
-
-
-def name_of(source: Source, index: int) -> str:
-    """An image's name, relative to the root of its data."""
-    name = source.name(index)
-    return name.removeprefix(f"{source.root}/") if isinstance(source, ImageFiles) else name

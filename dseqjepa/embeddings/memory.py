@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dseqjepa.data.dataset import DatasetSource
+from dseqjepa.data.images import name_of
 from dseqjepa.data.source import Source
-from dseqjepa.embeddings.images import name_of, named_images
+from dseqjepa.embeddings.images import named_images
 from dseqjepa.model.vit import VisionTransformer, in_eval_mode
 from dseqjepa.tasks.backbone import OwnBackbone
 from dseqjepa.tasks.features import extract

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from dseqjepa.commands import PredictConfig
 from dseqjepa.config import RuntimeConfig
-from dseqjepa.data.images import notes_of
+from dseqjepa.data.images import name_of, notes_of
 from dseqjepa.data.source import Source
-from dseqjepa.embeddings.images import check_selection, data_images, name_of, named_images
+from dseqjepa.embeddings.images import check_selection, data_images, named_images
 from dseqjepa.embeddings.table import check_table, new_table
 from dseqjepa.errors import InputError, printable
 from dseqjepa.tasks.backbone import Backbone

@@ -22,7 +22,7 @@ from torch import Tensor
 from dseqjepa.commands import EmbedConfig
 from dseqjepa.config import RuntimeConfig
 from dseqjepa.console import LastingConsole
-from dseqjepa.data.images import notes_of
+from dseqjepa.data.images import name_of, notes_of
 from dseqjepa.data.labelled import open_source
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import Source
@@ -42,7 +42,7 @@ from dseqjepa.embeddings.findings import (
     sample_of_copies,
     threshold_of,
 )
-from dseqjepa.embeddings.images import check_selection, data_images, name_of, named_images
+from dseqjepa.embeddings.images import check_selection, data_images, named_images
 from dseqjepa.embeddings.page import THUMBNAIL, write_page
 from dseqjepa.embeddings.table import check_table, files_of, new_table
 from dseqjepa.errors import InputError, Stopped

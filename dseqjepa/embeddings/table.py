@@ -94,21 +94,18 @@ def _parquet(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitS
 def _numpy(paths: list[Path], rows: int, about: Mapping[str, Any], held: ExitStack) -> Add:
     matrix, texts = paths
     write_line = _lines(texts, held)
-    mapped: list[np.memmap] = []
-    place = 0
+    file = held.enter_context(matrix.open("wb"))
 
     def add(columns: Columns, features_RD: np.ndarray | None) -> None:
-        nonlocal place
         assert features_RD is not None, "a NumPy table needs features"
-        if not mapped:
-            shape = (rows, features_RD.shape[1])
-            mapped.append(np.lib.format.open_memmap(matrix, "w+", np.float32, shape))
-            held.callback(mapped[0].flush)
+        if not file.tell():
+            header = {"descr": "<f4", "fortran_order": False, "shape": (rows, features_RD.shape[1])}
+            np.lib.format.write_array_header_1_0(file, header)
             write_line(columns.keys())
-        mapped[0][place : place + len(features_RD)] = features_RD
+        # Written, not mapped: on a full disk a mapped page would kill the process.
+        file.write(np.ascontiguousarray(features_RD, "<f4").data)
         for line in zip(*columns.values(), strict=True):
             write_line(map(_text, line))
-        place += len(features_RD)
 
     return add
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def model_card(
         ("parameters", f"{sum(p.numel() for p in encoder.parameters()):,}"),
         *origin,
     ]
-    versions = {name: version(name) for name in ("dseqjepa", "torch", *form.packages)}
+    versions = {name: _version(name) for name in ("dseqjepa", "torch", *form.packages)}
     shown = ", ".join(f"{name} {number}" for name, number in versions.items())
     loading = form.loading.format(height=height, width=width)
     measured = "\n".join(f"- {line}" for line in results) or "None yet; run `dseqjepa evaluate`."
@@ -149,13 +150,22 @@ def _preset(run: Path) -> str | None:
         return None
 
 
+def _version(package: str) -> str:
+    """A package's version; its distribution may have another name, such as onnxruntime-gpu."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(getattr(import_module(package), "__version__", "of an unknown version"))
+
+
 def results_of(checkpoint: Checkpoint | None, digest: str) -> list[str]:
     """Results of a run's evaluations of the weights with this digest, one line each."""
     folder = None if checkpoint is None else checkpoint.run / "evaluations"
     if folder is None or not folder.is_dir():
         return []
-    found, _ = read_results([folder])
-    return [_result(values) for _, values in found if values["backbone"]["digest"] == digest]
+    found, notes = read_results([folder])
+    own = [_result(values) for _, values in found if values["backbone"]["digest"] == digest]
+    return [*own, *notes]
 
 
 def _result(values: Any) -> str:

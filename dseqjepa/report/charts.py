@@ -108,16 +108,23 @@ def _plain(
 
 
 def _series(name: str, group: Sequence[Run], key: str, colour: int) -> dict[str, Any]:
-    """The steps at which a value was logged, and the values; for several runs the mean, where all
-    have one, and the spread."""
+    """The steps at which a value was logged, and the values; for several runs the mean of those
+    that logged any, where all of these have one, and the spread."""
     logged = [
-        {int(line["step"]): line[key] for line in (*run.steps, *run.probes) if key in line}
+        values
         for run in group
+        if (
+            values := {
+                int(line["step"]): line[key] for line in (*run.steps, *run.probes) if key in line
+            }
+        )
     ]
-    common = sorted(set.intersection(*(set(values) for values in logged)))
+    common = sorted(set.intersection(*map(set, logged))) if logged else []
     steps = evenly(common, MOST_POINTS)
     rows = [[values[step] for values in logged] for step in steps]
+    if 0 < len(logged) < len(group):
+        name = f"{name} ({len(logged)} of {len(group)} have values)"
     found = {"name": name, "colour": colour, "x": steps, "y": [mean(row) for row in rows]}
-    if len(group) > 1:
+    if len(logged) > 1:
         found |= {"low": [min(row) for row in rows], "high": [max(row) for row in rows]}
     return found

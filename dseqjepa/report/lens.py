@@ -16,10 +16,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dseqjepa.config import Config, CutConfig
-from dseqjepa.data.images import ImageFiles
+from dseqjepa.data.images import ImageFiles, name_of
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.source import BadImage, Source
-from dseqjepa.data.transforms import EvalTransform
+from dseqjepa.data.transforms import EvalTransform, center_crop, cover, resize
 from dseqjepa.errors import InputError, printable
 from dseqjepa.keyed import Stream, sample_keys, shuffled
 from dseqjepa.report.run import Run, step_of
@@ -135,7 +135,7 @@ def choose_images(config: Config, count: int) -> LensImages:
         pictures.append(
             {
                 "src": data_uri(_shown(image_CHW, config.data.image_size)),
-                "name": printable(source.name(index)).removeprefix(f"{config.data.source}/"),
+                "name": printable(name_of(source, index)),
                 "label": _label(source, index),
             }
         )
@@ -158,7 +158,10 @@ def _source(config: Config) -> tuple[Source, bool]:
     source = source_of(config, "train")
     if isinstance(source, ImageFiles) and not source.has_splits:
         return source, False
-    return source_of(config, "val"), True
+    try:
+        return source_of(config, "val"), True
+    except InputError:  # only the training images are here
+        return source, False
 
 
 def _label(source: Source, index: int) -> str:
@@ -168,9 +171,15 @@ def _label(source: Source, index: int) -> str:
 
 
 def _shown(image_CHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """The encoder's view of an image, at higher resolution if available."""
-    scale = min(SHOWN_SIDE / max(size), max(1.0, min(image_CHW.shape[-2:]) / min(size)))
-    return EvalTransform((round(size[0] * scale), round(size[1] * scale)))(image_CHW)
+    """The part of an image that `EvalTransform(size)` keeps, at higher resolution if available."""
+    height, width = image_CHW.shape[-2:]
+    if (height, width) != size:
+        cover_height, cover_width = cover(size)
+        enlarged = max(cover_height / height, cover_width / width)
+        kept = max(1, round(size[0] / enlarged)), max(1, round(size[1] / enlarged))
+        image_CHW = center_crop(image_CHW, kept)
+    scale = min(SHOWN_SIDE / max(size), max(1.0, image_CHW.shape[-2] / size[0]))
+    return resize(image_CHW, (round(size[0] * scale), round(size[1] * scale)))
 
 
 def _plain(item: Trace) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def _column(group: Sequence[Run]) -> dict[str, Any]:
         },
         "scores": {
             key: words.interval(words.pooled(list(scores.values())))
+            + (f", {len(scores)} of {len(group)} seeds" if len(scores) < len(group) else "")
             for key, scores in words.trained_scores(group).items()
         },
     }
@@ -195,15 +196,16 @@ def _tasks(together: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
     are `together` share a row for each encoder."""
     found: dict[tuple[str, str], list[tuple[str, Score]]] = {}
     for group in together:
-        by_encoder: dict[tuple[str, str, str, int], list[Score]] = {}
+        by_encoder: dict[tuple[str, str, str, int], dict[str, tuple[Run, Score]]] = {}
         for run in group:
             seen = Counter[tuple[str, str, str]]()
             for score in (score for each in run.evaluations for score in each.scores):
                 key = (score.task, score.metric, score.encoder)
-                by_encoder.setdefault((*key, seen[key]), []).append(score)
+                by_encoder.setdefault((*key, seen[key]), {})[run.name] = run, score
                 seen[key] += 1
         for (task, metric, *_), of_seeds in by_encoder.items():
-            line = (words.group_name(group), words.pooled(of_seeds))
+            measured, scores_of_seeds = zip(*of_seeds.values(), strict=True)
+            line = (words.group_name(measured), words.pooled(scores_of_seeds))
             found.setdefault((task, metric), []).append(line)
     tables = []
     for (task, metric), scores in found.items():

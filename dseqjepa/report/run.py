@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError, printable
+from dseqjepa.files import json_digest
 from dseqjepa.presets import load_config
 from dseqjepa.train.metrics import is_step, read_metrics
 
@@ -49,7 +50,10 @@ class Score:
 class Evaluation:
     file: str
     data: str
+    """Where the images came from, and whether the preset was not the full one."""
     scores: Sequence[Score]
+    protocol: str = ""
+    """Digest of everything that must be equal for scores to be comparable, the images included."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,38 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         if path.resolve() in seen:
             raise InputError(f"the run {path} is given twice")
         seen.add(path.resolve())
-    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return _told_apart(
+        [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    )
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with the data or the file in the name of a task that was measured by several
+    protocols: nothing compares scores of different tasks."""
+    ways: dict[str, dict[str, Evaluation]] = {}
+    for each in (each for run in runs for each in run.evaluations):
+        for score in each.scores:
+            ways.setdefault(score.task, {}).setdefault(each.protocol, each)
+
+    def named(score: Score, each: Evaluation) -> Score:
+        others = ways[score.task]
+        if len(others) == 1:
+            return score
+        first = others[each.protocol]
+        shared = [other for other in others.values() if other.data == first.data]
+        where = first.data if len(shared) == 1 else first.file
+        return replace(score, task=f"{score.task} ({where})")
+
+    return [
+        replace(
+            run,
+            evaluations=[
+                replace(each, scores=[named(score, each) for score in each.scores])
+                for each in run.evaluations
+            ],
+        )
+        for run in runs
+    ]
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -186,6 +221,8 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
             rows = [row for row in content["results"] if isinstance(row, dict)]
             data = content.get("data") or {}
             source = printable(data.get("source", "")) if isinstance(data, dict) else ""
+            quick = ", quick" if content.get("preset") == "quick" else ""
+            protocol = json_digest(content.get("protocol"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             notes.append(f"The evaluation {name} cannot be read ({type(error).__name__}).")
             continue
@@ -195,7 +232,7 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
             replace(score, minus=paired.get(score.metric, {})) if score.encoder == owner else score
             for score in scores
         ]
-        evaluations.append(Evaluation(name, source, scores))
+        evaluations.append(Evaluation(name, f"{source}{quick}", scores, protocol))
     return evaluations, notes
 
 

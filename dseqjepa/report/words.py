@@ -235,9 +235,15 @@ def duration(seconds: float) -> str:
 
 def interval(score: Score) -> str:
     """`16.4 (14.8 to 18.1)`; accuracies are in per cent."""
+    form = _form(score)
     if score.low is None or score.high is None:
-        return f"{score.value:.1f}"
-    return f"{score.value:.1f} ({score.low:.1f} to {score.high:.1f})"
+        return form.format(score.value)
+    return f"{form.format(score.value)} ({form.format(score.low)} to {form.format(score.high)})"
+
+
+def _form(score: Score) -> str:
+    """One decimal, or two of an error in the data's unit, which may be small."""
+    return "{:.2f}" if score.metric.endswith("rmse") else "{:.1f}"
 
 
 def details(items: Iterable[tuple[str, str]]) -> str:
@@ -257,11 +263,14 @@ def _compare(task: str, row: Score, others: Iterable[Score]) -> str:
     for other in others:
         name = NAMES.get(_role(other), other.encoder)
         gap = row.minus.get(other.encoder)
-        paired = f", {_signed(gap)} on the same images" if gap else ""
-        parts.append(f"{_relation(row, other)} {name} ({other.value:.1f}{unit}{paired})")
-    measured = f"{row.metric} {row.value:.1f}{unit}"
+        paired = f", {_signed(gap, _form(row))} on the same images" if gap else ""
+        value = _form(row).format(other.value)
+        parts.append(f"{_relation(row, other)} {name} ({value}{unit}{paired})")
+    value, bounds = _form(row).format(row.value), ""
     if row.low is not None and row.high is not None:
-        measured += f" (95 % interval {row.low:.1f} to {row.high:.1f})"
+        low, high = map(_form(row).format, (row.low, row.high))
+        bounds = f" (95 % interval {low} to {high})"
+    measured = f"{row.metric} {value}{unit}{bounds}"
     beside = f": {_listing(parts)}" if parts else ""
     return f"Task {task}: {measured} with {NAMES.get(row.encoder, row.encoder)}{beside}."
 
@@ -283,9 +292,10 @@ def _relation(row: Score, other: Score) -> str:
     return "not clearly apart from"
 
 
-def _signed(gap: PairedDifference) -> str:
+def _signed(gap: PairedDifference, form: str) -> str:
     """`+2.1 (+0.4 to +3.8)`."""
-    return f"{gap.value:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})"
+    value, low, high = (form.replace(":", ":+").format(number) for number in gap)
+    return f"{value} ({low} to {high})"
 
 
 def _tone(found: monitor.Verdict) -> Tone:

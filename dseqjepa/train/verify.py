@@ -129,9 +129,9 @@ def _metrics(one: Path, other: Path) -> Row:
     first, second = (_lines(out) for out in (one, other))
     differ = "" if len(first) == len(second) else f"{len(first)} and {len(second)} lines"
     for line, same in zip(first, second, strict=False):
-        keys = [key for key in line if line[key] != same.get(key)]
+        keys = [key for key in line.keys() | same.keys() if line.get(key) != same.get(key)]
         if keys and not differ:
-            differ = f"step {line['step']} differs in {', '.join(keys)}"
+            differ = f"step {line['step']} differs in {', '.join(sorted(keys))}"
     return Row("metrics.jsonl", f"{len(first)} lines except times", differ)
 
 

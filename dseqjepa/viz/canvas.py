@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dseqjepa.errors import InputError
+from dseqjepa.files import replacing
 from dseqjepa.viz.style import INK, MUTED, PAPER, RULE
-from dseqjepa.viz.tiles import heat_of, label_patch
+from dseqjepa.viz.tiles import heat_of, label_patch, numbered
 
 try:
     # Pictures import these from here, so that users see only the advice below.
@@ -225,9 +226,11 @@ def note(axes: Axes, text: str) -> None:
     axes.set_xlabel(text, fontsize=SMALL, color=colour(MUTED), labelpad=3, parse_math=False)
 
 
-def write_numbers(axes: Axes, rank_hw: NDArray[np.integer], size: float = 11) -> None:
-    """Each region's number, rank + 1, inside it."""
-    for rank in np.unique(rank_hw):
+def write_numbers(
+    axes: Axes, rank_hw: NDArray[np.integer], size: float = 11, count: int | None = None
+) -> None:
+    """Each region's number, rank + 1, inside it. A rank of `count` or more is no region."""
+    for rank in numbered(rank_hw, count):
         row, column = label_patch(rank_hw == rank)
         axes.text(
             column + 0.5,
@@ -321,5 +324,6 @@ def tile_table(
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the path's extension; equal figures give equal bytes."""
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with rc_context({"svg.hashsalt": "dseqjepa"}):  # names inside the file, random otherwise
-        figure.savefig(path, metadata=dates.get(Path(path).suffix[1:]))
+    # Names inside the file would be random without the salt.
+    with rc_context({"svg.hashsalt": "dseqjepa"}), replacing(Path(path)) as unfinished:
+        figure.savefig(unfinished, metadata=dates.get(unfinished.suffix[1:]))

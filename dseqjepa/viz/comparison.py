@@ -49,5 +49,6 @@ def regions_sheet(
     size = max(7.0, 5.5 * table.tile + 2)
     for number, axes in enumerate(table.axes):
         for index, items in enumerate(traces.values()):
-            write_numbers(axes[2 + 2 * index], items[number].rank_hw, size)
+            item = items[number]
+            write_numbers(axes[2 + 2 * index], item.rank_hw, size, item.count)
     return table.figure

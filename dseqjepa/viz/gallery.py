@@ -55,8 +55,9 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
     for word in words:
         path = Path(word).expanduser()
         if path.is_file():
-            images.append(_image(files, next(numbers)))
-            names.append(str(path))
+            number = next(numbers)
+            images.append(_image(files, number))
+            names.append(files.name(number))
         elif path.suffix.lower() in ENDINGS and not path.exists():
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             hint = did_you_mean(path.name, siblings, called="files there")

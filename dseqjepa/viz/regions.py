@@ -33,6 +33,7 @@ def draw_regions(
     saliency_BN: Float[Tensor, "B N"],
     rank_BN: Int64[Tensor, "B N"],
     grid: tuple[int, int],
+    count_B: Int64[Tensor, " B"] | None = None,
     *,
     columns: int = 3,
     cell: int = 192,
@@ -43,6 +44,7 @@ def draw_regions(
 
     Args:
         grid: rows and columns of patches; their product is N.
+        count_B: numbers of regions; a rank that is not below is no region. None: all are.
         columns: triples side by side.
         cell: pixels of the longer side of each of the three.
 
@@ -69,9 +71,10 @@ def draw_regions(
         photo = photo_of(image_CHW, cell)
         saliency_hw = saliency_BN[number].detach().cpu().double().numpy().reshape(grid)
         rank_hw = rank_BN[number].cpu().numpy().reshape(grid)
+        count = None if count_B is None else int(count_B[number])
         left = margin + number % columns * step_x
         top = margin + heading + number // columns * step_y
-        tiles = (photo, heat_tile(photo, saliency_hw), region_tile(photo, rank_hw))
+        tiles = (photo, heat_tile(photo, saliency_hw), region_tile(photo, rank_hw, count))
         for part, tile in enumerate(tiles):
             sheet.paste(tile, (left + part * (tile_W + gap), top))
     return sheet
@@ -84,7 +87,8 @@ def regions_picture(
     """`draw_regions` for a method at the end of its curriculum (`draw_to_show`)."""
     drawing = draw_to_show(method, images_BCHW, keys_B)
     grid = method.target.grid_of(images_BCHW)
-    return draw_regions(images_BCHW, drawing.saliency_BN, drawing.regions.rank_BN, grid)
+    found = drawing.regions
+    return draw_regions(images_BCHW, drawing.saliency_BN, found.rank_BN, grid, found.count_B)
 
 
 def training_picture(

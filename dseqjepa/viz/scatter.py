@@ -23,9 +23,11 @@ from dseqjepa.viz.canvas import (
     new_page,
 )
 from dseqjepa.viz.pca import components
-from dseqjepa.viz.style import INK, PALETTE
+from dseqjepa.viz.style import INK, MUTED, PALETTE
 
 MARKERS = "os^Dv"
+MOST = len(MARKERS) * len(PALETTE)
+"""Number of classes that can be told apart."""
 LAYERS = 10
 PANEL = 3.1
 
@@ -47,16 +49,16 @@ def scatter(
 ) -> Figure:
     """One panel per encoder: the first two principal components of the mean patch feature.
 
-    Each class has a colour, and a marker if there are more classes than colours. `class_M` is None
-    for data without labels.
+    Each class has a colour, and a marker if there are more classes than colours; of more than
+    `MOST` classes, the most common in the sample. `class_M` is None for data without labels.
     """
-    legend = classes if class_M is not None else ()
+    count = len(clouds[0].features_MD)
+    legend, number_M = _legend(classes, class_M, count)
     width = min(PANEL, (WIDTH - 1.6 - 0.6 * len(clouds)) / len(clouds))
     head, left, gap = inches_of(TEXT) + 0.08, 0.45, 0.75
     beside = left + len(clouds) * width + (len(clouds) - 1) * gap + 0.2
     height = max(width, len(legend) * inches_of(SMALL) * 1.05)
-    count = len(clouds[0].features_MD)
-    names = f"{len(legend)} labels of {task!r}" if legend else "no labels: one colour"
+    names = f"{len(classes)} labels of {task!r}" if legend else "no labels: one colour"
     page = new_page(
         beside + (1.5 if legend else 0.0),
         head + height + 0.45,
@@ -71,11 +73,10 @@ def scatter(
         axes.set_label(cloud.label)
         chart(axes)
         score_MK, share_K = components(cloud.features_MD, 2)
-        class_or_none = np.zeros(count, np.int64) if class_M is None else class_M
         # In layers across classes, so that no class covers all others.
         for layer in range(LAYERS):
-            for number in np.unique(class_or_none).tolist():
-                chosen = (class_or_none == number) & (np.arange(count) % LAYERS == layer)
+            for number in np.unique(number_M).tolist():
+                chosen = (number_M == number) & (np.arange(count) % LAYERS == layer)
                 axes.scatter(
                     score_MK[chosen, 0],
                     score_MK[chosen, 1],
@@ -84,7 +85,7 @@ def scatter(
                     color=[_colour(number)],
                     edgecolors=[colour(INK)],
                     linewidths=0.2,
-                    label=classes[number] if legend else "image",
+                    label=legend[number] if legend else "image",
                 )
         axes.set_xlabel(f"PC 1 ({100 * share_K[0]:.0f} % of variance)", fontsize=SMALL)
         axes.set_ylabel(f"PC 2 ({100 * share_K[1]:.0f} %)", fontsize=SMALL, labelpad=1)
@@ -97,8 +98,23 @@ def scatter(
     return page.figure
 
 
+def _legend(
+    classes: Sequence[str], class_M: Int64[np.ndarray, " M"] | None, count: int
+) -> tuple[Sequence[str], Int64[np.ndarray, " M"]]:
+    """Names, none without labels, and each image's place among them."""
+    if class_M is None:
+        return (), np.zeros(count, np.int64)
+    if len(classes) <= MOST:
+        return classes, class_M
+    size_C = np.bincount(class_M, minlength=len(classes))
+    common = np.sort((-size_C).argsort(kind="stable")[:MOST])
+    place_C = np.full(len(classes), MOST)
+    place_C[common] = np.arange(MOST)
+    return [*(classes[number] for number in common), "any other"], place_C[class_M]
+
+
 def _colour(number: int) -> tuple[float, float, float]:
-    return colour(PALETTE[number % len(PALETTE)])
+    return colour(PALETTE[number % len(PALETTE)] if number < MOST else MUTED)
 
 
 def _marker(number: int) -> str:

@@ -84,7 +84,7 @@ def image_sheet(
             axes = page.tile(x, inner + HEAD, TILE, tile, grid)
             page.text(x, inner + HEAD + tile_height + 0.03, note, SMALL, color=colour(MUTED))
             if head == "regions":
-                write_numbers(axes, item.rank_hw)
+                write_numbers(axes, item.rank_hw, count=item.count)
         for index, step in enumerate(item.steps):
             x = index % (ACROSS - 1) * (TILE + GAP)
             below = inner + (1 + index // (ACROSS - 1)) * row

@@ -157,8 +157,10 @@ class _Session:
             names = [f"{name}, {item.run.name}" for name, item in zip(names, both, strict=True)]
         if names[0] == names[1]:
             names = [f"{name}, step {item.step}" for name, item in zip(names, both, strict=True)]
-        if names[0] == names[1]:
+        if self.main.path.resolve() == self.beside.path.resolve():
             raise InputError(f"--beside {self.request.beside} is the checkpoint itself")
+        if names[0] == names[1]:
+            names = [str(item.run) for item in both]
         return dict(zip(names, both, strict=True))
 
     @cached_property

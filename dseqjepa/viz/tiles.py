@@ -101,18 +101,26 @@ def step_tile(
     return Image.fromarray(pixels_HW3)
 
 
-def region_tile(photo: Image.Image, rank_hw: NDArray[np.int64]) -> Image.Image:
-    """`class_tile` of ranks, with the region's number, rank + 1, in each."""
+def region_tile(
+    photo: Image.Image, rank_hw: NDArray[np.int64], count: int | None = None
+) -> Image.Image:
+    """`class_tile` of ranks, with the region's number, rank + 1, in each. A rank of `count` or more
+    is no region."""
     tile = class_tile(photo, rank_hw)
     size = max(photo.size) / 10
     font, outline = ImageFont.load_default(size=size), round(size / 7)
     write = ImageDraw.Draw(tile)
-    for rank in np.unique(rank_hw):
+    for rank in numbered(rank_hw, count):
         share_X = (np.array(label_patch(rank_hw == rank)) + 0.5) / rank_hw.shape
         side_X = np.array((photo.height, photo.width))
         y, x = np.clip(share_X * side_X, size / 2, side_X - size / 2)
         write.text((x, y), str(rank + 1), PAPER, font, "mm", stroke_width=outline, stroke_fill=INK)
     return tile
+
+
+def numbered(rank_hw: NDArray[np.integer], count: int | None) -> list[int]:
+    """The ranks that occur, below `count` if given."""
+    return [rank for rank in np.unique(rank_hw).tolist() if count is None or rank < count]
 
 
 def label_patch(inside_hw: NDArray[np.bool_]) -> tuple[int, int]:

@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 
 from dseqjepa.commands import EmbedConfig
+from dseqjepa.data.images import notes_of
 from dseqjepa.embeddings import findings, table
 from dseqjepa.embeddings.findings import Asked
+from dseqjepa.embeddings.images import named_images
 from dseqjepa.embeddings.run import embed_images
 from dseqjepa.errors import InputError
 from dseqjepa.model.vit import VisionTransformer
@@ -159,6 +161,40 @@ def test_every_ending_holds_the_same(here: Path, monkeypatch: pytest.MonkeyPatch
     assert beside[3]["neighbours"] == "|".join(found["neighbours"][3]) == alone[3]["neighbours"]
     read = np.array([[line[f"f{n}"] for n in range(64)] for line in alone], np.float32)
     np.testing.assert_array_equal(read, matrix)
+
+
+def test_a_matrix_on_a_full_disk_is_an_error_of_the_disk(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a signal that kills the process: nothing of the table is mapped."""
+    monkeypatch.setattr(np.lib.format, "open_memmap", None)
+    embed("m.npy")
+    assert np.load("m.npy").shape == (COUNT + 1, 64)
+
+
+def test_two_pictures_can_be_compared(here: Path) -> None:
+    (here / "two").mkdir()
+    for number in range(2):
+        shutil.copy(here / f"pictures/{'ab'[number]}/{number:02}.png", here / "two")
+    embed("two.csv", images=["two"], asked=Asked(duplicates=True))
+    assert "nan" not in Path("two.html").read_text()
+
+
+def test_a_picture_may_be_named_like_a_setting(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(here / "pictures/a/00.png", here / "lr=3.png")
+    assert run(monkeypatch, "embed", "encoder.pth", "lr=3.png", "out=x.csv") == 0
+    assert "1 of 1 images embedded" in capsys.readouterr().out
+
+
+def test_a_list_of_windows_and_what_several_folders_leave_out(here: Path) -> None:
+    listed = here / "list.txt"
+    listed.write_text("pictures/a/02.png\n", encoding="utf-8-sig")
+    (here / "pictures/a/notes.txt").write_text("no picture")
+    source = named_images([str(listed), "pictures/a", "pictures/b"])
+    assert "pictures/a/02.png" in source.name(0)
+    assert [note for note in notes_of(source) if "1 .txt" in note]
 
 
 def test_a_row_may_be_a_patch(here: Path) -> None:

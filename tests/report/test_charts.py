@@ -118,6 +118,22 @@ def test_a_run_without_a_line_has_no_chart(runs: tuple[Path, Path]):
     assert len(charts(*runs)) == len(charts(runs[1]))
 
 
+def test_a_seed_that_logged_nothing_does_not_hide_the_others():
+    config = preset("dseq_vitt_demo")
+    runs = [
+        run_of(f"run{seed}", config=config.with_(runtime={"seed": seed}), steps=steps)
+        for seed, steps in enumerate(
+            ([{"step": 1, "prediction_loss": 3}], [{"step": 1, "prediction_loss": 5}], [])
+        )
+    ]
+    (chart,) = (
+        c for group in groups(runs) for c in group["charts"] if c["title"] == "Prediction loss"
+    )
+    (series,) = chart["series"]
+    assert (series["x"], series["y"], series["low"], series["high"]) == ([1], [4], [3], [5])
+    assert series["name"].endswith("(2 of 3 have values)")
+
+
 def test_runs_that_differ_in_their_seed_are_one_line_with_a_band():
     config = preset("dseq_vitt_demo")
     runs = []

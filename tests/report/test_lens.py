@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from dseqjepa.config import CutConfig
+from dseqjepa.data.transforms import EvalTransform, resize
 from dseqjepa.files import json_digest
 from dseqjepa.keyed import sample_keys
 from dseqjepa.presets import load_config
-from dseqjepa.report.lens import build_lens, choose_images
+from dseqjepa.report.lens import _shown, build_lens, choose_images
 from dseqjepa.report.run import Run, read_run
 from dseqjepa.train.checkpoint import load_method
 from dseqjepa.viz.trace import trace
@@ -69,6 +70,19 @@ def test_the_lens_is_the_trace(made: Runs, which: int):
                 )
 
 
+@pytest.mark.parametrize(
+    ("image", "size"),
+    [((80, 96), (64, 64)), ((96, 96), (64, 64)), ((256, 256), (224, 224)), ((448, 448), (448, 448)),
+     ((200, 200), (160, 160)), ((300, 120), (64, 96)), ((30, 40), (64, 64)), ((64, 96), (64, 96))],
+)  # fmt: skip
+def test_what_is_shown_is_what_the_encoder_sees(image: tuple[int, int], size: tuple[int, int]):
+    """The same part of the picture, or the regions drawn over it would lie elsewhere."""
+    ramp = torch.stack(torch.meshgrid(*(torch.linspace(0, 255, n) for n in image), indexing="ij"))
+    image_CHW = torch.cat([ramp, ramp[:1]]).round().to(torch.uint8)
+    shown = resize(_shown(image_CHW, size), size).float()
+    assert (shown - EvalTransform(size)(image_CHW).float()).abs().max() <= 6
+
+
 def test_images_are_a_seeded_choice_with_their_labels(made: Runs):
     config = read(made[0]).config
     chosen = choose_images(config, 6)
@@ -83,7 +97,7 @@ def test_images_are_a_seeded_choice_with_their_labels(made: Runs):
         kind, _, content = picture["src"].partition(";base64,")
         assert kind == "data:image/webp"
         with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-            assert image.size == (80, 80)
+            assert image.size == (70, 70)  # 224/256 of the shorter side, not enlarged
     assert len(choose_images(config, 100).pictures) == 24
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dseqjepa.presets import preset, preset_names
-from dseqjepa.report.run import Evaluation, PairedDifference, Run, Score
+from dseqjepa.report.run import Evaluation, PairedDifference, Run, Score, read_runs
 from dseqjepa.report.words import (
     config_table,
+    interval,
     nearest_preset,
     over_seeds,
     pooled,
     spread,
+    trained_scores,
     verdict,
     what_it_learnt,
     what_it_was,
@@ -52,6 +55,42 @@ def score(encoder: str, value: float, half: float | None = None, task: str = "cl
 
 def evaluated(*scores: Score) -> list[Evaluation]:
     return [Evaluation("knn.json", "", scores)]
+
+
+def test_scores_of_other_data_or_protocols_are_never_compared(tmp_path: Path):
+    """Neither within a run nor over runs."""
+    for name in ("a", "b"):
+        (tmp_path / name / "evaluations").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(preset("dseq_vitt_demo").to_yaml())
+    for name, file, where, k in (
+        ("a", "knn", "birds", 20), ("a", "knn-1", "cells", 20), ("a", "knn-2", "cells", 5),
+        ("b", "knn", "birds", 20),
+    ):  # fmt: skip
+        rows = [
+            {"task": "class", "encoder": encoder, "accuracy": value, "accuracy_low": value - 1,
+             "accuracy_high": value + 1}
+            for encoder, value in (("raw pixels", 40.0 + k), ("dseq", 50.0 + k))
+        ]  # fmt: skip
+        found = {"results": rows, "data": {"source": where}, "protocol": {"k": k, "data": where}}
+        (tmp_path / name / f"evaluations/{file}.json").write_text(json.dumps(found))
+    first, second = read_runs([tmp_path / "a", tmp_path / "b"])
+    told = [line for line in what_it_learnt(first) if line.startswith("Task")]
+    assert [line.partition(":")[0] for line in told] == [
+        "Task class (knn-1.json)", "Task class (knn-2.json)", "Task class (birds)",
+    ]  # fmt: skip
+    assert all(line.count("raw pixels") == 1 for line in told)
+    both = [task for (task, _), runs in trained_scores([first, second]).items() if len(runs) == 2]
+    assert both == ["class (birds)"]
+    (alone,) = read_runs([tmp_path / "b"])
+    assert alone.evaluations[0].scores[0].task == "class"  # nothing to tell it from
+
+
+def test_an_error_in_a_unit_has_two_decimals():
+    error = Score("depth", "trained", "depth_rmse", 0.07, 0.06, 0.08, {})
+    assert interval(error) == "0.07 (0.06 to 0.08)"
+    assert interval(score("trained", 50.0, 2.0)) == "50.0 (48.0 to 52.0)"
+    (told, *_) = what_it_learnt(run_of(evaluations=evaluated(error)))
+    assert "depth_rmse 0.07 (95 % interval 0.06 to 0.08)" in told
 
 
 def test_what_it_was_counts_steps_and_images():

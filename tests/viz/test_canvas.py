@@ -21,6 +21,7 @@ from dseqjepa.viz.canvas import (
     wrapped,
     write_numbers,
 )
+from dseqjepa.viz.tiles import region_tile
 from tests.viz.pages import GRIDS, Grid, assert_legible, make_ranks, words
 
 LONG = "a caption that goes on and on, with a few_rather_long_words and $signs$ in it " * 5
@@ -132,3 +133,14 @@ def test_no_picture_touches_pyplot() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_patch_in_no_region_has_no_number() -> None:
+    """A rank of `count` or more, such as where random regions leave a gap."""
+    rank_hw = np.array([[0, 0, 5], [1, 1, 5]])
+    page = new_page(4, 4, "title", "caption")
+    axes = page.axes(0, 0, 2, 2)
+    write_numbers(axes, rank_hw, count=2)
+    assert [text.get_text() for text in axes.texts] == ["1", "2"]
+    photo = Image.new("RGB", (96, 64))
+    assert region_tile(photo, rank_hw, 2).tobytes() != region_tile(photo, rank_hw).tobytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,14 @@ def test_images_of_any_size_come_as_the_encoder_sees_them(folder: Path, config: 
     assert gallery.images_BCHW.dtype == torch.uint8
     assert torch.equal(gallery.images_BCHW[0], EvalTransform((32, 48))(decode(path)))
     assert gallery.names == (str(path),)
+
+
+def test_a_name_that_is_not_unicode_can_be_drawn(folder: Path, config: Config) -> None:
+    path = folder.parent / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(folder / "a/00.png", path)
+    (name,) = gather([str(path)], config, limit=1).names
+    assert name.encode()  # no surrogates
+    path.unlink()
 
 
 def test_files_are_all_taken_and_folders_evenly(folder: Path, config: Config) -> None:

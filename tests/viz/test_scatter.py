@@ -41,6 +41,20 @@ def test_every_image_is_a_point_of_its_class(classes: int, panels: int) -> None:
     assert set(names) <= set(words(figure))
 
 
+def test_of_thousands_of_classes_the_most_common_have_colours() -> None:
+    """A legend of all would be metres long, and its colours would repeat."""
+    class_M = np.repeat(np.arange(5000), np.where(np.arange(5000) % 100 == 7, 2, 1))[::40]
+    count = len(class_M)
+    figure = scatter(clouds(count, ("it",)), class_M, [f"class {n}" for n in range(5000)])
+    assert_legible(figure)
+    assert figure.get_size_inches()[1] < 12
+    said = words(figure)
+    assert "any other" in said
+    assert sum(word.startswith("class ") for word in said) == 45
+    (axes,) = [item for item in figure.axes if item.get_label() == "it"]
+    assert sum(len(points.get_offsets()) for points in axes.collections) == count
+
+
 def test_without_labels_there_is_one_colour_and_no_legend() -> None:
     figure = scatter(clouds(40, ("an encoder",)), None, ())
     assert_legible(figure)

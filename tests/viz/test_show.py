@@ -173,3 +173,16 @@ def test_curves_of_a_checkpoint_without_its_run_are_refused(
     assert dseqjepa(
         monkeypatch, "show", str(alone), "pictures", "--only", "clusters", "--out", out
     ) == 0  # fmt: skip
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_folders(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the cells of a study, which are all called seed-0."""
+    for parent in ("x", "y"):
+        shutil.copytree(place / "dseq", tmp_path / parent / "run")
+    monkeypatch.chdir(place)
+    pair = [str(tmp_path / "x/run"), "pictures/a/1.png", "--beside", str(tmp_path / "y/run")]
+    out = tmp_path / "pictures"
+    assert dseqjepa(monkeypatch, "show", *pair, "--only", "regions", "--out", str(out)) == 0
+    assert list(out.glob("*.png"))
