@@ -731,7 +731,7 @@ def demo(
 ) -> None:
     """Train on the rendered scenes and show what was learnt.
 
-    It takes 6 minutes on two idle CPU cores with bfloat16 instructions, or half an hour on two busy
+    It takes 4 minutes on two idle CPU cores with bfloat16 instructions, or half an hour on two busy
     ones without, and needs no network.
     """
     from dseqjepa.presets import load_config

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ PROBES: Mapping[str, tuple[tuple[str, ...], FrozenConfig]] = {
     ),
     "attentive": (
         ("accuracy",),
-        AttentiveConfig(preset="quick", baselines=False, cache="none", epochs=20, blocks=4),
+        AttentiveConfig(preset="quick", baselines=False, cache="none", epochs=15, blocks=4),
     ),
 }  # fmt: skip
 """The evaluations of the demo, and which of their metrics its table shows."""
@@ -52,6 +53,8 @@ TEST_SHARE = 10
 """Training scenes per test scene."""
 PICTURES = 12
 FILES = ("run", "control", "regions.png", "report.html")
+EVALUATIONS = ".evaluations"
+"""The folder in which probes are trained."""
 
 
 def run_demo(config: Config, out: Path) -> None:
@@ -85,19 +88,25 @@ def run_demo(config: Config, out: Path) -> None:
         f"rendered {len(train) + len(test)} scenes in {time.perf_counter() - began:.0f} s"
     )
     run, control = out / "run", out / "control"
-    with _side_by_side() as pool:
+    measure = partial(_measure, config=config, out=out, train=train, test=test)
+    with _beside() as pool:
         regularizer_alone = pool.submit(
             _train_quietly, config.with_(method={"prediction_weight": 0.0}), control, train
         )
+        measured = {
+            (task, name): pool.submit(measure, task, name)
+            for name in (UNTRAINED, RAW_PIXELS, CONTROL)
+            for task in PROBES
+        }
         pretrain(config, run, overwrite=True, source=train, console=console)
-        with console.status("training the control, the regularizer alone"):
-            regularizer_alone.result()
         with console.status("evaluating"):
-            measured = {
-                name: pool.submit(_measure, name, config, run, control, train, test)
-                for name in reversed(ENCODERS)  # the longest first
-            }
-            rows = [measured[name].result()[task] for task in PROBES for name in ENCODERS]
+            found = {(task, TRAINED): measure(task, TRAINED) for task in PROBES}
+            regularizer_alone.result()
+            for key, future in reversed(measured.items()):
+                # What has not begun there is measured here.
+                found[key] = measure(*key) if future.cancel() else future.result()
+    rows = [found[task, name] for task in PROBES for name in ENCODERS]
+    remove(out / EVALUATIONS)
     console.print(show(rows, "class of the main object, % (95 % interval over test images)"))
     write_json(run / "evaluations" / "demo.json", {"data": {"source": "scenes"}, "results": rows})
 
@@ -115,13 +124,13 @@ def run_demo(config: Config, out: Path) -> None:
 
 
 @contextmanager
-def _side_by_side() -> Iterator[ProcessPoolExecutor]:
-    """Two processes, each with half of the threads, and so this one: a model as small as the
-    demo's is hardly faster with twice as many."""
+def _beside() -> Iterator[ProcessPoolExecutor]:
+    """Another process, which takes half of the threads: a model as small as the demo's is hardly
+    faster with twice as many."""
     before = torch.get_num_threads()
     threads = max(1, before // 2)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(2, context, initializer=_begin, initargs=(threads,))
+    pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(threads,))
     torch.set_num_threads(threads)
     try:
         yield pool
@@ -144,31 +153,27 @@ def _train_quietly(config: Config, out: Path, source: Scenes) -> None:
 
 
 def _measure(
-    name: str, config: Config, run: Path, control: Path, train: Scenes, test: Scenes
-) -> dict[str, dict[str, Any]]:
-    """An encoder's row in the table, by evaluation."""
+    task: str, name: str, *, config: Config, out: Path, train: Scenes, test: Scenes
+) -> dict[str, Any]:
+    """An encoder's row in the table by one evaluation."""
     if name == RAW_PIXELS:
         backbone: Backbone = Pixels(config.data.image_size, config.model.patch_size)
     elif name == UNTRAINED:
         backbone = own_backbone(untrained_encoder(config), config)
     else:
-        backbone = own_backbone(load_encoder(control if name == CONTROL else run), config)
+        trained = load_encoder(out / ("control" if name == CONTROL else "run"))
+        backbone = own_backbone(trained, config)
     runtime = join(RuntimeConfig(accelerator=config.runtime.accelerator), {})
     device, quiet = runtime.fabric.device, Console(quiet=True)
-    folder = run / "evaluations"
-    rows = {}
-    for task, (metrics, settings) in PROBES.items():
-        evaluate = import_module(f"dseqjepa.tasks.{task}").evaluate
-        own = f"{task} {name}"  # others train in this folder, too
-        job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, own)
-        with job.held:
-            found = evaluate(job, settings)
-        chosen = {metric: found.metrics[metric] for metric in metrics}
-        rows[task] = row(name, task, chosen, n_test=found.n_test)
-        for rest in found.unfinished:
-            remove(rest)
+    metrics, settings = PROBES[task]
+    folder = out / EVALUATIONS
+    own = f"{task} {name}"  # others train in this folder, too
+    job = Job(backbone.to(device), train, test, folder, device, runtime.ranks, quiet, own)
+    with job.held:
+        found = import_module(f"dseqjepa.tasks.{task}").evaluate(job, settings)
     runtime.ranks.close()
-    return rows
+    chosen = {metric: found.metrics[metric] for metric in metrics}
+    return row(name, task, chosen, n_test=found.n_test)
 
 
 def _check(out: Path) -> None:
