@@ -5,6 +5,8 @@
     curriculum_MODEL_PRECISION  with alpha 0.15, over a curriculum from lambda 0, where all images
                                 have I-JEPA's blocks, to 1: the mean of steps at 0, 1/4, 1/2, 3/4, 1
     lambda0_MODEL_PRECISION     the same at lambda 0
+    curriculum_cross_MODEL_PRECISION  over a curriculum, our side with a predictor whose mask tokens
+                                read a context instead of computing it again for each target
     MODEL_PRECISION_a05_causal  region-causal contexts against prefix contexts, both packed
     ijepa_MODEL_PRECISION       I-JEPA against contexts and targets padded to the batch's longest
     ijepa_cut_MODEL_PRECISION   the same against contexts truncated to the batch's shortest, as in
@@ -78,20 +80,30 @@ def against_dense(name: str, effort: Effort, *, model: str, precision: str, min_
 
 
 def curriculum(
-    name: str, effort: Effort, *, model: str, precision: str, at: Sequence[float] = LAMBDAS
+    name: str,
+    effort: Effort,
+    *,
+    model: str,
+    precision: str,
+    at: Sequence[float] = LAMBDAS,
+    attention: str = "joint",
 ) -> Row:
     batch = batch_of(model, precision, effort)
-    config = benchmark_config("dseq", model, precision, "method.regions.min_area=0.15")
-    bench = Bench(config, batch)
+    config = partial(benchmark_config, "dseq", model, precision, "method.regions.min_area=0.15")
+    ours, other = Bench(config(f"predictor.attention={attention}"), batch), Bench(config(), batch)
 
-    def steps(loss: Callable[[], Tensor]) -> None:
+    def steps(bench: Bench, loss: Callable[[], Tensor]) -> None:
         for bench.progress in at:
             bench.step(loss)
 
     where = f"lambda {at[0]:g} to {at[-1]:g}" if len(at) > 1 else f"lambda {at[0]:g}"
-    what = f"dense / packed step, batch {batch}, {where}"
+    how = "" if attention == "joint" else f", ours with predictor.attention={attention}"
     return speedup(
-        name, lambda: steps(bench.packed_loss), lambda: steps(bench.dense_loss), effort, what
+        name,
+        lambda: steps(ours, ours.packed_loss),
+        lambda: steps(other, other.dense_loss),
+        effort,
+        f"dense / packed step, batch {batch}, {where}{how}",
     )
 
 
@@ -225,6 +237,7 @@ def benchmarks() -> dict[str, Benchmark]:
             named[f"ijepa_{base_name}"] = partial(ijepa, **kind)
             named[f"curriculum_{base_name}"] = partial(curriculum, **kind)
             named[f"lambda0_{base_name}"] = partial(curriculum, at=(0.0,), **kind)
+            named[f"curriculum_cross_{base_name}"] = partial(curriculum, attention="cross", **kind)
             named[f"ijepa_cut_{base_name}"] = partial(truncated, **kind)
             named[f"ijepa_token_{base_name}"] = partial(truncated, by="context", **kind)
             named[f"ijepa_predicted_{base_name}"] = partial(truncated, by="predicted", **kind)

@@ -32,17 +32,17 @@ def groups(
         ("Regions", REGIONS, len(runs) > MOST_AT_LENGTH),
         ("Schedule and speed", SCHEDULE, True),
     )
-    found = []
+    found, together = [], alike(runs)
     for title, topics, folded in titled:
         charts: list[dict[str, Any]] = []
         for topic in topics:
             if "loss_by_step" in topic.curves:
                 charts += [
                     _by_step(topic, group, called(group) if len(runs) > 1 else "")
-                    for group in alike(runs)
+                    for group in together
                 ]
             else:
-                charts.append(_chart(topic, runs, called))
+                charts.append(_chart(topic, together, called))
         charts = [chart for chart in charts if chart["series"]]
         if charts:
             found.append({"title": title, "folded": folded, "charts": charts})
@@ -69,14 +69,14 @@ def interval_chart(task: str, metric: str, scores: Sequence[tuple[str, Score]]) 
 
 
 def _chart(
-    topic: Topic, runs: Sequence[Run], called: Callable[[Sequence[Run]], str]
+    topic: Topic, together: Sequence[Sequence[Run]], called: Callable[[Sequence[Run]], str]
 ) -> dict[str, Any]:
-    """With several runs only the first curve, once for runs that differ only in their seed."""
+    """With several runs only the first curve, once for those that are `together`."""
     first, *others = topic.curves.items()
+    runs = [run for group in together for run in group]
     if len(runs) > 1:
         series = [
-            _series(called(group), group, first[0], colour)
-            for colour, group in enumerate(alike(runs))
+            _series(called(group), group, first[0], colour) for colour, group in enumerate(together)
         ]
     else:
         curves = enumerate((first, *others))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -130,8 +131,7 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
     then to the order of `dseqjepa presets`.
     """
     found = []
-    for name in preset_names():
-        candidate = preset(name)
+    for name, candidate in _presets().items():
         if candidate.method.name == config.method.name:
             changed = differences(candidate, config)
             changed.pop("data.source", None)
@@ -140,6 +140,11 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
             found.append((len(changed), candidate.model != config.model, name, changed))
     _, _, name, changed = min(found, key=lambda item: item[:2])
     return name, changed
+
+
+@cache
+def _presets() -> dict[str, Config]:
+    return {name: preset(name) for name in preset_names()}
 
 
 def config_table(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:

@@ -104,11 +104,9 @@ def _check(request: Request) -> None:
         raise InputError(
             f"expected --checkpoints of at most {MOST_COLUMNS}, found {request.checkpoints}"
         )
-    for option, given, uses in (
-        ("patch", request.patch, {"similarity"}),
-        ("data", request.data, {"neighbours", "scatter"}),
-    ):
-        if given is not None and not uses & set(request.only):
+    for option, uses in READ_BY.items():
+        is_given = getattr(request, option) != getattr(Request, option)  # the default
+        if is_given and not uses & set(request.only):
             raise InputError(f"--{option} has no effect on {', '.join(request.only)}: leave it out")
     if request.out.exists() and not request.out.is_dir():
         raise InputError(f"--out {request.out} is a file: give a folder")
@@ -356,3 +354,12 @@ PICTURES: Mapping[str, Callable[[_Session], list[Job]]] = {
 }
 """Pictures by their names for `--only`."""
 WITHOUT_IMAGES = ("scatter", "curves")
+READ_BY = {
+    "patch": {"similarity"},
+    "clusters": {"clusters"},
+    "checkpoints": {"clusters", "pca", "similarity", "scatter"},
+    "data": {"neighbours", "scatter"},
+    "sample": {"neighbours", "scatter"},
+    "limit": PICTURES.keys() - set(WITHOUT_IMAGES),
+}
+"""The pictures that an option has an effect on."""

@@ -137,7 +137,8 @@ def test_the_benchmarks_have_the_names_that_others_rely_on():
         (
             "step_time.py",
             ["vitt8_64_bf16_a05_causal", "ijepa_vitt8_64_fp32", "ijepa_token_vitt8_64_fp32",
-             "ijepa_cut_vitt8_64_fp32", "curriculum_vitt8_64_fp32", "overhead_vitt8_64_fp32"],
+             "ijepa_cut_vitt8_64_fp32", "curriculum_vitt8_64_fp32",
+             "curriculum_cross_vitt8_64_fp32", "overhead_vitt8_64_fp32"],
         ),
         ("peak.py", ["vitt8_64_bf16", "memory_vitt8_64_fp32"]),
         ("regions.py", ["share_of_step", "against_opencv"]),
