@@ -304,6 +304,13 @@ def holdout(source: Source, *, seed: int, fraction: float = 0.2) -> tuple[Subset
     )
 
 
+def no_such_image(path: Path) -> InputError:
+    """An error that names the sibling probably meant."""
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, siblings, called="files there")
+    return InputError(f"no such image: {path}{hint}")
+
+
 def existing_folder(path: Path) -> Path:
     """`path` itself, or an InputError that names the sibling probably meant."""
     if os.path.isdir(path):

@@ -14,11 +14,12 @@ from dseqjepa.data.images import (
     PixelRange,
     existing_folder,
     images_below,
+    no_such_image,
 )
 from dseqjepa.data.labelled import check_size, open_source
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import Source, Split
-from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.errors import InputError
 
 
 def named_images(words: Sequence[str], pixel_range: PixelRange = "auto") -> Source:
@@ -43,9 +44,7 @@ def _named(words: Sequence[str]) -> ImageFiles:
         elif path.is_file():
             paths.append(str(path))
         elif path.suffix.lower() in ENDINGS and not path.exists():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = did_you_mean(path.name, siblings, called="files there")
-            raise InputError(f"no such image: {path}{hint}")
+            raise no_such_image(path)
         else:
             found, left_out = images_below(existing_folder(path))
             paths += [str(path / name) for name in found]

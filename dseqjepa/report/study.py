@@ -8,6 +8,7 @@ from typing import Any
 from dseqjepa.report.charts import groups
 from dseqjepa.report.page import filled
 from dseqjepa.report.run import Run
+from dseqjepa.viz.studies import by_metric, claim_name
 
 Values = Mapping[str, Any]
 
@@ -66,17 +67,14 @@ def render_study(
 
 def _forests(claims: Sequence[Values]) -> list[dict[str, Any]]:
     """Paired differences with their intervals, one chart per metric."""
-    found: dict[str, list[Values]] = {}
-    for claim in claims:
-        if "differences" in claim:
-            found.setdefault(f"{claim['evaluation']} {claim['metric']}", []).append(claim)
+    tested = by_metric([claim for claim in claims if "differences" in claim])
     return [
         {
             "title": f"Paired differences of {name}",
             "unit": f"difference in {name}",
             "rows": [
                 {
-                    "name": f"{claim['higher']} > {claim['than']}, {claim['data']}",
+                    "name": claim_name(claim),
                     "colour": 0,
                     **{key: claim[key] for key in ("low", "high")},
                     "value": claim["mean"],
@@ -84,5 +82,5 @@ def _forests(claims: Sequence[Values]) -> list[dict[str, Any]]:
                 for claim in group
             ],
         }
-        for name, group in found.items()
+        for name, group in tested.items()
     ]

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dseqjepa.config import Config
 from dseqjepa.data.decode import ENDINGS
-from dseqjepa.data.images import ImageFiles, ImageFolder, Subset
+from dseqjepa.data.images import ImageFiles, ImageFolder, Subset, no_such_image
 from dseqjepa.data.patience import read_image
 from dseqjepa.data.scenes import SPECS
 from dseqjepa.data.source import BadImage, Source
 from dseqjepa.data.transforms import EvalTransform
-from dseqjepa.errors import InputError, did_you_mean
+from dseqjepa.errors import InputError
 from dseqjepa.keyed import sample_keys
 from dseqjepa.train.trained_on import source_of
 
@@ -59,9 +59,7 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
             images.append(_image(files, number))
             names.append(files.name(number))
         elif path.suffix.lower() in ENDINGS and not path.exists():
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = did_you_mean(path.name, siblings, called="files there")
-            raise InputError(f"no such image: {path}{hint}")
+            raise no_such_image(path)
         else:
             found = spread(open_images(word, config), limit)
             for index in range(len(found)):

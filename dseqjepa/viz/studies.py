@@ -32,10 +32,8 @@ def forest(claims: Sequence[Values], title: str) -> Figure:
     Args:
         claims: tested claims, as in study.json.
     """
-    groups: dict[str, list[Values]] = {}
-    for claim in claims:
-        groups.setdefault(f"{claim['evaluation']} {claim['metric']}", []).append(claim)
-    names = {id(c): _name(c) for c in claims}
+    groups = by_metric(claims)
+    names = {id(c): claim_name(c) for c in claims}
     left = max(text_width(name, SMALL) for name in names.values()) + 0.15
     right = max(text_width(_numbers(c), SMALL) for c in claims) + 0.15
     head, foot = inches_of(TEXT) + 0.1, 0.5
@@ -93,7 +91,15 @@ def _mark(verdict: str) -> Line2D:
     return Line2D([], [], color=rgb, marker=marker, markerfacecolor=face, linestyle="")
 
 
-def _name(claim: Values) -> str:
+def by_metric(claims: Sequence[Values]) -> dict[str, list[Values]]:
+    """Claims that share an axis: evaluation and metric -> claims."""
+    groups: dict[str, list[Values]] = {}
+    for claim in claims:
+        groups.setdefault(f"{claim['evaluation']} {claim['metric']}", []).append(claim)
+    return groups
+
+
+def claim_name(claim: Values) -> str:
     late = " (exploratory)" if claim["exploratory"] else ""
     return f"{claim['higher']} > {claim['than']}, {claim['data']}{late}"
 
