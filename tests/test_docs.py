@@ -43,7 +43,8 @@ SHRINK_TASK = {
     "detection": ["epochs=1", "batch_size=100", "longest_side=32", "proposals=8"],
     "segmentation": ["steps=2", "width=8"],
     "discovery": ["images=10"],
-    "linear": ["sweep.epochs=2"],
+    "linear": ["epochs=2"],
+    "linear preset=quick": ["sweep.epochs=2"],
     "lowshot": ["draws=2", "sweep.epochs=2"],
 }
 """The same for evaluations."""
@@ -162,7 +163,9 @@ def run_commands(folder: Path) -> None:
             run_typed([*words[1:], *shrink], folder)
         elif words[:2] == ["dseqjepa", "evaluate"]:
             words = ["size=64" if word == "size=600" else word for word in words]
-            run_typed([*words[1:], *SHRINK_TASK.get(words[2], ())], folder)
+            quick = f"{words[2]} preset=quick" if "preset=quick" in words else words[2]
+            shrink = SHRINK_TASK.get(quick, SHRINK_TASK.get(words[2], ()))
+            run_typed([*words[1:], *shrink], folder)
         elif words[:2] == ["dseqjepa", "study"]:
             run_typed([*words[1:], *SHRINK, *(["seeds=0,1"] if ".yaml" in line else [])], folder)
         elif words[:3] == ["dseqjepa", "scenes", "export"]:

@@ -157,7 +157,7 @@ def test_a_sweep_is_every_pair_of_values_tried_leave_one_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train_MD, label_M, _ = make_features(train=60, test=1, classes=3)
-    config = KnnConfig(ks=(1, 4), temperatures=(0.05, 0.5))
+    config = KnnConfig(sweep=True, ks=(1, 4), temperatures=(0.05, 0.5))
     grid = sweep(features.as_rows(train_MD), label_M, 3, config, torch.device("cpu"))
     assert [(entry["k"], entry["temperature"]) for entry in grid] == [
         (1, 0.05), (1, 0.5), (4, 0.05), (4, 0.5),
