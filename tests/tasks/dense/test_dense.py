@@ -32,7 +32,9 @@ from tests.tasks.fakes import Cards, Seer, make_job
 
 SIDE, PATCH, CLASSES = 16, 4, 3
 GRID = (SIDE // PATCH, SIDE // PATCH)
-SMALL = ("cache=none", "patches_seen=20000", "batch_size=64", "max_bad=0.2")
+SMALL = ("cache=none", "max_bad=0.2")
+SHORT = ("patches_seen=20000", "batch_size=64")
+"""The training of the linear classifier, made short."""
 
 
 class Flats(Cards):
@@ -91,7 +93,8 @@ class PatchSeer(Seer):
 
 
 def config_of(*settings: str) -> DenseConfig:
-    return DenseConfig.from_settings([*SMALL, *settings])
+    short = () if "task=depth" in settings else SHORT
+    return DenseConfig.from_settings([*SMALL, *short, *settings])
 
 
 def run(folder: Path, sees: str, train: Any, test: Any, *settings: str) -> Result:
