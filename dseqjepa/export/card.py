@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return str(getattr(import_module(package), "__version__", "of an unknown version"))
+        return str(getattr(sys.modules.get(package), "__version__", "of an unknown version"))
 
 
 def results_of(checkpoint: Checkpoint | None, digest: str) -> list[str]:
