@@ -267,7 +267,6 @@ def preflight(
         for key in (setting.partition("=")[0] for setting in settings or []):
             if key in ("data", "data.source", "data.size", "optim.minutes"):
                 raise InputError(f"--on computes epochs of ImageNet-1k: leave out {key}")
-    if on is not None:
         from dseqjepa.forecast import preflight_on
 
         preflight_on(config, on, devices, report=json_file)

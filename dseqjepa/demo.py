@@ -108,7 +108,8 @@ def run_demo(config: Config, out: Path) -> None:
     rows = [found[task, name] for task in PROBES for name in ENCODERS]
     remove(out / EVALUATIONS)
     console.print(show(rows, "class of the main object, % (95 % interval over test images)"))
-    write_json(run / "evaluations" / "demo.json", {"data": {"source": "scenes"}, "results": rows})
+    told = {"data": {"source": config.data.source}, "results": rows}
+    write_json(run / "evaluations" / "demo.json", told)
 
     images_BCHW = torch.stack([test.image(index) for index in range(PICTURES)])
     keys_B = sample_keys(seed, 0, torch.arange(PICTURES))

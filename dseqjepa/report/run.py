@@ -53,7 +53,7 @@ class Evaluation:
     """Where the images came from, and whether the preset was not the full one."""
     scores: Sequence[Score]
     protocol: str = ""
-    """Digest of everything that must be equal for scores to be comparable, the images included."""
+    """`protocol_digest`: equal if scores are comparable; the images are part of it."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
             data = content.get("data") or {}
             source = printable(data.get("source", "")) if isinstance(data, dict) else ""
             quick = ", quick" if content.get("preset") == "quick" else ""
-            protocol = json_digest(content.get("protocol"))
+            protocol = protocol_digest(content.get("protocol") or {})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             notes.append(f"The evaluation {name} cannot be read ({type(error).__name__}).")
             continue
@@ -234,6 +234,12 @@ def _read_evaluations(folder: Path) -> tuple[list[Evaluation], list[str]]:
         ]
         evaluations.append(Evaluation(name, f"{source}{quick}", scores, protocol))
     return evaluations, notes
+
+
+def protocol_digest(protocol: Mapping[str, Any]) -> str:
+    """Digest of a result's protocol, without the seed of its heads: runs of several seeds may be
+    evaluated with theirs."""
+    return json_digest({key: value for key, value in protocol.items() if key != "seed"})
 
 
 def _differences(content: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, PairedDifference]]]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from dseqjepa.errors import InputError, printable
 from dseqjepa.files import json_digest
-from dseqjepa.report.run import read_run
+from dseqjepa.report.run import protocol_digest, read_run
 from dseqjepa.report.words import verdict
 from dseqjepa.studies.cells import StudyCell, cells_of, newest_state, read_json
 from dseqjepa.studies.declare import Claim, Study
@@ -78,17 +78,12 @@ def _told(cell: StudyCell) -> Values:
         "evaluations": {
             name: {
                 "file": str(cell.result_file(name).relative_to(cell.out)),
-                "protocol": _protocol(found),
+                "protocol": protocol_digest(found["protocol"]),
                 "metrics": {key: metric["value"] for key, metric in found["metrics"].items()},
             }
             for name, found in results.items()
         },
     }
-
-
-def _protocol(result: Values) -> str:
-    """Digest of a result's protocol, without the seed of its heads: that of the run."""
-    return json_digest({key: v for key, v in result["protocol"].items() if key != "seed"})
 
 
 def _health(run: Path) -> Values | None:

@@ -31,8 +31,10 @@ from dseqjepa.model.vit import VisionTransformer
 from dseqjepa.tasks import features
 from dseqjepa.tasks.backbone import open_backbone
 from dseqjepa.tasks.store import Store
+from dseqjepa.train.pretrain import open_training_source
 from tests.children import run_ranks
 from tests.test_cli import contents, run
+from tests.train.tiny_runs import run_config, train
 
 COUNT = 14
 CPU = EmbedConfig(accelerator="cpu", batch_size=4)
@@ -195,6 +197,28 @@ def test_a_list_of_windows_and_what_several_folders_leave_out(here: Path) -> Non
     source = named_images([str(listed), "pictures/a", "pictures/b"])
     assert "pictures/a/02.png" in source.name(0)
     assert [note for note in notes_of(source) if "1 .txt" in note]
+
+
+def test_without_images_a_run_embeds_what_it_was_trained_on(here: Path) -> None:
+    """Scenes of its own number and seed; of a folder with splits only those for training."""
+    shutil.copytree(here / "pictures", here / "split/train")
+    (here / "split/train/a/bad.png").unlink()
+    shutil.copytree(here / "pictures/b", here / "split/val/b")
+    found = {}
+    for name, *settings in (
+        ("scenes", "data.source=scenes", "data.size=20", "runtime.seed=3"),
+        ("split", "data.source=split"),
+    ):
+        config = run_config("ijepa", *settings)
+        train(config, here / "runs" / name, open_training_source(config))
+        own = EmbedConfig.from_settings(["accelerator=cpu"])
+        embed_images(f"runs/{name}", own, Path(f"{name}.csv"))
+        found[name] = (here / f"{name}.csv").read_text().splitlines()
+    assert len(found["split"]) == 1 + COUNT + 1
+    more = EmbedConfig.from_settings(["accelerator=cpu", "size=20", "seed=3"])
+    embed_images("runs/scenes", more, Path("same.csv"), data="scenes")
+    assert (here / "same.csv").read_text().splitlines() == found["scenes"]
+    assert len(found["scenes"]) == 21
 
 
 def test_a_row_may_be_a_patch(here: Path) -> None:

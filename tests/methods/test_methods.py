@@ -123,14 +123,18 @@ def test_random_regions_flat_is_ijepa_and_sequential_grows():
 
 
 def test_content_is_encoded_only_where_clusters_are_cut():
-    def content(*overrides: str):  # type: ignore[no-untyped-def]
+    def look(*overrides: str):  # type: ignore[no-untyped-def]
         method = build_method(
             tiny_config("dseq_vitt8_64", "method.saliency.kind=grad_cam", *overrides)
         )
-        return method.look(float_images(2)).content_BND
+        return method.look(float_images(2))
+
+    def content(*overrides: str):  # type: ignore[no-untyped-def]
+        return look(*overrides).content_BND
 
     assert content() is not None
     assert content("method.regions.source=random") is None
+    assert look("method.regions.source=random").saliency_BN is None  # nothing would read it
     assert content("method.regions.kind=bands") is None
 
 

@@ -62,9 +62,9 @@ def test_scores_of_other_data_or_protocols_are_never_compared(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / name / "evaluations").mkdir(parents=True)
         (tmp_path / name / "config.yaml").write_text(preset("dseq_vitt_demo").to_yaml())
-    for name, file, where, k in (
-        ("a", "knn", "birds", 20), ("a", "knn-1", "cells", 20), ("a", "knn-2", "cells", 5),
-        ("b", "knn", "birds", 20),
+    for name, file, where, k, seed in (
+        ("a", "knn", "birds", 20, 0), ("a", "knn-1", "cells", 20, 0), ("a", "knn-2", "cells", 5, 0),
+        ("b", "knn", "birds", 20, 1),
     ):  # fmt: skip
         rows = [
             {"task": "class", "encoder": encoder, "accuracy": value, "accuracy_low": value - 1,
@@ -72,6 +72,7 @@ def test_scores_of_other_data_or_protocols_are_never_compared(tmp_path: Path):
             for encoder, value in (("raw pixels", 40.0 + k), ("dseq", 50.0 + k))
         ]  # fmt: skip
         found = {"results": rows, "data": {"source": where}, "protocol": {"k": k, "data": where}}
+        found["protocol"] |= {"seed": seed}  # of its heads: still the same protocol
         (tmp_path / name / f"evaluations/{file}.json").write_text(json.dumps(found))
     first, second = read_runs([tmp_path / "a", tmp_path / "b"])
     told = [line for line in what_it_learnt(first) if line.startswith("Task")]
