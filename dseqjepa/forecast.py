@@ -38,9 +38,8 @@ from dseqjepa.errors import InputError, did_you_mean
 from dseqjepa.files import check_file, write_whole
 from dseqjepa.keyed import sample_keys
 from dseqjepa.methods import build_method
-from dseqjepa.methods.base import Method
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
-from dseqjepa.train.rehearsal import state_bytes
+from dseqjepa.train.rehearsal import activations, state_bytes
 
 IMAGENET = (1_281_167, 147_897_477_120 // 1_281_167)
 """Number of training images, and bytes per image, from the size of the archive."""
@@ -48,10 +47,6 @@ REACHED = 778 / 989
 """Share of the data sheet's rate that a product of 8192 x 8192 matrices reached (docs/gpu.md)."""
 PLANNED = 16
 """Number of images whose plans are counted."""
-KEPT = 36
-"""Bytes that autograd keeps per channel of a token in a block, in bf16: the inputs of two norms 4
-each, their outputs 2 each, queries, keys and values 6, the output of attention 2, the hidden layer
-before and after its activation 8 each."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,8 @@ def forecast(
     steps_images = config.optim.epochs * (images // config.data.batch_size) * config.data.batch_size
     hours = steps_images / rate_of_all / 3600
     state = state_bytes(method)
-    kept = at_a_time * max(activations(method, t) for t in tokens)
+    precision = config.runtime.precision
+    kept = at_a_time * max(activations(method, t, precision) for t in tokens)
     trained = sum(4 * p.numel() for p in method.parameters() if p.requires_grad)
     target = sum(4 * p.numel() for p in method.target.parameters())
     block = max(sum(4 * p.numel() for p in b.parameters()) for b in method.encoder.blocks)
@@ -195,16 +191,6 @@ def plans(config: Config, seed: int) -> tuple[Tokens, Tokens]:
         return count_tokens(plan, PLANNED, method.context_mode, method.encoder, method.predictor)
 
     return counted(0.0), counted(1.0)
-
-
-def activations(method: Method, tokens: Tokens) -> float:
-    """Bytes kept per image from the forward to the backward pass."""
-    encoder, predictor = method.encoder, method.predictor
-    numbers = tokens.encoder * encoder.width * len(encoder.blocks)
-    numbers += tokens.predictor * predictor.embed.out_features * len(predictor.blocks)
-    # The target keeps nothing for a backward pass, but one of its blocks is in memory at a time.
-    patches = encoder.grid[0] * encoder.grid[1] + encoder.prefix
-    return KEPT * (numbers / tokens.images + patches * encoder.width)
 
 
 def table(config: Config, on: str, found: Forecast) -> Table:

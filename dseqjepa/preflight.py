@@ -232,11 +232,19 @@ def cost_table(config: Config, pace: Rehearsal) -> Table:
     table.add_row("cache of decoded images", _bytes(pace.cache) if pace.cache else "none")
     run = f"{pace.steps} steps of {config.data.batch_size} images"
     table.add_row("the run", run, f"{hours(config, pace):.1f} hours")
-    if pace.measured_batch < pace.batch:
-        table.caption = (
-            f"measured with {pace.measured_batch} instead of {pace.batch} images at a time"
-        )
+    table.caption = _not_as_in_the_run(config, pace)
     return table
+
+
+def _not_as_in_the_run(config: Config, pace: Rehearsal) -> str | None:
+    """How the measured steps differ from those of the run."""
+    depth, said = config.model.depth, []
+    if pace.measured_depth < depth:
+        scaled = "time scaled by FLOPs, memory computed"
+        said.append(f"{pace.measured_depth} of the encoder's {depth} blocks ({scaled})")
+    if pace.measured_batch < pace.batch:
+        said.append(f"{pace.measured_batch} instead of {pace.batch} images at a time")
+    return f"measured with {' and '.join(said)}" if said else None
 
 
 def draw(config: Config, source: Source, weights: Checkpoint | None, out: Path) -> None:

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from dseqjepa.cli import app
 from dseqjepa.config import Config
 from dseqjepa.errors import InputError
-from dseqjepa.forecast import DEVICES, KEPT, activations, forecast
+from dseqjepa.forecast import DEVICES, forecast
 from dseqjepa.methods import build_method
 from dseqjepa.model.flops import Tokens, count_tokens
 from dseqjepa.model.vit import set_attention
 from dseqjepa.presets import load_config
-from dseqjepa.train.rehearsal import state_bytes
+from dseqjepa.train.rehearsal import KEPT, activations, state_bytes
 from tests.tiny import PAPER, float_images, tiny_config
 
 MEASURED = {
@@ -55,7 +55,8 @@ def test_it_foretells_what_was_measured_on_one_gpu(
     assert found.images_per_s == pytest.approx(rate, rel=0.05)
 
 
-def test_the_bytes_that_autograd_keeps_are_counted():
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_bytes_that_autograd_keeps_are_counted(precision: str):
     """Of a wide model, where blocks are nearly all of it: within a fifth, on a CPU, which pads the
     sequences of a bucket to one length."""
     config = tiny_config(
@@ -78,11 +79,12 @@ def test_the_bytes_that_autograd_keeps_are_counted():
     with torch.no_grad():
         plan = method.plan(images_BCHW, progress=1.0, keys_B=keys_B)
     tokens = count_tokens(plan, 8, method.context_mode, method.encoder, method.predictor)
-    cast = torch.autocast("cpu", torch.bfloat16)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cast:
         step = method(images_BCHW, progress=1.0, keys_B=keys_B)
-    target = KEPT * (method.encoder.grid[0] * method.encoder.grid[1] + 1) * 192
-    assert sum(kept.values()) / 8 == pytest.approx(activations(method, tokens) - target, rel=0.2)
+    target = KEPT[precision] * (method.encoder.grid[0] * method.encoder.grid[1] + 1) * 192
+    counted = activations(method, tokens, precision) - target
+    assert sum(kept.values()) / 8 == pytest.approx(counted, rel=0.2)
     step.loss.backward()
 
 

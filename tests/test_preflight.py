@@ -30,6 +30,7 @@ PACE = Pace(100.0, 0.0, Tokens(10, 200, 4000, 300, 9000, 100), 1e9)
 REHEARSAL = Rehearsal(
     batch=8,
     measured_batch=8,
+    measured_depth=2,
     steps_per_epoch=250,
     steps=1000,
     start=PACE,

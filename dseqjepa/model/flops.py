@@ -7,6 +7,8 @@ is never counted.
     linear layer, T tokens          forward   2 T in out
     attention, sequences of L       forward   4 sum(L^2) D       (scores, and values weighted)
     transformer block               forward   24 T D^2 + 4 sum(L^2) D
+    last block of a joint predictor           18 (T - V) D^2 less
+                                    (of its T tokens, V mask tokens are read out)
     block of a cross predictor      forward   20 V D^2 + 4 T D^2 + 4 sum(L K) D
                                     (V mask tokens; contexts of K tokens read by L of them)
     backward                        twice the forward, once for the layer that reads the pixels
@@ -69,17 +71,19 @@ def step_flops(encoder: VisionTransformer, predictor: AnyPredictor, tokens: Toke
     context = (
         block_flops(encoder.width, tokens.encoder, tokens.encoder_pairs, hidden) * encoder.depth
     )
-    blocks = _predictor_block(predictor, tokens) * len(predictor.blocks)
+    blocks = _predictor_blocks(predictor, tokens)
     join = linear_flops(predictor.embed, tokens.encoder)
     read_out = linear_flops(predictor.proj, tokens.predicted)
     return target + 2 * embed * tokens.encoder + 3 * (context + blocks + join + read_out)
 
 
-def _predictor_block(predictor: AnyPredictor, tokens: Tokens) -> float:
+def _predictor_blocks(predictor: AnyPredictor, tokens: Tokens) -> float:
     width = predictor.embed.out_features
     own, context = predictor.projections
     projections = own * tokens.predictor + context * tokens.encoder
-    return projections * width**2 + 4.0 * tokens.predictor_pairs * width
+    block = projections * width**2 + 4.0 * tokens.predictor_pairs * width
+    unread = tokens.predictor - tokens.predicted
+    return block * len(predictor.blocks) - 18.0 * unread * width**2
 
 
 def block_flops(width: int, tokens: int, pairs: int, hidden: int = 0) -> float:

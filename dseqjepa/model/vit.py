@@ -4,8 +4,8 @@ The encoder's state dict uses the names of timm's `VisionTransformer`, so weight
 without a mapping. It runs on whole images (`forward`) and on packed patches
 (`encode_patches`); both use the same blocks.
 
-Suffixes: B images, N patches, D width, T packed tokens, P pixels of a patch (3 * patch^2),
-H heads, C head width.
+Suffixes: B images, N patches, D width, T packed tokens, V tokens that are read out, P pixels of a
+patch (3 * patch^2), H heads, C head width.
 """
 
 from __future__ import annotations
@@ -135,9 +135,15 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
+    def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        sequences: Sequences,
+        read_V: Int64[Tensor, " V"] | None = None,
+    ) -> Float[Tensor, "V D"]:
         qkv_TXHC = self.qkv(x_TD).unflatten(1, (3, self.heads, -1))
-        return self.proj(attend(qkv_TXHC, sequences, self.backend).flatten(1))
+        attended_TD = attend(qkv_TXHC, sequences, self.backend).flatten(1)
+        return self.proj(_rows(attended_TD, read_V))
 
     def of_first_token(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B H L"]:
         """The attention weights of each sequence's first token, for every head."""
@@ -167,13 +173,24 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, hidden or 4 * width)
 
-    def forward(self, x_TD: Float[Tensor, "T D"], sequences: Sequences) -> Float[Tensor, "T D"]:
-        x_TD = x_TD + self.attn(self.norm1(x_TD), sequences)
-        return x_TD + self.mlp(self.norm2(x_TD))
+    def forward(
+        self,
+        x_TD: Float[Tensor, "T D"],
+        sequences: Sequences,
+        read_V: Int64[Tensor, " V"] | None = None,
+    ) -> Float[Tensor, "V D"]:
+        """The outputs of the tokens `read_V`, an index into T; of all tokens if it is None."""
+        attended_VD = self.attn(self.norm1(x_TD), sequences, read_V)
+        x_VD = _rows(x_TD, read_V) + attended_VD
+        return x_VD + self.mlp(self.norm2(x_VD))
 
     def attention_of_first_token(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B H L"]:
         """The attention weights of each sequence's first token, in this block, for every head."""
         return self.attn.of_first_token(self.norm1(x_BLD))
+
+
+def _rows(x_TD: Float[Tensor, "T D"], read_V: Int64[Tensor, " V"] | None) -> Tensor:
+    return x_TD if read_V is None else x_TD.index_select(0, read_V)
 
 
 def set_attention(module: nn.Module, backend: str) -> None:
@@ -531,6 +548,7 @@ class Predictor(AnyPredictor):
         x_UW = embedded_TW.index_select(0, source_U.clamp(min=0))
         x_UW = torch.where((source_U < 0)[:, None], self.mask(x_UW), x_UW)
         x_UW = x_UW + self.positions(grid)[patch_U]
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_UW = block(x_UW, sequences)
-        return self.read_out(x_UW.index_select(0, query_V))
+        return self.read_out(last(x_UW, sequences, query_V))

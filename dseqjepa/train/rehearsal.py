@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from dseqjepa.config import Config
 from dseqjepa.data.cache import available_memory, room_for
 from dseqjepa.data.loader import Batch, Loader
 from dseqjepa.data.source import Source
+from dseqjepa.methods import build_method
 from dseqjepa.methods.base import Method
 from dseqjepa.model.flops import Tokens, count_tokens, step_flops
 from dseqjepa.train.checkpoint import Checkpoint, Start
@@ -41,6 +43,15 @@ CAUTION = 0.8
 """The share of the free memory that a rehearsed step may be expected to take."""
 PLAN_IMAGES = 128
 """Images whose plans are counted."""
+LARGE = 200_000_000
+SHALLOW, FEW, FEW_PLANS = 4, 2, 16
+"""On a CPU, an encoder with at least `LARGE` parameters is measured with `SHALLOW` of its blocks,
+`FEW` images at first and the plans of `FEW_PLANS`: the whole would take minutes, and perhaps more
+memory than there is."""
+KEPT = {"bf16": 36, "fp32": 64}
+"""Bytes that autograd keeps per channel of a token in a block. In bf16: the inputs of two norms 4
+each, their outputs 2 each, queries, keys and values 6, the output of attention 2, the hidden layer
+before and after its activation 8 each; in fp32 all but the inputs of norms take twice as much."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,9 @@ class Rehearsal:
     measured_batch: int
     """Smaller than `batch` where that would need too much time or memory: then times and memory
     are carried over in proportion."""
+    measured_depth: int
+    """Blocks of the encoder that was measured; fewer than it has if it is large: then times are
+    carried over in proportion to FLOPs, and memory is computed (`activations`)."""
     steps_per_epoch: int
     steps: int
     """Optimizer steps of the whole run."""
@@ -128,7 +142,8 @@ class Rehearsal:
 
 
 class _Stage:
-    """A trainer that can be asked for any step."""
+    """A trainer that can be asked for any step. `whole` is the method whose cost is wanted, if it
+    is not the trainer's."""
 
     def __init__(
         self,
@@ -136,12 +151,14 @@ class _Stage:
         source: Source,
         weights: Checkpoint | None,
         runtime: Runtime | None = None,
+        whole: Method | None = None,
     ) -> None:
         config = config.with_(data={"cache": "none", "max_bad": 1.0})
         reset_peak()
         quiet = Console(file=io.StringIO())
         start = Start(init_from=weights)
         self.trainer = Trainer(config, source, Path(), start, console=quiet, runtime=runtime)
+        self.whole = whole or self.trainer.method
         self.batches = _endless(self.trainer.loader)
 
     def time(self, share: float, steps: int) -> tuple[float, float]:
@@ -167,9 +184,14 @@ class _Stage:
     def pace(self, share: float) -> Pace:
         """Steps at a share of the run, and their plans."""
         rate, waiting = self.time(share, STEPS)
-        method, tokens = self.trainer.method, self.plans(share)
-        flops = step_flops(method.encoder, method.predictor, tokens) / tokens.images
-        return Pace(rate, waiting, tokens, flops)
+        tokens = self.plans(share)
+        here, whole = (
+            step_flops(method.encoder, method.predictor, tokens) / tokens.images
+            for method in (self.trainer.method, self.whole)
+        )
+        computing = (1 - waiting) / rate * whole / here
+        seconds = max(computing, 1 / rate)  # a slower model waits less for the same loader
+        return Pace(1 / seconds, 1 - computing / seconds, tokens, whole)
 
     def _arriving(self, clock: Clock) -> Iterator[Batch]:
         while True:
@@ -182,17 +204,21 @@ class _Stage:
         if self.trainer.fabric.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def memory(self, before: int) -> int:
-        """The most bytes of the device, or of this process beyond the `before` that it had."""
+    def activations(self, before: int) -> int:
+        """The most bytes of the device, or of this process beyond the `before` that it had, without
+        the state of the method."""
         if self.trainer.fabric.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return max(peak() - before, 0)
+            most = torch.cuda.max_memory_allocated()
+        else:
+            most = peak() - before
+        return max(most - state_bytes(self.trainer.method), 0)
 
     def plans(self, share: float) -> Tokens:
         """What the plans of some real images need, as this trainer's target sees them."""
         method, device = self.trainer.method, self.trainer.fabric.device
         total = Tokens(0, 0, 0, 0, 0, 0)
-        while total.images < PLAN_IMAGES:
+        wanted = PLAN_IMAGES if self.whole is method else min(FEW_PLANS, PLAN_IMAGES)
+        while total.images < wanted:
             batch = next(self.batches)
             images_BCHW = batch.images_BCHW.to(device)
             with torch.no_grad(), self.trainer.fabric.autocast():
@@ -221,14 +247,17 @@ def rehearse(
     A run on several devices is measured on one of them, without what they say to each other.
     """
     batch = config.data.batch_size // (config.optim.accumulate * config.runtime.devices)
+    whole = _without_values(config)
+    is_large = weights is None and _is_on_cpu(config) and _parameters(whole.encoder) >= LARGE
+    as_measured = _shallow(config) if is_large else config
     # Before the first stage: what that frees stays with the process, and the next one takes it.
     before, free = resident(), available_memory()
-    tell(f"steps of {min(batch, FIRST_BATCH)} images")
-    first = _Stage(_alone(config, min(batch, FIRST_BATCH)), source, weights)
-    small = first.trainer.loader.batch_size
+    small = min(batch, FEW if is_large else FIRST_BATCH)
+    tell(f"steps of {small} images")
+    first = _Stage(_alone(as_measured, small), source, weights)
     speed, _ = first.time(0.5, 3)
-    state = state_bytes(first.trainer.method)
-    a_image = max(first.memory(before) - state, 0) / small
+    state = state_bytes(whole)
+    a_image = first.activations(before) / small
     device = first.trainer.fabric.device
     on_cpu = device.type == "cpu"
     if device.type == "cuda":  # what this process has reserved is free for the next stage
@@ -236,7 +265,7 @@ def rehearse(
     first.close()
     if on_cpu:
         tell("the same in another precision")
-    other = _other_precision(config, source, small, speed) if on_cpu else None
+    other = _other_precision(as_measured, source, small, speed) if on_cpu else None
 
     fits = [
         size
@@ -245,10 +274,16 @@ def rehearse(
         or (state + size * a_image < CAUTION * free and size / speed < LONGEST_STEP)
     ]
     tell(f"steps of {max(fits)} images, at the start and at the end of the run")
-    stage = _Stage(_alone(config, max(fits)), source, weights)
+    stage = _Stage(
+        _alone(as_measured, max(fits)), source, weights, whole=whole if is_large else None
+    )
     start, end = stage.pace(0.0), stage.pace(1.0)
     measured = stage.trainer.loader.batch_size
-    memory = state + max(stage.memory(before) - state, 0) * batch // measured
+    if is_large:
+        precision = config.runtime.precision
+        an_image = max(activations(whole, pace.tokens, precision) for pace in (start, end))
+    else:
+        an_image = stage.activations(before) / measured
     stage.close()
     tell("the loader alone")
     per_epoch = len(source) // config.data.batch_size
@@ -256,11 +291,12 @@ def rehearse(
     return Rehearsal(
         batch=batch,
         measured_batch=measured,
+        measured_depth=as_measured.model.depth,
         steps_per_epoch=per_epoch,
         steps=config.optim.epochs * per_epoch,
         start=start,
         end=end,
-        memory=memory,
+        memory=state + round(an_image * batch),
         memory_free=free,
         state=state,
         loader_images_per_s=_loader_alone(config, source, min(batch, 64)),
@@ -287,6 +323,35 @@ def _alone(config: Config, batch: int) -> Config:
     """The run as one device sees it, `batch` images at a time."""
     alone = {"optim": {"accumulate": 1}, "runtime": {"devices": 1}}
     return config.with_(**alone, data={"batch_size": batch})
+
+
+def _is_on_cpu(config: Config) -> bool:
+    return config.runtime.accelerator == "cpu" or not torch.cuda.is_available()
+
+
+def _without_values(config: Config) -> Method:
+    with torch.device("meta"):
+        return build_method(config)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _shallow(config: Config) -> Config:
+    """The run with at most `SHALLOW` encoder blocks; settings of a later one name the last."""
+    depth = min(config.model.depth, SHALLOW)
+    method, cut = {}, config.method.cut
+    if cut is not None:
+        features = cut.regions.features
+        method = {
+            "saliency": cut.saliency.with_(block=min(cut.saliency.block, depth - 1)).model_dump(),
+            "regions": cut.regions.with_(
+                features=features if features == "target" else min(features, depth - 1)
+            ).model_dump(),
+        }
+    blocks = min(config.target.blocks, depth)
+    return config.with_(model={"depth": depth}, target={"blocks": blocks}, method=method)
 
 
 def _cache_bytes(config: Config, source: Source, ranks: int) -> int:
@@ -337,6 +402,16 @@ def state_bytes(method: Method) -> int:
     parameters = list(method.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     return size + 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+
+
+def activations(method: Method, tokens: Tokens, precision: str) -> float:
+    """Bytes kept per image from the forward to the backward pass."""
+    encoder, predictor = method.encoder, method.predictor
+    numbers = tokens.encoder * encoder.width * len(encoder.blocks)
+    numbers += tokens.predictor * predictor.embed.out_features * len(predictor.blocks)
+    # The target keeps nothing for a backward pass, but one of its blocks is in memory at a time.
+    patches = encoder.grid[0] * encoder.grid[1] + encoder.prefix
+    return KEPT[precision] * (numbers / tokens.images + patches * encoder.width)
 
 
 def resident() -> int:

@@ -14,7 +14,7 @@ from dseqjepa.train import pretrain as module
 from dseqjepa.train import rehearsal
 from dseqjepa.train.checkpoint import open_checkpoint
 from dseqjepa.train.pretrain import fitting
-from dseqjepa.train.rehearsal import peak, rehearse, reset_peak, resident, state_bytes
+from dseqjepa.train.rehearsal import activations, peak, rehearse, reset_peak, resident, state_bytes
 from tests.children import ends, start
 from tests.train.tiny_runs import BATCH, IMAGES, STEPS, Pictures, metrics, run_config, train
 
@@ -76,6 +76,39 @@ def test_a_step_that_would_not_fit_is_measured_smaller(monkeypatch: pytest.Monke
     monkeypatch.setattr(rehearsal, "FIRST_BATCH", 2)
     monkeypatch.setattr(rehearsal, "LONGEST_STEP", 0.0)
     assert rehearse(config, source).measured_batch == 2
+
+
+@pytest.mark.parametrize("method", ["dseq", "ijepa"])
+def test_a_large_encoder_is_measured_with_few_of_its_blocks(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state, tokens and FLOPs are its own; its pace is the measured one times the share of
+    FLOPs that was measured."""
+    own = ["method.saliency.block=6", "method.regions.features=5"] if method == "dseq" else []
+    source = Pictures()
+    config = fitting(run_config(method, "model.depth=8", "target.blocks=6", *own), source)
+    measured = {"images_per_s": 100.0, "waiting": 0.25}
+    monkeypatch.setattr(rehearsal._Stage, "time", lambda *_: tuple(measured.values()))
+    whole = build_method(config)
+    assert rehearse(config, source).measured_depth == 8
+    monkeypatch.setattr(rehearsal, "LARGE", sum(p.numel() for p in whole.encoder.parameters()))
+    found = rehearse(config, source)
+    assert found.measured_depth == rehearsal.SHALLOW < 8
+    assert found.state == state_bytes(whole)
+    kept = max(activations(whole, pace.tokens, "fp32") for pace in (found.start, found.end))
+    assert found.memory == found.state + round(BATCH * kept)
+    shallow = build_method(rehearsal._shallow(config))
+    for pace in (found.start, found.end):
+        flops, here = (
+            step_flops(model.encoder, model.predictor, pace.tokens) / pace.tokens.images
+            for model in (whole, shallow)
+        )
+        assert pace.flops == flops
+        computing = 0.0075 * flops / here
+        assert pace.images_per_s == pytest.approx(1 / max(computing, 0.01))
+        assert pace.waiting == pytest.approx(1 - computing * pace.images_per_s)
+    monkeypatch.setattr(rehearsal, "LARGE", rehearsal.LARGE + 1)
+    assert rehearse(config, source).measured_depth == 8
 
 
 def test_what_a_device_sees_at_a_time_is_its_part_of_the_batch() -> None:
