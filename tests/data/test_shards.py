@@ -203,6 +203,17 @@ def test_hidden_files_are_neither_shards_nor_images(tmp_path: Path):
     assert source.notes == ()
 
 
+def test_the_fingerprint_changes_with_a_label(tmp_path: Path) -> None:
+    prints = set()
+    for label in (b"1", b"2"):
+        shard(
+            tmp_path / "a.tar", {"a.jpg": jpeg(0), "a.cls": b"0", "b.jpg": jpeg(1), "b.cls": label}
+        )
+        write_index(tmp_path)
+        prints.add(Shards(tmp_path, "train").fingerprint())
+    assert len(prints) == 2
+
+
 def test_a_pickle_is_small_and_maps_the_index_again(packed: Path):
     records_N = np.fromfile(packed / RECORDS, RECORD)
     source = Shards(packed, "train")

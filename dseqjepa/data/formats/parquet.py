@@ -6,6 +6,7 @@ Suffixes: N images, G row groups.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -157,9 +158,9 @@ class Parquet(ImageFiles):
 
     def fingerprint(self) -> str:
         sizes = [[file.name, file.size] for file in self.files]
-        return json_digest(
-            {"files": sizes, "counts": list(self.counts), "pixel_range": self.pixel_range}
-        )
+        labels = [zlib.crc32(label_N.tobytes()) for label_N in self.labels.values()]
+        facts = {"files": sizes, "counts": list(self.counts), "labels": labels}
+        return json_digest(facts | {"pixel_range": self.pixel_range})
 
     def _find(self, index: int) -> tuple[int, int]:
         index = range(len(self))[index]

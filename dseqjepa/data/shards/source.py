@@ -115,7 +115,10 @@ class Shards(ImageFiles):
     def fingerprint(self) -> str:
         facts = [[shard.name, shard.size, shard.count] for shard in self.shards]
         sums = zlib.crc32(self._records_N["crc"][:: max(len(self) // SUMS, 1)].tobytes())
-        return json_digest({"shards": facts, "sums": sums, "pixel_range": self.pixel_range})
+        labels = [zlib.crc32(label_N.tobytes()) for label_N in self.labels.values()]
+        return json_digest(
+            {"shards": facts, "sums": sums, "labels": labels, "pixel_range": self.pixel_range}
+        )
 
     def _find(self, index: int) -> tuple[int, np.void]:
         index = range(len(self))[index]

@@ -75,6 +75,15 @@ def test_any_order_gives_the_images_and_few_row_groups_stay(folder: Path):
     assert len(source._read) == KEPT
 
 
+def test_the_fingerprint_changes_with_a_label(tmp_path: Path) -> None:
+    prints = set()
+    for labels in ([0, 1], [1, 0]):
+        file = write(tmp_path / "a.parquet", [0, 1], label=labels)
+        prints.add((file.stat().st_size, Parquet(tmp_path, "train").fingerprint()))
+    assert len(prints) == 2
+    assert len({size for size, _ in prints}) == 1
+
+
 def test_of_many_files_few_stay_open(tmp_path: Path):
     many = OPEN_AT_ONCE + 4
     for number in range(many):
