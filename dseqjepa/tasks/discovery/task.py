@@ -327,7 +327,8 @@ def _print(
         table.add_column("", no_wrap=True)
         shown = [name for name in names if name in HEADINGS]
         for name in shown:
-            table.add_column(HEADINGS[name], justify="right")
+            word = max(map(len, HEADINGS[name].split()))  # else a narrow terminal cuts headings
+            table.add_column(HEADINGS[name], justify="right", min_width=word)
         encoder = job.backbone.name
         for line, summary in summaries.items():
             if (names is MAP_METRICS) == (not line.regions):
