@@ -39,10 +39,10 @@ from dseqjepa.train.encoder import TrainedEncoder
 from dseqjepa.train.sharding import copy_into, first_row
 
 FORMAT, SHARDED = 1, 2
-"""Of a checkpoint of whole files, and of a sharded one."""
+"""Formats of whole and of sharded checkpoints."""
 STEP_NAME = re.compile(r"step-(\d{8,})")
 AGAIN = 20
-"""How often to retry if a run that is still training removes the checkpoint being opened."""
+"""How often to retry when a run still in training removes the checkpoint being opened."""
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -93,8 +93,8 @@ class Checkpoint:
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Whole tensors by name, read from their file on access; rows that several ranks have written
-    are joined, in the order of the files."""
+    """Whole tensors by name, read on access; rows written by several ranks are concatenated in
+    file order."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._files: dict[str, list[Any]] = {}
@@ -148,14 +148,14 @@ def save_checkpoint(
     ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX`, point `folder/last` at it, and keep the newest `keep` and step
-    0, the baseline of comparisons.
+    0, the baseline for comparisons.
 
     `tensors` maps file names to tensors; `state` must be plain JSON. Later steps, left by a run
     that was resumed from an earlier one, are deleted. Nothing is deleted before the new checkpoint
     is on disk; what cannot be deleted stays, and `say` reports it. `RunError` if the new one cannot
     be written; the old ones are then unchanged.
 
-    With `ranks` the checkpoint is sharded: all of them call this, and each writes its own rows.
+    With `ranks`, the checkpoint is sharded: every rank must call this, and writes its rows.
     """
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{UNFINISHED}{final.name}"
@@ -181,7 +181,7 @@ def save_checkpoint(
         if everyone.first and folder.is_dir():
             _drop(_unfinished(folder), say)
         everyone.wait()
-        if folder.is_dir():  # of a rank whose disk the first one does not see
+        if folder.is_dir():  # on a rank whose disk rank 0 does not see
             _drop(_unfinished(folder), say)
         raise RunError(
             f"cannot write the checkpoint {final}: {error}; the previous one is intact: fix this, "
@@ -211,7 +211,7 @@ def _all_of(ranks: Ranks, do: Callable[[], T]) -> T:
 def _write(
     temporary: Path, tensors: Mapping[str, Mapping[str, Tensor]], ranks: Ranks | None
 ) -> dict[str, dict[str, Any]]:
-    """Write tensors, or this rank's rows of them; lengths and hashes of the files."""
+    """Write tensors, or this rank's rows; return lengths and hashes of the files."""
     files = {}
     for name, values in tensors.items():
         file = f"{name}/{ranks.rank:05d}.safetensors" if ranks else f"{name}.safetensors"
@@ -230,8 +230,8 @@ def _write(
 def _rows(
     tensors: Mapping[str, Tensor], is_first: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a rank writes: its rows of sharded tensors and, on the first one, all others; and the
-    metadata by which torch.distributed.checkpoint places them."""
+    """What a rank writes: its rows of sharded tensors (on rank 0 also all other tensors), and
+    the metadata by which torch.distributed.checkpoint places them."""
     rows, places = {}, {}
     for key, value in tensors.items():
         first = 0
@@ -246,7 +246,7 @@ def _rows(
 
 
 def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest and give a checkpoint its name, once all its files are on disk."""
+    """Write the manifest and rename the checkpoint, once all its files are on disk."""
     folder = final.parent
     absent = [name for name in manifest["files"] if not (temporary / name).is_file()]
     if absent:
@@ -264,18 +264,18 @@ def _finish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     if final.exists():  # renamed first, which is atomic; deletion is not
         final.rename(folder / f"{UNFINISHED}old-{final.name}")
     temporary.rename(final)
-    for place in (folder, folder.parent, folder.parent.parent):  # the first save makes all of them
+    for place in (folder, folder.parent, folder.parent.parent):  # the first save creates them all
         sync(place)
 
 
 def _point_at(final: Path, say: Callable[[str], None]) -> None:
-    """Point the link `last` to a checkpoint, for convenience; skipped on disks without links."""
+    """Point the link `last` at a checkpoint, for convenience; skipped on disks without links."""
     folder = final.parent
     link, last = folder / f"{UNFINISHED}last", folder / "last"
     try:
         remove(link)
         link.symlink_to(final.name)
-        if last.is_dir() and not last.is_symlink():  # copied by a tool that does not keep links
+        if last.is_dir() and not last.is_symlink():  # copied by a tool that follows links
             remove(last)
         link.replace(last)
         sync(folder)
@@ -284,7 +284,7 @@ def _point_at(final: Path, say: Callable[[str], None]) -> None:
 
 
 def _drop(paths: list[Path], say: Callable[[str], None]) -> None:
-    """Delete an obsolete folder; a failure is reported but does not end the run."""
+    """Delete obsolete folders; a failure is reported but does not end the run."""
     for path in paths:
         try:
             if path.is_dir() and not path.is_symlink():
@@ -381,7 +381,7 @@ def _place(path: Path) -> Path:
 
 
 def _what_else(older: list[Path]) -> str:
-    """A hint from where to resume a run whose newest checkpoint is damaged."""
+    """A hint on where to resume a run whose newest checkpoint is damaged."""
     for path in older:
         try:
             step = _verified(path).step

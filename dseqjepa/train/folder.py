@@ -135,7 +135,7 @@ def _clear(path: Path) -> None:
 
 
 def _check(out: Path, overwrite: bool, kept: Checkpoint | None) -> None:
-    """Whether `out` is empty or contains only an old run that may be replaced."""
+    """Check that `out` is empty or contains only an old run that may be replaced."""
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"out={out} is a file: give a folder")
     try:

@@ -1,12 +1,12 @@
-"""Import of encoders from other projects into our checkpoint format.
+"""Imports encoders of other projects into our checkpoint format.
 
-A third-party file is a pickle. It is read with `weights_only=True`, which builds tensors and plain
-containers and runs no code, and only when the user names it, to import or evaluate it.
+A third-party file is a pickle. It is read only when the user names it, to import or evaluate it,
+and with `weights_only=True`, which builds tensors and plain containers and runs no code.
 Supported are I-JEPA's `.pth.tar` (`encoder` and `target_encoder`), the same with [CLS]
 as in DSeq-JEPA's release, DINO's `student` and `teacher`, the state dict of any plain ViT with the
-names of timm, MAE, DINOv2 or transformers, and the folders that timm and transformers write
+parameter names of timm, MAE, DINOv2 or transformers, and folders saved by timm and transformers
 (`IJepaModel`, `ViTModel`, `ViTMAEModel`, `Dinov2Model`). Other parts, such as a classifier, are
-left out. The features of an import are compared with those of its own library.
+left out. Imported features are compared with those of the model's own library.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ HEADS = {(1408, 40): 16}
 MLP = "blocks.0.mlp.fc1.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_KEYS = 5000
-"""Maximum number of keys in an encoder's file: those of 400 blocks."""
+"""Maximum number of keys in an encoder's file: enough for 400 blocks."""
 NOT_WEIGHTS = {
     b"version https://git-lfs": "a pointer of Git LFS in place of weights: run git lfs pull",
     b"<!doctype": "a web page in place of weights: download the file itself",
     b"<html": "a web page in place of weights: download the file itself",
 }
-"""First bytes of files that were downloaded the wrong way."""
+"""First bytes of wrongly downloaded files."""
 FROZEN = "evaluate and embed run it frozen, in its own library"
 SCENES = 4
 """Rendered scenes on which an import is compared."""
 BOUND = 1e-5
-"""The largest accepted difference of features, as for exports."""
+"""The largest accepted difference in features, as for exports."""
 
 
 def import_encoder(
@@ -83,7 +83,7 @@ def import_encoder(
     overwrite: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Config:
-    """Write the run folder `out` with one checkpoint; the config that describes the encoder.
+    """Write the run folder `out` with one checkpoint; return the encoder's config.
 
     `tell` receives a message about the parts of the file that were left out.
 
@@ -124,7 +124,7 @@ def read_encoder(
     """The `target` or `context` encoder of a third-party file, in eval mode, and its config: what
     `import_encoder` would write. Errors are the same."""
     built = _built(file, settings, (weights,))
-    if built.folder is not None:  # its settings may say what no shape does
+    if built.folder is not None:  # its settings may say more than shapes
         built.compared()
     return built.encoders[weights], built.config
 
@@ -138,14 +138,14 @@ class _Built:
     config: Config
     left_out: list[str]
     state: Mapping[str, Tensor]
-    """The weights of the first of the encoders by timm's names, as they were stored."""
+    """The first encoder's weights as stored, under timm's names."""
     folder: Folder | None
 
     def compared(self) -> str:
-        """How far its features are from those of its own library, in words.
+        """How much its features differ from its own library's, in words.
 
         Raises:
-            InputError: they are not the same.
+            InputError: they differ too much.
         """
         encoder, size = next(iter(self.encoders.values())), self.config.data.image_size
         library = "timm" if self.folder is None else self.folder.library
@@ -159,7 +159,7 @@ class _Built:
             ours_BLD = encoder.forward_features(images_BCHW)
             try:
                 theirs_BLD = theirs(images_BCHW)
-            except Exception as error:  # on odd settings a library raises whatever it ran into
+            except Exception as error:  # a library may raise anything on odd settings
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise InputError(f"{library} cannot run {self.file}: {reason}") from None
             value = farthest(ours_BLD, theirs_BLD)
@@ -177,7 +177,7 @@ class _Built:
         return f"compared with {library} on {SCENES} rendered scenes: {value:.1e} apart at most"
 
     def _reference(self, encoder: VisionTransformer) -> Callable[[Tensor], Tensor] | None:
-        """What its own library computes of normalized images."""
+        """Its own library's features of normalized images."""
         if self.folder is not None:
             return self.folder.tokens()
         rows, columns = encoder.grid
@@ -190,7 +190,7 @@ class _Built:
             embed_dim=encoder.width,
             depth=encoder.depth,
             num_heads=encoder.heads,
-            mlp_ratio=(hidden + 0.5) / encoder.width,  # timm multiplies and cuts
+            mlp_ratio=(hidden + 0.5) / encoder.width,  # timm truncates the product
             class_token=bool(encoder.prefix),
             no_embed_class=positions == rows * columns,
             qkv_bias="blocks.0.attn.qkv.bias" in self.state,
@@ -234,7 +234,7 @@ def _how(folder: Folder | None) -> str:
 
 
 def _as_said(folder: Folder, settings: ImportConfig) -> ImportConfig:
-    """With what the folder says of that which the settings leave open."""
+    """The settings, with open ones filled in from the folder."""
     chosen = {key: value for key, value in settings.model_dump().items() if value != "auto"}
     open_ = [key for key in ImportConfig.model_fields if key not in chosen]
     said = {key: getattr(folder, key) for key in open_}
@@ -261,7 +261,7 @@ def read_foreign(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except InputError:
         raise
-    except Exception as error:  # on broken bytes torch raises whatever its parsers encounter
+    except Exception as error:  # torch's parsers may raise anything on broken bytes
         raise InputError(
             f"{file} was not read, and no code in it was run: expected only tensors and plain "
             f"values, or the file is damaged ({_reason(error)})"
@@ -315,7 +315,7 @@ def _encoders(file: Path, files: list[Path]) -> dict[str, Any]:
 
 
 def _named(file: Path, state: Any) -> dict[str, Any]:
-    """A state dict without the prefixes of wrappers."""
+    """A state dict without wrapper prefixes."""
     if not isinstance(state, Mapping):
         raise InputError(f"{file} holds no state dict: found {type(state).__name__}")
     if len(state) > MOST_KEYS:
@@ -334,7 +334,7 @@ def _is_beside(name: str) -> bool:
 
 
 def _plain(file: Path, state: Mapping[str, Any], size: int) -> dict[str, Tensor]:
-    """The tensors of an encoder, in float32, read from a file of this many bytes."""
+    """An encoder's tensors in float32, read from a file of `size` bytes."""
     plain: dict[str, Tensor] = {}
     problems = []
     for name, value in state.items():
@@ -344,7 +344,7 @@ def _plain(file: Path, state: Mapping[str, Any], size: int) -> dict[str, Tensor]
             problems.append(f"{name} is {getattr(value, 'dtype', type(value).__name__)}")
         elif value.is_meta or value.layout != torch.strided:
             problems.append(f"{name} has no values, or only some of them")
-        elif value.numel() * value.element_size() > size:  # a view that repeats what is stored
+        elif value.numel() * value.element_size() > size:  # a view that repeats stored values
             problems.append(f"{name} claims more bytes than the file has")
         elif not value.isfinite().all():
             problems.append(f"{name} has non-finite values")
@@ -385,7 +385,7 @@ def _describe(file: Path, state: Mapping[str, Tensor], settings: ImportConfig) -
 
 
 def _patches(file: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The width of the patch embedding, and the side of a patch; `InputError` if this is no ViT."""
+    """The width of the patch embedding, and the patch size; `InputError` if this is not a ViT."""
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
     missing = [key for key in needed if key not in state]
     if missing:
@@ -415,7 +415,7 @@ def _patches(file: Path, state: Mapping[str, Tensor]) -> tuple[int, int]:
 def _image_size(
     file: Path, state: Mapping[str, Tensor], patch: int, settings: ImportConfig
 ) -> tuple[int, int]:
-    """Height and width in pixels that the positions are stored for."""
+    """Height and width in pixels of the stored positions."""
     count = state["pos_embed"].shape[1]
     side = math.isqrt(count)
     if side * side != count and "cls_token" in state:

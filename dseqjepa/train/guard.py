@@ -95,8 +95,8 @@ def loss_and_norm(
 ) -> tuple[float, float]:
     """The mean loss over micro-batches and ranks, and the norm of their common gradient.
 
-    A sum preserves non-finite values of any rank. The host waits for it; besides it only for
-    the sizes of plans and, with several ranks, for the numbers of rows of pooled VICReg.
+    A sum preserves non-finite values of any rank. The host waits for it, and otherwise only
+    for plan sizes and, with several ranks, for the row counts of pooled VICReg.
     """
     norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, torch.distributed.tensor.DTensor):

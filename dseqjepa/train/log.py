@@ -55,7 +55,7 @@ class Window:
         return whole
 
     def add(self, metrics: Mapping[str, Tensor], weight: Tensor, share: float = 1.0) -> None:
-        """The metrics of one batch, which is a `share` of a step and predicted `weight` patches (or
+        """Add a batch's metrics; it is a `share` of a step and predicted `weight` patches (or
         regions)."""
         values = {}
         for key, value in metrics.items():
@@ -113,7 +113,7 @@ class Journal:
         self._writing = threading.RLock()
 
     def rewind(self, step: int, bad: Mapping[str, str]) -> None:
-        """Drop log lines beyond a step and its bad files, which are not in the checkpoint."""
+        """Drop log lines beyond a step, and bad files that are not in the checkpoint."""
         if self.quiet:
             return
         for path in (self.out / "metrics.jsonl", self.out / "skipped.jsonl"):

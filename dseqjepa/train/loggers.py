@@ -55,7 +55,7 @@ class Logger(Protocol):
 def check_loggers(config: LogConfig) -> None:
     """`InputError` for a logger that is not installed."""
     for name in config.to:
-        if find_spec(name) is None:  # each is called like its package
+        if find_spec(name) is None:  # named after its package
             raise InputError(f"log.to={name} is not installed: pip install 'dseqjepa[{name}]'")
 
 
@@ -81,7 +81,7 @@ class Loggers:
             self._behind[name] = _Behind(name, opened, tell)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """The numbers of a line of metrics.jsonl."""
+        """Log the numbers in a metrics.jsonl line."""
         numbers = dict(_numbers(values))
         for logger in self._behind.values():
             logger.tell(lambda to: to.metrics(numbers, int(values["step"])))
@@ -219,7 +219,7 @@ class _Mlflow:
         known = self.client.get_experiment_by_name(project)
         experiment = known.experiment_id if known else self.client.create_experiment(project)
         found = self.client.search_runs([experiment], f"tags.dseqjepa = '{name}'")
-        # It cannot drop what is beyond the checkpoint: that is not logged again.
+        # It cannot drop metrics beyond the checkpoint: skip them when they recur.
         self.last: dict[str, int] = {}
         if found:
             self.run = found[0].info.run_id

@@ -1,7 +1,7 @@
 """The only training loop. It knows no method by name.
 
-Everything that determines a step is a function of its number: the schedules, the order of
-the samples, their keys. A checkpoint therefore contains weights, optimizer state and the position.
+Everything that determines a step (schedules, sample order, sample keys) is a function of
+its number. A checkpoint therefore contains weights, optimizer state and the position.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Probe = Callable[[VisionTransformer], tuple[Mapping[str, float], str]]
 
 
 Picture = Callable[[Method], Image.Image]
-"""A picture of what a method does, for loggers."""
+"""Draws what a method does, for loggers."""
 
 
 class Taken(NamedTuple):
@@ -235,13 +235,13 @@ class Trainer:
         batches: Iterator[Batch],
         accept: Callable[[float, float], bool] = lambda loss, norm: True,
     ) -> Taken:
-        """One optimizer step on the next micro-batches of `batches`, and the EMA after it.
+        """One optimizer step on the next micro-batches of `batches`, then the EMA update.
 
         It does not log, save or guard. `step`, which determines all schedules, advances by one.
 
         Args:
             accept: whether to take a step with this loss and gradient norm. A rejected step changes
-                no weight.
+                no weights.
         """
         schedule, device = self.schedule, self.fabric.device
         set_rates(self.optimizer, schedule.lr(self.step), schedule.weight_decay(self.step))
@@ -311,7 +311,7 @@ class Trainer:
         return batch
 
     def _note_bad(self) -> None:
-        """Record images of all ranks that could not be decoded; too many end the run."""
+        """Record undecodable images of all ranks; too many end the run."""
         for found in self.ranks.share(self.new_bad):
             for name, reason in found.items():
                 self.bad[name] = reason
@@ -381,7 +381,7 @@ class Trainer:
             self.journal.say(f"ALARM at step {self.step}: {verdict}")
 
     def _is_due(self, every: int, epochs_done: int) -> bool:
-        """Whether something is due that happens every `every` epochs (0: never) and at the end."""
+        """Whether a task is due that runs every `every` epochs (0: never) and at the end."""
         is_last = self.step == self.schedule.steps
         return every > 0 and (epochs_done % every == 0 or is_last)
 

@@ -1,11 +1,11 @@
 """The health monitor: the state of a run in numbers and in words.
 
 The targets of a JEPA can collapse while the loss looks excellent: a constant target is easy to
-predict. The statistics are therefore taken across images, on the mean target feature of each, and
-compared with step 0. A verdict needs only the lines of metrics.jsonl, so it can also be computed
-from the file. docs/health.md explains how the thresholds were chosen.
+predict. The statistics are therefore computed across images, on each image's mean target feature,
+and compared with step 0. A verdict needs only the lines of metrics.jsonl, so it can also be
+computed from the file. docs/health.md explains how the thresholds were chosen.
 
-Suffixes: B images, N patches of an image, D width.
+Suffixes: B images, N patches per image, D width.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ LITTLE_SKILL = 0.05
 LEARNING_BY_STEP = 200
 NOTHING_BUT_PLACE = 0.98
 MOSTLY_PLACE = 0.6
-"""Limits on the share of variance between positions: nothing of the image is left in the features,
-and less is left than in a healthy run."""
+"""Limits on the share of variance between positions: above them, features contain nothing of the
+image, or less than in a healthy run."""
 MOSTLY_EMPTY = 0.5
 
 TROUBLES = {
@@ -156,12 +156,12 @@ class Monitor:
 
     def see(self, line: Mapping[str, Any]) -> Verdict | None:
         """The verdict after this line of metrics.jsonl; None for lines without health metrics. A
-        line without `skill` comes from a run that trains no prediction: none is judged."""
+        line without `skill` comes from a run that trains no prediction, so none is judged."""
         self.rang = False
         if "rank_me" not in line:
             return None
         first = self.first = self.first or {key: line[key] for key in FROM_START}
-        # During warm-up a run may take its time.
+        # Slow progress during warm-up is normal.
         settled = line["step"] >= LEARNING_BY_STEP and line["lr"] <= self.peak_lr
         signs = {
             "cosine": line["cosine"] > max(COLLAPSED_COSINE, first["cosine"]),

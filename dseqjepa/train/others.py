@@ -1,7 +1,7 @@
-"""Models of transformers and of timm, as their own libraries run them.
+"""Models of transformers and timm, run by their own libraries.
 
-What is imported is compared with them; what does not fit our encoder is evaluated through them. No
-code that lies in a folder is run, and nothing is fetched.
+Imports are compared with them; models that do not fit our encoder are evaluated through them. No
+code in a folder is run, and nothing is downloaded.
 
 Suffixes: B images, C colours, H and W pixels, N patches, L tokens, D width.
 """
@@ -26,19 +26,19 @@ from dseqjepa.config import Colours
 from dseqjepa.errors import InputError
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-"""Where a folder keeps them, the best first; large models have several files."""
+"""File patterns, the preferred one first; large models have several files."""
 NORMS = ("layernorm", "norm", "post_layernorm")
-"""What models of transformers call their final norm."""
+"""Names of the final norm in transformers' models."""
 CLASS_TOKENS = ("cls_token", "class_embedding", "class_token")
 MOST_TEXT = 2**20
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A model that transformers or timm wrote: `config` is its config.json.
+    """A model saved by transformers or timm; `config` is its config.json.
 
-    What is read of it is None where the folder does not state it, and an `InputError` that names
-    file and key where it is unusable.
+    A property is None if the folder does not state it; an unusable value raises an `InputError`
+    that names the file and key.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Folder:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels that positions are stored for."""
+        """Height and width in pixels of the stored positions."""
         keys: tuple[str, ...] = ("image_size",)
         if self.library == "timm":
             keys = ("model_args.img_size", "pretrained_cfg.input_size", "input_size")
@@ -70,12 +70,12 @@ class Folder:
 
     @property
     def mean(self) -> Colours | None:
-        """By which images are normalized."""
+        """Mean for normalizing images."""
         return self._colours("mean", _is_colours, "three finite numbers")
 
     @property
     def std(self) -> Colours | None:
-        """By which images are normalized."""
+        """Std for normalizing images."""
         return self._colours(
             "std",
             lambda value: _is_colours(value) and min(value) > 0,
@@ -83,7 +83,7 @@ class Folder:
         )
 
     def check_images(self) -> None:
-        """`InputError` if what is said of images is unusable: the libraries do not look."""
+        """`InputError` if an image setting is unusable: the libraries do not check."""
         _ = self.image_size, self.mean, self.std
 
     def _colours(self, key: str, fits: Callable[[Any], bool], expected: str) -> Colours | None:
@@ -100,7 +100,7 @@ class Folder:
         expected: str,
         file: str = "config.json",
     ) -> Any:
-        """The value of the first of these dotted keys that a file has, or None."""
+        """The value of the first of these dotted keys found in a file, or None."""
         path, values = self.path / file, self.config
         if file != "config.json":
             values = _json(path) if path.is_file() else {}
@@ -118,7 +118,7 @@ class Folder:
         return None
 
     def tokens(self) -> Callable[[Tensor], Tensor]:
-        """What its library makes of normalized images: tokens (B, L, D) after the final norm."""
+        """Its library's model: normalized images to tokens (B, L, D) after the final norm."""
         if self.library == "timm":
             model = timm_model(f"local-dir:{self.path}", pretrained=True)
             return lambda images_BCHW: model.eval().forward_features(images_BCHW)
@@ -148,7 +148,7 @@ def _is_colours(value: Any) -> bool:
 
 
 def folder_of(path: Path) -> Folder:
-    """The model in a folder; `InputError` where neither library has written one."""
+    """The model in a folder; `InputError` if neither library wrote it."""
     if not path.is_dir():
         raise InputError(f"{path} is no folder: expected one that transformers or timm wrote")
     if not (path / "config.json").is_file():
@@ -176,7 +176,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither bars nor warnings of a library that loads a model: what matters is an error here."""
+    """Hide progress bars and warnings of model loading: those that matter are errors here."""
     from transformers.utils import logging as theirs
 
     level = theirs.get_verbosity()
@@ -192,11 +192,11 @@ def _quiet() -> Iterator[None]:
 
 
 def hugging_face(folder: Folder, seed: int | None = None) -> nn.Module:
-    """The model of a folder, in float32; with a `seed` one of its shape with random weights.
+    """Load a folder's model in float32; with a `seed`, its architecture with random weights.
 
     Raises:
-        InputError: transformers is not installed, does not know such a model, or cannot load it
-            with all of its weights.
+        InputError: transformers is not installed, does not know the model, or cannot load all of
+            its weights.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -216,7 +216,7 @@ def hugging_face(folder: Folder, seed: int | None = None) -> nn.Module:
             model, info = transformers.AutoModel.from_pretrained(
                 folder.path, **where, dtype=torch.float32, output_loading_info=True
             )
-    except Exception as error:  # on what it does not know it raises whatever it ran into
+    except Exception as error:  # it raises arbitrary exceptions on unknown models
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"transformers cannot load {folder.path}: {reason}") from None
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
@@ -227,12 +227,12 @@ def hugging_face(folder: Folder, seed: int | None = None) -> nn.Module:
 
 
 def _vision(model: Any) -> nn.Module:
-    """Of a model of images and text the part that sees."""
+    """The vision tower of an image-text model."""
     return getattr(model, "vision_model", model)
 
 
 class HuggingFace(nn.Module):
-    """A vision model of transformers: normalized images to the tokens of its last blocks."""
+    """A transformers vision model: normalized images to the tokens of its last blocks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -248,14 +248,14 @@ class HuggingFace(nn.Module):
         return next((part for part in found if isinstance(part, nn.Module)), nn.Identity())
 
     def forward(self, images_BCHW: Tensor, last: int) -> list[Tensor]:
-        """Tokens (B, L, D), or maps (B, D, rows, columns), of the `last` blocks or stages as far as
-        they are of one shape, each after the final norm."""
+        """Tokens (B, L, D), or maps (B, D, rows, columns), of the `last` blocks or stages, as far
+        back as shapes match, each after the final norm."""
         more: dict[str, Any] = {"output_hidden_states": True}
         size = getattr(self.model.config, "image_size", None)
         own = [size, size] if isinstance(size, int) else list(size or ())
         if "interpolate_pos_encoding" in self.takes and list(images_BCHW.shape[2:]) != own:
             more["interpolate_pos_encoding"] = True
-        if "noise" in self.takes:  # MAE: nothing is masked, and the patches stay in their order
+        if "noise" in self.takes:  # MAE: mask nothing, and keep the patches in order
             side: int = self.model.config.patch_size  # type: ignore[union-attr,assignment]
             patches = (images_BCHW.shape[2] // side) * (images_BCHW.shape[3] // side)
             order_BN = torch.arange(patches, device=images_BCHW.device)
@@ -274,7 +274,7 @@ class HuggingFace(nn.Module):
 
 
 def timm_library() -> Any:
-    """The package; `InputError` where it is not installed."""
+    """The timm package; `InputError` if not installed."""
     try:
         import timm
     except ModuleNotFoundError:
@@ -285,19 +285,19 @@ def timm_library() -> Any:
 
 
 def timm_model(name: str, pretrained: bool, **more: Any) -> Any:
-    """A model of timm without a classifier; `InputError` where there is none."""
+    """A timm model without a classifier; `InputError` if timm cannot make it."""
     try:
         return timm_library().create_model(name, pretrained=pretrained, num_classes=0, **more)
     except InputError:
         raise
-    except Exception as error:  # on what it does not know it raises whatever it ran into
+    except Exception as error:  # it raises arbitrary exceptions on unknown models
         reason = " ".join(str(error).split()[:60]) or type(error).__name__
         raise InputError(f"timm cannot make {name}: {reason}") from error
 
 
 def timm_vit(state: Mapping[str, Tensor], **shape: Any) -> Callable[[Tensor], Tensor] | None:
     """timm's plain ViT with these weights: normalized images to tokens (B, L, D) after the final
-    norm. None where timm is not installed."""
+    norm. None if timm is not installed."""
     try:
         from timm.models.vision_transformer import VisionTransformer
     except ModuleNotFoundError:

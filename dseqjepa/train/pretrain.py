@@ -79,7 +79,7 @@ def pretrain(
         allow_changed: what may differ from the resumed run: "config", "data".
         source: replaces the data named in the config, if already open.
         probe: the online evaluation.
-        console: where lines for people are printed.
+        console: for human-readable output.
         runtime: the devices, if already connected.
         stop_after: stop after this step, as on SIGTERM.
         preset: the preset that the config was made from, recorded in run.jsonl.
@@ -164,7 +164,7 @@ def _begin(
     allow_changed: Collection[str],
     is_timed: bool,
 ) -> tuple[Start, Config]:
-    """What a run starts from, and its config, with the epochs that a timed run chose."""
+    """What a run starts from, and its config with the epochs that a timed run chose."""
     if resume is False or (resume == "auto" and not holds_checkpoint(out)):
         return Start(init_from=starting_weights(config, init_from)), config
     checkpoint = _checkpoint_of(out, None if resume is True or resume == "auto" else resume)
@@ -210,8 +210,8 @@ def open_training_source(config: Config) -> Source:
 def fitting(config: Config, source: Source) -> Config:
     """The config with every `auto` resolved for this data.
 
-    Raises `InputError` if nothing can be decoded, there are too few images, a window but no
-    shards, a regularizer that sees one image at a time, or the model does not fit in memory.
+    Raises `InputError` if no image can be decoded or there are too few, for a window without
+    shards, a regularizer that sees one image at a time, or a model too large for the memory.
     """
     kind, batch, parts = config.method.regularizer, config.data.batch_size, config.optim.accumulate
     if kind != "none" and batch == parts:
@@ -267,7 +267,7 @@ def _memory(runtime: RuntimeConfig) -> int:
 
 
 def _check_some_decode(source: Source, name: str) -> None:
-    """Data of which nothing can be read is an input error, not a failed run."""
+    """Entirely unreadable data is an input error, not a failed run."""
     reasons = []
     for index in range(0, len(source), max(len(source) // 16, 1)):
         try:

@@ -1,6 +1,6 @@
-"""Some steps of a run before it starts: how long they take, what memory they need, who waits.
+"""Measures some steps of a run before it starts: their time, memory and waits for data.
 
-The steps are the trainer's own, on the real data, with the real loader. Nothing is written.
+The steps are the trainer's own, with the real data and loader. Nothing is written.
 
 Suffixes: B images, N patches.
 """
@@ -35,49 +35,49 @@ from dseqjepa.train.trained_on import crops_of
 
 WARM_UP, STEPS = 1, 4
 FIRST_BATCH = 16
-"""The first steps are small: they tell whether the real ones fit into memory and patience."""
+"""Size of the first steps: small, to predict whether larger ones fit in memory and time."""
 LONGEST_STEP = 5.0
 LONGEST = 12.0
-"""Seconds: of one step, and of all steps of one kind."""
+"""Seconds allowed for a step, and for all of one kind."""
 CAUTION = 0.8
-"""The share of the free memory that a rehearsed step may be expected to take."""
+"""Maximum share of free memory that a rehearsed step may be expected to use."""
 PLAN_IMAGES = 128
 """Images whose plans are counted."""
 LARGE = 200_000_000
 SHALLOW, FEW, FEW_PLANS = 4, 2, 16
-"""On a CPU, an encoder with at least `LARGE` parameters is measured with `SHALLOW` of its blocks,
-`FEW` images at first and the plans of `FEW_PLANS`: the whole would take minutes, and perhaps more
-memory than there is."""
+"""On a CPU, an encoder with at least `LARGE` parameters is measured with `SHALLOW` blocks, first
+on `FEW` images, and with the plans of `FEW_PLANS`: the whole encoder would take minutes, and
+perhaps more memory than there is."""
 KEPT = {"bf16": 36, "fp32": 64}
-"""Bytes that autograd keeps per channel of a token in a block. In bf16: the inputs of two norms 4
-each, their outputs 2 each, queries, keys and values 6, the output of attention 2, the hidden layer
-before and after its activation 8 each; in fp32 all but the inputs of norms take twice as much."""
+"""Bytes that autograd saves per token, channel and block. In bf16: 4 for the input of each of two
+norms, 2 for its output, 6 for queries, keys and values, 2 for the attention output, 8 each for the
+hidden layer before and after its activation; in fp32 all but the norm inputs take twice as much."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Steps at one point of the training, as measured."""
+    """Measured speed of steps at one point of training."""
 
     images_per_s: float
     waiting: float
-    """The share of the time spent waiting for data."""
+    """Share of time spent waiting for data."""
     tokens: Tokens
-    """Of `tokens.images` images."""
+    """For `tokens.images` images."""
     flops: float
-    """Of one image (`model.flops`)."""
+    """Per image (`model.flops`)."""
 
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Seconds of a run's first epoch, in which every image is decoded, and of each later one."""
+    """Seconds for a run's first epoch, which decodes every image, and for each later one."""
 
     first: float
     later: float
 
     @classmethod
     def of(cls, images: int, paces: Sequence[tuple[float, float]], is_cached: bool) -> EpochTimes:
-        """Of epochs of `images` images, at a pace that changes evenly between the first and the
-        last of `paces`: (images a second, share of the time spent waiting for data)."""
+        """Times for epochs of `images` images, at a pace that changes linearly from the first to
+        the last of `paces`: (images per second, share of time spent waiting for data)."""
 
         def mean(seconds: Sequence[float]) -> float:
             return images * sum(seconds) / len(seconds)
@@ -87,63 +87,62 @@ class EpochTimes:
         return cls(mean(whole), mean(computing if is_cached else whole))
 
     def of_run(self, epochs: int) -> float:
-        """Seconds of a run of `epochs` epochs."""
+        """Seconds for `epochs` epochs."""
         return self.first + (epochs - 1) * self.later
 
     def epochs_within(self, seconds: float) -> int:
-        """The most epochs, and at least one."""
+        """How many epochs fit; at least one."""
         return max(1, 1 + math.floor((seconds - self.first) / self.later))
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a run will cost on one device; `batch` images are what it sees at a time there."""
+    """The predicted cost of a run on one device, which sees `batch` images at a time."""
 
     batch: int
     measured_batch: int
-    """Smaller than `batch` where that would need too much time or memory: then times and memory
-    are carried over in proportion."""
+    """Smaller than `batch` if that would take too much time or memory; times and memory are then
+    scaled in proportion."""
     measured_depth: int
-    """Blocks of the encoder that was measured; fewer than it has if it is large: then times are
-    carried over in proportion to FLOPs, and memory is computed (`activations`)."""
+    """Number of encoder blocks measured; fewer than all if the encoder is large: times are then
+    scaled by FLOPs, and memory is computed (`activations`)."""
     steps_per_epoch: int
     steps: int
     """Optimizer steps of the whole run."""
     start: Pace
     end: Pace
     memory: int
-    """Peak bytes of a step: of the device, or of this process beyond what it had before."""
+    """Peak bytes of a step: on the device, or in this process beyond what it had before."""
     memory_free: int
     state: int
-    """Bytes of weights, their gradients, the target and the optimizer's moments, of the above."""
+    """The part of `memory` for weights, gradients, the target and optimizer moments."""
     loader_images_per_s: float
-    """Of the loader alone, nothing else running."""
+    """Loader speed with nothing else running."""
     cache: int
-    """Bytes that decoded images will fill in the first epoch."""
+    """Bytes of decoded images cached in the first epoch."""
     other_precision: float | None
-    """On a CPU: how many times faster steps are in fp32 than in bf16, or the other way round for a
-    run in fp32."""
+    """On a CPU, the speed-up from the other precision: fp32 for a run in bf16, and vice versa."""
 
     @property
     def images_per_s(self) -> float:
-        """Over the whole run, whose plans change evenly from those of its start to its end."""
+        """Throughput over the whole run, whose plans change linearly from start to end."""
         return 2 / (1 / self.start.images_per_s + 1 / self.end.images_per_s)
 
     def epoch_times(self, config: Config) -> EpochTimes:
-        """Of the whole run, were its devices to say nothing to each other."""
+        """Epoch times on all devices, ignoring their communication."""
         devices = config.runtime.devices
         paces = [(pace.images_per_s * devices, pace.waiting) for pace in (self.start, self.end)]
         images = self.steps_per_epoch * config.data.batch_size
         return EpochTimes.of(images, paces, self.cache > 0)
 
     def of_epochs(self, epochs: int) -> Rehearsal:
-        """The same of a run of another length."""
+        """The same for `epochs` epochs."""
         return replace(self, steps=epochs * self.steps_per_epoch)
 
 
 class _Stage:
-    """A trainer that can be asked for any step. `whole` is the method whose cost is wanted, if it
-    is not the trainer's."""
+    """A trainer that can take any step. `whole` is the method whose cost is wanted, if not the
+    trainer's."""
 
     def __init__(
         self,
@@ -162,7 +161,7 @@ class _Stage:
         self.batches = _endless(self.trainer.loader)
 
     def time(self, share: float, steps: int) -> tuple[float, float]:
-        """(images a second, share of the time spent waiting) of steps at a share of the run."""
+        """Measure steps at `share` of the run: (images per second, share of time waiting)."""
         trainer = self.trainer
         place = round(share * (trainer.schedule.steps - 1))
         clock = Clock()
@@ -182,7 +181,7 @@ class _Stage:
         return seen["images_per_s"], seen["data_wait_share"]
 
     def pace(self, share: float) -> Pace:
-        """Steps at a share of the run, and their plans."""
+        """Measure steps and plans at `share` of the run."""
         rate, waiting = self.time(share, STEPS)
         tokens = self.plans(share)
         here, whole = (
@@ -205,8 +204,8 @@ class _Stage:
             torch.cuda.synchronize()
 
     def activations(self, before: int) -> int:
-        """The most bytes of the device, or of this process beyond the `before` that it had, without
-        the state of the method."""
+        """Peak bytes on the device, or in this process beyond `before`, without the method's
+        state."""
         if self.trainer.fabric.device.type == "cuda":
             most = torch.cuda.max_memory_allocated()
         else:
@@ -214,7 +213,7 @@ class _Stage:
         return max(most - state_bytes(self.trainer.method), 0)
 
     def plans(self, share: float) -> Tokens:
-        """What the plans of some real images need, as this trainer's target sees them."""
+        """Count the tokens in plans of some real images, as the trainer's target sees them."""
         method, device = self.trainer.method, self.trainer.fabric.device
         total = Tokens(0, 0, 0, 0, 0, 0)
         wanted = PLAN_IMAGES if self.whole is method else min(FEW_PLANS, PLAN_IMAGES)
@@ -229,7 +228,7 @@ class _Stage:
         return total
 
     def close(self) -> None:
-        """End the loader's processes, and let go of the modules."""
+        """Stop the loader's processes and free the modules."""
         self.trainer.loader.close()
         del self.trainer, self.batches
         gc.collect()
@@ -241,16 +240,16 @@ def rehearse(
     weights: Checkpoint | None = None,
     tell: Callable[[str], None] = lambda phase: None,
 ) -> Rehearsal:
-    """Measure a run that `pretrain.fitting` has let pass; see `Rehearsal`. `tell` is called with
-    what is measured next.
+    """Measure a run that `pretrain.fitting` has accepted; see `Rehearsal`. `tell` receives what
+    is measured next.
 
-    A run on several devices is measured on one of them, without what they say to each other.
+    A run on several devices is measured on one of them, without communication.
     """
     batch = config.data.batch_size // (config.optim.accumulate * config.runtime.devices)
     whole = _without_values(config)
     is_large = weights is None and _is_on_cpu(config) and _parameters(whole.encoder) >= LARGE
     as_measured = _shallow(config) if is_large else config
-    # Before the first stage: what that frees stays with the process, and the next one takes it.
+    # Before the first stage: memory that it frees stays with the process, for the next to use.
     before, free = resident(), available_memory()
     small = min(batch, FEW if is_large else FIRST_BATCH)
     tell(f"steps of {small} images")
@@ -260,7 +259,7 @@ def rehearse(
     a_image = first.activations(before) / small
     device = first.trainer.fabric.device
     on_cpu = device.type == "cpu"
-    if device.type == "cuda":  # what this process has reserved is free for the next stage
+    if device.type == "cuda":  # the next stage can use what this process has reserved
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     first.close()
     if on_cpu:
@@ -308,7 +307,7 @@ def rehearse(
 def time_epochs(
     config: Config, source: Source, weights: Checkpoint | None, runtime: Runtime
 ) -> EpochTimes:
-    """What the epochs of a run take, by some of its steps on all its ranks; theirs are the same."""
+    """Estimate a run's epoch times from some steps on all ranks, which get the same result."""
     stage = _Stage(config, source, weights, runtime)
     paces = [stage.time(share, STEPS) for share in (0.0, 1.0)]
     images = stage.trainer.schedule.steps_per_epoch * config.data.batch_size
@@ -339,7 +338,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _shallow(config: Config) -> Config:
-    """The run with at most `SHALLOW` encoder blocks; settings of a later one name the last."""
+    """The run with at most `SHALLOW` encoder blocks; settings beyond them are clamped."""
     depth = min(config.model.depth, SHALLOW)
     method, cut = {}, config.method.cut
     if cut is not None:
@@ -355,7 +354,7 @@ def _shallow(config: Config) -> Config:
 
 
 def _cache_bytes(config: Config, source: Source, ranks: int) -> int:
-    """What decoded images will take of the memory; 0 where they are decoded anew in each epoch."""
+    """Bytes of decoded images to cache; 0 if every epoch decodes them again."""
     if config.data.cache == "none":
         return 0
     return room_for(source, crops_of(config).reduction, ranks=ranks)
@@ -377,13 +376,13 @@ def _loader_alone(config: Config, source: Source, batch: int) -> float:
         seed=config.runtime.seed,
         workers=config.data.workers,
     )
-    ahead = 2 * config.data.workers  # batches that lie ready when the first is handed out
+    ahead = 2 * config.data.workers  # batches prefetched when the first is returned
     batches = _endless(loader)
     for _ in range(ahead + 1):
         next(batches)
     began = time.perf_counter()
     images, seconds = 0, 0.0
-    # Where an epoch is short all of it may lie ready at once: so over many times as many.
+    # A short epoch may be prefetched entirely, so many times as many batches are timed.
     while images < (8 + 4 * ahead) * batch and seconds < LONGEST / 3:
         next(batches)
         images += batch
@@ -398,7 +397,7 @@ def _endless(loader: Loader) -> Iterator[Batch]:
 
 
 def state_bytes(method: Method) -> int:
-    """Weights and target, and for what is trained its gradient and the two moments of AdamW."""
+    """Bytes of all parameters, plus gradients and both AdamW moments of trained ones."""
     parameters = list(method.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters)
     return size + 3 * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
@@ -409,23 +408,23 @@ def activations(method: Method, tokens: Tokens, precision: str) -> float:
     encoder, predictor = method.encoder, method.predictor
     numbers = tokens.encoder * encoder.width * len(encoder.blocks)
     numbers += tokens.predictor * predictor.embed.out_features * len(predictor.blocks)
-    # The target keeps nothing for a backward pass, but one of its blocks is in memory at a time.
+    # The target saves nothing for a backward pass, but one block at a time is in memory.
     patches = encoder.grid[0] * encoder.grid[1] + encoder.prefix
     return KEPT[precision] * (numbers / tokens.images + patches * encoder.width)
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 on systems that do not say."""
+    """Resident bytes of this process; 0 if the system reports none."""
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The most that `resident` has been since `reset_peak`."""
+    """The maximum of `resident` since `reset_peak`."""
     return _status("VmHWM")
 
 
 def reset_peak() -> None:
-    """Let `peak` begin anew, of the process and of the GPU."""
+    """Reset the peak memory of the process and of the GPU."""
     file = Path("/proc/self/clear_refs")
     if file.exists():
         file.write_text("5", encoding="utf-8")

@@ -55,7 +55,7 @@ class Launch:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Launch:
-    """From the variables of `torchrun`, or of `srun` with several tasks, or a single process."""
+    """The launch, from the variables of `torchrun` or multi-task `srun`; else one process."""
 
     def number(key: str, default: int = 0) -> int:
         text = environment.get(key, str(default))
@@ -102,23 +102,23 @@ class Runtime:
     """Whether parameters are sharded over the ranks."""
 
     def build(self, config: Config) -> Method:
-        """The method of a config; if it is to be sharded, with this rank's rows only."""
+        """The method of a config; if sharded, with only this rank's rows."""
         if not self.is_sharded:
             return build_method(config)
         with keeping_rows(self.ranks.rank, self.ranks.world):
             return build_method(config)
 
     def setup(self, method: nn.Module) -> Any:
-        """The method on its device, its gradients averaged over the ranks."""
+        """The method on its device, with gradients averaged over ranks."""
         return self.fabric.setup_module(method, move_to_device=not self.is_sharded)
 
 
 OWN_OF_A_RANK = {"data.source", "data.workers", "data.cache"}
-"""Settings in which ranks may differ: the path of the images may differ between machines."""
+"""Settings that may differ between ranks: machines may store images at different paths."""
 
 
 def connect(config: Config) -> Runtime:
-    """`join`, for training, which needs float64 on the device: a Mac trains on its CPU.
+    """`join` for training, which needs float64 on the device: a Mac trains on its CPU.
 
     `InputError` if the batch is not divisible by the ranks, or for `runtime.accelerator=mps`.
     """
@@ -169,7 +169,7 @@ def join(runtime: RuntimeConfig, alike: Mapping[str, Any], problem: str = "") ->
     if is_sharded:
         strategy = ModelParallelStrategy(shard, here.world, 1, timeout=timeout)
     elif here.world > 1:
-        # Buffers are constants. The name of the setting depends on the version of torch.
+        # Buffers are constant. The setting's name depends on the torch version.
         known = inspect.signature(DistributedDataParallel).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         unsynced: dict[str, Any] = {name: False}
@@ -240,7 +240,7 @@ def _problem(runtime: RuntimeConfig, here: Launch) -> str:
 def _meet(
     here: Launch, timeout_s: float, alike: Mapping[str, Any], problem: str
 ) -> torch.distributed.Store:
-    """With the address from torchrun or SLURM."""
+    """`meet` at torchrun's or SLURM's address."""
     cluster = here.cluster()
     os.environ["MASTER_ADDR"] = cluster.main_address
     os.environ.setdefault("MASTER_PORT", str(cluster.main_port))
@@ -249,7 +249,7 @@ def _meet(
 
 
 def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) -> None:
-    """torch's process group over our own store, for Fabric to find."""
+    """Create torch's process group on our store for Fabric to find."""
     device = fabric.device
     torch.distributed.init_process_group(
         torch.distributed.Backend.default_device_backend_map.get(device.type, "gloo"),
@@ -262,7 +262,7 @@ def _init_group(fabric: Fabric, here: Launch, store: Any, timeout: timedelta) ->
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of device, and which model of it where there are several."""
+    """The device type, or the model name of a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -342,7 +342,7 @@ def spread(devices: int, arguments: list[str], grace_s: float) -> int:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(devices)}
             command = [sys.executable, "-m", "dseqjepa", *arguments]
             children.append(subprocess.Popen(command, env=os.environ | shared | own))
-            if asked:  # not all of them have heard it, and none has begun
+            if asked:  # not all received it, and none has started
                 return 128 + asked[0]
         return _outcome(children, grace_s)
     finally:

@@ -39,7 +39,7 @@ def shard(method: nn.Module, mesh: Any) -> nn.Module:
 
 
 def _joined(rows: Tensor, parameter: DTensor) -> DTensor:
-    """This rank's rows, as the part that they are of a tensor sharded like the parameter."""
+    """Wrap this rank's rows as its shard of a tensor sharded like the parameter."""
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
     return DTensor.from_local(
         rows.to(mesh.device_type), mesh, parameter.placements, shape=shape, stride=stride
@@ -52,13 +52,13 @@ def _own_rows(whole: Tensor, parameter: DTensor) -> Tensor:
 
 
 def first_row(sharded: DTensor) -> int:
-    """Where this rank's rows begin."""
+    """Index of this rank's first row."""
     mesh, rows = sharded.device_mesh, len(sharded)
     return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
 
 
 def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a whole tensor on the parameter's device, sharded as it is; a scalar stays whole.
+    """A copy of a whole tensor on the parameter's device, sharded like it; a scalar stays whole.
 
     A copy, because tensors read from a file are views into it, which would keep it open.
     """

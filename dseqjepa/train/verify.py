@@ -45,7 +45,7 @@ class Row:
 def compare_resumed(config: Config, steps: int) -> list[Row]:
     """Train `steps` steps in one process and in two, and compare the final states bit by bit.
 
-    The data is the config's. `InputError` for a config of several devices.
+    The data is the config's. `InputError` for a config with several devices.
     """
     if config.runtime.devices > 1:
         raise InputError("verify-resume runs on one device: leave out runtime.devices")
