@@ -1,7 +1,7 @@
 """Pages of pictures: matplotlib figures laid out in inches, without pyplot and its global state.
 
-A page has a title, the drawing, and a caption that explains it. Importing this file without
-matplotlib raises an error that says what to install.
+A page has a title, a drawing, and an explanatory caption. Importing this file without matplotlib
+raises an error that says what to install.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ WIDTH = 10.0
 """Maximum width of a row of tiles, in inches."""
 MARGIN, GAP = 0.25, 0.1
 TITLE, TEXT, SMALL = 13.0, 9.5, 8.5  # points
-LINE = 1.4  # of a text's size
-KEY = 0.42  # inches of a legend's mark, and between columns
+LINE = 1.4  # times the font size
+KEY = 0.42  # inches for a legend's mark and the gap between columns
 TILE_PIXELS = 288
 FORMATS = ("png", "pdf", "svg")
 
@@ -55,7 +55,7 @@ def colour(rgb: Sequence[int] | NDArray[np.integer]) -> tuple[float, float, floa
 
 @dataclass(frozen=True)
 class Page:
-    """A figure with positions in inches from the top left corner of the drawing."""
+    """A figure, with positions in inches from the top left corner of the drawing."""
 
     figure: Figure
     top: float
@@ -76,7 +76,7 @@ class Page:
         full_width, full_height = self.figure.get_size_inches()
         settings = {"ha": "left", "color": colour(INK)} | style
         for number, line in enumerate(text.split("\n")):
-            # By the baseline: the top of a text depends on its letters.
+            # Aligned by baseline: the top of a text depends on its letters.
             down = self.top + y + number * inches_of(size) + 1.05 * size / 72
             at = ((MARGIN + x) / full_width, 1 - down / full_height)
             # Names of files and classes are text, not formulas.
@@ -85,7 +85,7 @@ class Page:
     def tile(
         self, x: float, y: float, width: float, tile: Image.Image, grid: tuple[int, int]
     ) -> Axes:
-        """A tile whose axes count patches: x to the right, y downwards."""
+        """A tile with axes in units of patches: x to the right, y downwards."""
         axes = self.axes(x, y, width, width * tile.height / tile.width)
         rows, columns = grid
         axes.imshow(
@@ -136,7 +136,7 @@ class Page:
             text.set_parse_math(False)
 
     def heat_bar(self, x: float, y: float, width: float, label: str, ends: tuple[str, str]) -> None:
-        """The colour bar of a heat map between its limits, with the label above."""
+        """A heat map's colour bar, with its label above and its limits below."""
         height = 0.12
         self.text(x, y, label, SMALL, color=colour(MUTED))
         lines = 1 + label.count("\n")
@@ -165,12 +165,12 @@ def new_page(width: float, height: float, title: str, caption: str) -> Page:
 
 
 def inches_of(size: float) -> float:
-    """The height of a line of text of this size in points."""
+    """The line height of text of this size in points."""
     return LINE * size / 72
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """Wrap text to lines of at most this width in inches; a longer word gets its own line."""
+    """Wrap text to lines of at most `width` inches; a longer word gets its own line."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -229,7 +229,7 @@ def note(axes: Axes, text: str) -> None:
 def write_numbers(
     axes: Axes, rank_hw: NDArray[np.integer], size: float = 11, count: int | None = None
 ) -> None:
-    """Each region's number, rank + 1, inside it. A rank of `count` or more is no region."""
+    """Write each region's number, rank + 1, inside it; ranks from `count` on are not regions."""
     for rank in numbered(rank_hw, count):
         row, column = label_patch(rank_hw == rank)
         axes.text(
@@ -324,6 +324,6 @@ def tile_table(
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the path's extension; equal figures give equal bytes."""
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    # Names inside the file would be random without the salt.
+    # Without the salt, ids inside the file would be random.
     with rc_context({"svg.hashsalt": "dseqjepa"}), replacing(Path(path)) as unfinished:
         figure.savefig(unfinished, metadata=dates.get(unfinished.suffix[1:]))

@@ -25,7 +25,7 @@ Labels = Int64[np.ndarray, " T"]
 
 
 def cluster(features_TD: Float[np.ndarray, "T D"], clusters: int) -> Labels:
-    """k-means (k-means++, the best of several starts) of patches; cluster 0 is the largest.
+    """k-means of patches (k-means++, the best of several starts); cluster 0 is the largest.
 
     Equal features give equal clusters. With too few distinct patches, some clusters stay empty.
     """
@@ -45,7 +45,7 @@ def cluster(features_TD: Float[np.ndarray, "T D"], clusters: int) -> Labels:
 def match_labels(reference_T: Labels, label_T: Labels, clusters: int) -> Labels:
     """The same clusters, renumbered so that most patches keep the reference's number.
 
-    Uses the Hungarian algorithm on the numbers of patches that two clusters share.
+    Uses the Hungarian algorithm on the number of patches shared by two clusters.
     """
     shared_KK = np.zeros((clusters, clusters), np.int64)
     np.add.at(shared_KK, (label_T, reference_T), 1)

@@ -18,10 +18,10 @@ from dseqjepa.viz.trace import Trace
 def regions_sheet(
     images_BCHW: UInt8[Tensor, "B 3 _ _"], traces: Mapping[str, Sequence[Trace]]
 ) -> Figure:
-    """One row per image: the image, then saliency and regions of each method.
+    """One row per image: the image, then each method's saliency and regions.
 
     Args:
-        traces: label of the method -> its trace of every image.
+        traces: method's label -> its trace of every image.
     """
     rows = []
     for number, image_CHW in enumerate(images_BCHW):

@@ -1,4 +1,4 @@
-"""Confusion matrices, with the accuracy of every class.
+"""Confusion matrices, with per-class accuracy.
 
 Suffixes: C classes.
 """
@@ -26,7 +26,7 @@ from dseqjepa.viz.style import INK, MUTED, PAPER
 from dseqjepa.viz.tiles import heat_of
 
 MOST = 30
-"""Maximum number of classes shown: those with the most confused images."""
+"""Maximum number of classes shown: those with the most misclassified images."""
 NUMBERED = 12
 """Up to this many classes, cells show numbers."""
 CELL, SMALL_CELL = 0.42, 0.22
@@ -41,7 +41,7 @@ def confusion_sheet(matrices: Mapping[str, Matrix]) -> Figure:
     """One matrix per kind of label, stacked.
 
     Args:
-        matrices: by the name of the labels.
+        matrices: name of the labels -> matrix.
     """
     shown = {task: _table(*matrix) for task, matrix in matrices.items()}
     plans = {task: _Plan(names) for task, (_, names) in shown.items()}
@@ -83,7 +83,7 @@ class _Plan:
 def _table(
     found: Mapping[str, Mapping[str, int]], names: Sequence[str]
 ) -> tuple[NDArray[np.int64], Sequence[str]]:
-    """A matrix of counts; with many classes, only of the worst."""
+    """A matrix of counts with row totals; with many classes, only the worst."""
     if len(names) > MOST:
         wrong = {name: sum(said.values()) - said.get(name, 0) for name, said in found.items()}
         chosen = set(sorted(wrong, key=lambda name: -wrong[name])[:MOST])

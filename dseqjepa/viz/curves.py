@@ -1,4 +1,4 @@
-"""Training curves: the metrics of metrics.jsonl over the steps."""
+"""Training curves: the metrics of metrics.jsonl by step."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def series_of(metrics: Metrics, key: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of a metric; for a list one series per entry, numbered from 1.
+    """A metric's steps and values; a list gives one series per entry, numbered from 1.
 
-    Lines without the metric, and entries that are null, are left out.
+    Lines without the metric and null entries are left out.
     """
     series: dict[str, tuple[list[int], list[float]]] = {}
     for row in metrics:
@@ -65,12 +65,12 @@ def series_of(metrics: Metrics, key: str) -> dict[str, tuple[list[int], list[flo
 
 
 def curves(runs: Mapping[str, Metrics]) -> Figure:
-    """One chart per topic over the training steps; runs are distinguished by dashes.
+    """One chart per topic, by training step; runs are distinguished by dashes.
 
     Args:
-        runs: label of a run -> its metrics, from `read_metrics`.
+        runs: run's label -> its metrics, from `read_metrics`.
 
-    A metric that no run has (regions of I-JEPA, a disabled probe) has no chart.
+    Metrics that no run has (regions for I-JEPA, a disabled probe) get no chart.
     """
     panels = [
         panel

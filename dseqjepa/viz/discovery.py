@@ -25,7 +25,7 @@ HEADINGS = {
 
 class Discovered(NamedTuple):
     """An image, the share of each patch covered by objects, maps by name, and ranks by kind of
-    regions."""
+    region."""
 
     name: str
     image_CHW: Tensor
@@ -39,7 +39,7 @@ def discovery_sheet(
     grid: tuple[int, int],
     cut: CutConfig,
 ) -> Figure:
-    """One row per image: objects, every map of the encoder, and the regions of its own map.
+    """One row per image: objects, each of the encoder's maps, and the regions of its own map.
 
     Args:
         examples: the fields of `Discovered`.

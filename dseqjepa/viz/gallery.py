@@ -1,4 +1,4 @@
-"""The images for pictures: files, folders, and anything `data=` names.
+"""Images for the pictures: from files, folders, and anything `data=` accepts.
 
 Suffixes: B images, H and W pixels.
 """
@@ -28,20 +28,19 @@ from dseqjepa.train.trained_on import source_of
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Images at a run's size, as its encoder sees them, with their names."""
+    """Images at a run's size, as its encoder sees them, and their names."""
 
     images_BCHW: UInt8[Tensor, "B 3 H W"]
     names: tuple[str, ...]
     keys_B: Int64[Tensor, " B"]
-    """Keys for random blocks: a function of the run's seed and the position in the list."""
+    """Keys for random blocks: a function of the run's seed and the image's position."""
 
 
 def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
     """Every named image file, and `limit` images of each folder or `data=` source.
 
-    Those of a source are evenly spaced, so that all classes of a sorted folder appear; from a
-    source with splits the held-out images are used. Images are resized to the run's size by
-    `EvalTransform`.
+    A source's images are evenly spaced, so that all classes of a sorted folder appear; if it has
+    splits, held-out images are used. `EvalTransform` resizes images to the run's size.
 
     Raises:
         InputError: a file that is not an image, or the errors of `open_source`.
@@ -71,7 +70,7 @@ def gather(words: Sequence[str], config: Config, *, limit: int) -> Gallery:
 
 
 def open_images(spec: str, config: Config) -> Source:
-    """The data that `data=` names, read with the config's settings: its held-out split if it has
+    """The data named by `data=`, read with the config's settings: its held-out split if it has
     one, else all of it."""
     path = Path(spec).expanduser()
     if spec not in SPECS and path.is_dir():

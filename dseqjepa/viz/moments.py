@@ -50,7 +50,7 @@ def moment(
 
 
 def spans(moments: Sequence[Moment]) -> list[tuple[str, int, int]]:
-    """The headings above the columns: each run above its own, after the column of images."""
+    """Column headings: each run above its checkpoints, after the column of images."""
     runs = [item.run for item in moments]
     return [(run, 1 + runs.index(run), runs.count(run)) for run in dict.fromkeys(runs)]
 
@@ -61,9 +61,9 @@ def anchor_of(moments: Sequence[Moment]) -> int:
 
 
 def matched_in_chain(values: Sequence[T], anchor: int, match: Callable[[T, T], T]) -> list[T]:
-    """Values of moments, each matched to its neighbour on the anchor's side.
+    """The moments' values, each matched to its neighbour on the anchor's side.
 
-    `match(reference, value)` resolves arbitrary numbering or signs of a value as in the reference.
+    `match(reference, value)` aligns a value's arbitrary numbering or signs with the reference.
     Moments after the anchor, from another run, are matched to the anchor itself.
     """
     result = list(values)
@@ -79,7 +79,7 @@ def rows_of_tiles(
     values: Sequence[NDArray],
     draw: Callable[[Image.Image, NDArray], Image.Image],
 ) -> list[list[Image.Image]]:
-    """For each image: the image, then `draw(photo, value)` of each moment's value of it."""
+    """For each image: the image, then `draw(photo, value)` for its value at each moment."""
     photos = [photo_of(image_CHW, TILE_PIXELS) for image_CHW in images_BCHW]
     return [
         [photo, *(draw(photo, value_B[number]) for value_B in values)]

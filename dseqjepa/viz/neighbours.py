@@ -1,6 +1,6 @@
-"""The images of a data set that an encoder considers most similar to a given one.
+"""Nearest neighbours of images in an encoder's feature space.
 
-Suffixes: B images asked about, M images of the data, K neighbours, D width.
+Suffixes: B query images, M images of the data, K neighbours, D width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dseqjepa.viz.tiles import photo_of
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """The `K` nearest of each image, nearest first."""
+    """The K nearest neighbours of each image, nearest first."""
 
     index_BK: Int64[Tensor, "B K"]
     cosine_BK: Float[Tensor, "B K"]
@@ -28,7 +28,7 @@ class Nearest:
 def nearest(
     query_BD: Float[Tensor, "B D"], feature_MD: Float[Tensor, "M D"], count: int
 ) -> Nearest:
-    """Nearest by cosine similarity; ties go to the first; all images if there are fewer."""
+    """Nearest by cosine similarity; ties go to the first; all images if fewer than `count`."""
     cosine_BM = F.normalize(query_BD.double(), dim=1) @ F.normalize(feature_MD.double(), dim=1).T
     order_BM = cosine_BM.argsort(dim=1, descending=True, stable=True)
     index_BK = order_BM[:, :count]
@@ -44,7 +44,7 @@ def neighbour_sheet(
     """One row per image: the image, then its neighbours by each encoder.
 
     Args:
-        found: label of an encoder -> its neighbours of every image.
+        found: encoder's label -> its neighbours of every image.
         thumbnails: index into the data -> that image, at the size of `images_BCHW`.
         notes: index into the data -> a note below it, such as its class.
     """

@@ -18,9 +18,9 @@ from dseqjepa.viz.tiles import colour_tile
 
 COMPONENTS = 3
 # Opponent axes of RGB: the first component is lightness and the second runs from blue to yellow,
-# which all but one kind of colour vision distinguish; green to red is left to the third.
+# distinguishable in all but one kind of colour vision; green to red is left to the third.
 AXES_K3 = np.array([(0.95, 0.95, 0.95), (0.5, 0.4, -0.85), (0.5, -0.5, 0.1)])
-REACH = 2.0  # standard deviations that the colours span to either side
+REACH = 2.0  # the colours span this many standard deviations to either side
 
 Scores = Float[np.ndarray, "T K"]
 
@@ -28,7 +28,7 @@ Scores = Float[np.ndarray, "T K"]
 def components(values_TD: Float[np.ndarray, "T D"], count: int) -> tuple[Scores, np.ndarray]:
     """Scores on the first principal components, and each component's share of the variance.
 
-    Signs are chosen such that the largest score is positive.
+    Signs make each component's largest score by magnitude positive.
     """
     centred_TD = values_TD.astype(np.float64) - values_TD.mean(axis=0, dtype=np.float64)
     left, size, _ = np.linalg.svd(centred_TD, full_matrices=False)
@@ -43,7 +43,7 @@ def components(values_TD: Float[np.ndarray, "T D"], count: int) -> tuple[Scores,
 
 
 def match_components(reference_TK: Scores, scores_TK: Scores) -> Scores:
-    """The same components, in the order and with the signs that correlate best with the reference.
+    """Reorder components and flip their signs to correlate best with the reference.
 
     Uses the Hungarian algorithm on absolute correlations.
     """
@@ -69,7 +69,7 @@ def _standard(scores_TK: Scores) -> Scores:
 def pca_maps(
     images_BCHW: UInt8[Tensor, "B 3 _ _"], moments: Sequence[Moment], grid: tuple[int, int]
 ) -> Figure:
-    """One row per image, one column per checkpoint: three components of each patch as a colour.
+    """One row per image, one column per checkpoint: each patch's three components as a colour.
 
     Components are computed on the patches of all images together, separately for each checkpoint.
     """

@@ -44,9 +44,9 @@ def draw_regions(
 
     Args:
         grid: rows and columns of patches; their product is N.
-        count_B: numbers of regions; a rank that is not below is no region. None: all are.
+        count_B: number of regions per image; ranks from it on are not regions. None: all are.
         columns: triples side by side.
-        cell: pixels of the longer side of each of the three.
+        cell: longer side, in pixels, of each of the three.
 
     Raises:
         InputError: inconsistent shapes, no image, or non-finite saliency.
@@ -94,9 +94,9 @@ def regions_picture(
 def training_picture(
     source: Source, image_size: tuple[int, int], seed: int
 ) -> Callable[[Method], Image.Image]:
-    """A function that draws a method on `PICTURES` images of a source, always the same ones.
+    """Return a function that draws a method on `PICTURES` fixed images of a source.
 
-    Images that cannot be decoded are left out; `InputError` if none can.
+    Images that cannot be decoded are left out; `InputError` if none can be.
     """
 
     def draw(method: Method) -> Image.Image:

@@ -27,14 +27,14 @@ from dseqjepa.viz.style import INK, MUTED, PALETTE
 
 MARKERS = "os^Dv"
 MOST = len(MARKERS) * len(PALETTE)
-"""Number of classes that can be told apart."""
+"""Maximum number of distinguishable classes."""
 LAYERS = 10
 PANEL = 3.1
 
 
 @dataclass(frozen=True, eq=False)
 class Cloud:
-    """The features of a data set's images by one encoder."""
+    """One encoder's features of a data set's images."""
 
     label: str
     features_MD: Float[np.ndarray, "M D"]
@@ -49,8 +49,8 @@ def scatter(
 ) -> Figure:
     """One panel per encoder: the first two principal components of the mean patch feature.
 
-    Each class has a colour, and a marker if there are more classes than colours; of more than
-    `MOST` classes, the most common in the sample. `class_M` is None for data without labels.
+    Each class has a colour, and a marker if there are more classes than colours; beyond `MOST`
+    classes, only the most common in the sample do. `class_M` is None for data without labels.
     """
     count = len(clouds[0].features_MD)
     legend, number_M = _legend(classes, class_M, count)
@@ -73,7 +73,7 @@ def scatter(
         axes.set_label(cloud.label)
         chart(axes)
         score_MK, share_K = components(cloud.features_MD, 2)
-        # In layers across classes, so that no class covers all others.
+        # Draw in layers across classes, so that no class covers all others.
         for layer in range(LAYERS):
             for number in np.unique(number_M).tolist():
                 chosen = (number_M == number) & (np.arange(count) % LAYERS == layer)
@@ -101,7 +101,7 @@ def scatter(
 def _legend(
     classes: Sequence[str], class_M: Int64[np.ndarray, " M"] | None, count: int
 ) -> tuple[Sequence[str], Int64[np.ndarray, " M"]]:
-    """Names, none without labels, and each image's place among them."""
+    """Class names (none without labels), and each image's index into them."""
     if class_M is None:
         return (), np.zeros(count, np.int64)
     if len(classes) <= MOST:

@@ -51,7 +51,7 @@ def image_sheet(
     """Two rows per method: input, saliency, foreground, regions; then its prediction steps.
 
     Args:
-        traces: (label of the method, its trace of this image); all losses share one scale.
+        traces: (method's label, its trace of this image); all losses share one scale.
     """
     photo = photo_of(image_CHW, TILE_PIXELS)
     tile_height = TILE * photo.height / photo.width

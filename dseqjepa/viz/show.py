@@ -1,4 +1,4 @@
-"""`dseqjepa show`: the pictures of a checkpoint, each by its name.
+"""`dseqjepa show`: pictures of a checkpoint, by name.
 
 All checks and computations are done before the first file is written.
 
@@ -65,13 +65,13 @@ class Request:
 
 
 MOST_COLUMNS = 40
-"""More checkpoints side by side leave no room for their pictures."""
+"""More checkpoints do not fit side by side."""
 
 
 def show(request: Request) -> Iterator[Path]:
     """Write the requested pictures, and yield the path of each.
 
-    Files with these names are replaced; nothing else in `out` is touched.
+    Files with the same names are replaced; nothing else in `out` is touched.
 
     Raises:
         InputError: before the first file is written.
@@ -146,7 +146,7 @@ class _Session:
 
     @property
     def shown(self) -> dict[str, Checkpoint]:
-        """Label -> checkpoint: the requested one, and the one of `--beside`."""
+        """Label -> checkpoint: the requested one, and that of `--beside`."""
         if self.beside is None:
             return {self.config.method.title: self.main}
         both = (self.main, self.beside)
@@ -171,7 +171,7 @@ class _Session:
 
     @cached_property
     def traces(self) -> dict[str, list[Trace]]:
-        """Traces; a method without its own regions uses those of the one that has some."""
+        """Traces by label; a method without its own regions is cut like the one that has some."""
         cut = shared_cut([item.config.method for item in self.shown.values()])
         result = {}
         for label, checkpoint in self.shown.items():
@@ -186,7 +186,7 @@ class _Session:
 
     @cached_property
     def moments(self) -> list[Moment]:
-        """The run's checkpoints up to the requested one, then the one of `--beside`."""
+        """The run's checkpoints up to the requested one, then that of `--beside`."""
         found = []
         for label, checkpoint in self.shown.items():
             past = self.past if checkpoint is self.main else [checkpoint]
@@ -198,7 +198,7 @@ class _Session:
 
     @cached_property
     def past(self) -> list[Checkpoint]:
-        """The main run's checkpoints, evenly spaced, at most this many; the requested one is
+        """At most `checkpoints` of the main run's checkpoints, evenly spaced; the requested one is
         last."""
         folder = self.main.path
         if folder.parent.name != "checkpoints":
@@ -217,7 +217,7 @@ class _Session:
         return spread(source_of(self.config, "train", spec), self.request.sample)
 
     def extracted(self, checkpoint: Checkpoint) -> Extracted:
-        """Pooled features of the data, cached since two pictures use them."""
+        """Pooled features of the data, cached because two pictures use them."""
         if checkpoint.path not in self._extracted:
             encoder = encoder_of(checkpoint, "target").to(self.device)
             self._extracted[checkpoint.path] = extract(
@@ -308,7 +308,7 @@ def _neighbours(session: _Session) -> list[Job]:
 
 
 def _notes(data: Subset, places: set[int]) -> dict[int, str]:
-    """The class of an image, if the data has classes."""
+    """The class of each image, if the data has classes."""
     task = _task(data)
     if task is None:
         return {}
@@ -316,12 +316,12 @@ def _notes(data: Subset, places: set[int]) -> dict[int, str]:
 
 
 def _task(data: Subset) -> str | None:
-    """`class`, or else the data's first kind of label."""
+    """`class` if there is one, else the data's first kind of label."""
     return "class" if "class" in data.labels else next(iter(data.labels), None)
 
 
 def _scatter(session: _Session) -> list[Job]:
-    """The run's first kept checkpoint, the requested one, and the one of `--beside`."""
+    """The run's first kept checkpoint, the requested one, and that of `--beside`."""
     task = _task(session.data)
     chosen = list(session.shown.items())
     if len(session.past) > 1:
@@ -352,7 +352,7 @@ PICTURES: Mapping[str, Callable[[_Session], list[Job]]] = {
     "scatter": _scatter,
     "curves": _curves,
 }
-"""Pictures by their names for `--only`."""
+"""Pictures by their `--only` names."""
 WITHOUT_IMAGES = ("scatter", "curves")
 READ_BY = {
     "patch": {"similarity"},
@@ -362,4 +362,4 @@ READ_BY = {
     "sample": {"neighbours", "scatter"},
     "limit": PICTURES.keys() - set(WITHOUT_IMAGES),
 }
-"""The pictures that an option has an effect on."""
+"""The pictures affected by an option."""

@@ -1,4 +1,4 @@
-"""Similarity of all patches of an image to a chosen one, over a run's checkpoints.
+"""Similarity of all patches in an image to a chosen one, over a run's checkpoints.
 
 Suffixes: B images, N patches, D width.
 """
@@ -20,7 +20,7 @@ from dseqjepa.viz.tiles import value_tile
 
 
 def check_patch(patch: tuple[int, int] | None, grid: tuple[int, int]) -> tuple[int, int]:
-    """The patch, or the one in the middle; `InputError` for one outside the grid."""
+    """The patch, or the middle one if None; `InputError` if it is outside the grid."""
     rows, columns = grid
     row, column = patch or (rows // 2, columns // 2)
     if not (0 <= row < rows and 0 <= column < columns):

@@ -1,4 +1,4 @@
-"""The figures of a study: paired differences with intervals, and learning curves with bands."""
+"""A study's figures: paired differences with intervals, and learning curves with bands."""
 
 from __future__ import annotations
 

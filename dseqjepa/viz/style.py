@@ -1,14 +1,14 @@
 """The colours of all pictures: distinguishable by everyone, with one meaning each.
 
-Ranks, clusters and runs take `PALETTE`; numbers that only grow take `HEAT`.
+Ranks, clusters and runs use `PALETTE`; continuous values use `HEAT`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# For normal, protan, deutan and tritan sight (Machado et al., 2009) any two are 33 or more apart
-# in CIELAB.
+# For normal, protan, deutan and tritan vision (Machado et al., 2009), any two are at least 33
+# apart in CIELAB.
 PALETTE = np.array(
     [
         (255, 158, 4),
@@ -30,4 +30,4 @@ PAPER, INK, BORDER = (255, 255, 255), (40, 40, 40), (255, 255, 255)
 VEIL = (208, 211, 217)  # over left-out areas: darker than paper, so that white images show
 MUTED, RULE = (105, 105, 105), (222, 222, 222)  # secondary text, and lines behind the data
 LINES = PALETTE[[1, 0, 2, 3, 6, 7]]  # dark enough for a thin line on paper
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # of lines that coincide
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # for lines that coincide

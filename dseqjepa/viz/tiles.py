@@ -1,4 +1,4 @@
-"""Tiles: an image overlaid with information about its patches.
+"""Tiles: images overlaid with information about their patches.
 
 Suffixes: h and w rows and columns of patches, H and W pixels, 3 colours (last in memory here, as
 Pillow has them), R patches of one region, X axes (row, column).
@@ -51,7 +51,7 @@ def value_tile(
 
 
 def heat_of(values: NDArray[np.floating], limits: tuple[float, float]) -> NDArray[np.float64]:
-    """The colour of each value, 0 to 255 in a new last axis, clipped to the limits.
+    """The colour of each value, clipped to the limits: 0 to 255, in a new last axis.
 
     If the limits are equal, everything is cold.
     """
@@ -64,7 +64,7 @@ def heat_of(values: NDArray[np.floating], limits: tuple[float, float]) -> NDArra
 def class_tile(
     photo: Image.Image, class_hw: NDArray[np.integer], colours: NDArray[np.integer] = PALETTE
 ) -> Image.Image:
-    """Classes of patches, 0, 1, ..., in the palette's colours over the grey picture, bordered."""
+    """Patch classes 0, 1, ... in the palette's colours over the grey picture, with borders."""
     class_HW = enlarge(class_hw, photo)
     pixels_HW3 = _over_grey(photo, colours[class_HW % len(colours)], REGION_OPACITY)
     pixels_HW3[_near_another(class_HW, _border(photo))] = BORDER
@@ -77,7 +77,7 @@ def colour_tile(photo: Image.Image, colour_hw3: Shaped[np.ndarray, "h w 3"]) -> 
 
 
 def mask_tile(photo: Image.Image, inside_hw: NDArray[np.bool_]) -> Image.Image:
-    """The picture where the mask holds, and a pale trace of it elsewhere."""
+    """The picture where the mask is true, and a pale version elsewhere."""
     return step_tile(photo, inside_hw, np.full(inside_hw.shape, np.nan), (0, 1))
 
 
@@ -104,8 +104,8 @@ def step_tile(
 def region_tile(
     photo: Image.Image, rank_hw: NDArray[np.int64], count: int | None = None
 ) -> Image.Image:
-    """`class_tile` of ranks, with the region's number, rank + 1, in each. A rank of `count` or more
-    is no region."""
+    """`class_tile` of ranks, with each region's number, rank + 1. Ranks from `count` on are not
+    regions."""
     tile = class_tile(photo, rank_hw)
     size = max(photo.size) / 10
     font, outline = ImageFont.load_default(size=size), round(size / 7)
@@ -126,8 +126,8 @@ def numbered(rank_hw: NDArray[np.integer], count: int | None) -> list[int]:
 def label_patch(inside_hw: NDArray[np.bool_]) -> tuple[int, int]:
     """The patch (row, column) for a region's number: inside the region, near its centroid.
 
-    Patches with all eight neighbours in the region are preferred, so that a
-    number covers little of another region; the grid's edge is not a region's edge.
+    Patches whose eight neighbours are all in the region are preferred, so that a number covers
+    little of another region; the grid's edge is not a region's edge.
     """
     padded = np.pad(inside_hw, 1, mode="edge")
     inner_hw = np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).all(axis=(2, 3))

@@ -1,4 +1,4 @@
-"""The charts of a training: which metrics share a chart, and what they mean."""
+"""Training charts: which metrics share a chart, and what they mean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topic:
-    """One chart: metrics by their key in metrics.jsonl, with their labels."""
+    """One chart: metrics by key in metrics.jsonl, with their labels."""
 
     title: str
     meaning: str

@@ -1,4 +1,4 @@
-"""How a method predicts images step by step, as plain arrays for pictures and reports.
+"""A method's step-by-step predictions, as plain arrays for pictures and reports.
 
 Suffixes: B images, N patches, D width, S steps of all images, T predicted patches of all steps,
 h and w rows and columns of patches.
@@ -52,7 +52,7 @@ class Trace:
     foreground_hw: Bools
     """The patches above Otsu's threshold of the saliency."""
     rank_hw: NDArray[np.int64]
-    """Each patch's region, 0 first. With random regions, `count` or more is in no region."""
+    """Each patch's region, from 0. With random regions, `count` or more means no region."""
     count: int
     """Number of regions; 1 if none was found, in which case the steps are random blocks."""
     regions_are_own: bool
@@ -63,13 +63,13 @@ class Trace:
 
 
 def shared_cut(configs: Sequence[MethodConfig]) -> CutConfig:
-    """The cut of a comparison: that of the first method with regions, or the defaults."""
+    """The cut for a comparison: that of the first method with regions, or the defaults."""
     return next((config.cut for config in configs if config.cut is not None), CutConfig())
 
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """A method's draw at the end of its curriculum, with a map and regions for any method."""
+    """A method's draw at the end of its curriculum, with saliency and regions for any method."""
 
     sight: Look
     """The method's own look."""
@@ -86,7 +86,7 @@ def draw_to_show(
     keys_B: Int64[Tensor, " B"],
     cut: CutConfig | None = None,
 ) -> Drawing:
-    """Saliency and regions are the method's own, or computed with `cut` if it has none (None: the
+    """Draw with the method's own saliency and regions, or those of `cut` if it has none (None: the
     defaults of `CutConfig`). Arguments and errors are those of `trace`."""
     sight = method.look(images_BCHW)
     if not sight.patches_BND.isfinite().all():
@@ -98,7 +98,7 @@ def draw_to_show(
     if regions is None:
         sight_of_cut, regions = look_and_cut(method.target, images_BCHW, shown)
         saliency_BN = sight_of_cut.saliency_BN if saliency_BN is None else saliency_BN
-    if saliency_BN is None:  # the regions were made without it
+    if saliency_BN is None:  # the regions do not use it
         saliency_BN = saliency(method.target, images_BCHW, **shown.saliency.model_dump())
     return Drawing(sight, draw, saliency_BN, shown.saliency.kind, regions)
 
@@ -113,16 +113,16 @@ def trace(
 ) -> list[Trace]:
     """Saliency, regions, and the prediction steps of each image, at the end of any curriculum.
 
-    DSeq-JEPA predicts the ranked regions that it would train on with lambda 1, I-JEPA and C-JEPA
-    the blocks drawn by the keys. Predictions come from the context encoder and the predictor,
-    targets from the target encoder, not centred: `target.centring=place` would need other
-    images. Images are independent: a trace is the same in any batch, up to rounding.
+    DSeq-JEPA predicts the ranked regions it would train on with lambda 1, I-JEPA and C-JEPA the
+    blocks drawn by the keys. Predictions come from the context encoder and the predictor, targets
+    from the target encoder, not centred: `target.centring=place` would need other images. Images
+    are independent: up to rounding, a trace does not depend on the batch.
 
     Args:
         method: a trained method in eval mode, from `load_method`.
-        images_BCHW: uint8, or float and normalized as the run's are, of a size that the patch size
-            divides.
-        keys_B: all randomness of an image's plan is a function of its key.
+        images_BCHW: uint8, or float normalized like the run's, of a size divisible by the patch
+            size.
+        keys_B: an image's key determines all randomness in its plan.
         cut: how to cut images for a method without its own regions (None: the defaults of
             `CutConfig`); ignored otherwise.
 

@@ -1,6 +1,6 @@
-"""Ground truth and prediction: the classes of pixels, and objects with their boxes and masks.
+"""Ground truth and prediction: pixel classes, and objects with their boxes and masks.
 
-Classes get the palette's colours in order of their area in the truth; if there are more
+Classes get the palette's colours in order of their area in the ground truth; if there are more
 classes than colours, the rest is grey.
 
 Suffixes: C colours, H and W pixels, K objects.
@@ -67,7 +67,7 @@ class Found(NamedTuple):
 def segmentation_sheet(
     examples: Sequence[tuple[str, Tensor, Tensor, Tensor]], categories: Sequence[str]
 ) -> Figure:
-    """Image, true and predicted class of every pixel, two images per row.
+    """Image, and true and predicted class of every pixel; two images per row.
 
     Args:
         examples: the fields of `Segmented`.
@@ -96,7 +96,7 @@ def detection_sheet(
     examples: Sequence[tuple[str, Tensor, Instances, Instances, Tensor]],
     categories: Sequence[str],
 ) -> Figure:
-    """Image, true objects and detections with a score of at least `SURE`, two images per row.
+    """Image, true objects, and detections with a score of at least `SURE`; two images per row.
 
     Args:
         examples: the fields of `Found`.
@@ -140,8 +140,8 @@ def _class_tiles(
 
 
 def _places(counts: Sequence[NDArray[np.integer]], classes: int) -> NDArray[np.int64]:
-    """The index of each label's colour: 0 for none, then 1, 2, ... by the area shown; labels
-    without a colour of their own share the last."""
+    """Each label's colour index: 0 for none, then 1, 2, ... by the area shown; labels without a
+    colour of their own share the last."""
     total = np.zeros(classes + 1, np.int64)
     for count in counts:
         total[: len(count)] += count
@@ -240,7 +240,7 @@ def _in_two_lines(words: Sequence[str], width: float) -> str:
 
 
 def _square(tile: Image.Image) -> Image.Image:
-    """The tile in the middle of a pale square, so that all tiles of a sheet are equally large."""
+    """The tile centred on a pale square, so that all tiles of a sheet have equal size."""
     square = Image.new("RGB", (TILE_PIXELS, TILE_PIXELS), VEIL)
     square.paste(tile, ((TILE_PIXELS - tile.width) // 2, (TILE_PIXELS - tile.height) // 2))
     return square
